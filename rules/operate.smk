@@ -1,0 +1,18 @@
+rule status:
+    """Show what runs here."""
+    log:
+        "logs/status.log",
+    conda:
+        ENVIRONMENT
+    script:
+        "../scripts/status.py"
+
+
+rule stop:
+    """Stop everything in order, and make sure that nothing is left."""
+    log:
+        "logs/stop.log",
+    conda:
+        ENVIRONMENT
+    script:
+        "../scripts/stop.py"

@@ -1,0 +1,14 @@
+"""Does UCX carry KV blocks between processes here? Writes `results/checks/ucx.json`."""
+
+from pathlib import Path
+
+from serving.config import parse
+from serving.deploy.checks import conclude, judge
+from serving.deploy.checks_ucx import judge_ucx, observe
+from serving.deploy.rule_script import telling
+
+with telling(snakemake.log[0]) as say:
+    config = parse(snakemake.config)
+    topology = config.deployment.topology
+    findings = judge_ucx(config, topology.startswith("disagg"), observe())
+    conclude(judge("check_ucx", findings), Path(snakemake.output[0]), say=say)

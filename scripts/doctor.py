@@ -1,0 +1,10 @@
+"""Why is it not working? Findings with remedies; fails when something is wrong."""
+
+import asyncio
+
+from serving.config import parse
+from serving.deploy.doctor import conclude_doctor, examine
+from serving.deploy.rule_script import telling
+
+with telling(snakemake.log[0]) as say:
+    conclude_doctor(asyncio.run(examine(parse(snakemake.config))), say=say)

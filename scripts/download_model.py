@@ -1,0 +1,15 @@
+"""Bring the configured model onto this machine. Output: model.json, beside the files."""
+
+import os
+from pathlib import Path
+
+from serving.config import parse
+from serving.deploy.fingerprint import resolve_source
+from serving.deploy.model import fetch_model
+from serving.deploy.rule_script import telling
+
+with telling(snakemake.log[0]) as say:
+    config = parse(snakemake.config)
+    if resolve_source(config.model) != "hub":
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    fetch_model(config.model, Path(snakemake.output[0]).parent, progress=say)

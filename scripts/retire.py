@@ -1,0 +1,9 @@
+"""Stop programs that no longer belong, then record what does."""
+
+import msgspec
+from serving.deploy.markers import Record
+from serving.deploy.retire import retire
+from serving.deploy.rule_script import telling
+
+with telling(snakemake.log[0]) as say:
+    retire(msgspec.json.decode(snakemake.params.record, type=Record), say)

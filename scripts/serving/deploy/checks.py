@@ -1,0 +1,76 @@
+"""What a check reports, and how a check rule ends.
+
+A finding is one sentence about one thing, with a remedy when it is wrong. A warning is a finding
+that is wrong but lets the deployment go on. The checks themselves live beside this module
+(`checks_host`, `checks_gpu`, `checks_ucx`, `checks_container`); `doctor` speaks in findings too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from serving.errors import OperatorError
+
+Say = Callable[[str], None]
+
+
+class Finding(Struct, frozen=True, omit_defaults=True):
+    """`ok` says whether the thing is as it should be; with `warning` it need not be."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+    warning: bool = False
+
+    @property
+    def blocks(self) -> bool:
+        return not self.ok and not self.warning
+
+
+class CheckReport(Struct, frozen=True):
+    """`results/checks/{name}.json`. `created` is a Unix time in seconds."""
+
+    name: str
+    ok: bool
+    checks: list[Finding]
+    created: float
+
+
+def judge(name: str, findings: Iterable[Finding]) -> CheckReport:
+    """A check is ok when nothing in it blocks. A remedy for what is well is left out."""
+    checks = [Finding(f.name, True, f.detail) if f.ok else f for f in findings]
+    return CheckReport(name, not any(f.blocks for f in checks), checks, time.time())
+
+
+def render(finding: Finding) -> str:
+    """One finding as lines for a person."""
+    verdict = "ok" if finding.ok else "warning" if finding.warning else "FAILED"
+    line = f"{verdict:<8}{finding.name}: {finding.detail}"
+    return line if finding.ok or not finding.remedy else f"{line}\n        -> {finding.remedy}"
+
+
+def conclude(report: CheckReport, path: Path, *, say: Say) -> None:
+    """Write the report, tell what is not as it should be, and refuse to go on if something blocks.
+
+    Raises OperatorError that holds every blocking finding with its remedy.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    wrong = [f for f in report.checks if not f.ok]
+    for finding in wrong:
+        if finding.warning:
+            say(f"{report.name}: {render(finding)}")
+    if report.ok:
+        say(f"{report.name}: ok ({len(report.checks)} checks, {len(wrong)} warnings)")
+        return
+    blocking = [f for f in wrong if f.blocks]
+    what = "; ".join(f"{f.name}: {f.detail}" for f in blocking)
+    raise OperatorError(
+        f"{report.name} failed: {what}", remedy="; ".join(f.remedy for f in blocking if f.remedy)
+    )

@@ -1,0 +1,193 @@
+"""What the Snakefile needs to know before it can say what must exist.
+
+Called while the Snakefile is parsed, so it imports nothing heavy. Before a run that serves, it
+also removes markers that stopped being true and makes sure that the ports can be had; any other
+run, a dry run above all, leaves the disk as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from serving.config import Config, Topology, as_plain, parse
+from serving.deploy import ports
+from serving.deploy.fingerprint import (
+    engine_fingerprint,
+    model_key,
+    resolve_device,
+    resolve_dtype,
+)
+from serving.deploy.markers import Record, read_record, record_of, sweep
+from serving.deploy.placement import existing_gpus, usable_gpus
+from serving.deploy.request import Request, from_command_line
+from serving.deploy.rule_script import FAILURES
+from serving.deploy.source_digest import SCRIPTS, source_digest
+from serving.deploy.supervisor import RUN, Supervisor
+from serving.deploy.topology import Plan, Program, address, pinned, plan, roles
+from serving.errors import ConfigError, OperatorError
+from serving.protocol import Role
+
+_TOPOLOGY = "SERVING_TOPOLOGY"
+"""Tells Snakemake's own sub-processes what the command line said."""
+
+
+class Deployment(Struct, frozen=True, kw_only=True):
+    """`config` has the topology of this run in it. `recorded` is what was deployed before it."""
+
+    config: Config
+    plan: Plan
+    request: Request
+    recorded: Record | None
+    model_key: str
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return roles(self.plan.topology)
+
+    @property
+    def checks(self) -> list[str]:
+        """Which checks this deployment needs."""
+        moves_kv = "decode" in self.roles and self.config.kv_transfer.transport == "ucx"
+        contained = self.config.container.runtime != "none"
+        return ["host", "gpu", *["ucx"] * moves_kv, *["container"] * contained]
+
+    @property
+    def wanted(self) -> Record:
+        return record_of(self.plan)
+
+    @property
+    def starts_for_smoke_test(self) -> bool:
+        """A smoke test of what runs reports failures; it does not heal them."""
+        return self.request.serves or self.recorded is None
+
+    def announcement(self) -> str:
+        """The URL, and a command to try it."""
+        url = f"http://{address(self.config.frontend.host, self.config.frontend.port)}"
+        model = self.config.model.name or self.config.model.id
+        body = msgspec.json.encode({"model": model, "prompt": "Hello", "max_tokens": 16}).decode()
+        return (
+            f"\nServing {model} ({self.plan.topology}) at {url}/v1. Try:\n"
+            f"  curl -s {url}/v1/completions -H 'content-type: application/json' -d '{body}'"
+        )
+
+
+def prepare(raw: Mapping[str, Any], *, main: bool) -> Deployment:
+    """Raises OperatorError for whatever makes the run impossible. `main`: not a sub-process."""
+    _export_package()
+    if main:
+        os.environ[FAILURES] = f".snakemake/failures-{os.getpid()}"
+    request = _request(main)
+    recorded = read_record(RUN)
+    config = _with_topology(parse(raw), request, recorded)
+    device, engine = resolve_device(config), engine_fingerprint(config)
+    gpus = usable_gpus(config.workers.gpus, existing_gpus()) if _needs_gpus(config, device) else []
+    deployment = Deployment(
+        config=config,
+        plan=plan(
+            config,
+            engine_fingerprint=engine,
+            device=device,
+            dtype=resolve_dtype(config),
+            gpus=gpus,
+            code={name: source_digest(name) for name in ("worker", "frontend")},
+        ),
+        request=request,
+        recorded=recorded,
+        model_key=model_key(config.model),
+    )
+    if main and request.executes and _will_serve(deployment):
+        _make_true(deployment)
+    return deployment
+
+
+def plain(config: Config) -> dict[str, Any]:
+    return as_plain(config)
+
+
+def encode(parameter: Program | Record) -> str:
+    """As a parameter of a rule: text, compared by Snakemake between runs."""
+    return msgspec.json.encode(parameter).decode()
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def from_terminal() -> bool:
+    """Whether this is Snakemake's own command line; else it is used as a library, and our
+    arguments are somebody else's."""
+    path = Path(sys.argv[0])
+    return path.name == "snakemake" or (path.name == "__main__.py" and "snakemake" in path.parts)
+
+
+def take_failures() -> list[str]:
+    """What the scripts of this run failed with, once."""
+    path = Path(os.environ.get(FAILURES, ""))
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    path.unlink()
+    return [paragraph for paragraph in text.split("\0") if paragraph]
+
+
+def _export_package() -> None:
+    """Scripts of rules, and the programs they start, run this code and no other installed copy."""
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = [path for path in before if path and path != str(SCRIPTS)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(SCRIPTS), *others])
+
+
+def _request(main: bool) -> Request:
+    if not main:
+        topology = msgspec.convert(os.environ.get(_TOPOLOGY), Topology | None)
+        return Request(targets=(), topology=topology, executes=False)
+    os.environ.pop(_TOPOLOGY, None)
+    if not from_terminal():
+        return Request(targets=(), topology=None, executes=False)
+    return from_command_line(sys.argv[1:])
+
+
+def _with_topology(config: Config, request: Request, recorded: Record | None) -> Config:
+    """A target pins it; without any, commands are about what is deployed."""
+    topology = request.topology
+    if topology is None and not request.serves and recorded is not None:
+        topology = recorded.topology
+    topology = topology or config.deployment.topology
+    if request.executes:
+        os.environ[_TOPOLOGY] = topology
+    return pinned(config, topology)
+
+
+def _needs_gpus(config: Config, device: str) -> bool:
+    """GPUs that are asked for by name must exist even when `auto` finds none."""
+    asked = config.engine.device == "auto" and bool(config.workers.gpus)
+    return device == "cuda" or asked
+
+
+def _will_serve(deployment: Deployment) -> bool:
+    request = deployment.request
+    return request.serves or ("smoke_test" in request.targets and deployment.starts_for_smoke_test)
+
+
+def _make_true(deployment: Deployment) -> None:
+    """Markers agree with what runs, and every port that will be needed can be had."""
+    if not RUN.is_dir():
+        running = {}
+    else:
+        running = Supervisor().state()
+        sweep(deployment.plan, running, RUN)
+    for program in deployment.plan.programs:
+        if not (RUN / f"{program.name}.up").exists():
+            try:
+                ports.claim(program.host, program.ports, RUN)
+            except ConfigError:
+                raise
+            except OperatorError as exc:
+                raise OperatorError(f"{program.name}: {exc.what}", remedy=exc.remedy) from None

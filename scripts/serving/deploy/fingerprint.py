@@ -1,0 +1,133 @@
+"""What a built engine depends on, as one short hash, and the device and dtype that `auto` means.
+
+Called while the Snakefile is parsed, so it imports neither torch nor transformers and touches no
+network: versions come from package metadata, the GPU from /proc. Limits that leave the artefact
+as it is (batch size, pool size, context length) are not part of the hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from serving.config import Config, ModelConfig
+from serving.deploy.model_files import BUNDLED_ID, WeightFiles, local_files
+from serving.engine.manifest import ENGINE_FORMAT, ModelSource
+from serving.errors import ConfigError
+
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def engine_fingerprint(config: Config) -> str:
+    """16 hex digits; equal configurations on equal machines give equal engines.
+
+    Raises ConfigError when `model.id` or `model.source` cannot be meant, or names a missing path.
+    """
+    device = resolve_device(config)
+    parts = {
+        "format": ENGINE_FORMAT,
+        "model": _model_identity(config.model),
+        "backend": config.engine.backend,
+        "device": device,
+        "dtype": resolve_dtype(config),
+        "block_size": config.engine.block_size,
+        "versions": package_versions(),
+        "gpus": gpu_names() if device == "cuda" else [],
+    }
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def model_key(config: ModelConfig) -> str:
+    """A folder name for the model: readable, and different when the download would be."""
+    identity = json.dumps([_model_identity(config), config.allow_pickle], sort_keys=True)
+    name = re.sub(r"[^\w.-]+", "--", config.id.strip("/~.")).strip("-") or "model"
+    return f"{name[-80:]}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def resolve_source(config: ModelConfig) -> ModelSource:
+    """Where the model comes from. Raises ConfigError for a combination that cannot be meant."""
+    source = config.source
+    if source == "auto":
+        if config.id.startswith(("/", "./", "../", "~")):
+            source = "local"
+        elif config.id == BUNDLED_ID and config.revision is None:
+            source = "bundled"
+        else:
+            source = "hub"
+    if source == "bundled" and config.id != BUNDLED_ID:
+        raise ConfigError(
+            "model.source", f"only {BUNDLED_ID} is bundled", remedy="use `hub`, or that model"
+        )
+    if source != "hub" and config.revision is not None:
+        raise ConfigError(
+            "model.revision",
+            f"a {source} model has no revisions",
+            remedy="remove it, or set `model.source: hub`",
+        )
+    if source == "hub" and not _HUB_ID.fullmatch(config.id):
+        raise ConfigError(
+            "model.id",
+            f"{config.id!r} is no hub ID",
+            remedy="write `org/name`, or start a path with `/`, `./` or `~`",
+        )
+    return source
+
+
+def resolve_device(config: Config) -> Device:
+    """`auto` is CUDA when the driver shows a GPU and torch was not installed for CPU only."""
+    if config.engine.device != "auto":
+        return config.engine.device
+    return "cuda" if has_gpu() and "+cpu" not in package_versions()["torch"] else "cpu"
+
+
+def resolve_dtype(config: Config) -> Dtype:
+    """`auto` is float32 on CPU (exactly the source's weights) and bfloat16 on CUDA."""
+    if config.engine.dtype != "auto":
+        return config.engine.dtype
+    return "bfloat16" if resolve_device(config) == "cuda" else "float32"
+
+
+def has_gpu(root: Path = Path("/")) -> bool:
+    gpus = root / "proc/driver/nvidia/gpus"
+    return (gpus.is_dir() and any(gpus.iterdir())) or (root / "dev/nvidia0").exists()
+
+
+def gpu_names(root: Path = Path("/")) -> list[str]:
+    """Distinct product names of the GPUs, sorted; empty where the driver does not tell."""
+    names = set()
+    for information in (root / "proc/driver/nvidia/gpus").glob("*/information"):
+        if match := re.search(r"^Model:\s*(.+?)\s*$", information.read_text(), re.MULTILINE):
+            names.add(match.group(1))
+    return sorted(names)
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what shapes the artefact; `missing` for what is not there."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "missing"
+    return versions
+
+
+def _model_identity(config: ModelConfig) -> dict[str, Any]:
+    source = resolve_source(config)
+    identity: dict[str, Any] = {"source": source, "id": config.id, "revision": config.revision}
+    if source == "local":
+        # A changed local model must give another engine; stat is cheap enough at parse time.
+        found: WeightFiles = local_files(config)
+        stats = [(name, (found.folder / name).stat()) for name in found.names]
+        identity["id"] = str(found.folder)
+        identity["files"] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return identity

@@ -1,0 +1,154 @@
+"""Start one program and prove it ready; what the `start_*` rules do.
+
+Starting is idempotent: a program that runs as it should is only proven ready again. A program
+that does not become ready is stopped, so that nothing half started stays behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from serving.config import Config
+from serving.deploy import ports
+from serving.deploy.markers import write_marker
+from serving.deploy.placement import existing_gpus, usable_gpus
+from serving.deploy.readiness import first_answer, probe_for
+from serving.deploy.source_digest import SCRIPTS
+from serving.deploy.supervisor import LOGS, RUN, ProcessInfo, ProgramSpec, Supervisor
+from serving.deploy.topology import (
+    NATS_TOKEN,
+    NATS_TOKEN_FILE,
+    Program,
+    worker_environment,
+)
+from serving.errors import OperatorError
+from serving.process_config import WorkerProcess
+
+Say = Callable[[str], None]
+TELL_EVERY_S = 5.0
+LAST_LINES = 15
+_PROBE_S = 0.1
+_LINE_HEAD = re.compile(r"^\S+ \S+ \S+ (?:INFO|WARNING|ERROR|CRITICAL|DEBUG) \S+: ")
+
+
+def launch(program: Program, config: Config, say: Say) -> None:
+    """Have `program` run and ready, and write its marker. Raises OperatorError."""
+    started = time.monotonic()
+    supervisor = Supervisor()
+    supervisor.ensure()
+    info = supervisor.state().get(program.name)
+    log = LOGS / f"{program.name}.log"
+    log_from = log.stat().st_size if log.exists() else 0
+    if info is not None and info.running and info.fingerprint == program.fingerprint:
+        say(f"{program.name}: already running (pid {info.pid})")
+    else:
+        supervisor.stop([program.name])
+        ports.claim(program.host, program.ports, RUN)
+        _write_settings(program)
+        info = supervisor.start(_spec(program, config))
+        say(f"{program.name}: started (pid {info.pid}), log: {log}")
+    try:
+        _wait_ready(supervisor, program, info, log_from, say)
+        if program.name == "frontend":
+            first_answer(program)
+    except OperatorError:
+        supervisor.stop([program.name])
+        raise
+    write_marker(info, RUN)
+    say(f"{program.name}: ready after {time.monotonic() - started:.1f} s")
+
+
+def _spec(program: Program, config: Config) -> ProgramSpec:
+    """Its command and environment. UCX settings come from whoever runs the workflow."""
+    env = {"PYTHONPATH": os.environ.get("PYTHONPATH", str(SCRIPTS)), "PYTHONUNBUFFERED": "1"}
+    if program.name.startswith("worker-"):
+        process = msgspec.json.decode(program.settings, type=WorkerProcess)
+        cores = len(os.sched_getaffinity(0))
+        gpus = [] if process.gpu is None else usable_gpus(config.workers.gpus, existing_gpus())
+        env |= worker_environment(config, process, gpus, cores)
+        env |= {key: value for key, value in os.environ.items() if key.startswith("UCX_")}
+    if program.name == "etcd" and os.uname().machine == "aarch64":
+        env["ETCD_UNSUPPORTED_ARCH"] = "arm64"  # etcd before 3.5 asks for this
+    return ProgramSpec(
+        name=program.name,
+        command=[part.replace("{python}", sys.executable) for part in program.command],
+        env=env,
+        fingerprint=program.fingerprint,
+        engine=program.engine,
+        stop_s=program.stop_s,
+        owns_log=program.name in {"etcd", "nats"},
+    )
+
+
+def _write_settings(program: Program) -> None:
+    """The file the program reads, and no trace of the one before it."""
+    for leftover in ("ready", "sock", "up"):
+        (RUN / f"{program.name}.{leftover}").unlink(missing_ok=True)
+    if not program.settings_file:
+        return
+    text = program.settings
+    if NATS_TOKEN in text:
+        text = text.replace(NATS_TOKEN, _nats_token())
+    path = Path(program.settings_file)
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+        file.write(text)
+
+
+def _nats_token() -> str:
+    """Made once per deployment. Only this user can read it."""
+    path = Path(NATS_TOKEN_FILE)
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(32))
+    return path.read_text()
+
+
+def _wait_ready(
+    supervisor: Supervisor, program: Program, info: ProcessInfo, log_from: int, say: Say
+) -> None:
+    """Raises OperatorError as soon as the process ends, or when `start_s` has passed."""
+    probe = probe_for(program.name)
+    log = LOGS / f"{program.name}.log"
+    started = told = time.monotonic()
+    while missing := probe(program, info.launch_id):
+        now = time.monotonic()
+        current = supervisor.state().get(program.name)
+        if current is None or not current.running or current.pid != info.pid:
+            how = f"exit status {current.exit_status}" if current is not None else "it was stopped"
+            said = _new_lines(log, log_from)[-LAST_LINES:] or ["(nothing)"]
+            lines = "\n".join(f"  | {line}" for line in said)
+            raise OperatorError(
+                f"{program.name} ended while it was starting ({how}). Its last words:\n{lines}",
+                remedy=f"mend what it complains about; the whole log is {log}",
+            )
+        if now - started > program.start_s:
+            raise OperatorError(
+                f"{program.name} was not ready after {program.start_s:g} s: {missing}",
+                remedy=f"see {log}; if it only needs longer, raise `deployment.start_s`",
+            )
+        if now - told >= TELL_EVERY_S:
+            told = now
+            doing = (_new_lines(log, log_from) or [missing])[-1]
+            say(f"{program.name}: {_LINE_HEAD.sub('', doing)[:100]} ({now - started:.0f} s)")
+        time.sleep(_PROBE_S)
+
+
+def _new_lines(log: Path, log_from: int) -> list[str]:
+    """What was logged since byte `log_from`; everything when the file was rotated since."""
+    try:
+        with log.open("rb") as file:
+            file.seek(log_from if log.stat().st_size >= log_from else 0)
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line for line in text.splitlines() if line.strip()]

@@ -1,0 +1,125 @@
+"""Which files make a model, whether they are all there, and whether they fit on the disk.
+
+Knows names and sizes, not where files come from: the hub and local folders follow the same rules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from serving.config import ModelConfig
+from serving.engine.manifest import ModelFormat
+from serving.errors import ConfigError, ModelError
+
+BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+_COMPANIONS = re.compile(
+    r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json"
+    r"|special_tokens_map\.json|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt"
+    r"|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|chat_template\.jinja"
+)
+_WEIGHTS: dict[ModelFormat, tuple[str, re.Pattern[str]]] = {
+    "safetensors": ("model.safetensors", re.compile(r"model-\d+-of-\d+\.safetensors")),
+    "pickle": ("pytorch_model.bin", re.compile(r"pytorch_model-\d+-of-\d+\.bin")),
+}
+
+
+class _Index(Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+class WeightFiles(Struct, frozen=True):
+    """A complete model: `names` are relative to `folder`, weights and companions alike."""
+
+    folder: Path
+    format: ModelFormat
+    names: list[str]
+
+
+def select(
+    names: Iterable[str], *, where: str, allow_pickle: bool
+) -> tuple[ModelFormat, list[str]]:
+    """The files to use out of all that a repository or folder holds.
+
+    Takes what transformers would load and leaves training state, other formats and other
+    frameworks' weights behind. Raises ModelError that says what is missing.
+    """
+    present = set(names)
+    if "config.json" not in present:
+        raise ModelError(f"{where} has no config.json, so it is no model", remedy=_hint(present))
+    companions = [name for name in present if _COMPANIONS.fullmatch(name)]
+    for kind, (single, shard) in _WEIGHTS.items():
+        index = f"{single}.index.json"
+        if single in present:
+            weights = [single]
+        elif index in present and (shards := [name for name in present if shard.fullmatch(name)]):
+            weights = [index, *shards]
+        else:
+            continue
+        if kind == "pickle" and not allow_pickle:
+            raise ModelError(
+                f"{where} has only `.bin` weights, which can run code when they are loaded",
+                remedy="choose a model with safetensors, or trust this one: "
+                "`model.allow_pickle: true`",
+            )
+        return kind, sorted([*companions, *weights])
+    raise ModelError(f"{where} has no model.safetensors", remedy=_hint(present))
+
+
+def _hint(present: set[str]) -> str:
+    if any(name.endswith(".gguf") for name in present):
+        return "set `model.id` to the path of one of its `.gguf` files, downloaded by you"
+    if any(name.startswith("adapter_") for name in present):
+        return "this is an adapter: merge it into its base model first, and serve the result"
+    return "check `model.id`: a folder or repository in Hugging Face layout is needed"
+
+
+def check_shards(folder: Path, names: Iterable[str]) -> None:
+    """Raises ModelError when an index names a shard that is not among `names`."""
+    present = set(names)
+    for index in sorted(name for name in present if name.endswith(".index.json")):
+        try:
+            listed = msgspec.json.decode((folder / index).read_bytes(), type=_Index).weight_map
+        except msgspec.DecodeError as exc:
+            raise ModelError(
+                f"{folder / index} is damaged: {exc}", remedy="fetch or copy the model again"
+            ) from exc
+        if missing := sorted(set(listed.values()) - present):
+            raise ModelError(
+                f"{folder / index} names {len(missing)} missing files: {', '.join(missing[:3])}",
+                remedy="complete the model, or fetch it again",
+            )
+
+
+def local_files(config: ModelConfig) -> WeightFiles:
+    """The model in the person's own folder or GGUF file. Reads names only.
+
+    Raises ConfigError when the path does not exist, ModelError when it holds no model.
+    """
+    path = Path(config.id).expanduser().absolute()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ConfigError(
+                "model.id", f"{path} is a file but no `.gguf`", remedy="give its folder instead"
+            )
+        if re.search(r"-\d+-of-\d+\.gguf$", path.name):
+            raise ModelError(
+                f"{path.name} is one piece of a split GGUF",
+                remedy="merge the pieces first (`llama-gguf-split --merge`)",
+            )
+        return WeightFiles(path.parent, "gguf", [path.name])
+    if not path.is_dir():
+        raise ConfigError(
+            "model.id", f"there is no {path}", remedy="give an existing folder or `.gguf` file"
+        )
+    names = [entry.name for entry in path.iterdir() if entry.is_file()]
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if "config.json" not in names and len(ggufs) == 1:
+        return WeightFiles(path, "gguf", ggufs)
+    kind, chosen = select(names, where=str(path), allow_pickle=config.allow_pickle)
+    return WeightFiles(path, kind, chosen)

@@ -1,0 +1,138 @@
+"""Is it ready, and is it really ours? One probe per kind of program.
+
+A probe returns an empty string when the program is ready, or else what is missing. An answer
+counts only from the process that was started: programs of this project name their launch id,
+and for the others the listening process must carry it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from serving.deploy.ports import listeners
+from serving.deploy.processes import tag_of_pid
+from serving.deploy.topology import NATS_TOKEN_FILE, Program, address
+from serving.errors import OperatorError
+from serving.process_config import FrontendProcess
+
+Probe = Callable[[Program, str], str]
+ANSWER_S = 2.0
+FIRST_REQUEST_S = 120.0
+
+
+def probe_for(name: str) -> Probe:
+    return _PROBES.get(name.split("-")[0], worker)
+
+
+def etcd(program: Program, launch_id: str) -> str:
+    port = program.ports["etcd.port"]
+    try:
+        status, body = _http("GET", address(program.host, port), "/health", None, ANSWER_S)
+    except (OSError, http.client.HTTPException) as exc:
+        return f"no answer on port {port}: {exc}"
+    if status != 200 or body.get("health") != "true":
+        return f"/health says {status} {body}"
+    return _held_by_launch(port, launch_id)
+
+
+def nats(program: Program, launch_id: str) -> str:
+    """Connects with the token and gets a PONG."""
+    port = program.ports["nats.port"]
+    token = Path(NATS_TOKEN_FILE).read_text().strip()
+    hello = json.dumps({"auth_token": token, "verbose": False, "name": "readiness"})
+    host, _, number = address(program.host, port).rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(number)), ANSWER_S) as connection:
+            lines = connection.makefile("rb")
+            with lines:
+                if not lines.readline().startswith(b"INFO "):
+                    return f"port {port} does not speak NATS"
+                connection.sendall(f"CONNECT {hello}\r\nPING\r\n".encode())
+                answer = lines.readline().decode(errors="replace").strip()
+    except OSError as exc:
+        return f"no answer on port {port}: {exc}"
+    if answer != "PONG":
+        return f"refuses us: {answer}"
+    return _held_by_launch(port, launch_id)
+
+
+def worker(program: Program, launch_id: str) -> str:
+    return _announced(program, launch_id)
+
+
+def frontend(program: Program, launch_id: str) -> str:
+    if missing := _announced(program, launch_id):
+        return missing
+    where = address(program.host, program.ports["frontend.port"])
+    try:
+        status, body = _http("GET", where, "/health", None, ANSWER_S)
+        if status != 200 or body.get("launch_id") != launch_id:
+            return f"another process answers on {where}"
+        status, body = _http("GET", where, "/ready", None, ANSWER_S)
+    except (OSError, http.client.HTTPException) as exc:
+        return f"no answer on {where}: {exc}"
+    return "" if status == 200 else str(body.get("reason") or f"/ready says {status}")
+
+
+def first_answer(program: Program) -> None:
+    """One token through the whole path. Raises OperatorError with the service's own words."""
+    where = address(program.host, program.ports["frontend.port"])
+    model = msgspec.json.decode(program.settings, type=FrontendProcess).model_name
+    request = {"model": model, "prompt": "Hello", "max_tokens": 1}
+    try:
+        status, body = _http("POST", where, "/v1/completions", request, FIRST_REQUEST_S)
+    except (OSError, http.client.HTTPException) as exc:
+        status, body = 0, {"error": {"message": str(exc)}}
+    if status != 200:
+        error = body.get("error")
+        message = error.get("message") if isinstance(error, dict) else body
+        raise OperatorError(
+            f"the service is up, but its first request failed ({status or 'no answer'}): {message}",
+            remedy="run `snakemake doctor`, and see logs/frontend.log",
+        )
+
+
+def _announced(program: Program, launch_id: str) -> str:
+    path = Path("run") / f"{program.name}.ready"
+    try:
+        announced = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return "starting"
+    return "" if announced.get("launch_id") == launch_id else "starting"
+
+
+def _held_by_launch(port: int, launch_id: str) -> str:
+    tags = [tag_of_pid(pid) for pid in listeners(port)]
+    if any(tag is not None and tag.launch_id == launch_id for tag in tags):
+        return ""
+    return f"another process listens on port {port}"
+
+
+def _http(
+    method: str, where: str, path: str, body: Any, timeout_s: float
+) -> tuple[int, dict[str, Any]]:
+    """Status and JSON object (empty for any other body). Ignores proxies: we talk to ourselves."""
+    connection = http.client.HTTPConnection(where, timeout=timeout_s)
+    try:
+        content = None if body is None else json.dumps(body)
+        headers = {"content-type": "application/json"} if content else {}
+        connection.request(method, path, content, headers)
+        response = connection.getresponse()
+        text = response.read()
+    finally:
+        connection.close()
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        answer = {}
+    return response.status, answer if isinstance(answer, dict) else {}
+
+
+_PROBES: dict[str, Probe] = {"etcd": etcd, "nats": nats, "worker": worker, "frontend": frontend}

@@ -1,0 +1,165 @@
+"""What runs here, as a table for a person. Only looks; takes a few milliseconds."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from serving.config import Config, FrontendConfig
+from serving.deploy import processes
+from serving.deploy.markers import read_marker, read_record
+from serving.deploy.supervisor import LOGS, RUN, ProcessInfo, Supervisor
+from serving.deploy.topology import address, stop_tiers
+from serving.process_config import FrontendProcess, read
+
+ANSWER_S = 2.0
+_COLUMNS = (
+    *("instance_id", "role", "num_running", "num_waiting"),
+    *("active_blocks", "cached_blocks", "num_blocks"),
+)
+_SAMPLE = re.compile(r'^(serving_\w+)\{.*?instance="([^"]+)".*?\} (\S+)$', re.MULTILINE)
+
+
+class Answers(Struct, frozen=True, kw_only=True):
+    """What the frontend said: the body of `/ready`, and prefix hits per instance (0 to 1)."""
+
+    ready: dict[str, Any] = {}
+    hit_rates: dict[str, float] = {}
+
+
+def report(config: Config) -> list[str]:
+    """The lines of `snakemake status`."""
+    record = read_record(RUN)
+    known = Supervisor().state() if RUN.is_dir() else {}
+    strays = {tag.program for _, tag in processes.deployed(RUN)} - {""} if not known else set()
+    if not known and not strays:
+        return ["", "Nothing runs here. Start it with: snakemake serve_disagg", ""]
+    listen = _listen(config)
+    where = address(listen.host, listen.port)
+    answers = _ask(where) if "frontend" in known or "frontend" in strays else Answers()
+    lines = [""]
+    if strays:
+        lines += [
+            f"supervisord is gone. These go on without it: {', '.join(sorted(strays))}.",
+            "Run the serve target again: it starts them anew.",
+        ]
+    else:
+        ordered = [name for tier in reversed(stop_tiers(sorted(known))) for name in tier]
+        rows = [_program(known[name], config, answers) for name in ordered]
+        rows += [
+            (name, "missing", "-", "-", "run the serve target again")
+            for name in (record.programs if record else [])
+            if name not in known
+        ]
+        lines += table(("program", "state", "pid", "up", "health"), rows)
+    ready = answers.ready
+    model = str(ready.get("model") or config.model.name or config.model.id)
+    topology = str(ready.get("topology") or (record.topology if record else "unknown"))
+    verdict = "ready" if ready.get("ready") else f"not ready: {ready.get('reason') or 'no answer'}"
+    lines += ["", f"model     {model}", f"topology  {topology}, router: {ready.get('policy', '-')}"]
+    lines += [f"URL       http://{where}/v1 ({verdict})", ""]
+    instances = [row for row in ready.get("instances") or [] if isinstance(row, dict)]
+    if instances:
+        titles = ("instance", "role", "running", "waiting", "active", "cached", "blocks", "hits")
+        rows = [_instance(row, answers.hit_rates) for row in instances]
+        lines += [*table(titles, rows), ""]
+    refused = ready.get("refused") or {}
+    return lines + [f"refused: {name}: {reason}" for name, reason in refused.items()]
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell."""
+    cells = [titles, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
+    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in cells]
+
+
+def duration(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d {h:02}h"
+    return f"{h}h {m:02}m" if h else f"{m}m {s:02}s"
+
+
+def hit_rates(metrics: str) -> dict[str, float]:
+    """Share of routed prompt tokens that the chosen instance held already, per instance."""
+    values: dict[tuple[str, str], float] = {}
+    for name, instance, value in _SAMPLE.findall(metrics):
+        values[name, instance] = float(value)
+    routed = {
+        instance: tokens
+        for (name, instance), tokens in values.items()
+        if name == "serving_routed_prompt_tokens_total" and tokens
+    }
+    hits = "serving_prefix_hit_tokens_total"
+    return {instance: values.get((hits, instance), 0.0) / t for instance, t in routed.items()}
+
+
+def _program(info: ProcessInfo, config: Config, answers: Answers) -> tuple[str, ...]:
+    if not info.running:
+        state = f"{info.state.lower()} ({info.exit_status})"
+        return (info.name, state, "-", "-", f"see {LOGS / info.name}.log")
+    marker = read_marker(RUN / f"{info.name}.up")
+    proven = marker is not None and marker.launch_id == info.launch_id
+    health = _health(info.name, config, answers) if proven else "starting"
+    return (info.name, "running", str(info.pid), duration(time.time() - info.started), health)
+
+
+def _health(name: str, config: Config, answers: Answers) -> str:
+    if name in {"etcd", "nats"}:
+        plane = config.etcd if name == "etcd" else config.nats
+        host, _, port = address(plane.host, plane.port).rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+        except OSError as exc:
+            return f"no answer on port {port}: {exc.strerror or exc}"
+        return "ready"
+    if name == "frontend":
+        return "ready" if answers.ready.get("ready") else "not ready"
+    routed = {row.get("instance_id") for row in answers.ready.get("instances") or []}
+    return "ready" if name.removeprefix("worker-") in routed else "not routed to"
+
+
+def _instance(row: Mapping[str, Any], rates: Mapping[str, float]) -> tuple[str, ...]:
+    rate = rates.get(str(row.get("instance_id")))
+    return (*(str(row.get(key, "-")) for key in _COLUMNS), "-" if rate is None else f"{rate:.0%}")
+
+
+def _listen(config: Config) -> FrontendConfig:
+    """Where the running frontend was told to listen, whatever the config says by now."""
+    try:
+        return read(RUN / "frontend.json", FrontendProcess).frontend
+    except (OSError, msgspec.MsgspecError):
+        return config.frontend
+
+
+def _ask(where: str) -> Answers:
+    """Nothing when there is no answer, or it is not one of ours."""
+    try:
+        ready = json.loads(_get(where, "/ready"))
+        metrics = _get(where, "/metrics").decode(errors="replace")
+    except (OSError, http.client.HTTPException, ValueError):
+        return Answers()
+    return Answers(
+        ready=ready if isinstance(ready, dict) else {},
+        hit_rates=hit_rates(metrics),
+    )
+
+
+def _get(where: str, path: str) -> bytes:
+    connection = http.client.HTTPConnection(where, timeout=ANSWER_S)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().read()
+    finally:
+        connection.close()

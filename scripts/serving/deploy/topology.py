@@ -1,0 +1,305 @@
+"""Config and topology to the programs of a deployment. Pure: nothing is started or written.
+
+A program's `fingerprint` covers what it was told and the code it runs. What may change under a
+running program (deadlines of the start, thread counts left to `auto`) is not part of it, so that
+one more worker restarts nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from serving.config import Config, Topology
+from serving.deploy.placement import place, visible_order
+from serving.errors import ConfigError
+from serving.process_config import FrontendProcess, Planes, WorkerProcess
+from serving.protocol import Role
+
+NATS_TOKEN_FILE = "run/secrets/nats_token"
+NATS_TOKEN = "@TOKEN@"
+"""Stands for the token in `nats.conf` until the file is written: plans hold no secrets."""
+FRONTEND_GRACE_S = 5.0
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+
+
+class Program(Struct, frozen=True, kw_only=True):
+    """One process to run. `settings` is the text of the file it reads, `settings_file` its path.
+
+    `{python}` in `command` means the interpreter of whoever starts it. `ports` maps config keys to
+    TCP ports it will listen on, at `host`. `engine` is the engine it serves, empty for planes.
+    """
+
+    name: str
+    command: list[str]
+    fingerprint: str
+    host: str
+    ports: dict[str, int]
+    settings: str
+    settings_file: str
+    engine: str
+    start_s: float
+    stop_s: float
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """What should run, in the order to start it; it is stopped in the reverse order."""
+
+    topology: Topology
+    engine_fingerprint: str
+    engine_dir: str
+    programs: list[Program]
+
+    def __getitem__(self, name: str) -> Program:
+        for program in self.programs:
+            if program.name == name:
+                return program
+        raise ConfigError(
+            "",
+            f"{name} is no program of the topology {self.topology}",
+            remedy="request a serve_* target; `workers.*` says how many workers there are",
+        )
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {program.name: program.fingerprint for program in self.programs}
+
+    @property
+    def workers(self) -> list[str]:
+        return [p.name for p in self.programs if p.name.startswith("worker-")]
+
+
+def roles(topology: Topology) -> tuple[Role, ...]:
+    return ("prefill", "decode") if topology.startswith("disagg") else ("agg",)
+
+
+def num_workers(config: Config, topology: Topology) -> int:
+    return sum(getattr(config.workers, role) for role in roles(topology))
+
+
+def pinned(config: Config, topology: Topology) -> Config:
+    """The config as `topology` means it: the `*_router` topologies always route by KV."""
+    deployment = msgspec.structs.replace(config.deployment, topology=topology)
+    policy = "kv" if topology.endswith("_router") else config.router.policy
+    router = msgspec.structs.replace(config.router, policy=policy)
+    return msgspec.structs.replace(config, deployment=deployment, router=router)
+
+
+def plan(
+    config: Config,
+    *,
+    engine_fingerprint: str,
+    device: str,
+    dtype: str,
+    gpus: Sequence[int],
+    code: Mapping[str, str],
+) -> Plan:
+    """The programs of `config.deployment.topology`.
+
+    `gpus` are those to hand out, unused when `device` is `cpu`. `code` has the digest of the
+    sources of `worker` and `frontend`.
+    """
+    topology = config.deployment.topology
+    engine_dir = f"results/engines/{engine_fingerprint}"
+    planes = Planes(
+        namespace=config.deployment.namespace,
+        etcd_endpoint=address(config.etcd.host, config.etcd.port),
+        lease_s=config.etcd.lease_s,
+        nats_url=f"nats://{address(config.nats.host, config.nats.port)}",
+        nats_token_file=NATS_TOKEN_FILE,
+    )
+    name = config.model.name or config.model.id
+    programs = [_etcd(config), _nats(config)]
+    for role in roles(topology):
+        for index in range(getattr(config.workers, role)):
+            instance = f"{role}-{index}"
+            worker = WorkerProcess(
+                instance_id=instance,
+                role=role,
+                model_name=name,
+                engine_dir=engine_dir,
+                engine_fingerprint=engine_fingerprint,
+                engine=config.engine,
+                device=device,
+                dtype=dtype,
+                gpu=place(role, index, gpus) if device == "cuda" else None,
+                host="127.0.0.1",
+                unix_socket=f"run/worker-{instance}.sock",
+                ready_file=f"run/worker-{instance}.ready",
+                planes=planes,
+                kv_transfer=config.kv_transfer,
+                # It should be done draining before it is killed.
+                drain_s=0.75 * config.deployment.stop_s,
+            )
+            programs.append(
+                _python(
+                    f"worker-{instance}",
+                    "worker",
+                    worker,
+                    config,
+                    engine=engine_fingerprint,
+                    code=code["worker"],
+                    host=worker.host,
+                    ports={},
+                    stop_s=config.deployment.stop_s,
+                )
+            )
+    frontend = FrontendProcess(
+        topology=topology,
+        disaggregated="prefill" in roles(topology),
+        model_name=name,
+        frontend=config.frontend,
+        router=config.router,
+        deadlines=config.deadlines,
+        planes=planes,
+        ready_file="run/frontend.ready",
+    )
+    programs.append(
+        _python(
+            "frontend",
+            "frontend",
+            frontend,
+            config,
+            engine=engine_fingerprint,
+            code=code["frontend"],
+            host=config.frontend.host,
+            ports={"frontend.port": config.frontend.port},
+            stop_s=config.frontend.drain_s + FRONTEND_GRACE_S,
+        )
+    )
+    return Plan(
+        topology=topology,
+        engine_fingerprint=engine_fingerprint,
+        engine_dir=engine_dir,
+        programs=programs,
+    )
+
+
+def stop_tiers(names: Sequence[str]) -> list[list[str]]:
+    """What to stop together, in order: those who take requests first, those they lean on last."""
+    order = {"frontend": 0, "worker": 1, "nats": 2, "etcd": 3}
+    tiers: dict[int, list[str]] = {}
+    for name in names:
+        tiers.setdefault(order.get(name.split("-")[0], 1), []).append(name)
+    return [tiers[tier] for tier in sorted(tiers)]
+
+
+def address(host: str, port: int) -> str:
+    """`host:port` to connect to; a wildcard address is reached over loopback."""
+    host = _ANY.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def worker_environment(
+    config: Config, worker: WorkerProcess, gpus: Sequence[int], num_cores: int
+) -> dict[str, str]:
+    """What a worker finds in its environment; not part of its fingerprint."""
+    share = max(1, num_cores // num_workers(config, config.deployment.topology))
+    threads = str(config.engine.num_threads or share)
+    environment = {
+        "OMP_NUM_THREADS": threads,
+        # Spinning threads would take the cores from the other workers.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    if worker.gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible_order(worker.gpu, gpus)
+    else:
+        environment["UCX_RNDV_FRAG_MEM_TYPE"] = "host"
+    return environment
+
+
+def _python(
+    name: str,
+    module: str,
+    process: WorkerProcess | FrontendProcess,
+    config: Config,
+    *,
+    engine: str,
+    code: str,
+    host: str,
+    ports: dict[str, int],
+    stop_s: float,
+) -> Program:
+    settings_file = f"run/{name}.json"
+    command = ["{python}", "-m", f"serving.{module}", settings_file]
+    settings = msgspec.json.format(msgspec.json.encode(process), indent=2).decode() + "\n"
+    return Program(
+        name=name,
+        command=command,
+        fingerprint=_digest([command, settings, engine, code]),
+        host=host,
+        ports=ports,
+        settings=settings,
+        settings_file=settings_file,
+        engine=engine,
+        start_s=config.deployment.start_s,
+        stop_s=stop_s,
+    )
+
+
+def _plane(
+    name: str, command: list[str], settings: str, host: str, ports: dict[str, int], config: Config
+) -> Program:
+    return Program(
+        name=name,
+        command=command,
+        fingerprint=_digest([command, settings]),
+        host=host,
+        ports=ports,
+        settings=settings,
+        settings_file=f"run/{name}.conf" if settings else "",
+        engine="",
+        start_s=config.deployment.start_s,
+        stop_s=config.deployment.stop_s,
+    )
+
+
+def _etcd(config: Config) -> Program:
+    etcd = config.etcd
+    listen = f"http://{_bracketed(etcd.host)}"
+    reached = f"http://{address(etcd.host, etcd.peer_port)}"
+    command = [
+        "results/bin/etcd",
+        "--name=serving",
+        "--data-dir=run/etcd",
+        f"--listen-client-urls={listen}:{etcd.port}",
+        f"--advertise-client-urls=http://{address(etcd.host, etcd.port)}",
+        f"--listen-peer-urls={listen}:{etcd.peer_port}",
+        f"--initial-advertise-peer-urls={reached}",
+        f"--initial-cluster=serving={reached}",
+        # Every lease renewal and every load of membership leaves revisions behind.
+        "--auto-compaction-mode=periodic",
+        "--auto-compaction-retention=1h",
+        "--logger=zap",
+        "--log-level=warn",
+    ]
+    ports = {"etcd.port": etcd.port, "etcd.peer_port": etcd.peer_port}
+    return _plane("etcd", command, "", etcd.host, ports, config)
+
+
+def _nats(config: Config) -> Program:
+    settings = (
+        "server_name: serving\n"
+        f"listen: {json.dumps(f'{_bracketed(config.nats.host)}:{config.nats.port}')}\n"
+        f'authorization {{ token: "{NATS_TOKEN}" }}\n'
+    )
+    command = ["results/bin/nats-server", "--config", "run/nats.conf"]
+    ports = {"nats.port": config.nats.port}
+    return _plane("nats", command, settings, config.nats.host, ports, config)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

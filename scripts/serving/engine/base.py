@@ -1,0 +1,141 @@
+"""The contract between a worker and an engine.
+
+An engine turns `EngineRequest`s into `EngineOutput`s in steps. It pushes: once per step it hands
+the worker everything the step produced, so that a worker can send one frame per frontend and one
+event batch per step. All methods are called on the event loop's thread; an engine that computes
+on a thread of its own calls the sink on the loop.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from serving.kv_layout import KvLayout
+from serving.protocol import EngineOutput, EngineRequest, KvEvent
+
+
+class EngineSpec(Struct, frozen=True):
+    """What a running engine is. `num_blocks` counts usable blocks; `kv_layout` is None where
+    the engine moves KV by itself (TensorRT-LLM)."""
+
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_batch_size: int
+    hash_salt: str
+    fingerprint: str
+    kv_layout: KvLayout | None
+    device: str
+
+
+class EngineLoad(Struct, frozen=True):
+    """See `protocol.LoadReport` for meanings and units."""
+
+    num_running: int
+    num_waiting: int
+    queued_tokens: int
+    active_blocks: int
+    cached_blocks: int
+    num_blocks: int
+    preemptions: int = 0
+
+
+class StepSink(Protocol):
+    """Receives what one step produced: outputs (may be empty), cache events in order, and load."""
+
+    def __call__(
+        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad, /
+    ) -> None: ...
+
+
+class Engine(ABC):
+    """One model, ready to serve."""
+
+    spec: EngineSpec
+
+    @abstractmethod
+    async def start(self, sink: StepSink) -> None:
+        """Load and warm up; `spec` is valid afterwards. Raises OperatorError with a remedy."""
+
+    @abstractmethod
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request of phase `agg` or `prefill`; outputs arrive at the sink.
+
+        Raises InvalidRequest (it can never run) or Overloaded (`max_waiting` reached). A
+        `prefill` request ends with its first token and `finish_reason="length"` or `"stop"`;
+        its blocks stay held (see KvBlocks.exported) until released.
+        """
+
+    @abstractmethod
+    def abort(self, request_id: str) -> None:
+        """Stop a request in whatever phase and free its blocks at once (held exports included).
+
+        Its last output has finish_reason "cancelled". Unknown ids are ignored.
+        """
+
+    @abstractmethod
+    def load(self) -> EngineLoad: ...
+
+    @abstractmethod
+    def snapshot(self) -> list[int]:
+        """Hashes of all cached full blocks, consistent with the events delivered so far."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop stepping, free everything. Running requests end as cancelled."""
+
+
+class KvReservation(Protocol):
+    """Blocks reserved on a decode worker for a request whose prompt KV is about to arrive.
+
+    Only blocks `first_block .. first_block + num_blocks` must be fetched: those before it were
+    found in the local prefix cache. `cached_tokens` counts those.
+    """
+
+    first_block: int
+    num_blocks: int
+    cached_tokens: int
+
+    def write(self, first: int, data: Any, /) -> None:
+        """Scatter fetched blocks. `first` is relative to the prompt's block 0; `data` is a
+        buffer of whole blocks in wire order (`kv_layout`). May be called from any thread."""
+
+    def commit(self) -> None:
+        """All of it is written: register the blocks for prefix hits and start decoding."""
+
+
+class KvBlocks(Protocol):
+    """What an engine offers when its KV blocks can be exported and imported (torch)."""
+
+    def exported(self, request_id: str) -> int:
+        """Number of blocks held for a finished prefill; 0 when unknown or already released."""
+
+    def read(self, request_id: str, first: int, out: Any, /) -> None:
+        """Gather held blocks into `out` (a writable buffer of whole blocks, wire order).
+
+        Safe from any thread: held blocks are immutable. Raises KeyError when not held.
+        """
+
+    def release(self, request_id: str) -> None:
+        """The decode worker has them (or never will): unpin the blocks; they stay cached."""
+
+    def reserve(self, request: EngineRequest) -> AbstractAsyncContextManager[KvReservation]:
+        """Wait for room and reserve blocks for a `decode` request.
+
+        Leaving the context without `commit` frees them. Cancellable. Raises InvalidRequest,
+        Overloaded.
+        """
+
+
+class BlockEngine(Engine):
+    """An engine whose blocks this project moves."""
+
+    kv: KvBlocks
+
+
+Outputs = AsyncIterator[EngineOutput]

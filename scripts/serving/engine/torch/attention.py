@@ -1,0 +1,302 @@
+"""Paged attention behind transformers' attention interface.
+
+Every model calls `fn(module, query, key, value, ...)` once per layer, after RoPE, with the tokens
+of all sequences flattened. `attend_paged` hands that to the `kv_step` the runner passed along:
+it writes keys and values into the pool and attends over each sequence's blocks. In a flattened
+step the decode tokens come first, sorted into buckets of similar length; then prefill chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from serving.engine.torch.kv_pool import KvPool
+
+NAME = "serving_paged"
+
+# Padding a decode bucket costs bandwidth, another bucket costs calls: about this many tokens.
+_MAX_PADDING_TOKENS = 512
+
+
+class AttentionOptions(NamedTuple):
+    """What a layer asks for beyond plain causal attention. `sinks` is one logit per query head."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+class AttentionStep(Protocol):
+    """Something that can stand behind the attention layers for one forward pass.
+
+    `query` is `[Hq, T, D]`, `key` and `value` are `[Hkv, T, D]`; returns `[T, Hq, D]`.
+    """
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor: ...
+
+
+def attend_paged(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    kv_step: AttentionStep,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function registered with transformers under `NAME`."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = AttentionOptions(scale, sliding_window, softcap, s_aux)
+    return kv_step.attend(module.layer_idx, query[0], key[0], value[0], options)[None], None
+
+
+@dataclass(frozen=True)
+class SequenceSpan:
+    """One sequence's part of a step: `length` new tokens from position `start`, its blocks."""
+
+    blocks: list[int]
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass
+class _Part:
+    """Sequences attended together: a bucket of decodes, or one prefill chunk.
+
+    `rows[layer]` are the block rows to gather: keys of all sequences, then values.
+    """
+
+    tokens: slice
+    num_sequences: int
+    lengths: np.ndarray  # KV length of each sequence
+    longest: int
+    first_position: int  # of the first query token; prefill only
+    rows: torch.Tensor
+
+
+class PagedStep:
+    """The block tables, write positions and masks of one step, on the device."""
+
+    def __init__(
+        self, pool: KvPool, decodes: list[SequenceSpan], chunks: list[SequenceSpan]
+    ) -> None:
+        """`decodes` must be sorted by falling `end`, as `order_decodes` does."""
+        self._pool = pool
+        self._layout = pool.layout
+        self._device = pool.tensor.device
+        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+        self._writes = self._write_rows([*decodes, *chunks])
+        self._parts: list[_Part] = []
+        first = 0
+        for size in _bucket_sizes([s.end for s in decodes]):
+            self._add_part(decodes[first : first + size], slice(first, first + size))
+            first += size
+        for span in chunks:
+            self._add_part([span], slice(first, first + span.length))
+            first += span.length
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        pool_rows = self._pool.token_rows
+        rows = self._writes[layer]
+        pool_rows.index_copy_(0, rows[0], key.transpose(0, 1))
+        pool_rows.index_copy_(0, rows[1], value.transpose(0, 1))
+        outputs = []
+        for index, part in enumerate(self._parts):
+            part_query = query[:, part.tokens]
+            if part.num_sequences == part_query.shape[1]:
+                outputs.append(self._decode(layer, index, part_query, options))
+            elif part.first_position == 0:
+                own = (key[:, part.tokens], value[:, part.tokens])
+                outputs.append(self._prefill(index, part_query, *own, options))
+            else:
+                outputs.append(self._prefill_after_prefix(layer, index, part_query, options))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    # --- tables --------------------------------------------------------------------------------
+
+    def _write_rows(self, spans: list[SequenceSpan]) -> torch.Tensor:
+        """`[num_layers, 2, T]`: where each new token's key and value go in `token_rows`."""
+        size = self._layout.block_size
+        rows = []
+        for span in spans:
+            positions = np.arange(span.start, span.end)
+            blocks = np.asarray(span.blocks)[positions // size]
+            rows.append(blocks * (self._layout.num_layers * 2 * size) + positions % size)
+        planes = np.arange(self._layout.num_layers * 2) * size
+        table = planes[:, None] + np.concatenate(rows)[None, :]
+        return torch.from_numpy(table).view(self._layout.num_layers, 2, -1).to(self._device)
+
+    def _add_part(self, spans: list[SequenceSpan], tokens: slice) -> None:
+        lengths = np.asarray([span.end for span in spans])
+        width = self._layout.num_blocks(int(lengths.max()))
+        table = np.zeros((len(spans), width), dtype=np.int64)  # block 0 pads
+        for row, span in enumerate(spans):
+            used = self._layout.num_blocks(span.end)
+            table[row, :used] = span.blocks[:used]
+        planes = np.arange(self._layout.num_layers * 2)
+        rows = table.reshape(1, -1) * (self._layout.num_layers * 2) + planes[:, None]
+        rows = rows.reshape(self._layout.num_layers, -1)  # keys of all blocks, then values
+        device_rows = torch.from_numpy(rows).to(self._device)
+        self._parts.append(
+            _Part(tokens, len(spans), lengths, int(lengths.max()), spans[0].start, device_rows)
+        )
+
+    def _gather(self, layer: int, part: _Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the part's sequences: `[B, Hkv, S, D]` each, S the longest."""
+        layout = self._layout
+        rows = self._pool.block_rows.index_select(0, part.rows[layer])
+        shape = (2, part.num_sequences, -1, layout.num_kv_heads, layout.head_dim)
+        kv = rows.view(shape)[:, :, : part.longest].transpose(2, 3)
+        return kv[0], kv[1]
+
+    # --- the three kinds of part ---------------------------------------------------------------
+
+    def _decode(
+        self, layer: int, index: int, query: torch.Tensor, options: AttentionOptions
+    ) -> torch.Tensor:
+        """One query token per sequence. Grouped heads become query rows: K, V are not expanded."""
+        part = self._parts[index]
+        key, value = self._gather(layer, part)
+        num_heads, num_sequences, dim = query.shape
+        grouped = query.transpose(0, 1).reshape(num_sequences, key.shape[1], -1, dim)
+        mask = self._mask(index, options.window, query.dtype)
+        sinks = None if options.sinks is None else options.sinks.view(1, key.shape[1], -1, 1)
+        out = _attention(grouped, key, value, mask, options, sinks)
+        return out.reshape(num_sequences, num_heads, dim)
+
+    def _prefill(
+        self,
+        index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """A chunk with nothing before it attends to itself: nothing is gathered."""
+        is_plain = options.softcap is None and options.sinks is None
+        length = query.shape[1]
+        if is_plain and (options.window is None or options.window >= length):
+            out = scaled_dot_product_attention(
+                query[None], key[None], value[None], is_causal=True, scale=options.scaling,
+                enable_gqa=True,
+            )  # fmt: skip
+            return out[0].transpose(0, 1)
+        return self._masked_prefill(index, query, key[None], value[None], options)
+
+    def _prefill_after_prefix(
+        self, layer: int, index: int, query: torch.Tensor, options: AttentionOptions
+    ) -> torch.Tensor:
+        key, value = self._gather(layer, self._parts[index])
+        return self._masked_prefill(index, query, key, value, options)
+
+    def _masked_prefill(
+        self,
+        index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        groups = query.shape[0] // key.shape[1]
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        mask = self._mask(index, options.window, query.dtype)
+        sinks = None if options.sinks is None else options.sinks.view(1, -1, 1, 1)
+        return _attention(query[None], key, value, mask, options, sinks)[0].transpose(0, 1)
+
+    def _mask(self, index: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """Additive mask, broadcastable to `[B, H, Q, S]`; None where all of S is visible."""
+        key = (index, window)
+        if key not in self._masks:
+            part = self._parts[index]
+            longest = part.longest
+            is_decode = part.tokens.stop - part.tokens.start == part.num_sequences
+            if is_decode:
+                query_positions = part.lengths[:, None] - 1  # [B, 1]
+            else:
+                query_positions = np.arange(part.first_position, longest)[None, :]  # [1, Q]
+            behind = query_positions[:, :, None] - np.arange(longest)  # [B, Q, S]
+            visible = behind >= 0
+            if window is not None:
+                visible &= behind < window
+            if visible.all():
+                self._masks[key] = None
+            else:
+                hidden = torch.from_numpy(~visible).to(self._device)
+                mask = torch.zeros(hidden.shape, dtype=dtype, device=self._device)
+                self._masks[key] = mask.masked_fill_(hidden, -torch.inf)[:, None]
+        return self._masks[key]
+
+
+def order_decodes(ends: list[int]) -> list[int]:
+    """Indices of decoding sequences in the order that `PagedStep` wants: longest first."""
+    return sorted(range(len(ends)), key=lambda i: -ends[i])
+
+
+def _bucket_sizes(ends: list[int]) -> list[int]:
+    """Split lengths, sorted falling, so that no bucket pads more than a call is worth."""
+    sizes: list[int] = []
+    longest = padding = 0
+    for end in ends:
+        if not sizes or padding + longest - end > _MAX_PADDING_TOKENS:
+            sizes.append(0)
+            longest, padding = end, 0
+        sizes[-1] += 1
+        padding += longest - end
+    return sizes
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: AttentionOptions,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """`[B, H, Q, D]` over `[B, H, S, D]`; by hand where SDPA cannot (softcap, sinks)."""
+    if options.softcap is None and sinks is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=options.scaling
+        )
+    scores = query @ key.transpose(2, 3) * options.scaling
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
+    if mask is not None:
+        scores = scores + mask
+    scores = scores.float()
+    if sinks is not None:
+        column = sinks.float().expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : key.shape[2]]
+    return weights.to(value.dtype) @ value

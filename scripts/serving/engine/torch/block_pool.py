@@ -1,0 +1,146 @@
+"""Who holds which KV block, and which blocks are kept for prefix hits. Knows no tensors.
+
+A block is free (nothing of value), cached (unreferenced, holds a hash, may be evicted), or held
+(referenced by sequences; it may hold a hash as well). A hash belongs to at most one block: when a
+sequence computes what another one has stored, it moves over to the stored block. Block 0 is
+never handed out: it stays zero and pads block tables.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+from serving.protocol import BlocksRemoved, BlocksStored, KvEvent
+
+
+class BlockPool:
+    """Blocks `1..num_blocks`. Not thread-safe: its owner locks."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._refs = [0] * (num_blocks + 1)
+        self._hash: list[int | None] = [None] * (num_blocks + 1)
+        self._by_hash: dict[int, int] = {}
+        self._free = list(range(num_blocks, 0, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._events: list[KvEvent] = []
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` could hand out now."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_held(self) -> int:
+        return self.num_blocks - self.num_available
+
+    def match(self, hashes: Sequence[int]) -> list[int]:
+        """The blocks of the longest stored prefix of `hashes`; they are not held yet."""
+        blocks = []
+        for value in hashes:
+            block = self._by_hash.get(value)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def fits(self, matched: Sequence[int], num_new: int) -> bool:
+        """Whether `num_new` blocks remain once the matched ones are held."""
+        revived = sum(self._refs[block] == 0 for block in matched)
+        return self.num_available - revived >= num_new
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Add a reference to blocks found by `match`."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                del self._cached[block]
+            self._refs[block] += 1
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks with one reference each, evicting the least recently used if needed."""
+        assert count <= self.num_available, "the scheduler asks before it allocates"
+        blocks = []
+        evicted = []
+        for _ in range(count):
+            if self._free:
+                block = self._free.pop()
+            else:
+                block, _ = self._cached.popitem(last=False)
+                evicted.append(self._forget(block))
+            self._refs[block] = 1
+            blocks.append(block)
+        if evicted:
+            self._events.append(BlocksRemoved(evicted))
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one reference of each. Stored blocks stay for prefix hits until evicted."""
+        # Leaves first, so that eviction takes them first and the shorter prefix stays reusable.
+        for block in reversed(blocks):
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                if self._hash[block] is None:
+                    self._free.append(block)
+                else:
+                    self._cached[block] = None
+
+    def store(self, blocks: Sequence[int], hashes: Sequence[int], parent: int | None) -> list[int]:
+        """Make held, full blocks available for prefix hits; returns the blocks to use from now on.
+
+        A block whose content is stored already is given back and the stored one is held instead.
+        """
+        kept = []
+        run: list[int] = []
+        for block, value in zip(blocks, hashes, strict=True):
+            stored = self._by_hash.setdefault(value, block)
+            if stored == block:
+                self._hash[block] = value
+                run.append(value)
+            else:
+                self.hold([stored])
+                self.release([block])
+                self._emit_stored(parent, run)
+                run, parent = [], value
+            kept.append(stored)
+        self._emit_stored(parent, run)
+        return kept
+
+    def take_events(self) -> list[KvEvent]:
+        """What changed in the cache since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def stored_hashes(self) -> set[int]:
+        return set(self._by_hash)
+
+    def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:
+        """Every block is free, cached or held, and references add up to what `holders` list."""
+        expected = Counter(block for blocks in holders for block in blocks)
+        free, cached = set(self._free), set(self._cached)
+        assert len(free) == len(self._free), "a block is free twice"
+        for block in range(1, self.num_blocks + 1):
+            refs = self._refs[block]
+            assert refs == expected[block], f"block {block}: {refs} refs, {expected[block]} holders"
+            homes = (block in free) + (block in cached) + (refs > 0)
+            assert homes == 1, f"block {block} is in {homes} places"
+            assert block not in free or self._hash[block] is None, f"free block {block} has a hash"
+        by_hash = {h: block for block, h in enumerate(self._hash) if h is not None}
+        assert by_hash == self._by_hash, "hashes and blocks disagree"
+        assert cached <= set(by_hash.values()), "a cached block has no hash"
+        assert 0 not in expected, "block 0 was handed out"
+
+    def _forget(self, block: int) -> int:
+        value = self._hash[block]
+        assert value is not None
+        self._hash[block] = None
+        del self._by_hash[value]
+        return value
+
+    def _emit_stored(self, parent: int | None, run: list[int]) -> None:
+        if run:
+            self._events.append(BlocksStored(parent, run))

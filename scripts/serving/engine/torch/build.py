@@ -1,0 +1,182 @@
+"""Build an engine: a downloaded model, packed in one dtype, checked against its source.
+
+The result is a Hugging Face folder (config.json, safetensors, tokenizer.json, ...) and
+`engine.json`. It is built beside its final place and moved there when it is complete, so that a
+killed build leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serving.config import EngineConfig
+from serving.engine.files import Progress, sha256_of
+from serving.engine.manifest import (
+    ENGINE_FORMAT,
+    EngineManifest,
+    ModelManifest,
+    check_max_model_len,
+    write_json,
+)
+from serving.engine.manifest import load_manifest as load_manifest  # workers look for it here
+from serving.engine.torch.source import Source
+from serving.engine.torch.supported import model_class_of, require_supported
+from serving.engine.torch.weights import pack_weights
+from serving.errors import ModelError
+from serving.kv_layout import KvLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def build_engine(
+    manifest: ModelManifest,
+    out_dir: Path,
+    *,
+    engine: EngineConfig,
+    fingerprint: str,
+    progress: Progress,
+) -> EngineManifest:
+    """Build into `out_dir`, replacing what is there. `engine.device` and `.dtype` are not `auto`.
+
+    Raises ModelError (the model cannot be run exactly, or its files changed) or ConfigError.
+    """
+    if "auto" in (engine.device, engine.dtype):
+        raise ValueError("device and dtype must be resolved before an engine is built")
+    _quiet()
+    staging = out_dir.with_name(f".{out_dir.name}.building")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        built = _build(manifest, staging, engine, fingerprint, progress)
+        write_json(staging / "engine.json", built)
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        staging.rename(out_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    progress(f"built {out_dir}: {built.architecture} in {built.dtype}")
+    return built
+
+
+def _build(
+    manifest: ModelManifest,
+    staging: Path,
+    engine: EngineConfig,
+    fingerprint: str,
+    progress: Progress,
+) -> EngineManifest:
+    require_unchanged(manifest)
+    progress(f"reading {manifest.id}")
+    source = Source(manifest)
+    config = source.config
+    require_supported(config)
+    model_max_len = getattr(config, "max_position_embeddings", None)
+    if not model_max_len:
+        raise ModelError(
+            "config.json does not say how long a prompt may be",
+            remedy="add max_position_embeddings to it",
+        )
+    check_max_model_len(engine.max_model_len, model_max_len, manifest.id)
+    layout = kv_layout(config, engine.block_size, engine.dtype)
+    source.save_tokenizer(staging)
+    check = pack_weights(source, staging, layout, progress)
+    eos_token_ids = _write_generation_config(source, staging)
+    weights = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
+    content = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:16]
+    return EngineManifest(
+        format=ENGINE_FORMAT,
+        fingerprint=fingerprint,
+        backend=engine.backend,
+        device=engine.device,
+        model_id=manifest.id,
+        commit=manifest.commit,
+        architecture=model_class_of(config).__name__,
+        dtype=engine.dtype,
+        kv_layout=layout,
+        model_max_len=model_max_len,
+        vocab_size=config.vocab_size,
+        eos_token_ids=eos_token_ids,
+        bos_token_id=config.bos_token_id,
+        pad_token_id=config.pad_token_id,
+        hash_salt=f"{manifest.id}@{manifest.commit or content}:{engine.dtype}",
+        weights=weights,
+        versions={
+            name: metadata.version(name)
+            for name in ("torch", "transformers", "tokenizers", "safetensors", "gguf")
+        },
+        check=check,
+        created=int(time.time()),
+    )
+
+
+def require_unchanged(manifest: ModelManifest) -> None:
+    """Raises ModelError when the files are not those that download_model described."""
+    for file in manifest.files:
+        path = Path(manifest.path) / file.path
+        stat = path.stat() if path.exists() else None
+        if (
+            stat is None
+            or stat.st_size != file.size
+            or file.mtime_ns not in (None, stat.st_mtime_ns)
+        ):
+            raise ModelError(
+                f"{path} {'is gone' if stat is None else 'has changed'} since download_model ran",
+                remedy="run `snakemake --forcerun download_model` with the same target",
+            )
+
+
+def kv_layout(config: PreTrainedConfig, block_size: int, dtype: str) -> KvLayout:
+    num_heads = config.num_attention_heads
+    return KvLayout(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        block_size=block_size,
+        dtype=dtype,
+    )
+
+
+def _write_generation_config(source: Source, staging: Path) -> list[int]:
+    """Write generation_config.json with every token that ends an answer, and return those.
+
+    Fine-tuned chat models often name their end-of-turn token in the tokenizer alone.
+    """
+    content = source.generation_config()
+    config = source.config
+    eos_token_ids: list[int] = []
+    for stated in (content.get("eos_token_id", config.eos_token_id), _tokenizer_eos(staging)):
+        listed = stated if isinstance(stated, list) else [stated]
+        eos_token_ids += [each for each in listed if each is not None and each not in eos_token_ids]
+    content["eos_token_id"] = eos_token_ids
+    content.setdefault("bos_token_id", config.bos_token_id)
+    content.setdefault("pad_token_id", config.pad_token_id)
+    (staging / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n")
+    return eos_token_ids
+
+
+def _tokenizer_eos(folder: Path) -> int | None:
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer_config.json"
+    token: Any = json.loads(path.read_text()).get("eos_token") if path.exists() else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is None:
+        return None
+    found: int | None = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token)
+    return found
+
+
+def _quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,312 @@
+"""The embedded engine: an event-loop face over one compute thread.
+
+One lock guards all bookkeeping (scheduler, pool, outbox); it is never held while the model
+computes, so requests, aborts and reservations take effect while a step runs. Whatever happens
+goes into the outbox in order, and the loop delivers it to the sink from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from serving import block_hash
+from serving.engine.base import BlockEngine, EngineLoad, EngineSpec, StepSink
+from serving.engine.torch.block_pool import BlockPool
+from serving.engine.torch.kv_access import TorchKvBlocks
+from serving.engine.torch.model_runner import ModelRunner
+from serving.engine.torch.sampler import sample
+from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
+from serving.engine.torch.sequence import Chunk, Sequence
+from serving.errors import EngineFailed, InvalidRequest, OperatorError
+from serving.protocol import (
+    BlocksRemoved,
+    BlocksStored,
+    EngineOutput,
+    EngineRequest,
+    KvEvent,
+    TokenLogprob,
+)
+
+log = logging.getLogger(__name__)
+
+# A waiting compute thread looks up this often even if nobody woke it.
+_IDLE_S = 60.0
+# How long `close` waits for the step that is being computed.
+_CLOSE_S = 30.0
+
+
+class TorchEngine(BlockEngine):
+    """A Hugging Face model with paged KV, continuous batching and a prefix cache."""
+
+    kv: TorchKvBlocks
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        *,
+        max_model_len: int,
+        block_size: int,
+        kv_cache_tokens: int | None,
+        max_batch_size: int,
+        max_num_batched_tokens: int,
+        max_waiting: int,
+        device: str = "cpu",
+        dtype: str = "float32",
+        num_threads: int | None = None,
+        hash_salt: str,
+        fingerprint: str,
+    ) -> None:
+        """`kv_cache_tokens` None sizes the pool from free memory; `num_threads` is for CPU."""
+        self._engine_dir = engine_dir
+        self._limits = SchedulerLimits(
+            block_size, max_model_len, max_batch_size, max_num_batched_tokens, max_waiting
+        )
+        self._kv_cache_tokens = kv_cache_tokens
+        self._device, self._dtype, self._num_threads = device, dtype, num_threads
+        self._hash_salt, self._fingerprint = hash_salt, fingerprint
+        self._root = block_hash.root_hash(hash_salt)
+        self._arrivals = itertools.count()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._closing = False
+        self._broken = ""
+        self._thread: threading.Thread | None = None
+        self._outbox: list[tuple[list[EngineOutput], list[KvEvent]]] = []
+        self._delivered: set[int] = set()  # hashes, as the sink has been told
+        self._loop: asyncio.AbstractEventLoop
+        self._sink: StepSink
+        self._runner: ModelRunner
+        self._scheduler: Scheduler
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def start(self, sink: StepSink) -> None:
+        self._loop, self._sink = asyncio.get_running_loop(), sink
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(
+            target=self._run, args=(ready,), name="torch-engine", daemon=True
+        )
+        self._thread.start()
+        await ready
+        layout = self._runner.layout
+        self.spec = EngineSpec(
+            max_model_len=self._limits.max_model_len,
+            block_size=self._limits.block_size,
+            num_blocks=self._scheduler.pool.num_blocks,
+            max_batch_size=self._limits.max_batch_size,
+            hash_salt=self._hash_salt,
+            fingerprint=self._fingerprint,
+            kv_layout=layout,
+            device=self._device,
+        )
+        self.kv = TorchKvBlocks(self, self._scheduler, self._runner.pool)
+
+    async def close(self) -> None:
+        if self._thread is None:
+            return
+        with self._work:
+            self._closing = True
+            self._work.notify_all()
+        await asyncio.to_thread(self._thread.join, _CLOSE_S)
+        if self._thread.is_alive():
+            log.error("the compute thread is still busy after %.0f s", _CLOSE_S)
+        self._thread = None
+        if hasattr(self, "kv"):
+            self.kv.cancel_all()
+            self._deliver()
+
+    # --- requests (event loop) -----------------------------------------------------------------
+
+    def submit(self, request: EngineRequest) -> None:
+        sequence = self.new_sequence(request)
+        with self._work:
+            self._scheduler.add(sequence)
+            self._work.notify_all()
+
+    def abort(self, request_id: str) -> None:
+        self.kv.abort(request_id)
+
+    def load(self) -> EngineLoad:
+        with self._lock:
+            return self._scheduler.load()
+
+    def snapshot(self) -> list[int]:
+        return list(self._delivered)
+
+    def check_integrity(self) -> None:
+        """For tests: every block is free, cached or held, and the books agree."""
+        with self._lock:
+            self._scheduler.check_integrity()
+
+    def new_sequence(self, request: EngineRequest) -> Sequence:
+        """Raises InvalidRequest if this engine can never run it, EngineFailed if it is broken."""
+        if self._broken or self._closing:
+            raise EngineFailed(self._broken or "the engine is closing")
+        self._check(request)
+        return Sequence(request, next(self._arrivals), self._root, self._limits.block_size)
+
+    def change(self, action: Callable[[], None]) -> None:
+        """Run a change of the books under the lock, let the step loop see it, deliver results."""
+        with self._work:
+            action()
+            self._scheduler.admit_reservations()
+            self._post()
+            self._work.notify_all()
+        # Not delivered from here: a sink may be what called us.
+        self._loop.call_soon(self._deliver)
+
+    def on_loop(self, callback: Callable[[], object]) -> None:
+        """Run `callback` on the event loop soon; may be called from the compute thread."""
+        self._loop.call_soon_threadsafe(callback)
+
+    def _check(self, request: EngineRequest) -> None:
+        tokens, limits = request.token_ids, self._limits
+        if not 1 <= request.num_prompt_tokens <= len(tokens):
+            raise InvalidRequest("the prompt is empty", code="empty_prompt")
+        if len(tokens) + 1 > limits.max_model_len:
+            raise InvalidRequest(
+                f"{len(tokens)} tokens leave no room for output: the context is "
+                f"{limits.max_model_len} tokens",
+                code="context_length_exceeded",
+            )
+        if min(tokens) < 0 or max(tokens) >= self._runner.vocab_size:
+            raise InvalidRequest(
+                f"token ids must be below {self._runner.vocab_size}", code="invalid_token"
+            )
+        if request.sampling.max_tokens <= len(tokens) - request.num_prompt_tokens:
+            raise InvalidRequest(
+                f"max_tokens {request.sampling.max_tokens} leaves nothing to generate",
+                param="max_tokens",
+                code="invalid_max_tokens",
+            )
+
+    # --- the compute thread --------------------------------------------------------------------
+
+    def _run(self, ready: asyncio.Future[None]) -> None:
+        with torch.inference_mode():
+            try:
+                self._load()
+            except Exception as exc:
+                # Whoever awaits `start` decides; this thread has nothing to do any more.
+                error = exc
+                self.on_loop(lambda: None if ready.done() else ready.set_exception(error))
+                return
+            self.on_loop(lambda: None if ready.done() else ready.set_result(None))
+            try:
+                while (chunks := self._next_step()) is not None:
+                    self._compute(chunks)
+                    self.on_loop(self._deliver)
+            except Exception as exc:
+                log.exception("the engine stops: its bookkeeping failed")
+                self._break(f"{type(exc).__name__}: {exc}")
+
+    def _load(self) -> None:
+        if self._num_threads is not None and self._device == "cpu":
+            torch.set_num_threads(self._num_threads)
+        limits = self._limits
+        runner = ModelRunner(
+            self._engine_dir,
+            device=self._device,
+            dtype=self._dtype,
+            block_size=limits.block_size,
+        )
+        if runner.max_positions is not None and limits.max_model_len > runner.max_positions:
+            raise OperatorError(
+                f"`engine.max_model_len` {limits.max_model_len} is beyond the model's "
+                f"{runner.max_positions} positions",
+                remedy=f"set engine.max_model_len to {runner.max_positions} or less",
+            )
+        num_blocks = runner.allocate_pool(
+            self._kv_cache_tokens,
+            max_model_len=limits.max_model_len,
+            max_batch_size=limits.max_batch_size,
+        )
+        runner.warm_up(min(limits.max_num_batched_tokens, limits.max_model_len, 64))
+        self._runner = runner
+        self._scheduler = Scheduler(BlockPool(num_blocks), limits)
+        log.info(
+            "%s on %s: %s, %d threads, KV pool of %d blocks of %d tokens (%d tokens, %.0f MiB)",
+            self._engine_dir.name,
+            self._device,
+            self._dtype,
+            torch.get_num_threads(),
+            num_blocks,
+            limits.block_size,
+            num_blocks * limits.block_size,
+            num_blocks * runner.layout.block_bytes / 2**20,
+        )
+
+    def _next_step(self) -> list[Chunk] | None:
+        """Wait for something to compute; None when closing."""
+        with self._work:
+            while not self._closing:
+                chunks = self._scheduler.schedule()
+                if chunks:
+                    return chunks
+                if self._post():  # nothing to compute, yet evictions or admissions happened
+                    self.on_loop(self._deliver)
+                self._work.wait(_IDLE_S)
+            return None
+
+    def _compute(self, chunks: list[Chunk]) -> None:
+        try:
+            ordered, logits = self._runner.execute(chunks)
+            sequences = [chunk.sequence for chunk in ordered if chunk.samples]
+            tokens: list[int] = []
+            logprobs: list[TokenLogprob | None] = []
+            if sequences:
+                tokens, logprobs = sample(logits, sequences)
+        except Exception as exc:
+            log.exception("a step of %d requests failed", len(chunks))
+            with self._lock:
+                self._scheduler.fail(chunks, f"{type(exc).__name__}: {exc}")
+                self._after_step()
+            return
+        with self._lock:
+            self._scheduler.complete(ordered, tokens, logprobs)
+            self._after_step()
+
+    def _break(self, why: str) -> None:
+        """Nothing can be computed any more: end all requests and refuse new ones."""
+        with self._lock:
+            self._broken = why
+            self._scheduler.fail_all(why)
+            self._post()
+        self.on_loop(self._deliver)
+
+    def _after_step(self) -> None:
+        self._scheduler.admit_reservations()
+        self._post()
+
+    # --- delivery ------------------------------------------------------------------------------
+
+    def _post(self) -> bool:
+        """Move what happened into the outbox. Called under the lock."""
+        outputs, events = self._scheduler.take_outputs(), self._scheduler.take_events()
+        if outputs or events:
+            self._outbox.append((outputs, events))
+        return bool(outputs or events)
+
+    def _deliver(self) -> None:
+        """Hand the outbox to the sink in one call, on the event loop."""
+        with self._lock:
+            self._post()
+            posted, self._outbox = self._outbox, []
+            load = self._scheduler.load()
+        if self._closing and not posted:
+            return  # the last delivery was made by `close`
+        outputs = [output for batch, _ in posted for output in batch]
+        events = [event for _, batch in posted for event in batch]
+        for event in events:
+            if isinstance(event, BlocksStored):
+                self._delivered.update(event.block_hashes)
+            elif isinstance(event, BlocksRemoved):
+                self._delivered.difference_update(event.block_hashes)
+        self._sink(outputs, events, load)

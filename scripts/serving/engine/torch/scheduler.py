@@ -1,0 +1,346 @@
+"""Decides what each step computes: admission, chunked prefill beside decode, preemption, finish.
+
+Pure bookkeeping over a `BlockPool`; no tensors, no threads (the engine locks around every call).
+Between `schedule` and `complete` the sequences of the step are in flight: aborting one tells the
+caller at once, and its blocks are freed when the step is over.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+
+from serving.engine.base import EngineLoad
+from serving.engine.torch.block_pool import BlockPool
+from serving.engine.torch.sequence import Chunk, Sequence, State
+from serving.errors import InvalidRequest, Overloaded
+from serving.protocol import EngineOutput, ErrorInfo, FinishReason, KvEvent, TokenLogprob
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """See `config.EngineConfig` for meanings."""
+
+    block_size: int
+    max_model_len: int
+    max_batch_size: int
+    max_num_batched_tokens: int
+    max_waiting: int
+
+
+@dataclass
+class Scheduler:
+    """All sequences of an engine, each in the one collection that its state names."""
+
+    pool: BlockPool
+    limits: SchedulerLimits
+    waiting: list[Sequence] = field(default_factory=list)  # by arrival
+    running: list[Sequence] = field(default_factory=list)  # by arrival
+    reserved: dict[str, Sequence] = field(default_factory=dict)
+    exported: dict[str, Sequence] = field(default_factory=dict)
+    preemptions: int = 0
+    _live: dict[str, Sequence] = field(default_factory=dict)  # waiting, running or reserved
+    _zombies: list[Sequence] = field(default_factory=list)  # aborted in flight
+    _computing: dict[int, Sequence] = field(default_factory=dict)  # block hash -> who computes it
+    _outputs: list[EngineOutput] = field(default_factory=list)
+
+    # --- requests ------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue it. Raises InvalidRequest for an id in use, Overloaded when the queue is full."""
+        request_id = sequence.request_id
+        if request_id in self._live or request_id in self.exported:
+            raise InvalidRequest(f"request id {request_id} is in use", code="duplicate_request")
+        if len(self.waiting) >= self.limits.max_waiting:
+            raise Overloaded(f"{len(self.waiting)} requests are waiting in this worker")
+        self._live[request_id] = sequence
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End it as cancelled, free its blocks; exports are released without an output."""
+        sequence = self._live.get(request_id)
+        if sequence is not None:
+            self._finish(sequence, EngineOutput(request_id, [], "cancelled"))
+        else:
+            self.release_export(request_id)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Forget a reservation, waiting or filled in part, without an output."""
+        if self._live.get(sequence.request_id) is sequence:
+            self._finish(sequence, None)
+
+    def release_export(self, request_id: str) -> None:
+        sequence = self.exported.pop(request_id, None)
+        if sequence is not None:
+            sequence.state = State.DONE
+            self._free(sequence)
+
+    def commit(self, sequence: Sequence) -> None:
+        """A reservation's blocks are filled: store them and let it decode."""
+        assert sequence.state is State.RESERVED
+        del self.reserved[sequence.request_id]
+        sequence.num_computed = len(sequence.request.token_ids) - 1
+        sequence.num_cached = sequence.num_computed
+        self._store_full_blocks(sequence)
+        sequence.state = State.RUNNING
+        bisect.insort(self.running, sequence, key=lambda s: s.arrival)
+
+    # --- steps ---------------------------------------------------------------------------------
+
+    def schedule(self) -> list[Chunk]:
+        """The next step: every running decode, then prefill chunks, then new admissions.
+
+        Empty when nothing can run (nothing there, or held exports and reservations take all room).
+        """
+        chunks = self._schedule_decodes()
+        # Prefill never starves, even where decodes alone fill the budget.
+        budget = max(self.limits.block_size, self.limits.max_num_batched_tokens - len(chunks))
+        for sequence in self.running:
+            if budget > 0 and not sequence.in_flight and sequence.remaining > 1:
+                budget -= self._add_chunk(chunks, sequence, budget)
+        for sequence in list(self.waiting):
+            if budget <= 0:
+                break
+            if self._is_being_computed(sequence):
+                continue  # the leading blocks come for free when the other one has them
+            if not self._admit(sequence):
+                break
+            if sequence.state is State.RUNNING:
+                budget -= self._add_chunk(chunks, sequence, budget)
+        return chunks
+
+    def admit_reservations(self) -> None:
+        """Let reservations at the head of the queue in, without waiting for the next step."""
+        while self.waiting and self.waiting[0].is_reservation:
+            if not self._admit(self.waiting[0]):
+                break
+
+    def complete(
+        self, chunks: list[Chunk], tokens: list[int], logprobs: list[TokenLogprob | None]
+    ) -> None:
+        """Account for a computed step. `tokens` and `logprobs` are those of the sampling chunks."""
+        sampled = iter(zip(tokens, logprobs, strict=True))
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.in_flight = False
+            outcome = next(sampled) if chunk.samples else None
+            if sequence.state is State.DONE:
+                continue
+            sequence.num_computed += chunk.length
+            self._store_full_blocks(sequence)
+            if outcome is not None:
+                self._append(sequence, *outcome)
+        self._bury_zombies()
+
+    def fail(self, chunks: list[Chunk], message: str) -> None:
+        """The step raised: its requests end with an error, all others go on."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.in_flight = False
+            if sequence.state is not State.DONE:
+                error = ErrorInfo("EngineFailed", message)
+                self._finish(sequence, EngineOutput(sequence.request_id, [], "error", error=error))
+        self._bury_zombies()
+
+    def fail_all(self, message: str) -> None:
+        """The engine itself is broken: end every live request with an error."""
+        for sequence in list(self._live.values()):
+            sequence.in_flight = False
+            error = ErrorInfo("EngineFailed", message)
+            self._finish(sequence, EngineOutput(sequence.request_id, [], "error", error=error))
+
+    def request_ids(self) -> list[str]:
+        """Everything that holds or waits for blocks."""
+        return [*self._live, *self.exported]
+
+    # --- what happened -------------------------------------------------------------------------
+
+    def take_outputs(self) -> list[EngineOutput]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def take_events(self) -> list[KvEvent]:
+        return self.pool.take_events()
+
+    def load(self) -> EngineLoad:
+        partly = sum(s.remaining for s in self.running if s.remaining > 1)
+        return EngineLoad(
+            num_running=len(self.running) + len(self.reserved),
+            num_waiting=len(self.waiting),
+            queued_tokens=sum(len(s.tokens) for s in self.waiting) + partly,
+            active_blocks=self.pool.num_held,
+            cached_blocks=self.pool.num_cached,
+            num_blocks=self.pool.num_blocks,
+            preemptions=self.preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        """For tests: blocks, references, states and collections agree."""
+        holders = [*self._live.values(), *self.exported.values(), *self._zombies]
+        self.pool.check_integrity(s.blocks for s in holders)
+        live = {id(s) for s in [*self.waiting, *self.running, *self.reserved.values()]}
+        assert live == {id(s) for s in self._live.values()}, "a live request is in no collection"
+        assert all(not s.blocks for s in self.waiting), "a waiting request holds blocks"
+        running = {id(s) for s in self.running}
+        assert all(id(s) in running for s in self._computing.values()), "stale computing entry"
+
+    # --- admission and room --------------------------------------------------------------------
+
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether a running request is about to store the next block that this one needs."""
+        if not self._computing or sequence.is_reservation:
+            return False
+        hashes = sequence.block_hashes((len(sequence.tokens) - 1) // self.limits.block_size)
+        num_matched = len(self.pool.match(hashes))
+        return num_matched < len(hashes) and hashes[num_matched] in self._computing
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give it its blocks if there is room; it then runs, or is reserved."""
+        if len(self.running) + len(self.reserved) >= self.limits.max_batch_size:
+            return False
+        # A prompt found whole still needs one token computed, or there would be no logits; a
+        # reservation brings that token along and needs the KV of the others only.
+        num_kv = len(sequence.tokens) - 1
+        hashes = sequence.block_hashes(num_kv // self.limits.block_size)
+        matched = self.pool.match(hashes)
+        num_blocks = self._num_blocks(num_kv if sequence.is_reservation else num_kv + 1)
+        num_new = num_blocks - len(matched)
+        # Room for each running sequence to grow, so that an admission does not preempt at once.
+        if not self.pool.fits(matched, num_new + len(self.running)):
+            return False
+        self.waiting.remove(sequence)
+        self.pool.hold(matched)
+        sequence.blocks = matched + self.pool.allocate(num_new)
+        sequence.num_stored = len(matched)
+        sequence.num_computed = len(matched) * self.limits.block_size
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+        if sequence.on_settled is not None:
+            sequence.state = State.RESERVED
+            self.reserved[sequence.request_id] = sequence
+            sequence.on_settled()
+            return True
+        sequence.state = State.RUNNING
+        for value in hashes[len(matched) :]:
+            self._computing.setdefault(value, sequence)
+        bisect.insort(self.running, sequence, key=lambda s: s.arrival)
+        return True
+
+    def _schedule_decodes(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in list(self.running):
+            if sequence.state is not State.RUNNING or sequence.remaining > 1:
+                continue  # preempted by an earlier one just now, or in prefill
+            if self._make_room(sequence):
+                self._add_chunk(chunks, sequence, 1)
+        return chunks
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A block for its next token, taken from the latest arrivals if there is no other."""
+        if self._num_blocks(len(sequence.tokens)) <= len(sequence.blocks):
+            return True
+        while self.pool.num_available == 0:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks += self.pool.allocate(1)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue, to be computed again from its tokens; nothing is told twice."""
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self._stop_computing(sequence)
+        self._free(sequence)
+        sequence.num_computed = sequence.num_stored = 0
+        sequence.state = State.WAITING
+        sequence.on_settled = None  # fetched KV is gone: this worker computes it
+        bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
+
+    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
+        length = min(sequence.remaining, budget)
+        samples = length == sequence.remaining
+        chunks.append(Chunk(sequence, sequence.num_computed, length, samples))
+        sequence.in_flight = True
+        return length
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    # --- progress and end ----------------------------------------------------------------------
+
+    def _store_full_blocks(self, sequence: Sequence) -> None:
+        first, last = sequence.num_stored, sequence.num_computed // self.limits.block_size
+        if first >= last:
+            return
+        hashes = sequence.block_hashes(last)
+        parent = hashes[first - 1] if first else None
+        stored = self.pool.store(sequence.blocks[first:last], hashes[first:], parent)
+        sequence.blocks[first:last] = stored
+        sequence.num_stored = last
+        for value in hashes[first:]:
+            if self._computing.get(value) is sequence:
+                del self._computing[value]
+
+    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        """Account for a sampled token: tell it, and finish where the request says so."""
+        cached = None
+        if not sequence.told_cached and sequence.num_cached is not None:
+            cached, sequence.told_cached = min(sequence.num_cached, sequence.num_prompt), True
+        request_id, sampling = sequence.request_id, sequence.sampling
+        if token in sampling.stop_token_ids:
+            self._finish(sequence, EngineOutput(request_id, [], "stop", cached, token))
+            return
+        sequence.tokens.append(token)
+        is_full = (
+            sequence.num_output >= sampling.max_tokens
+            or len(sequence.tokens) >= self.limits.max_model_len
+            or sequence.request.phase == "prefill"
+        )
+        logprobs = None if logprob is None else [logprob]
+        reason: FinishReason | None = "length" if is_full else None
+        output = EngineOutput(request_id, [token], reason, cached, logprobs=logprobs)
+        if is_full:
+            self._finish(sequence, output)
+        else:
+            self._outputs.append(output)
+
+    def _finish(self, sequence: Sequence, output: EngineOutput | None) -> None:
+        """Out of every collection; blocks are freed, kept for export, or freed after the step."""
+        del self._live[sequence.request_id]
+        was = sequence.state
+        if was is State.WAITING:
+            self.waiting.remove(sequence)
+        elif was is State.RESERVED:
+            del self.reserved[sequence.request_id]
+        else:
+            self.running.remove(sequence)
+            self._stop_computing(sequence)
+        sequence.state = State.DONE
+        has_result = output is not None and output.finish_reason in ("stop", "length")
+        if has_result and sequence.request.phase == "prefill":
+            sequence.state = State.EXPORTED
+            self.exported[sequence.request_id] = sequence
+        elif sequence.in_flight:
+            self._zombies.append(sequence)
+        else:
+            self._free(sequence)
+        if output is not None:
+            self._outputs.append(output)
+        if was is State.WAITING and sequence.on_settled is not None:
+            sequence.on_settled()
+
+    def _stop_computing(self, sequence: Sequence) -> None:
+        for value in sequence.hashes[sequence.num_stored :]:
+            if self._computing.get(value) is sequence:
+                del self._computing[value]
+
+    def _bury_zombies(self) -> None:
+        for sequence in self._zombies:
+            self._free(sequence)
+        self._zombies.clear()
+
+    def _free(self, sequence: Sequence) -> None:
+        blocks, sequence.blocks = sequence.blocks, []
+        self.pool.release(blocks)

@@ -1,0 +1,101 @@
+"""What the engine knows of one request: its tokens, its blocks, and how far it is."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from serving import block_hash
+from serving.protocol import EngineRequest, SamplingParams
+
+
+class State(Enum):
+    WAITING = "waiting"  # in the queue, holds no blocks
+    RESERVED = "reserved"  # holds blocks that a transfer is filling
+    RUNNING = "running"
+    EXPORTED = "exported"  # finished prefill, blocks held for a decode worker
+    DONE = "done"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request in the engine. `tokens` grows; `num_computed` of them have their KV in `blocks`.
+
+    `hashes` are those of the full blocks known so far; the first `num_stored` blocks are in the
+    prefix cache. `arrival` orders requests for admission and preemption.
+    """
+
+    request: EngineRequest
+    arrival: int
+    root: int
+    block_size: int
+    tokens: list[int] = field(init=False)
+    seed: int = field(init=False)
+    state: State = State.WAITING
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_stored: int = 0
+    num_cached: int | None = None  # set at the first admission, told with the first output
+    told_cached: bool = False
+    in_flight: bool = False  # part of the step being computed: blocks must outlive it
+    # A reservation's waiter: called when it leaves the queue, admitted or aborted.
+    on_settled: Callable[[], None] | None = None
+    # Held while a transfer copies blocks, and while they are taken away from it.
+    transfer_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.token_ids)
+        # An unseeded request draws its seed once, so that preemption does not change its output.
+        seed = self.request.sampling.seed
+        self.seed = secrets.randbits(64) if seed is None else seed & (2**64 - 1)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def is_reservation(self) -> bool:
+        return self.on_settled is not None
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def num_prompt(self) -> int:
+        return self.request.num_prompt_tokens
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose KV is still to be computed before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed
+
+    def block_hashes(self, num_blocks: int) -> list[int]:
+        """Hashes of the first `num_blocks` blocks, which must be full of known tokens."""
+        if len(self.hashes) < num_blocks:
+            done = len(self.hashes)
+            parent = self.hashes[-1] if done else self.root
+            tokens = self.tokens[done * self.block_size : num_blocks * self.block_size]
+            self.hashes += block_hash.chain(tokens, self.block_size, parent)
+        return self.hashes[:num_blocks]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a step that belongs to one sequence: compute `tokens[start : start + length]`.
+
+    `samples` says that these are its last tokens, so that the next one is to be chosen.
+    """
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: bool

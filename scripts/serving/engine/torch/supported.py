@@ -1,0 +1,108 @@
+"""Which models the torch engine runs exactly, decided from config.json alone.
+
+The engine needs per-layer keys and values of one shape, attention that goes through transformers'
+attention interface, and positions that do not depend on the length of the prompt. A model that
+breaks one of these is refused with the reason, before any weight is read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from serving.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
+_REMEDY = "choose another model; README.md lists under Limits what is not supported"
+
+
+def require_supported(config: PreTrainedConfig) -> None:
+    """Raises ModelError with the first reason why this engine cannot run `config` exactly."""
+    if reason := refusal(config):
+        raise ModelError(f"the torch engine cannot run this model: {reason}", remedy=_REMEDY)
+
+
+def refusal(config: PreTrainedConfig) -> str | None:
+    """The reason to refuse the model, or None."""
+    plain = config.to_dict()
+    return (
+        _wrong_kind(config, plain)
+        or _wrong_attention(plain)
+        or _wrong_positions(plain)
+        or _quantized(plain)
+        or _wrong_class(config, plain)
+    )
+
+
+def _wrong_kind(config: PreTrainedConfig, plain: dict[str, Any]) -> str | None:
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    parts = [key for key in ("vision_config", "audio_config", "text_config") if plain.get(key)]
+    if parts:
+        return f"it is multimodal ({parts[0]})"
+    return None
+
+
+def _wrong_attention(plain: dict[str, Any]) -> str | None:
+    if plain.get("kv_lora_rank"):
+        return "its attention is multi-head latent (MLA)"
+    kinds = plain.get("layer_types") or plain.get("layers_block_type") or plain.get("block_types")
+    if other := set(kinds or []) - _LAYER_TYPES:
+        return f"some layers are {', '.join(sorted(other))}, not softmax attention over KV"
+    stateful = [key for key in plain if key.startswith(("mamba_", "ssm_", "conv_L_cache"))]
+    if stateful or plain.get("state_size"):
+        return f"some layers keep a state instead of KV ({(stateful or ['state_size'])[0]})"
+    if plain.get("num_kv_shared_layers") or plain.get("cla_share_factor"):
+        return "some layers share the KV of others"
+    if plain.get("is_decoder") is False and "type_vocab_size" in plain:
+        return "its attention looks both ways"
+    if isinstance(plain.get("num_key_value_heads"), list):
+        return "its layers have different numbers of KV heads"
+    return None
+
+
+def _wrong_positions(plain: dict[str, Any]) -> str | None:
+    attention = plain.get("attn_config")
+    attention = attention if isinstance(attention, dict) else {}
+    if plain.get("alibi") or attention.get("alibi") or plain.get("model_type") in {"bloom", "mpt"}:
+        return "its positions are ALiBi biases"
+    rope = plain.get("rope_parameters") or plain.get("rope_scaling") or {}
+    per_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    for parameters in per_layer_type or [rope]:
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind in {"dynamic", "longrope"}:
+            return f"its rotary positions ({kind}) change with the length of the prompt"
+        if kind not in _FIXED_ROPE:
+            return f"its rotary positions are of a kind not tested here ({kind})"
+    return None
+
+
+def _quantized(plain: dict[str, Any]) -> str | None:
+    quantization = plain.get("quantization_config")
+    if not quantization:
+        return None
+    method = quantization.get("quant_method", "an unknown method")
+    return f"its weights are quantized ({method}); use the unquantized original"
+
+
+def model_class_of(config: PreTrainedConfig) -> Any:
+    """transformers' causal language model for `config`, or None."""
+    from transformers import AutoModelForCausalLM
+
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    return mapping.get(type(config), None)
+
+
+def _wrong_class(config: PreTrainedConfig, plain: dict[str, Any]) -> str | None:
+    model_class = model_class_of(config)
+    if model_class is None:
+        return f"{plain.get('model_type')} is no causal language model"
+    stated = plain.get("architectures") or [model_class.__name__]
+    if stated[0] != model_class.__name__:
+        return f"it is a {stated[0]}, not a {model_class.__name__}"
+    if not model_class._supports_attention_backend:
+        return f"{model_class.__name__} computes attention in a way of its own"
+    return None

@@ -1,0 +1,107 @@
+"""The error tree. A type says who can act on it.
+
+Only `frontend/openai/errors.py` maps types to status codes.
+"""
+
+from __future__ import annotations
+
+
+class ServingError(Exception):
+    """Base of everything this project raises on purpose."""
+
+
+# --- the caller of the API can act -------------------------------------------------------------
+
+
+class InvalidRequest(ServingError):
+    """The request cannot be served as written (HTTP 400).
+
+    `param` names the offending field and `code` is a stable machine-readable reason,
+    as in OpenAI's error object.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param, self.code = message, param, code
+
+
+class ModelNotFound(InvalidRequest):
+    """No such model is served here (HTTP 404)."""
+
+
+class RequestTooLarge(InvalidRequest):
+    """The body exceeds `frontend.max_body_bytes` (HTTP 413)."""
+
+
+class Overloaded(ServingError):
+    """Everything that could serve this is full; try again after `retry_after_s` (HTTP 429 or 503)."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoInstances(Overloaded):
+    """No live instance has the role that the request needs (HTTP 503)."""
+
+
+class DeadlineExceeded(ServingError):
+    """A phase (`queue`, `prefill`, `transfer`, `decode`, `total`) ran past its deadline (HTTP 504)."""
+
+    def __init__(self, phase: str, deadline_s: float) -> None:
+        super().__init__(f"{phase} ran past its deadline of {deadline_s:g} s")
+        self.phase, self.deadline_s = phase, deadline_s
+
+
+# --- the router or the worker can act ----------------------------------------------------------
+
+
+class InstanceLost(ServingError):
+    """The instance died, left or stopped answering: choose another one."""
+
+    def __init__(self, instance_id: str, why: str = "connection lost") -> None:
+        super().__init__(f"{instance_id}: {why}")
+        self.instance_id = instance_id
+
+
+class InstanceRefused(ServingError):
+    """A registered instance does not fit this deployment: left out of routing, and reported."""
+
+    def __init__(self, instance_id: str, reason: str) -> None:
+        super().__init__(f"{instance_id} refused: {reason}")
+        self.instance_id, self.reason = instance_id, reason
+
+
+class KvTransferFailed(ServingError):
+    """KV blocks could not be fetched: prefill locally instead."""
+
+    def __init__(self, request_id: str, source: str, why: str) -> None:
+        super().__init__(f"KV of {request_id} from {source}: {why}")
+        self.request_id, self.source = request_id, source
+
+
+class EngineFailed(ServingError):
+    """The engine could not finish a request for a reason of its own (HTTP 500)."""
+
+
+# --- the person at the terminal can act --------------------------------------------------------
+
+
+class OperatorError(ServingError):
+    """Something to be fixed by whoever runs the workflow: what is wrong, and what to change."""
+
+    def __init__(self, what: str, *, remedy: str = "") -> None:
+        super().__init__(f"{what}\n  -> {remedy}" if remedy else what)
+        self.what, self.remedy = what, remedy
+
+
+class ConfigError(OperatorError):
+    """A config key is wrong; `key` is its dotted path."""
+
+    def __init__(self, key: str, what: str, *, remedy: str = "") -> None:
+        super().__init__(f"config key `{key}`: {what}" if key else what, remedy=remedy)
+        self.key = key
+
+
+class ModelError(OperatorError):
+    """The model cannot be fetched, read or run exactly."""

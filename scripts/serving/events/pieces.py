@@ -1,0 +1,102 @@
+"""Cutting what is too large for one message, and putting it together again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from serving.protocol import BlocksRemoved, BlocksStored, KvEvent, KvSnapshotPart
+
+# Upper bounds of what msgpack makes of a 64-bit hash, an event without its hashes, and the rest.
+_HASH_BYTES = 9
+_EVENT_BYTES = 32
+_ENVELOPE_BYTES = 512
+
+
+class KvSnapshot(Struct, frozen=True):
+    """All block hashes that an instance held when it had published `seq`."""
+
+    instance_id: str
+    epoch: int
+    seq: int
+    block_hashes: list[int]
+
+
+def split_events(events: Sequence[KvEvent], max_payload: int) -> list[list[KvEvent]]:
+    """Groups of events, in order, each small enough for one message of `max_payload` bytes.
+
+    A run of stored blocks that is cut stays chained: the parent of the second piece is the last
+    block of the first.
+    """
+    room = limit = max_payload - _ENVELOPE_BYTES
+    groups: list[list[KvEvent]] = [[]]
+    for event in events:
+        rest: KvEvent | None = event
+        while rest is not None:
+            fits = (room - _EVENT_BYTES) // _HASH_BYTES
+            size = _num_hashes(rest)
+            if size > fits and room < limit:
+                groups.append([])
+                room = limit
+                continue
+            head, rest = _cut(rest, max(1, fits))
+            groups[-1].append(head)
+            room -= _EVENT_BYTES + _HASH_BYTES * _num_hashes(head)
+    return [group for group in groups if group]
+
+
+def _num_hashes(event: KvEvent) -> int:
+    return len(event.block_hashes) if isinstance(event, BlocksStored | BlocksRemoved) else 0
+
+
+def _cut(event: KvEvent, at: int) -> tuple[KvEvent, KvEvent | None]:
+    if _num_hashes(event) <= at:
+        return event, None
+    if isinstance(event, BlocksStored):
+        head = event.block_hashes[:at]
+        return BlocksStored(event.parent_hash, head), BlocksStored(
+            head[-1], event.block_hashes[at:]
+        )
+    assert isinstance(event, BlocksRemoved), "only events with hashes are cut"
+    return BlocksRemoved(event.block_hashes[:at]), BlocksRemoved(event.block_hashes[at:])
+
+
+def snapshot_parts(
+    instance_id: str, epoch: int, seq: int, block_hashes: list[int], max_payload: int
+) -> list[KvSnapshotPart]:
+    """At least one part, each small enough for one message of `max_payload` bytes."""
+    size = (max_payload - _ENVELOPE_BYTES) // _HASH_BYTES
+    num_parts = max(1, -(-len(block_hashes) // size))
+    return [
+        KvSnapshotPart(
+            instance_id, epoch, seq, part, num_parts, block_hashes[part * size : (part + 1) * size]
+        )
+        for part in range(num_parts)
+    ]
+
+
+class SnapshotParts:
+    """Puts the parts of one reply together; a reply of a newer epoch or seq starts afresh."""
+
+    def __init__(self, answer: asyncio.Future[KvSnapshot]) -> None:
+        self._answer = answer
+        self._version = (-1, -1)
+        self._parts: dict[int, list[int]] = {}
+
+    def add(self, part: KvSnapshotPart) -> None:
+        version = (part.epoch, part.seq)
+        if version > self._version:
+            self._version, self._parts = version, {}
+        if version != self._version or self._answer.done():
+            return
+        self._parts[part.part] = part.block_hashes
+        if len(self._parts) == part.num_parts:
+            hashes = [one for number in sorted(self._parts) for one in self._parts[number]]
+            self._answer.set_result(KvSnapshot(part.instance_id, *version, hashes))
+
+    def fail(self, error: Exception) -> None:
+        if not self._answer.done():
+            self._answer.set_exception(error)
+            self._answer.exception()

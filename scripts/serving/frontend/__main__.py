@@ -1,0 +1,107 @@
+"""`python -m serving.frontend FILE`: connect to both planes, listen, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from serving.discovery import Discovery
+from serving.errors import OperatorError
+from serving.events import EventPlane
+from serving.frontend.app import create_app
+from serving.frontend.instances import Instances
+from serving.frontend.metrics import Metrics
+from serving.frontend.pipeline import Pipeline
+from serving.kv_router.router import KvRouter
+from serving.process_config import FrontendProcess, announce_ready, read
+
+log = logging.getLogger("serving.frontend")
+
+
+async def run(process: FrontendProcess) -> None:
+    """Serve until SIGTERM or SIGINT; uvicorn handles both and drains."""
+    launch_id = os.environ.get("LAUNCH_ID", "")
+    token_file = Path(process.planes.nats_token_file)
+    metrics = Metrics()
+    router = KvRouter(process.router, model=process.model_name, rng=random.Random())
+    async with AsyncExitStack() as stack:
+        events = await stack.enter_async_context(
+            EventPlane.connect(process.planes.nats_url, process.planes.namespace, token_file)
+        )
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        instances = Instances(router, events, tasks, metrics)
+        events.on_reconnect = instances.on_reconnect
+        await events.subscribe(instances.on_kv, instances.on_load)
+        discovery = await stack.enter_async_context(
+            Discovery.connect(
+                process.planes.etcd_endpoint,
+                process.planes.namespace,
+                lease_s=process.planes.lease_s,
+            )
+        )
+        owned = [
+            tasks.create_task(instances.synchronise_forever(), name="synchronise"),
+            tasks.create_task(discovery.watch(instances.up, instances.down), name="watch"),
+        ]
+        app = create_app(
+            Pipeline(process, router, instances, metrics),
+            config=process.frontend,
+            metrics=metrics,
+            model_name=process.model_name,
+            launch_id=launch_id,
+        )
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                host=process.frontend.host,
+                port=process.frontend.port,
+                http="httptools",
+                ws="none",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(process.frontend.drain_s)),
+            )
+        )
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            # uvicorn raises what it handled once more, for whoever was there before it.
+            signal.signal(signum, lambda *_: None)
+        serving = asyncio.create_task(server.serve(), name="http")
+        # uvicorn offers a flag and no event.
+        while not server.started and not serving.done():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        if server.started:
+            announce_ready(process.ready_file, port=process.frontend.port)
+            log.info("listening on http://%s:%d", process.frontend.host, process.frontend.port)
+        await serving
+        for task in owned:
+            task.cancel()
+        instances.close()
+    log.info("stopped")
+
+
+def main() -> None:
+    process = read(sys.argv[1], FrontendProcess)
+    logging.basicConfig(
+        level=os.environ.get("LOG_LEVEL", "INFO"),
+        format="%(asctime)s frontend %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        uvloop.run(run(process))
+    except* OperatorError as group:  # a task group wraps what is raised in it
+        for exc in group.exceptions:
+            log.error("%s", exc)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The live instances as one frontend sees them: a connection each, and a place in the router.
+
+Discovery says who should be alive; a connection proves it. An instance is routable while its
+connection stands, so a killed worker is out at once and not only when its lease ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from serving.errors import InstanceLost, InstanceRefused, ServingError
+from serving.events import EventPlane
+from serving.frontend.metrics import Metrics
+from serving.kv_router.router import KvRouter
+from serving.protocol import InstanceInfo, KvEventBatch, LoadReport, ModelCard
+from serving.rpc import RpcClient
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 5.0
+RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 2.0
+SNAPSHOT_S = 5.0
+
+
+class Instances:
+    """Owns the connections. All methods run on the event loop's thread."""
+
+    def __init__(
+        self,
+        router: KvRouter,
+        events: EventPlane,
+        tasks: asyncio.TaskGroup,
+        metrics: Metrics,
+    ) -> None:
+        self._router, self._events, self._tasks = router, events, tasks
+        self._metrics = metrics
+        self._keepers: dict[str, tuple[InstanceInfo, asyncio.Task[None]]] = {}
+        self._clients: dict[str, RpcClient] = {}
+        self._reports: dict[str, LoadReport] = {}
+        self._unsynchronised = asyncio.Event()
+        self.card: ModelCard | None = None
+
+    def client(self, instance_id: str) -> RpcClient:
+        """Raises InstanceLost when the connection went away since routing."""
+        try:
+            return self._clients[instance_id]
+        except KeyError:
+            raise InstanceLost(instance_id) from None
+
+    # --- membership ----------------------------------------------------------------------------
+
+    def up(self, info: InstanceInfo) -> None:
+        """Discovery saw a registration."""
+        log.info("%s is up (epoch %d)", info.instance_id, info.epoch)
+        task = self._tasks.create_task(self._keep(info), name=f"keep-{info.instance_id}")
+        self._keepers[info.instance_id] = (info, task)
+
+    def down(self, instance_id: str, epoch: int) -> None:
+        """Its lease is gone."""
+        keeper = self._keepers.get(instance_id)
+        if keeper is None or keeper[0].epoch != epoch:
+            return
+        log.info("%s is gone (epoch %d)", instance_id, epoch)
+        del self._keepers[instance_id]
+        keeper[1].cancel()
+
+    async def _keep(self, info: InstanceInfo) -> None:
+        """Hold a connection for as long as discovery names the instance."""
+        pause_s = RECONNECT_MIN_S
+        while True:
+            lost = asyncio.Event()
+            client = RpcClient(info)
+            client.on_lost = lost.set
+            try:
+                await client.connect(CONNECT_S)
+                pause_s = RECONNECT_MIN_S
+                await self._serve_through(client, lost)
+            except InstanceRefused as exc:  # until whoever it does not fit is gone
+                log.error("%s", exc)
+                pause_s = RECONNECT_MAX_S
+            except InstanceLost as exc:
+                log.debug("%s", exc)
+            finally:
+                await client.close()
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, RECONNECT_MAX_S)
+
+    async def _serve_through(self, client: RpcClient, lost: asyncio.Event) -> None:
+        info = client.info
+        self._router.add_instance(info)
+        self.card = self.card or info.model
+        self._clients[info.instance_id] = client
+        self._unsynchronised.set()
+        try:
+            await lost.wait()
+            log.warning("%s: connection lost", info.instance_id)
+        finally:
+            self._clients.pop(info.instance_id, None)
+            self._reports.pop(info.instance_id, None)
+            self._router.remove_instance(info.instance_id, info.epoch)
+            self._metrics.forget_instance(info.instance_id)
+
+    # --- events --------------------------------------------------------------------------------
+
+    def on_kv(self, batch: KvEventBatch) -> None:
+        self._metrics.observe_index(batch.instance_id, "batch")
+        if self._router.on_kv(batch):
+            self._unsynchronised.set()
+
+    def on_load(self, report: LoadReport) -> None:
+        if report.instance_id in self._clients:
+            self._reports[report.instance_id] = report
+            self._router.on_load(report)
+            self._metrics.observe_load(report)
+
+    def on_reconnect(self) -> None:
+        """Events may have been missed; gaps would show it, but only with the next event."""
+        self._router.distrust_index()
+        self._unsynchronised.set()
+
+    def close(self) -> None:
+        """Let go of every connection."""
+        for _, task in self._keepers.values():
+            task.cancel()
+
+    async def synchronise_forever(self) -> None:
+        """Ask every instance whose index is behind for a snapshot, until none is."""
+        while True:
+            await self._unsynchronised.wait()
+            self._unsynchronised.clear()
+            for instance_id in self._router.needs_snapshot():
+                try:
+                    snapshot = await self._events.request_snapshot(instance_id, SNAPSHOT_S)
+                except ServingError as exc:
+                    log.debug("no snapshot of %s: %s", instance_id, exc)
+                    self._metrics.observe_index(instance_id, "snapshot_failed")
+                    continue
+                self._metrics.observe_index(instance_id, "snapshot")
+                self._router.on_snapshot(
+                    instance_id, snapshot.epoch, snapshot.seq, snapshot.block_hashes
+                )
+            if self._router.needs_snapshot():
+                self._unsynchronised.set()
+                await asyncio.sleep(RECONNECT_MAX_S / 4)
+
+    # --- for people ----------------------------------------------------------------------------
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One row an instance, for `/ready` and `status`."""
+        unsynchronised = set(self._router.needs_snapshot())
+        rows = []
+        for instance_id in sorted(self._clients):
+            info, report = self._keepers[instance_id][0], self._reports.get(instance_id)
+            rows.append(
+                {
+                    "instance_id": instance_id,
+                    "role": info.role,
+                    "epoch": info.epoch,
+                    "pid": info.pid,
+                    "host": info.host,
+                    "synchronised": instance_id not in unsynchronised,
+                    "num_running": report.num_running if report else 0,
+                    "num_waiting": report.num_waiting if report else 0,
+                    "active_blocks": report.active_blocks if report else 0,
+                    "cached_blocks": report.cached_blocks if report else 0,
+                    "num_blocks": info.num_blocks,
+                    "kv_transport": report.kv_transport if report else "",
+                    "kv_bytes_received": report.kv_bytes_received if report else 0,
+                    "kv_transfers": report.kv_transfers if report else 0,
+                    "kv_transfer_failures": report.kv_transfer_failures if report else 0,
+                    "local_prefill_fallbacks": report.local_prefill_fallbacks if report else 0,
+                    "preemptions": report.preemptions if report else 0,
+                }
+            )
+        return rows

@@ -1,0 +1,122 @@
+"""What a client may take: bytes of body, requests in flight, time. And noticing that it left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from prometheus_client import Gauge
+from starlette.types import Receive, Scope
+
+from serving.errors import InvalidRequest, Overloaded, RequestTooLarge
+
+BODY_TIMEOUT_S = 60.0
+"""Time a client gets to send its request."""
+
+
+class TooManyInFlight(Overloaded):
+    """This frontend has `frontend.max_inflight` sequences already (HTTP 429)."""
+
+
+class BodyTimeout(InvalidRequest):
+    """The client did not send its body in time (HTTP 408)."""
+
+
+class ClientGone(Exception):
+    """The client closed its connection: nobody is left to answer."""
+
+
+class InFlight:
+    """Counts sequences being generated, and refuses more than `limit`."""
+
+    def __init__(self, limit: int, gauge: Gauge) -> None:
+        self._limit, self._gauge = limit, gauge
+        self.count = 0
+
+    @contextmanager
+    def hold(self, num_sequences: int) -> Iterator[None]:
+        """Take places until exit. Raises TooManyInFlight."""
+        if self.count + num_sequences > self._limit:
+            raise TooManyInFlight(f"{self._limit} requests are in flight already")
+        self._add(num_sequences)
+        try:
+            yield
+        finally:
+            self._add(-num_sequences)
+
+    def check_possible(self, num_sequences: int) -> None:
+        """Raises InvalidRequest for what would not fit even into an idle frontend."""
+        if num_sequences > self._limit:
+            raise InvalidRequest(
+                f"{num_sequences} completions were asked for; {self._limit} may run at once",
+                param="n",
+            )
+
+    def _add(self, num_sequences: int) -> None:
+        self.count += num_sequences
+        self._gauge.set(self.count)
+
+
+async def read_body(
+    scope: Scope, receive: Receive, max_bytes: int, *, timeout_s: float = BODY_TIMEOUT_S
+) -> bytes:
+    """The whole body. Raises RequestTooLarge without keeping more than `max_bytes`.
+
+    The announced length is checked before anything is read, and the actual one while reading.
+    Raises BodyTimeout, ClientGone.
+    """
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
+            raise RequestTooLarge(_too_large(max_bytes), code="request_too_large")
+    parts: list[bytes] = []
+    num_bytes = 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part = message.get("body", b"")
+                num_bytes += len(part)
+                if num_bytes > max_bytes:
+                    raise RequestTooLarge(_too_large(max_bytes), code="request_too_large")
+                parts.append(part)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise BodyTimeout(f"The request body did not arrive within {timeout_s:g} s") from None
+
+
+def _too_large(max_bytes: int) -> str:
+    return f"The request body is larger than {max_bytes} bytes"
+
+
+@asynccontextmanager
+async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancel the enclosed work when the client closes its connection, and raise ClientGone.
+
+    Enter it after the body was read, when the server has nothing but the disconnect to report,
+    and leave it before the last byte is sent: a complete response reads as a disconnect, too.
+    """
+    worker = asyncio.current_task()
+    assert worker is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        worker.cancel()
+
+    watcher = asyncio.create_task(watch(), name="watch-disconnect")
+    try:
+        yield
+    except asyncio.CancelledError:
+        # Someone else may have cancelled as well (shutdown): that must go on.
+        if gone and worker.uncancel() == 0:
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()

@@ -1,0 +1,43 @@
+"""The served model's tokenizer, loaded once, when the first worker has said where it is."""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec import Struct
+
+from serving.detokenize import TokenText
+from serving.errors import NoInstances
+from serving.preprocess import Preprocessor
+from serving.protocol import ModelCard
+
+
+class LoadedModel(Struct, frozen=True):
+    """What it takes to read requests for a model and to write its answers."""
+
+    preprocessor: Preprocessor
+    token_text: TokenText
+
+    @property
+    def card(self) -> ModelCard:
+        return self.preprocessor.card
+
+
+class ModelLoader:
+    """Holds the loaded model; another card (a new deployment of workers) replaces it."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._loaded: LoadedModel | None = None
+
+    async def load(self, card: ModelCard | None) -> LoadedModel:
+        """Raises NoInstances before there is a card; ModelError for an unusable tokenizer."""
+        if card is None:
+            raise NoInstances("No worker has registered yet")
+        if (loaded := self._loaded) is not None and loaded.card == card:
+            return loaded
+        async with self._lock:
+            if self._loaded is None or self._loaded.card != card:
+                preprocessor = await Preprocessor.load(card)
+                self._loaded = LoadedModel(preprocessor, TokenText(preprocessor.tokenizer))
+            return self._loaded

@@ -1,0 +1,171 @@
+"""`/v1/completions`: its request, and the bytes of its responses."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+import msgspec
+import orjson
+from msgspec import Meta
+
+from serving.detokenize import Delta, TokenText
+from serving.errors import InvalidRequest
+from serving.frontend.model import LoadedModel
+from serving.frontend.openai.fields import (
+    GenerationFields,
+    check_text,
+    decode_request,
+    refuse_unsupported,
+    sample_seed,
+)
+from serving.frontend.openai.logprobs import completion_logprobs
+from serving.frontend.openai.response import Identity, Plan, Writer
+from serving.preprocess import PreparedRequest, Preprocessor
+
+NAME = "completions"
+ID_PREFIX = "cmpl-"
+
+DEFAULT_MAX_TOKENS = 16
+MAX_CHOICES = 128
+
+Prompt = str | list[int]
+
+
+class CompletionRequest(GenerationFields, kw_only=True):
+    """The body. `prompt`: one text, token ids, or a list of either."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def prompts(self) -> list[Prompt]:
+        """Raises InvalidRequest for an empty or mixed list."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        kinds = {type(item) for item in self.prompt}
+        if len(kinds) != 1:
+            what = "mixes strings and token ids" if kinds else "is empty"
+            raise InvalidRequest(f"`prompt` {what}", param="prompt")
+        if kinds == {int}:
+            return [[item for item in self.prompt if isinstance(item, int)]]
+        return [item for item in self.prompt if not isinstance(item, int)]
+
+
+_decoder = msgspec.json.Decoder(CompletionRequest)
+
+
+def parse(body: bytes) -> CompletionRequest:
+    """Everything that can be checked without the model. Raises InvalidRequest."""
+    request = decode_request(body, _decoder)
+    num_samples = request.n or 1
+    neutral: dict[str, tuple[Any, ...]] = {
+        "best_of": (None, num_samples),
+        "suffix": (None, ""),
+        "logit_bias": (None, {}),
+    }
+    refuse_unsupported(request, neutral)
+    request.check_stream_options()
+    num_choices = len(request.prompts()) * num_samples
+    if num_choices > MAX_CHOICES:
+        raise InvalidRequest(
+            f"{num_choices} completions were asked for; {MAX_CHOICES} is the most", param="prompt"
+        )
+    if request.echo and request.logprobs is not None:
+        raise InvalidRequest(
+            "`echo` cannot be combined with `logprobs`: the prompt's are not computed",
+            param="logprobs",
+            code="unsupported_parameter",
+        )
+    return request
+
+
+async def prepare(request: CompletionRequest, model: LoadedModel, request_id: str) -> Plan:
+    """Raises InvalidRequest."""
+    preprocessor = model.preprocessor
+    stop = request.stop_strings()
+    prompts = request.prompts()
+    num_samples = request.n or 1
+    alone = len(prompts) * num_samples == 1
+    samples: list[PreparedRequest] = []
+    preludes: list[str] = []
+    for prompt in prompts:
+        await asyncio.sleep(0)  # many prompts must not hold up the streams of others
+        token_ids = await _encode(prompt, preprocessor)
+        max_tokens = preprocessor.resolve_max_tokens(
+            len(token_ids), request.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt"
+        )
+        sampling = request.sampling(preprocessor, max_tokens=max_tokens, logprobs=request.logprobs)
+        for sample in range(num_samples):
+            samples.append(
+                PreparedRequest(
+                    request_id=request_id if alone else f"{request_id}-{len(samples)}",
+                    token_ids=token_ids,
+                    sampling=sample_seed(sampling, sample),
+                    stop=stop,
+                    skip_special_tokens=request.skip_special_tokens is not False,
+                )
+            )
+            if request.echo:
+                preludes.append(prompt if isinstance(prompt, str) else preprocessor.decode(prompt))
+    identity = Identity.new(
+        request_id, "text_completion", request.model, model.card.engine_fingerprint
+    )
+    writer = CompletionWriter(
+        identity,
+        stream_usage=request.include_usage,
+        token_text=model.token_text if request.logprobs is not None else None,
+    )
+    return Plan(
+        samples=samples,
+        writer=writer,
+        stream=bool(request.stream),
+        include_usage=request.include_usage,
+        samples_per_prompt=num_samples,
+        preludes=tuple(preludes),
+    )
+
+
+async def _encode(prompt: Prompt, preprocessor: Preprocessor) -> list[int]:
+    if isinstance(prompt, str):
+        check_text(prompt, "prompt")
+        token_ids = await preprocessor.encode_text(prompt)
+    else:
+        preprocessor.check_token_ids(prompt)
+        token_ids = prompt
+    if not token_ids:
+        raise InvalidRequest("`prompt` has no tokens", param="prompt")
+    return token_ids
+
+
+class CompletionWriter(Writer):
+    """Chunks and the whole have the same shape."""
+
+    def __init__(
+        self, identity: Identity, *, stream_usage: bool, token_text: TokenText | None
+    ) -> None:
+        super().__init__(identity, identity, stream_usage=stream_usage)
+        self._token_text = token_text
+        self._offsets: dict[int, int] = {}
+
+    def _chunk_choices(self, index: int, delta: Delta) -> list[bytes]:
+        return [self._choice(index, delta)]
+
+    def _choice(self, index: int, delta: Delta) -> bytes:
+        finish_reason = b'"%b"' % delta.finish_reason.encode() if delta.finish_reason else b"null"
+        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+            index,
+            orjson.dumps(delta.text),
+            self._logprobs(index, delta),
+            finish_reason,
+        )
+
+    def _logprobs(self, index: int, delta: Delta) -> bytes:
+        if self._token_text is None:
+            return b"null"
+        logprobs, self._offsets[index] = completion_logprobs(
+            delta.logprobs or (), self._token_text, self._offsets.get(index, 0)
+        )
+        return orjson.dumps(logprobs)

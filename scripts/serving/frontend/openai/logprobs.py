@@ -1,0 +1,55 @@
+"""Log-probabilities in the two forms that OpenAI has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from serving.detokenize import TokenText
+from serving.protocol import TokenLogprob
+
+FLOOR = -9999.0
+"""Stands for minus infinity, which JSON lacks; the value is OpenAI's."""
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > FLOOR else FLOOR  # NaN too
+
+
+def chat_logprobs(entries: Sequence[TokenLogprob], token_text: TokenText) -> dict[str, Any]:
+    """`{"content": [...], "refusal": null}`."""
+
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
+        text, data = token_text(token_id)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
+
+    content = [
+        {
+            **token(entry.token_id, entry.logprob),
+            "top_logprobs": [token(token_id, logprob) for token_id, logprob in entry.top],
+        }
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    entries: Sequence[TokenLogprob], token_text: TokenText, first_offset: int
+) -> tuple[dict[str, Any], int]:
+    """The parallel lists, and the text offset (in characters) of the token after them."""
+    tokens, token_logprobs, top_logprobs, offsets = [], [], [], []
+    for entry in entries:
+        text, _ = token_text(entry.token_id)
+        chosen = _finite(entry.logprob)
+        top = {token_text(token_id)[0]: _finite(value) for token_id, value in entry.top}
+        tokens.append(text)
+        token_logprobs.append(chosen)
+        top_logprobs.append({**top, text: chosen})
+        offsets.append(first_offset)
+        first_offset += len(text)
+    return {
+        "tokens": tokens,
+        "token_logprobs": token_logprobs,
+        "top_logprobs": top_logprobs,
+        "text_offset": offsets,
+    }, first_offset

@@ -1,0 +1,222 @@
+"""The whole request path, on one screen: route, prefill, hand over, decode, and try again.
+
+A request keeps what it has generated. When an instance is lost in the middle, the prompt plus
+those tokens go to another instance and the answer continues where it stopped. With one role of a
+disaggregated deployment missing, the other one serves alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from serving.errors import DeadlineExceeded, InstanceLost, NoInstances, Overloaded
+from serving.frontend.instances import Instances
+from serving.frontend.metrics import Metrics
+from serving.kv_router.router import KvRouter, Route
+from serving.preprocess import PreparedRequest
+from serving.process_config import FrontendProcess
+from serving.protocol import EngineOutput, EngineRequest, ModelCard, Phase
+
+log = logging.getLogger(__name__)
+
+SUSPECT_S = 5.0
+"""An instance that failed a request is avoided for this long, unless it is the only one."""
+
+
+class Sequence:
+    """A request in progress: its tokens so far, and what must not be said twice."""
+
+    def __init__(self, prepared: PreparedRequest, deadline: float) -> None:
+        self.prepared, self.deadline = prepared, deadline
+        self.token_ids = list(prepared.token_ids)
+        self.tried: set[str] = set()
+        self._told_cached = False
+
+    def take(self, output: EngineOutput) -> EngineOutput:
+        """Remember the tokens; report cached tokens with the first output only."""
+        self.token_ids += output.token_ids
+        if self._told_cached and output.cached_tokens is not None:
+            output = msgspec.structs.replace(output, cached_tokens=None)
+        self._told_cached = True
+        return output
+
+    def request(self, phase: Phase, left_s: float, **more: Any) -> EngineRequest:
+        return EngineRequest(
+            request_id=self.prepared.request_id,
+            token_ids=self.token_ids,
+            num_prompt_tokens=len(self.prepared.token_ids),
+            sampling=self.prepared.sampling,
+            phase=phase,
+            deadline_s=left_s,
+            **more,
+        )
+
+
+class Pipeline:
+    """Everything behind the HTTP routes."""
+
+    def __init__(
+        self,
+        process: FrontendProcess,
+        router: KvRouter,
+        instances: Instances,
+        metrics: Metrics,
+    ) -> None:
+        self._process, self._router, self._instances = process, router, instances
+        self._metrics = metrics
+        self._deadlines = process.deadlines
+
+    @property
+    def card(self) -> ModelCard | None:
+        return self._instances.card
+
+    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[EngineOutput, None]:
+        """Outputs in order; the last has a finish_reason. Closing this aborts on every worker.
+
+        Raises InvalidRequest, Overloaded (nothing can take it), InstanceLost (and nobody else
+        could go on), DeadlineExceeded.
+        """
+        now = asyncio.get_running_loop().time()
+        sequence = Sequence(prepared, now + self._deadlines.total_s)
+        while True:
+            try:
+                async with aclosing(self._attempt(sequence)) as outputs:
+                    async for output in outputs:
+                        yield sequence.take(output)
+                return
+            except NoInstances:
+                raise
+            except (InstanceLost, Overloaded) as exc:
+                if not self._can_retry(sequence):
+                    raise
+                log.warning("%s goes on elsewhere: %s", prepared.request_id, exc)
+
+    def _attempt(self, sequence: Sequence) -> AsyncGenerator[EngineOutput, None]:
+        if not self._process.disaggregated:
+            return self._alone(sequence, "agg")
+        if not self._router.instances("decode", exclude=sequence.tried):
+            return self._alone(sequence, "prefill")
+        if not self._router.instances("prefill", exclude=sequence.tried):
+            return self._alone(sequence, "decode")
+        return self._disaggregated(sequence)
+
+    async def _alone(self, sequence: Sequence, role: Phase) -> AsyncGenerator[EngineOutput, None]:
+        """Prefill and decode on one instance."""
+        with self._route(sequence, role) as route:
+            async with aclosing(self._stream(sequence, route, "agg")) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def _disaggregated(self, sequence: Sequence) -> AsyncGenerator[EngineOutput, None]:
+        with self._route(sequence, "prefill") as source:
+            async with aclosing(self._stream(sequence, source, "prefill")) as outputs:
+                first = await anext(outputs)
+        params = first.kv_transfer_params
+        if params is None:  # the first token was also the last one
+            yield first
+            return
+        fetched = False
+        try:
+            yield msgspec.structs.replace(first, finish_reason=None, kv_transfer_params=None)
+            with self._route(sequence, "decode") as route:
+                stream = self._stream(sequence, route, "decode", kv_transfer_params=params)
+                async with aclosing(stream) as outputs:
+                    async for output in outputs:
+                        fetched = True
+                        yield output
+        finally:
+            if not fetched:  # the prefill instance still holds the blocks
+                self._release(source.instance_id, sequence)
+
+    def _route(self, sequence: Sequence, role: Phase) -> Route:
+        prepared = sequence.prepared
+        route = self._router.route(
+            self._router.hash(sequence.token_ids),
+            role,
+            exclude=sequence.tried,
+            request_id=prepared.request_id,
+        )
+        prepared.trace.instances.append(route.instance_id)
+        prepared.trace.overlap_blocks = max(prepared.trace.overlap_blocks, route.overlap_blocks)
+        self._metrics.observe_routed(
+            self._process.router.policy,
+            role,
+            route.instance_id,
+            len(sequence.token_ids),
+            route.overlap_tokens,
+        )
+        return route
+
+    async def _stream(
+        self, sequence: Sequence, route: Route, phase: Phase, **more: Any
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """One instance's outputs, each within its deadline."""
+        instance_id = route.instance_id
+        loop = asyncio.get_running_loop()
+        try:
+            request = sequence.request(phase, sequence.deadline - loop.time(), **more)
+            async with self._instances.client(instance_id).generate(request) as outputs:
+                wait_s, waiting_for = self._deadlines.prefill_s, "prefill"
+                while True:
+                    try:
+                        async with asyncio.timeout_at(min(loop.time() + wait_s, sequence.deadline)):
+                            output = await anext(outputs)
+                    except TimeoutError:
+                        if loop.time() >= sequence.deadline:
+                            raise DeadlineExceeded("total", self._deadlines.total_s) from None
+                        if waiting_for == "prefill":
+                            raise DeadlineExceeded(waiting_for, wait_s) from None
+                        raise InstanceLost(instance_id, f"silent for {wait_s:g} s") from None
+                    if waiting_for == "prefill":
+                        route.first_output()
+                        wait_s, waiting_for = self._deadlines.token_s, "token"
+                    route.generated(len(output.token_ids))
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+        except Overloaded:  # busy is not broken
+            sequence.tried.add(instance_id)
+            raise
+        except (InstanceLost, DeadlineExceeded):
+            sequence.tried.add(instance_id)
+            self._router.mark_unavailable(instance_id, loop.time() + SUSPECT_S)
+            raise
+
+    def _release(self, instance_id: str, sequence: Sequence) -> None:
+        try:
+            self._instances.client(instance_id).release(sequence.prepared.request_id)
+        except InstanceLost:
+            return  # its blocks went with it
+
+    def _can_retry(self, sequence: Sequence) -> bool:
+        roles: tuple[Phase, ...] = (
+            ("prefill", "decode") if self._process.disaggregated else ("agg",)
+        )
+        return any(self._router.instances(role, exclude=sequence.tried) for role in roles)
+
+    # --- for people ----------------------------------------------------------------------------
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether a request could be served now, or why not."""
+        roles: tuple[Phase, ...] = (
+            ("prefill", "decode") if self._process.disaggregated else ("agg",)
+        )
+        missing = [role for role in roles if not self._router.instances(role)]
+        if missing:
+            return False, f"no {' and no '.join(missing)} worker is registered"
+        return True, ""
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "topology": self._process.topology,
+            "model": self._process.model_name,
+            "policy": self._process.router.policy,
+            "instances": self._instances.describe(),
+            "refused": dict(self._router.refused),
+        }

@@ -1,0 +1,47 @@
+"""Shape, dtype and size of a KV block, as it travels and as the two ends must agree on it.
+
+On the wire a run of blocks is C-contiguous
+`[num_blocks, num_layers, 2 (key, value), block_size, num_kv_heads, head_dim]`,
+whatever the engine's pool looks like inside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from msgspec import Struct
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+
+
+class KvLayout(Struct, frozen=True):
+    """Everything that decides the bytes of a block; `dtype` is torch's name of it."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of keys and values of one token over all layers."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        return self.token_bytes * self.block_size
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        return (self.num_layers, 2, self.block_size, self.num_kv_heads, self.head_dim)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal exactly when blocks can be exchanged."""
+        text = f"{self.block_shape}{self.dtype}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` occupy, the last one possibly in part."""
+        return -(-num_tokens // self.block_size)

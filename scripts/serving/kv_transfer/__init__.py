@@ -1,0 +1,28 @@
+"""Moving KV blocks between workers, over UCX or plain TCP."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from serving.kv_layout import KvLayout
+from serving.kv_transfer.base import KvTransfer
+
+
+def make_transfer(
+    name: Literal["ucx", "tcp"],
+    layout: KvLayout,
+    *,
+    host: str,
+    chunk_bytes: int,
+    connect_s: float,
+    transfer_s: float,
+) -> KvTransfer:
+    """The transport called `name` (`kv_transfer.transport`). UCX itself loads in `serve`."""
+    transport: type[KvTransfer]
+    if name == "ucx":
+        from serving.kv_transfer.ucx import UcxTransfer as transport
+    else:
+        from serving.kv_transfer.tcp import TcpTransfer as transport
+    return transport(
+        layout, host=host, chunk_bytes=chunk_bytes, connect_s=connect_s, transfer_s=transfer_s
+    )

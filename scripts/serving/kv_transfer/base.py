@@ -1,0 +1,71 @@
+"""Moving KV blocks between workers: the contract that UCX and TCP implement.
+
+The decode side pulls. It names a request by id and nonce (handed to it by the prefill worker
+through the frontend); the prefill side answers with exactly the blocks asked for, or refuses.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from serving.kv_layout import KvLayout
+from serving.protocol import KvTransferParams
+
+ChunkSink = Callable[[int, Any], None]
+"""`sink(first_block, data)`: whole blocks in wire order; `data` is reused after it returns.
+Called off the event loop's thread."""
+
+
+class BlockSource(Protocol):
+    """Where the prefill side gets the bytes: checks the nonce, gathers, releases."""
+
+    def open(self, request_id: str, nonce: str) -> int:
+        """Number of blocks held. Raises PermissionError for a wrong nonce, KeyError if not held."""
+
+    def read(self, request_id: str, first: int, out: Any) -> None:
+        """Gather whole blocks into the writable buffer `out`. Called off the event loop's thread."""
+
+    def done(self, request_id: str) -> None:
+        """The peer has everything."""
+
+
+class KvTransfer(ABC):
+    """One per worker process: serves its own blocks and pulls from peers."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        *,
+        host: str,
+        chunk_bytes: int,
+        connect_s: float,
+        transfer_s: float,
+    ) -> None:
+        self.layout = layout
+        self.host = host
+        self.connect_s, self.transfer_s = connect_s, transfer_s
+        self.chunk_blocks = max(1, chunk_bytes // layout.block_bytes)
+
+    address: str
+    """What peers connect to, once serving: `ucx://host:port` or `tcp://host:port`."""
+
+    @abstractmethod
+    async def serve(self, source: BlockSource) -> None:
+        """Listen (on an ephemeral port of `host`) and answer pulls until `close`."""
+
+    @abstractmethod
+    async def pull(
+        self, params: KvTransferParams, first_block: int, num_blocks: int, sink: ChunkSink
+    ) -> int:
+        """Fetch `num_blocks` from `first_block` on; returns bytes received.
+
+        Gather, transport and scatter of consecutive chunks overlap. With `num_blocks == 0` only
+        tells the source that it is done. Raises KvTransferFailed on refusal, loss, or when
+        `connect_s` or `transfer_s` ran out; `sink` is not called again after that. Cancellable.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close listener, endpoints and staging memory; in-flight pulls fail."""

@@ -1,0 +1,243 @@
+"""The decode side: asks a peer for blocks and hands them on as they arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import secrets
+from collections import deque
+from urllib.parse import urlsplit
+
+from serving.errors import KvTransferFailed
+from serving.kv_transfer.base import ChunkSink
+from serving.kv_transfer.link import DEPTH, Link, Side, finish, stop
+from serving.kv_transfer.staging import Buffer, Lease
+from serving.kv_transfer.wire import (
+    WIRE_VERSION,
+    Connection,
+    Granted,
+    Hello,
+    Message,
+    ProtocolError,
+    Pull,
+    Received,
+    Refusal,
+    Refused,
+    chunk_ranges,
+)
+from serving.protocol import KvTransferParams
+
+MAX_IDLE_LINKS = 8  # kept per peer; a burst beyond that connects anew
+
+
+class Puller:
+    """Pulls blocks over links that are kept between pulls."""
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+        self._staging = side.staging()
+        self._idle: dict[str, list[Link]] = {}
+        self._running: set[asyncio.Timeout] = set()
+        self._none_running = asyncio.Event()
+        self._none_running.set()
+        self._closed = False
+        # Random above: what an earlier process or a failed pull left on the way is never taken
+        # for a chunk of this one.
+        self._tags = itertools.count(secrets.randbits(39) << 24, 1 << 24)
+
+    async def pull(
+        self, params: KvTransferParams, first_block: int, num_blocks: int, sink: ChunkSink
+    ) -> int:
+        """See `KvTransfer.pull`."""
+        failed = functools.partial(KvTransferFailed, params.request_id, params.source_instance)
+        if self._closed:
+            raise failed("this side is closed")
+        if params.layout != self._side.layout.fingerprint:
+            raise failed(f"its layout is {params.layout}, ours {self._side.layout.fingerprint}")
+        request = Pull(
+            request_id=params.request_id,
+            nonce=params.nonce,
+            layout=self._side.layout.fingerprint,
+            first_block=first_block,
+            num_blocks=num_blocks,
+            chunk_blocks=self._side.chunk_blocks,
+            tag=next(self._tags),
+        )
+        deadline = asyncio.timeout(self._side.transfer_s)
+        self._running.add(deadline)
+        self._none_running.clear()
+        try:
+            async with deadline:
+                await self._pull(params.address, request, sink)
+        except TimeoutError as exc:
+            why = f"not complete within {self._side.transfer_s:g} s"
+            if self._closed:
+                why = "this side was closed"
+            elif not deadline.expired():
+                why = str(exc) or "timed out"
+            raise failed(why) from exc
+        except (OSError, Refusal) as exc:
+            raise failed(str(exc) or type(exc).__name__) from exc
+        finally:
+            self._running.discard(deadline)
+            if not self._running:
+                self._none_running.set()
+        return num_blocks * self._side.layout.block_bytes
+
+    async def close(self) -> None:
+        """Fail what is under way, then close every link."""
+        self._closed = True
+        now = asyncio.get_running_loop().time()
+        for deadline in self._running:
+            if not deadline.expired():
+                deadline.reschedule(now)
+        await self._none_running.wait()
+        for link in [link for links in self._idle.values() for link in links]:
+            await self._discard(link)
+        self._idle.clear()
+
+    async def _pull(self, address: str, request: Pull, sink: ChunkSink) -> None:
+        depth = min(DEPTH, -(-request.num_blocks // self._side.chunk_blocks))
+        async with self._staging.lease(depth) as lease:
+            link, granted = await self._ask(address, request, lease)
+            try:
+                await self._fetch(link, request, granted, lease.buffers, sink)
+                await link.connection.send(Received())
+            except BaseException:
+                await finish(self._give_up(address, link, request, lease))
+                raise
+            self._keep(address, link)
+
+    async def _give_up(self, address: str, link: Link, request: Pull, lease: Lease) -> None:
+        """After a grant, when not everything arrived or was wanted."""
+        if lease.buffers and await link.give_up(request.tag, lease.buffers[0]):
+            self._keep(address, link)
+        else:
+            lease.quarantine(await self._discard(link))
+
+    async def _fetch(
+        self, link: Link, request: Pull, granted: Granted, buffers: list[Buffer], sink: ChunkSink
+    ) -> None:
+        """Scatter chunk k while chunk k + 1 arrives."""
+        if not 1 <= granted.chunk_blocks <= self._side.chunk_blocks:
+            raise ProtocolError(f"chunks of {granted.chunk_blocks} blocks")
+        chunks = chunk_ranges(request.first_block, request.num_blocks, granted.chunk_blocks)
+        loop = asyncio.get_running_loop()
+        arriving: deque[tuple[asyncio.Task[None], Buffer]] = deque()
+        try:
+            for index, (_, count) in enumerate(chunks[: len(buffers)]):
+                arriving.append(self._expect(link, request.tag, index, buffers[index], count))
+            for index, (first, _) in enumerate(chunks):
+                arrival, data = arriving[0]
+                await arrival
+                await finish(loop.run_in_executor(self._side.threads, sink, first, data))
+                arriving.popleft()
+                following = index + len(buffers)
+                if following < len(chunks):
+                    buffer, count = buffers[index % len(buffers)], chunks[following][1]
+                    arriving.append(self._expect(link, request.tag, following, buffer, count))
+        finally:
+            await stop(arrival for arrival, _ in arriving)
+        await link.finished()
+
+    def _expect(
+        self, link: Link, tag: int, index: int, buffer: Buffer, count: int
+    ) -> tuple[asyncio.Task[None], Buffer]:
+        data = buffer[: count * self._side.layout.block_bytes]
+        return asyncio.create_task(link.receive(tag, index, data), name="kv-receive"), data
+
+    async def _ask(self, address: str, request: Pull, lease: Lease) -> tuple[Link, Granted]:
+        """A link on which the peer granted the request. Raises Refusal or OSError."""
+        while True:
+            link, reused = await self._take(address)
+            asking = asyncio.create_task(self._exchange(link, request), name="kv-ask")
+            try:
+                reply = await finish(asking)
+            except asyncio.CancelledError:
+                if asking.exception() is None and isinstance(asking.result(), Granted):
+                    await finish(self._give_up(address, link, request, lease))
+                else:
+                    await self._discard(link)
+                raise
+            except OSError as exc:
+                await self._discard(link)
+                if reused and isinstance(exc, ConnectionError):
+                    continue  # it ended while idle, which says nothing about the peer
+                raise
+            if isinstance(reply, Granted):
+                return link, reply
+            if isinstance(reply, Refused):
+                self._keep(address, link)
+                raise Refusal(reply.reason)
+            await self._discard(link)
+            raise ProtocolError("neither granted nor refused")
+
+    async def _exchange(self, link: Link, request: Pull) -> Message:
+        try:
+            async with asyncio.timeout(self._side.connect_s):
+                await link.connection.send(request)
+                return await link.connection.receive()
+        except TimeoutError as exc:
+            raise TimeoutError(f"no answer within {self._side.connect_s:g} s") from exc
+
+    async def _take(self, address: str) -> tuple[Link, bool]:
+        """A link to the peer, and whether it was used before."""
+        await self._sweep()
+        if links := self._idle.get(address):
+            return links.pop(), True
+        deadline = asyncio.timeout(self._side.connect_s)
+        try:
+            async with deadline:
+                return await self._connect(address), False
+        except OSError as exc:
+            why = f"nothing within {self._side.connect_s:g} s" if deadline.expired() else exc
+            raise ConnectionError(f"{address} not reached: {why}") from exc
+
+    async def _connect(self, address: str) -> Link:
+        connection = await Connection.open(*self._host_and_port(address))
+        try:
+            await connection.send(
+                Hello(WIRE_VERSION, self._side.carrier.scheme, self._side.endpoint)
+            )
+            hello = await connection.receive()
+            if not isinstance(hello, Hello):
+                raise ProtocolError("no hello")
+            if (hello.version, hello.transport) != (WIRE_VERSION, self._side.carrier.scheme):
+                raise ProtocolError(f"it speaks {hello.transport} version {hello.version}")
+            return self._side.carrier.link(connection, hello)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _host_and_port(self, address: str) -> tuple[str, int]:
+        scheme = self._side.carrier.scheme
+        try:
+            parts = urlsplit(address)
+            if parts.scheme == scheme and parts.hostname and parts.port:
+                return parts.hostname, parts.port
+        except ValueError:  # a port that is none
+            pass
+        raise ProtocolError(f"not an address of {scheme}")
+
+    def _keep(self, address: str, link: Link) -> None:
+        self._idle.setdefault(address, []).append(link)
+
+    async def _sweep(self) -> None:
+        """Close idle links whose peer is gone, and those beyond `MAX_IDLE_LINKS`."""
+        gone: list[Link] = []
+        for address, links in list(self._idle.items()):
+            alive = [link for link in links if link.connection.quiet]
+            kept = alive[-MAX_IDLE_LINKS:]
+            gone += [link for link in links if link not in kept]
+            if kept:
+                self._idle[address] = kept
+            else:
+                del self._idle[address]
+        for link in gone:
+            await self._discard(link)
+
+    async def _discard(self, link: Link) -> list[asyncio.Future[object]]:
+        unsettled = await finish(link.close())
+        link.connection.close()
+        return list(unsettled)

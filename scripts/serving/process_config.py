@@ -1,0 +1,87 @@
+"""What one started program is told: the JSON file named on its command line.
+
+`deploy/topology.py` writes these from the configuration; `python -m serving.worker FILE` and
+`python -m serving.frontend FILE` read them. Paths are relative to the working directory, which
+is the deployment's. Secrets are not in here: files name the files that hold them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from serving.config import (
+    DeadlinesConfig,
+    EngineConfig,
+    FrontendConfig,
+    KvTransferConfig,
+    RouterConfig,
+)
+from serving.protocol import Role
+
+
+class Planes(Struct, frozen=True, kw_only=True):
+    """Where etcd and NATS are, and how to behave towards them."""
+
+    namespace: str
+    etcd_endpoint: str  # host:port
+    lease_s: int
+    nats_url: str  # nats://host:port
+    nats_token_file: str
+
+
+class WorkerProcess(Struct, frozen=True, kw_only=True):
+    """`run/worker-{role}-{index}.json`. `gpu` is the index for CUDA_VISIBLE_DEVICES, None on CPU.
+
+    `engine_dir` holds engine.json; a fingerprint other than `engine_fingerprint` is refused.
+    """
+
+    instance_id: str  # "{role}-{index}"
+    role: Role
+    model_name: str
+    engine_dir: str
+    engine_fingerprint: str
+    engine: EngineConfig
+    device: str
+    dtype: str
+    gpu: int | None
+    host: str
+    unix_socket: str
+    ready_file: str
+    planes: Planes
+    kv_transfer: KvTransferConfig
+    drain_s: float
+
+
+class FrontendProcess(Struct, frozen=True, kw_only=True):
+    """`run/frontend.json`. `disaggregated` says which roles a request needs."""
+
+    topology: str
+    disaggregated: bool
+    model_name: str
+    frontend: FrontendConfig
+    router: RouterConfig
+    deadlines: DeadlinesConfig
+    planes: Planes
+    ready_file: str
+
+
+ProcessConfig = TypeVar("ProcessConfig", WorkerProcess, FrontendProcess)
+
+
+def read(path: str | Path, kind: type[ProcessConfig]) -> ProcessConfig:
+    """Raises OSError or msgspec.ValidationError; the file is ours, so neither is expected."""
+    return msgspec.json.decode(Path(path).read_bytes(), type=kind)
+
+
+def announce_ready(path: str | Path, **facts: Any) -> None:
+    """Tell the start script that this very process (`LAUNCH_ID`) is ready, in one atomic write."""
+    target = Path(path)
+    content = {"launch_id": os.environ.get("LAUNCH_ID", ""), "pid": os.getpid(), **facts}
+    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_bytes(msgspec.json.encode(content))
+    temporary.replace(target)

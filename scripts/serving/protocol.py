@@ -1,0 +1,261 @@
+"""Every message that crosses a process boundary, and nothing else.
+
+Encoding is msgpack through msgspec, except discovery values (JSON, so that `etcdctl get` is
+readable). Structs are `array_like` where they travel once per engine step.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+Role = Literal["agg", "prefill", "decode"]
+Phase = Literal["agg", "prefill", "decode"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+PROTOCOL_VERSION = 1
+
+
+# --- requests and tokens (direct connection, `rpc.py`) ------------------------------------------
+
+
+class SamplingParams(Struct, frozen=True, omit_defaults=True):
+    """How to choose tokens. Names and meanings are OpenAI's, plus the common extensions.
+
+    `temperature == 0` is greedy. `logprobs` is the number of alternatives to report beside the
+    chosen token (0: only the chosen one; None: none at all). Stop strings never reach a worker:
+    the frontend's detokenizer finds them and aborts.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()  # includes the model's EOS unless `ignore_eos`
+    logprobs: int | None = None
+
+
+class KvTransferParams(Struct, frozen=True):
+    """What a decode worker needs to fetch the KV that a prefill worker holds for it.
+
+    `nonce` is unguessable and valid for this request only. `address` is the transport's own
+    (`ucx://127.0.0.1:41233`). `layout` is `KvLayout.fingerprint`: bytes of another layout are refused.
+    """
+
+    source_instance: str
+    source_epoch: int
+    address: str
+    request_id: str
+    nonce: str
+    num_tokens: int
+    num_blocks: int
+    layout: str
+
+
+class EngineRequest(Struct, frozen=True, omit_defaults=True):
+    """One request as a worker sees it.
+
+    `token_ids[:num_prompt_tokens]` is the prompt; anything after it was generated before (a
+    request continued on another worker after a failure, or handed from prefill to decode) and
+    counts as output for penalties, seeds and `max_tokens`. `deadline_s` is the time left, in
+    seconds, when the message was sent.
+
+    phase `agg`: prefill and decode here. `prefill`: compute the prompt, sample one token, hold
+    the KV for a decode worker. `decode`: fetch the KV described by `kv_transfer_params`, go on.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    phase: Phase = "agg"
+    kv_transfer_params: KvTransferParams | None = None
+    deadline_s: float = 600.0
+
+
+class TokenLogprob(Struct, frozen=True, array_like=True):
+    """`logprob` of `token_id`, and the `top` alternatives as (token_id, logprob), best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class ErrorInfo(Struct, frozen=True, array_like=True):
+    """An error that travels: `kind` is the class name in `errors.py`."""
+
+    kind: str
+    message: str
+    retry_after_s: float = 1.0
+
+
+class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):
+    """What one engine step produced for one request. `finish_reason` set means: the last one.
+
+    `cached_tokens` (prompt tokens not computed because their KV was there or was fetched)
+    comes with the first output only. `stop_token_id` is the token that ended the request; it is
+    not part of `token_ids`.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    cached_tokens: int | None = None
+    stop_token_id: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    kv_transfer_params: KvTransferParams | None = None
+    error: ErrorInfo | None = None
+
+
+class Generate(Struct, frozen=True, tag="generate"):
+    request: EngineRequest
+
+
+class Abort(Struct, frozen=True, tag="abort"):
+    request_id: str
+
+
+class Release(Struct, frozen=True, tag="release"):
+    """The KV that a finished prefill holds will never be fetched."""
+
+    request_id: str
+
+
+class Ping(Struct, frozen=True, tag="ping"):
+    id: int
+
+
+class Hello(Struct, frozen=True, tag="hello"):
+    """First message in both directions: both sides check the version, the frontend the epoch."""
+
+    version: int
+    instance_id: str = ""
+    epoch: int = 0
+
+
+class Pong(Struct, frozen=True, tag="pong"):
+    id: int
+
+
+class Step(Struct, frozen=True, tag="step"):
+    """All outputs of one engine step for the streams of one frontend."""
+
+    outputs: list[EngineOutput]
+
+
+class Draining(Struct, frozen=True, tag="draining"):
+    """The worker accepts no more requests; running ones are finished."""
+
+
+ToWorker = Hello | Generate | Abort | Release | Ping
+ToFrontend = Hello | Step | Pong | Draining
+
+
+# --- discovery (etcd, `discovery.py`) ----------------------------------------------------------
+
+
+class ModelCard(Struct, frozen=True):
+    """What a frontend needs to know to serve a model: shared by all instances of a deployment."""
+
+    name: str
+    tokenizer_dir: str
+    max_model_len: int
+    block_size: int
+    hash_salt: str
+    engine_fingerprint: str
+    created: int
+
+
+class InstanceInfo(Struct, frozen=True):
+    """One registered worker. The key is `/{namespace}/instances/{instance_id}`.
+
+    `epoch` is fresh per registration and grows; events and connections of an older epoch are
+    fenced. `rpc_addresses` are tried in order (`unix:run/x.sock`, `tcp://127.0.0.1:40001`).
+    """
+
+    instance_id: str
+    epoch: int
+    role: Role
+    rpc_addresses: list[str]
+    kv_address: str
+    model: ModelCard
+    num_blocks: int
+    max_batch_size: int
+    pid: int
+    host: str
+
+
+# --- KV events and load (NATS, `events.py`) ----------------------------------------------------
+
+
+class BlocksStored(Struct, frozen=True, tag="stored", array_like=True):
+    """`block_hashes` are chained: the first one's parent is `parent_hash` (None: the root)."""
+
+    parent_hash: int | None
+    block_hashes: list[int]
+
+
+class BlocksRemoved(Struct, frozen=True, tag="removed", array_like=True):
+    block_hashes: list[int]
+
+
+class BlocksCleared(Struct, frozen=True, tag="cleared", array_like=True):
+    pass
+
+
+KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
+
+
+class KvEventBatch(Struct, frozen=True, array_like=True):
+    """Published once per engine step that changed the cache. `seq` starts at 1 per epoch, no gaps."""
+
+    instance_id: str
+    epoch: int
+    seq: int
+    events: list[KvEvent]
+
+
+class KvSnapshotPart(Struct, frozen=True, array_like=True):
+    """A piece of the reply to a snapshot request: all block hashes held as of `seq`."""
+
+    instance_id: str
+    epoch: int
+    seq: int
+    part: int
+    num_parts: int
+    block_hashes: list[int]
+
+
+class LoadReport(Struct, frozen=True, array_like=True):
+    """Published at most once per engine step and at least once a second.
+
+    `queued_tokens`: prompt tokens waiting or partly computed. `active_blocks`: blocks held by
+    running requests. `cached_blocks`: evictable blocks kept for prefix hits.
+    """
+
+    instance_id: str
+    epoch: int
+    num_running: int
+    num_waiting: int
+    queued_tokens: int
+    active_blocks: int
+    cached_blocks: int
+    num_blocks: int
+    kv_bytes_received: int = 0
+    kv_transfers: int = 0
+    kv_transfer_failures: int = 0
+    kv_transfer_seconds: float = 0.0
+    kv_transport: str = ""
+    local_prefill_fallbacks: int = 0
+    preemptions: int = 0
+
+
+msgpack_encode = msgspec.msgpack.encode

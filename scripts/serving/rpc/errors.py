@@ -1,0 +1,50 @@
+"""Errors that travel: between the tree of `errors.py` and `protocol.ErrorInfo`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+from serving.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    ModelNotFound,
+    NoInstances,
+    Overloaded,
+    RequestTooLarge,
+    ServingError,
+)
+from serving.protocol import ErrorInfo
+
+_REBUILT: dict[str, Callable[[ErrorInfo], ServingError]] = {
+    "InvalidRequest": lambda info: InvalidRequest(info.message),
+    "ModelNotFound": lambda info: ModelNotFound(info.message),
+    "RequestTooLarge": lambda info: RequestTooLarge(info.message),
+    "Overloaded": lambda info: Overloaded(info.message, retry_after_s=info.retry_after_s),
+    "NoInstances": lambda info: NoInstances(info.message, retry_after_s=info.retry_after_s),
+    "DeadlineExceeded": lambda info: _deadline_exceeded(info.message),
+}
+
+
+def error_info(exc: ServingError) -> ErrorInfo:
+    """The form in which an error travels to a frontend."""
+    retry_after_s = exc.retry_after_s if isinstance(exc, Overloaded) else 1.0
+    return ErrorInfo(type(exc).__name__, str(exc), retry_after_s)
+
+
+def raise_error(info: ErrorInfo) -> NoReturn:
+    """Raise the error that `info` describes.
+
+    Kinds that only mean something inside a worker, and unknown ones, become EngineFailed.
+    """
+    rebuild = _REBUILT.get(info.kind)
+    raise EngineFailed(info.message) if rebuild is None else rebuild(info)
+
+
+def _deadline_exceeded(message: str) -> ServingError:
+    phase, _, rest = message.partition(" ran past its deadline of ")
+    try:
+        return DeadlineExceeded(phase, float(rest.removesuffix(" s")))
+    except ValueError:
+        return EngineFailed(message)

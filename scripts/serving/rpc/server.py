@@ -1,0 +1,229 @@
+"""The worker's end: accepts frontends, hands requests to the worker, outputs to whoever asked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from contextlib import suppress
+from typing import Any, Protocol
+
+import msgspec
+
+from serving.errors import EngineFailed, InvalidRequest, ServingError
+from serving.protocol import (
+    PROTOCOL_VERSION,
+    Abort,
+    Draining,
+    EngineOutput,
+    EngineRequest,
+    Generate,
+    Hello,
+    Ping,
+    Pong,
+    Release,
+    Step,
+    ToWorker,
+)
+from serving.rpc.connection import STALL_S, Connection, ProtocolViolation
+from serving.rpc.errors import error_info
+
+log = logging.getLogger(__name__)
+
+
+class RpcHandler(Protocol):
+    """What a worker does with what frontends ask."""
+
+    def on_generate(self, request: EngineRequest) -> None:
+        """Start a request; outputs go to `RpcServer.send`. A ServingError is sent as its end."""
+
+    def on_abort(self, request_id: str) -> None:
+        """The frontend no longer wants it, or is gone."""
+
+    def on_release(self, request_id: str) -> None:
+        """Nobody will fetch the KV that this finished prefill holds."""
+
+
+class FrontendConnection(Connection):
+    """One connected frontend and the requests it is waiting for."""
+
+    def __init__(self, server: RpcServer) -> None:
+        super().__init__(msgspec.msgpack.Decoder(ToWorker), server.stall_s)
+        self._server = server
+        self._greeted = False
+        self.live: set[str] = set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._server.remember(self)
+
+    def received(self, message: Any) -> None:
+        if not self._greeted:
+            self._greet(message)
+        elif isinstance(message, Generate):
+            self._server.generate(self, message.request)
+        elif isinstance(message, Abort):
+            self._server.abort(self, message.request_id)
+        elif isinstance(message, Release):
+            self._server.release(message.request_id)
+        elif isinstance(message, Ping):
+            self.send(Pong(message.id))
+        else:
+            raise ProtocolViolation("a second hello")
+
+    def _greet(self, message: Any) -> None:
+        if not isinstance(message, Hello):
+            raise ProtocolViolation("no hello")
+        self.send(self._server.hello)  # also to a peer of another version: it says what we are
+        if message.version != PROTOCOL_VERSION:
+            assert self.transport is not None
+            log.warning("%s speaks version %d", self.peer, message.version)
+            self.transport.close()
+            return
+        self._greeted = True
+        if self._server.draining:
+            self.send(Draining())
+
+    def disconnected(self, why: str) -> None:
+        self._server.forget(self, why)
+
+
+class RpcServer:
+    """Accepts frontends, hands requests to the worker and outputs to whoever asked for them."""
+
+    def __init__(
+        self, handler: RpcHandler, instance_id: str, epoch: int, *, stall_s: float = STALL_S
+    ) -> None:
+        self.hello = Hello(PROTOCOL_VERSION, instance_id, epoch)
+        self.stall_s = stall_s
+        self.draining = False
+        self._handler = handler
+        self._connections: set[FrontendConnection] = set()
+        self._owners: dict[str, FrontendConnection] = {}
+        self._listeners: list[asyncio.Server] = []
+        self._unix: tuple[str, int] | None = None
+
+    async def start(self, host: str, unix_path: str | None = None) -> list[str]:
+        """Listen on an ephemeral TCP port of `host` and on `unix_path`.
+
+        Returns addresses, preferred first. A path that cannot be used is left out with a warning:
+        it only saves time. Raises OSError when `host` cannot be listened on.
+        """
+        loop = asyncio.get_running_loop()
+        addresses = []
+        if unix_path is not None:
+            try:
+                listener = await loop.create_unix_server(self._accept, unix_path)
+            except OSError as exc:
+                log.warning("no unix socket at %s: %s", unix_path, exc)
+            else:
+                os.chmod(unix_path, 0o600)
+                self._unix = (unix_path, os.stat(unix_path).st_ino)
+                self._listeners.append(listener)
+                addresses.append(f"unix:{unix_path}")
+        listener = await loop.create_server(self._accept, host, 0)
+        self._listeners.append(listener)
+        port = listener.sockets[0].getsockname()[1]
+        addresses.append(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+        return addresses
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not had their last output."""
+        return len(self._owners)
+
+    @property
+    def num_frontends(self) -> int:
+        return len(self._connections)
+
+    def send(self, outputs: list[EngineOutput]) -> None:
+        """Deliver what one engine step produced: one frame per frontend.
+
+        Outputs of requests that nobody waits for any more are dropped.
+        """
+        batches: dict[FrontendConnection, list[EngineOutput]] = {}
+        for output in outputs:
+            owner = self._owners.get(output.request_id)
+            if owner is None:
+                continue
+            batches.setdefault(owner, []).append(output)
+            if output.finish_reason is not None:
+                del self._owners[output.request_id]
+                owner.live.discard(output.request_id)
+        for owner, batch in batches.items():
+            owner.send(Step(batch))
+
+    def announce_drain(self) -> None:
+        """Tell all frontends, present and future, to send nothing more."""
+        self.draining = True
+        for connection in self._connections:
+            connection.send(Draining())
+
+    async def close(self) -> None:
+        """Stop listening and disconnect everybody; their live requests are aborted."""
+        for listener in self._listeners:
+            listener.close()
+        await asyncio.gather(*(connection.close() for connection in self._connections))
+        for listener in self._listeners:
+            await listener.wait_closed()
+        self._listeners.clear()
+        if self._unix is not None:
+            path, inode = self._unix
+            # A successor may already listen under the same name.
+            with suppress(FileNotFoundError):
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
+            self._unix = None
+
+    # --- called by connections -----------------------------------------------------------------
+
+    def _accept(self) -> FrontendConnection:
+        return FrontendConnection(self)
+
+    def remember(self, connection: FrontendConnection) -> None:
+        self._connections.add(connection)
+
+    def generate(self, connection: FrontendConnection, request: EngineRequest) -> None:
+        request_id = request.request_id
+        owner = self._owners.get(request_id)
+        if owner is connection:
+            raise ProtocolViolation(f"{request_id} twice")
+        if owner is not None:
+            taken = InvalidRequest(f"{request_id} is already running for another frontend")
+            connection.send(Step([EngineOutput(request_id, [], "error", error=error_info(taken))]))
+            return
+        self._owners[request_id] = connection
+        connection.live.add(request_id)
+        try:
+            self._handler.on_generate(request)
+        except ServingError as exc:
+            self._refuse(request_id, exc)
+        except Exception as exc:
+            log.exception("%s could not be started", request_id)
+            self._refuse(request_id, EngineFailed(f"{type(exc).__name__}: {exc}"))
+
+    def _refuse(self, request_id: str, exc: ServingError) -> None:
+        self.send([EngineOutput(request_id, [], "error", error=error_info(exc))])
+
+    def abort(self, connection: FrontendConnection, request_id: str) -> None:
+        if self._owners.get(request_id) is not connection:
+            return  # finished meanwhile
+        del self._owners[request_id]
+        connection.live.discard(request_id)
+        try:
+            self._handler.on_abort(request_id)
+        except Exception:
+            log.exception("%s could not be aborted", request_id)
+
+    def release(self, request_id: str) -> None:
+        try:
+            self._handler.on_release(request_id)
+        except Exception:
+            log.exception("%s could not be released", request_id)
+
+    def forget(self, connection: FrontendConnection, why: str) -> None:
+        self._connections.discard(connection)
+        if connection.live:
+            log.info("a frontend left (%s): aborting %d requests", why, len(connection.live))
+        for request_id in list(connection.live):
+            self.abort(connection, request_id)

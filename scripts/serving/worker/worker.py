@@ -1,0 +1,123 @@
+"""One worker: joins engine, endpoints, direct connections and event plane.
+
+This is the only place that sees all of them. Once per engine step it turns what the step
+produced into one frame per frontend, one event batch and one load report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from serving.engine.base import BlockEngine, EngineLoad
+from serving.errors import Overloaded
+from serving.events import EventPlane
+from serving.kv_transfer.base import KvTransfer
+from serving.process_config import WorkerProcess
+from serving.protocol import EngineOutput, EngineRequest, KvEvent, LoadReport
+from serving.rpc import RpcServer
+from serving.worker.decode import DecodeEndpoint
+from serving.worker.prefill import PrefillEndpoint
+
+log = logging.getLogger(__name__)
+
+REPORT_INTERVAL_S = 0.5
+"""An idle worker says that it is idle this often; a busy one reports with its steps."""
+
+
+class Worker:
+    """Implements `rpc.RpcHandler`; `on_step` is the engine's sink."""
+
+    def __init__(
+        self,
+        process: WorkerProcess,
+        epoch: int,
+        engine: BlockEngine,
+        transfer: KvTransfer,
+        events: EventPlane,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self.engine, self._events = engine, events
+        self._instance_id, self._epoch = process.instance_id, epoch
+        self._transport = process.kv_transfer.transport
+        self.rpc = RpcServer(self, process.instance_id, epoch)
+        self.prefill = PrefillEndpoint(
+            engine,
+            instance_id=process.instance_id,
+            epoch=epoch,
+            hold_s=process.kv_transfer.hold_s,
+            address=lambda: transfer.address,
+        )
+        self.decode = DecodeEndpoint(
+            engine, transfer, tasks, lambda output: self.rpc.send([output])
+        )
+        self._draining = False
+
+    # --- from frontends ------------------------------------------------------------------------
+
+    def on_generate(self, request: EngineRequest) -> None:
+        if self._draining:
+            raise Overloaded(f"{self._instance_id} is draining")
+        if request.phase == "prefill":
+            self.prefill.submit(request)
+        elif request.phase == "decode" and request.kv_transfer_params is not None:
+            self.decode.submit(request)
+        else:
+            self.engine.submit(request)
+
+    def on_abort(self, request_id: str) -> None:
+        self.prefill.abort(request_id)
+        self.decode.abort(request_id)
+        self.engine.abort(request_id)
+
+    def on_release(self, request_id: str) -> None:
+        self.prefill.done(request_id)
+
+    # --- from the engine -----------------------------------------------------------------------
+
+    def on_step(self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad) -> None:
+        if outputs:
+            self.rpc.send([self.prefill.finish(output) for output in outputs])
+        if events:
+            self._events.publish_kv(events)
+        self._events.publish_load(self._report(load))
+
+    def _report(self, load: EngineLoad) -> LoadReport:
+        stats = self.decode.stats
+        return LoadReport(
+            instance_id=self._instance_id,
+            epoch=self._epoch,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            queued_tokens=load.queued_tokens,
+            active_blocks=load.active_blocks,
+            cached_blocks=load.cached_blocks,
+            num_blocks=load.num_blocks,
+            kv_bytes_received=stats.bytes_received,
+            kv_transfers=stats.transfers,
+            kv_transfer_failures=stats.failures,
+            kv_transfer_seconds=stats.seconds,
+            kv_transport=self._transport,
+            local_prefill_fallbacks=stats.local_prefills,
+            preemptions=load.preemptions,
+        )
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def report_forever(self) -> None:
+        """Keep frontends informed while no step does; also a new frontend's first news."""
+        while True:
+            self._events.publish_load(self._report(self.engine.load()))
+            await asyncio.sleep(REPORT_INTERVAL_S)
+
+    async def drain(self, drain_s: float) -> None:
+        """Accept nothing more; wait for running requests and for held KV to be fetched."""
+        self._draining = True
+        self.rpc.announce_drain()
+        deadline = time.monotonic() + drain_s
+        while self.rpc.num_live or self.prefill.num_held:
+            if time.monotonic() > deadline:
+                log.warning("still %d requests after %g s of draining", self.rpc.num_live, drain_s)
+                return
+            await asyncio.sleep(0.05)

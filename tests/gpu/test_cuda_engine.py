@@ -1,0 +1,104 @@
+"""The torch engine on a real GPU: same tokens, exchangeable blocks, bfloat16 close to float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from serving.protocol import KvTransferParams
+from transformers import AutoModelForCausalLM
+from unit.engine.torch_rig import (
+    generate,
+    greedy,
+    random_prompts,
+    request,
+    running,
+    save_model,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+NUM_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+async def test_greedy_tokens_on_cuda_equal_generate(model: Path) -> None:
+    """8 at a time, in chunks, and again with prefix hits."""
+    prompts = random_prompts([5, 40, 17, 64, 33, 8, 90, 21])
+    expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
+    async with running(model, device="cuda", max_num_batched_tokens=32) as (engine, sink):
+        for turn in "ab":
+            for index, prompt in enumerate(prompts):
+                engine.submit(request(f"{turn}{index}", prompt, greedy(NUM_TOKENS)))
+            await sink.finished(*(f"{turn}{index}" for index in range(len(prompts))))
+            assert [sink.tokens[f"{turn}{i}"] for i in range(len(prompts))] == expected
+        assert sink.cached["b6"] >= 80
+
+
+async def test_blocks_of_one_gpu_engine_continue_in_another(model: Path) -> None:
+    [prompt] = random_prompts([50], seed=1)
+    expected = generate(model, prompt, NUM_TOKENS)
+    async with (
+        running(model, device="cuda") as (source, source_sink),
+        running(model, device="cuda") as (target, target_sink),
+    ):
+        source.submit(request("r", prompt, greedy(NUM_TOKENS), phase="prefill"))
+        await source_sink.finished("r")
+        layout = source.spec.kv_layout
+        assert layout is not None
+        num_blocks = source.kv.exported("r")
+        params = KvTransferParams(
+            "prefill-0", 1, "", "r", "", len(prompt), num_blocks, layout.fingerprint
+        )
+        tokens = [*prompt, *source_sink.tokens["r"]]
+        decode = request(
+            "r",
+            tokens,
+            greedy(NUM_TOKENS),
+            num_prompt_tokens=len(prompt),
+            phase="decode",
+            kv_transfer_params=params,
+        )
+        staging = np.empty(num_blocks * layout.block_bytes, dtype=np.uint8)
+        async with target.kv.reserve(decode) as reservation:
+            source.kv.read("r", 0, staging)
+            reservation.write(0, staging)
+            reservation.commit()
+        source.kv.release("r")
+        await target_sink.finished("r")
+        assert source_sink.tokens["r"] + target_sink.tokens["r"] == expected
+
+
+async def test_bfloat16_is_as_close_to_float32_as_transformers_is(model: Path) -> None:
+    """Log-probabilities of 20 tokens after a prompt, against `transformers` in both dtypes.
+
+    bfloat16 rounds either way differently, hence the factor; a wrong mask, scale or position
+    costs whole nats.
+    """
+    [prompt] = random_prompts([48], seed=2)
+    async with running(model, device="cuda", dtype="bfloat16") as (engine, sink):
+        engine.submit(request("r", prompt, greedy(1, logprobs=20)))
+        await sink.finished("r")
+        ours = dict(sink.logprobs["r"][0].top)
+    exact, rounded = (next_logprobs(model, prompt, dtype) for dtype in ("float32", "bfloat16"))
+    error = max(abs(ours[token] - exact[token]) for token in ours)
+    peer_error = max(abs(rounded[token] - exact[token]) for token in ours)
+    assert error <= 2 * peer_error + 0.05
+
+
+def next_logprobs(model: Path, prompt: list[int], dtype: str) -> list[float]:
+    """What `transformers` says comes next, over the whole vocabulary."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to("cuda")
+    with torch.inference_mode():
+        logits = loaded(torch.tensor([prompt], device="cuda")).logits[0, -1].float()
+    logprobs: list[float] = logits.log_softmax(-1).tolist()
+    return logprobs

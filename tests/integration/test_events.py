@@ -1,0 +1,273 @@
+"""The event plane against a real nats-server that is killed, restarted, stopped and overrun."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+from integration.services import Nats, until
+from serving.errors import DeadlineExceeded, InstanceLost
+from serving.events import EventPlane, plane
+from serving.protocol import BlocksRemoved, BlocksStored, KvEventBatch, LoadReport
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def nats(tmp_path: Path) -> Iterator[Nats]:
+    with Nats(tmp_path / "nats") as service:
+        assert isinstance(service, Nats)
+        yield service
+
+
+def report(num_running: int, instance_id: str = "a") -> LoadReport:
+    return LoadReport(instance_id, 1, num_running, 0, 0, 0, 0, 10)
+
+
+class Receiver:
+    """Everything a frontend was told, in order."""
+
+    def __init__(self) -> None:
+        self.batches: list[KvEventBatch] = []
+        self.reports: list[LoadReport] = []
+        self.num_reconnects = 0
+
+    @property
+    def seqs(self) -> list[int]:
+        return [batch.seq for batch in self.batches]
+
+    def reconnected(self) -> None:
+        self.num_reconnects += 1
+
+    async def attach(self, frontend: EventPlane) -> None:
+        frontend.on_reconnect = self.reconnected
+        await frontend.subscribe(self.batches.append, self.reports.append)
+
+
+def connect(nats: Nats, namespace: str = "ns") -> AbstractAsyncContextManager[EventPlane]:
+    return EventPlane.connect(nats.url, namespace, nats.token)
+
+
+async def both(worker: EventPlane, frontend: EventPlane) -> None:
+    await until(lambda: worker.connected and frontend.connected)
+
+
+async def test_events_and_reports_arrive_numbered_and_in_order(nats: Nats) -> None:
+    receiver = Receiver()
+    async with connect(nats) as worker, connect(nats) as frontend, connect(nats, "other") as other:
+        stranger = Receiver()
+        await stranger.attach(other)
+        await receiver.attach(frontend)
+        await worker.serve_snapshots("a", 7, list)
+        await both(worker, frontend)
+        await until(lambda: other.connected)
+        for number in range(200):
+            worker.publish_kv([BlocksStored(None, [number]), BlocksRemoved([number])])
+            worker.publish_load(report(number))
+        worker.publish_kv([])  # a step that changed nothing
+        await until(lambda: len(receiver.reports) == 200 and len(receiver.batches) == 200)
+        assert receiver.seqs == list(range(1, 201)) == [worker.seq - 199 + n for n in range(200)]
+        assert receiver.batches[3] == KvEventBatch(
+            "a", 7, 4, [BlocksStored(None, [3]), BlocksRemoved([3])]
+        )
+        assert [one.num_running for one in receiver.reports] == list(range(200))
+        assert stranger.batches == []
+
+
+async def test_event_larger_than_a_message_is_split_with_a_number_each(nats: Nats) -> None:
+    receiver = Receiver()
+    hashes = [2**63 + n for n in range(300_000)]  # 2.7 MB
+    async with connect(nats) as worker, connect(nats) as frontend:
+        await receiver.attach(frontend)
+        await worker.serve_snapshots("a", 1, list)
+        await both(worker, frontend)
+        worker.publish_kv([BlocksStored(None, hashes)])
+        await until(lambda: sum(map(num_hashes, receiver.batches)) == len(hashes))
+        assert receiver.seqs == [1, 2, 3]
+        assert worker.counters.dropped == 0
+
+
+def num_hashes(batch: KvEventBatch) -> int:
+    return sum(len(event.block_hashes) for event in batch.events if isinstance(event, BlocksStored))
+
+
+@pytest.mark.parametrize("num_blocks", [0, 3, 300_000])
+async def test_snapshot_of_any_size_arrives_whole(nats: Nats, num_blocks: int) -> None:
+    held = [2**63 + n for n in range(num_blocks)]
+    async with connect(nats) as worker, connect(nats) as frontend:
+        await worker.serve_snapshots("a", 7, lambda: held)
+        await both(worker, frontend)
+        worker.publish_kv([BlocksStored(None, [1])])
+        snapshot = await frontend.request_snapshot("a", 10)
+        assert (snapshot.instance_id, snapshot.epoch, snapshot.seq) == ("a", 7, 1)
+        assert snapshot.block_hashes == held
+
+
+async def test_snapshot_of_nobody_fails_at_once(nats: Nats) -> None:
+    async with connect(nats) as frontend:
+        await until(lambda: frontend.connected)
+        asked = time.monotonic()
+        with pytest.raises(InstanceLost, match="nobody"):
+            await frontend.request_snapshot("ghost", 30)
+        assert time.monotonic() - asked < 2
+
+
+async def test_snapshot_that_does_not_come_runs_into_its_deadline(nats: Nats) -> None:
+    async with connect(nats) as mute, connect(nats) as frontend:
+        await mute._listen("ns.snapshot.a", swallow)
+        await both(mute, frontend)
+        with pytest.raises(DeadlineExceeded, match="snapshot"):
+            await frontend.request_snapshot("a", 0.2)
+
+
+async def swallow(_: object) -> None:
+    """An instance that took the question and answers never."""
+
+
+async def test_disconnect_fails_a_waiting_snapshot_at_once(nats: Nats) -> None:
+    async with connect(nats) as mute, connect(nats) as frontend:
+        await mute._listen("ns.snapshot.a", swallow)
+        await both(mute, frontend)
+        asked = asyncio.create_task(frontend.request_snapshot("a", 60))
+        await asyncio.sleep(0.2)
+        nats.kill()
+        with pytest.raises(InstanceLost):
+            await asyncio.wait_for(asked, 5)
+        with pytest.raises(InstanceLost, match="disconnected"):
+            await frontend.request_snapshot("a", 60)
+
+
+async def test_restarted_server_heals_and_the_numbers_show_the_gap(nats: Nats) -> None:
+    receiver = Receiver()
+    held = [1, 2, 3]
+    async with connect(nats) as worker, connect(nats) as frontend:
+        await receiver.attach(frontend)
+        await worker.serve_snapshots("a", 1, lambda: held)
+        await both(worker, frontend)
+        worker.publish_kv([BlocksStored(None, [1])])
+        await until(lambda: receiver.seqs == [1])
+        assert receiver.num_reconnects == 1
+        nats.kill()
+        await until(lambda: not worker.connected)
+        worker.publish_kv([BlocksStored(1, [2])])
+        worker.publish_kv([BlocksStored(2, [3])])
+        assert worker.counters.dropped == 2
+        nats.start()
+        started = time.monotonic()
+        await both(worker, frontend)
+        assert time.monotonic() - started < 2
+        await until(lambda: receiver.num_reconnects == 2)
+        worker.publish_kv([BlocksRemoved([1])])
+        await until(lambda: worker.seq in receiver.seqs)
+        assert not {2, 3} & set(receiver.seqs)
+        assert receiver.batches[-1].events == [BlocksRemoved([1])]
+        assert (await frontend.request_snapshot("a", 5)).seq == worker.seq
+
+
+async def test_loss_shows_even_when_no_further_event_follows(
+    nats: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plane, "QUEUE_BYTES", 2000)
+    receiver = Receiver()
+    async with connect(nats) as worker, connect(nats) as frontend:
+        await receiver.attach(frontend)
+        await worker.serve_snapshots("a", 1, list)
+        await both(worker, frontend)
+        for number in range(100):  # one burst; the last ones find the queue full
+            worker.publish_kv([BlocksStored(None, [number] * 5)])
+        assert 0 < worker.counters.dropped < 100
+        await until(lambda: receiver.seqs[-1:] == [101])
+        assert receiver.batches[-1].events == []
+        assert receiver.seqs[-2] < 100
+
+
+async def test_connecting_needs_no_server_and_finds_it_later(tmp_path: Path) -> None:
+    nats, receiver = Nats(tmp_path), Receiver()
+    async with connect(nats) as worker, connect(nats) as frontend:
+        await receiver.attach(frontend)
+        await worker.serve_snapshots("a", 1, list)
+        worker.publish_load(report(1))
+        assert not worker.connected
+        assert worker.counters.dropped == 1
+        await asyncio.sleep(0.5)
+        with nats:
+            await both(worker, frontend)
+            worker.publish_load(report(2))
+            await until(lambda: [one.num_running for one in receiver.reports] == [2])
+
+
+async def test_token_is_read_again_when_the_server_wants_another(
+    nats: Nats, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    token_file = tmp_path / "token"
+    token_file.write_text("wrong-secret\n")
+    async with EventPlane.connect(nats.url, "ns", token_file) as worker:
+        await asyncio.sleep(0.7)
+        assert not worker.connected
+        token_file.write_text(nats.token + "\n")
+        await until(lambda: worker.connected)
+        nats.kill()
+        nats.token = "another-secret"
+        nats.start()
+        await asyncio.sleep(0.7)
+        assert not worker.connected
+        token_file.write_text(nats.token)
+        await until(lambda: worker.connected)
+    assert "secret" not in caplog.text
+
+
+async def test_server_that_hangs_is_left_and_found_again(
+    nats: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plane, "PING_S", 0.2)
+    monkeypatch.setattr(plane, "CALL_S", 1)
+    async with connect(nats) as worker:
+        await until(lambda: worker.connected)
+        nats.signal(signal.SIGSTOP)
+        await until(lambda: not worker.connected)
+        nats.signal(signal.SIGCONT)
+        await until(lambda: worker.connected)
+
+
+async def test_garbage_is_counted_and_does_not_stop_the_rest(nats: Nats) -> None:
+    receiver = Receiver()
+    async with connect(nats) as worker, connect(nats) as frontend:
+        await receiver.attach(frontend)
+        await worker.serve_snapshots("a", 1, list)
+        await both(worker, frontend)
+        worker._enqueue("ns.kv.a", b"\xff garbage")
+        worker._enqueue("ns.load.a", b"")
+        worker.publish_kv([BlocksRemoved([1])])
+        await until(lambda: receiver.seqs == [1])
+        await until(lambda: frontend.counters.undecodable == 2)
+
+
+async def test_receiver_that_cannot_keep_up_is_noticed(
+    nats: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plane, "PENDING_MESSAGES", 4)
+    receiver = Receiver()
+    async with connect(nats) as worker, connect(nats) as frontend:
+        await receiver.attach(frontend)
+        await worker.serve_snapshots("a", 1, list)
+        await both(worker, frontend)
+        for number in range(500):
+            worker.publish_kv([BlocksStored(None, [number])])
+        counters = frontend.counters
+        await until(lambda: counters.received + counters.slow_consumer == 500)
+        assert counters.slow_consumer > 0
+        worker.publish_kv([BlocksStored(None, [1])])
+        await until(lambda: receiver.seqs[-1] == 501)
+        assert len(receiver.seqs) == 501 - counters.slow_consumer  # and the numbers show it
+
+
+async def test_leaving_ends_every_task(nats: Nats) -> None:
+    before = asyncio.all_tasks()
+    async with connect(nats) as worker:
+        await until(lambda: worker.connected)
+        assert len(asyncio.all_tasks()) > len(before)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before

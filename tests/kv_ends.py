@@ -1,0 +1,203 @@
+"""Two ends of a KV transfer for tests and benchmarks: known blocks, a source and a sink over them.
+
+`python tests/kv_ends.py serve ucx|tcp` is a source in a process of its own: prints its address
+and serves until its input closes. `... pull ucx|tcp ADDRESS` pulls everything, at
+`PAUSE_S` per chunk, and prints a line at the first one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(SCRIPTS))
+
+from serving.kv_layout import KvLayout  # noqa: E402
+from serving.kv_transfer import make_transfer  # noqa: E402
+from serving.kv_transfer.base import KvTransfer  # noqa: E402
+from serving.protocol import KvTransferParams  # noqa: E402
+
+# 64 KiB a block.
+LAYOUT = KvLayout(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="float32")
+OTHER_LAYOUT = KvLayout(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="bfloat16")
+PAUSE_S = 0.2
+Blocks = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def random_blocks(num_blocks: int, layout: KvLayout = LAYOUT, seed: int = 1) -> Blocks:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (num_blocks, layout.block_bytes), dtype=np.uint8)
+
+
+class Held:
+    """A BlockSource over known blocks per request; every nonce is `n-<request>`."""
+
+    def __init__(self, **requests: Blocks) -> None:
+        self.requests = requests
+        self.done_with: list[str] = []
+        self.pause_s = 0.0
+        self.error: Exception | None = None
+        self.reading = threading.Event()
+
+    def open(self, request_id: str, nonce: str) -> int:
+        if request_id not in self.requests:
+            raise KeyError(request_id)
+        if nonce != f"n-{request_id}":
+            raise PermissionError(nonce)
+        return len(self.requests[request_id])
+
+    def read(self, request_id: str, first: int, out: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        self.reading.set()
+        time.sleep(self.pause_s)
+        if self.error:
+            raise self.error
+        blocks = self.requests[request_id]
+        target = np.frombuffer(out, dtype=np.uint8).reshape(-1, blocks.shape[1])
+        target[:] = blocks[first : first + len(target)]
+
+    def done(self, request_id: str) -> None:
+        self.done_with.append(request_id)
+
+
+class Got:
+    """A ChunkSink into an array like the source's."""
+
+    def __init__(self, like: Blocks) -> None:
+        self.blocks = np.zeros_like(like)
+        self.calls: list[tuple[int, int]] = []
+        self.pause_s = 0.0
+        self.error: Exception | None = None
+        self.started, self.ended = threading.Event(), threading.Event()
+
+    def __call__(self, first: int, data: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        self.ended.clear()
+        self.started.set()
+        piece = np.frombuffer(data, dtype=np.uint8).reshape(-1, self.blocks.shape[1])
+        time.sleep(self.pause_s)
+        if self.error:
+            raise self.error
+        self.blocks[first : first + len(piece)] = piece
+        self.calls.append((first, len(piece)))
+        self.ended.set()
+
+
+def transfer(name: Any, layout: KvLayout = LAYOUT, **changed: Any) -> KvTransfer:
+    options = {"host": "127.0.0.1", "chunk_bytes": 1 << 20, "connect_s": 5.0, "transfer_s": 20.0}
+    return make_transfer(name, layout, **{**options, **changed})
+
+
+def params(
+    address: str, request_id: str, num_blocks: int, layout: KvLayout = LAYOUT
+) -> KvTransferParams:
+    return KvTransferParams(
+        source_instance="prefill-0",
+        source_epoch=1,
+        address=address,
+        request_id=request_id,
+        nonce=f"n-{request_id}",
+        num_tokens=num_blocks * layout.block_size,
+        num_blocks=num_blocks,
+        layout=layout.fingerprint,
+    )
+
+
+@asynccontextmanager
+async def serving(
+    name: str, held: Held, layout: KvLayout = LAYOUT, **changed: Any
+) -> AsyncIterator[KvTransfer]:
+    end = transfer(name, layout, **changed)
+    try:
+        await end.serve(held)
+        yield end
+    finally:
+        await end.close()
+
+
+@asynccontextmanager
+async def pulling(
+    name: str, layout: KvLayout = LAYOUT, **changed: Any
+) -> AsyncIterator[KvTransfer]:
+    end = transfer(name, layout, **changed)
+    try:
+        yield end
+    finally:
+        await end.close()
+
+
+async def until(condition: Any, within_s: float = 5.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110, what is waited for knows no event
+            await asyncio.sleep(0.005)
+
+
+# --- in another process -------------------------------------------------------------------------
+
+REMOTE_BLOCKS = 256  # 16 MiB
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """This file as a process; killed at the end unless it ended by itself when its input closed."""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    with subprocess.Popen(
+        [sys.executable, __file__, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as child:
+        try:
+            yield child
+            assert child.stdin
+            child.stdin.close()
+            child.wait(20)
+        finally:
+            child.kill()
+
+
+async def line_of(child: subprocess.Popen[str], within_s: float = 30.0) -> str:
+    assert child.stdout
+    async with asyncio.timeout(within_s):
+        line: str = await asyncio.to_thread(child.stdout.readline)
+    assert line, "the process ended"
+    return line.strip()
+
+
+async def _serve(name: str, pause_s: str = "0") -> None:
+    held = Held(far=random_blocks(REMOTE_BLOCKS))
+    held.pause_s = float(pause_s)
+    async with serving(name, held) as end:
+        print(end.address, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+
+async def _pull(name: str, address: str) -> None:
+    got = Got(random_blocks(REMOTE_BLOCKS))
+    got.pause_s = PAUSE_S
+
+    def sink(first: int, data: Any) -> None:
+        got(first, data)
+        print(f"chunk at {first}", flush=True)
+
+    async with pulling(name) as end:
+        await end.pull(params(address, "far", REMOTE_BLOCKS), 0, REMOTE_BLOCKS, sink)
+    print("complete", flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run({"serve": _serve, "pull": _pull}[sys.argv[1]](*sys.argv[2:]))

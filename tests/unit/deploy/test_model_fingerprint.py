@@ -1,0 +1,146 @@
+"""What changes an engine's fingerprint, what `auto` means, and that asking is cheap."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving.config import Config, ModelConfig, parse
+from serving.deploy import fingerprint
+from serving.deploy.fingerprint import (
+    engine_fingerprint,
+    gpu_names,
+    has_gpu,
+    model_key,
+    resolve_device,
+    resolve_dtype,
+    resolve_source,
+)
+from serving.errors import ConfigError
+
+CPU = {"engine": {"device": "cpu"}}
+
+
+def of(**sections: Any) -> str:
+    engine = CPU["engine"] | sections.pop("engine", {})
+    return engine_fingerprint(parse({"engine": engine, **sections}))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": {"id": "org/other"}},
+        {"model": {"revision": "main"}},
+        {"model": {"source": "hub"}},
+        {"engine": {"dtype": "bfloat16"}},
+        {"engine": {"block_size": 32}},
+        {"engine": {"device": "cuda"}},
+    ],
+)
+def test_changes_with_whatever_changes_the_engine(changed: dict[str, Any]) -> None:
+    assert of(**changed) != of()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"engine": {"max_batch_size": 64, "max_model_len": 128, "kv_cache_tokens": 4096}},
+        {"engine": {"dtype": "float32"}},  # what `auto` means on a CPU
+        {"model": {"name": "another"}},
+        {"workers": {"decode": 3}},
+        {"frontend": {"port": 9000}},
+    ],
+)
+def test_stays_with_what_leaves_the_engine_alone(changed: dict[str, Any]) -> None:
+    assert of(**changed) == of()
+
+
+def test_changes_with_library_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = of()
+    versions = fingerprint.package_versions() | {"transformers": "99"}
+    monkeypatch.setattr(fingerprint, "package_versions", lambda: versions)
+    assert of() != before
+
+
+def test_changes_with_a_local_models_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    before, key = of(model={"id": str(tmp_path)}), model_key(ModelConfig(id=str(tmp_path)))
+    assert of(model={"id": str(tmp_path)}) == before
+    os.utime(weights, ns=(1, 1))
+    assert of(model={"id": str(tmp_path)}) != before
+    assert model_key(ModelConfig(id=str(tmp_path))) != key
+
+
+def test_key_is_a_readable_folder_name() -> None:
+    assert model_key(ModelConfig()).startswith("HuggingFaceTB--SmolLM2-135M-Instruct-")
+    assert "/" not in model_key(ModelConfig(id="a/b", source="hub"))
+
+
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [
+        ({}, "bundled"),
+        ({"revision": "main"}, "hub"),
+        ({"source": "hub"}, "hub"),
+        ({"id": "org/name"}, "hub"),
+        ({"id": "./folder"}, "local"),
+        ({"id": "~/x.gguf"}, "local"),
+        ({"id": "folder", "source": "local"}, "local"),
+    ],
+)
+def test_source_follows_from_the_id(model: dict[str, Any], source: str) -> None:
+    assert resolve_source(ModelConfig(**model)) == source
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ({"id": "org/name", "source": "bundled"}, "model.source"),
+        ({"id": "/folder", "revision": "main"}, "model.revision"),
+        ({"id": "no such/id at/all"}, "model.id"),
+    ],
+)
+def test_combination_without_meaning_names_the_key(model: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        resolve_source(ModelConfig(**model))
+    assert failure.value.key == key
+
+
+def test_gpu_is_found_by_its_driver(tmp_path: Path) -> None:
+    assert not has_gpu(tmp_path)
+    for index in range(2):
+        card = tmp_path / f"proc/driver/nvidia/gpus/0000:0{index}:00.0"
+        card.mkdir(parents=True)
+        (card / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ: 1\n")
+    assert has_gpu(tmp_path)
+    assert gpu_names(tmp_path) == ["NVIDIA H100 80GB HBM3"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "torch", "device", "dtype"),
+    [
+        (False, "2.13.0", "cpu", "float32"),
+        (True, "2.13.0", "cuda", "bfloat16"),
+        (True, "2.13.0+cpu", "cpu", "float32"),
+    ],
+)
+def test_auto_uses_a_gpu_that_torch_can_use(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, torch: str, device: str, dtype: str
+) -> None:
+    monkeypatch.setattr(fingerprint, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(fingerprint, "package_versions", lambda: {"torch": torch})
+    assert (resolve_device(Config()), resolve_dtype(Config())) == (device, dtype)
+
+
+def test_asking_imports_no_heavy_library() -> None:
+    code = (
+        "import sys; from serving.config import Config;"
+        "from serving.deploy.fingerprint import engine_fingerprint; engine_fingerprint(Config());"
+        "print({'torch', 'transformers', 'huggingface_hub', 'httpx', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,116 @@
+"""The smoke test passes on a service that behaves and names what is wrong with one that does not."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from serving.config import parse
+from serving.deploy import smoke
+from serving.deploy.service import Expected, expected
+from serving.errors import OperatorError
+from serving.process_config import FrontendProcess, Planes
+from unit.deploy.fake_service import BLOCK_SIZE, FakeService, serving
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoke, "REPORT_S", 0.6)
+    monkeypatch.setattr(smoke, "EVENTS_S", 0.01)
+
+
+async def run(fake: FakeService, *, disaggregated: bool = True) -> dict[str, smoke.Outcome]:
+    async with serving(fake) as url:
+        told = Expected(
+            url=url,
+            disaggregated=disaggregated,
+            transport="ucx",
+            block_size=BLOCK_SIZE,
+            max_model_len=512,
+            exact=True,
+        )
+        outcomes = await smoke.run_smoke(told, say=lambda line: None)
+    return {outcome.name: outcome for outcome in outcomes}
+
+
+async def test_service_that_behaves_passes_every_check() -> None:
+    outcomes = await run(FakeService("old failure"))
+    assert list(outcomes) == [
+        *("ready", "models", "chat", "stream", "prefix cache", "kv transfer"),
+        *("8 at once", "abort"),
+    ]
+    assert [o.detail for o in outcomes.values() if not o.ok] == []
+    smoke.conclude_smoke(list(outcomes.values()), say=lambda line: None)
+
+
+async def test_aggregated_service_needs_no_kv_transfer() -> None:
+    outcomes = await run(FakeService("transfer"), disaggregated=False)
+    assert "kv transfer" not in outcomes
+    assert all(outcome.ok for outcome in outcomes.values())
+
+
+@pytest.mark.parametrize(
+    ("broken", "check", "reason"),
+    [
+        ("models", "models", "names no model"),
+        ("empty", "chat", "answered ''"),
+        ("overload", "chat", "503 every worker is full"),
+        ("order", "stream", "streamed 'a c b', but at once it is 'a b c'"),
+        ("done", "stream", "without [DONE]"),
+        ("cache", "prefix cache", "0 the first time, 0 when repeated"),
+        ("transfer", "kv transfer", "no KV bytes arrived"),
+        ("transport", "kv transfer", "over tcp, not ucx"),
+        ("fallback", "kv transfer", "transfers failed"),
+        ("leak", "abort", "1 requests still run; blocks held: decode-0 4"),
+    ],
+)
+async def test_broken_service_fails_the_check_for_it(broken: str, check: str, reason: str) -> None:
+    outcomes = await run(FakeService(broken))
+    assert not outcomes[check].ok
+    assert reason in outcomes[check].detail
+    with pytest.raises(OperatorError, match="smoke test failed"):
+        smoke.conclude_smoke(list(outcomes.values()), say=lambda line: None)
+
+
+async def test_blocks_held_by_nobody_are_found_before_the_abort() -> None:
+    outcomes = await run(FakeService("held"))
+    assert outcomes["abort"].detail == ("blocks are held although no request runs: prefill-0 4")
+
+
+async def test_service_that_is_not_ready_is_not_asked_further() -> None:
+    outcomes = await run(FakeService("ready"))
+    assert list(outcomes) == ["ready"]
+    assert "no decode worker is registered" in outcomes["ready"].detail
+
+
+async def test_nothing_listening_is_one_clear_failure() -> None:
+    told = expected(Path("nowhere"), parse({"frontend": {"port": 9}}))
+    (outcome,) = await smoke.run_smoke(told, say=lambda line: None)
+    assert outcome.name == "ready"
+    assert "http://127.0.0.1:9/ready" in outcome.detail
+
+
+def test_prompts_differ_between_runs_and_fit_the_context() -> None:
+    told = expected(Path("nowhere"), parse({"engine": {"max_model_len": 512}}))
+    first, second = smoke.long_prompt(told), smoke.long_prompt(told)
+    assert first[:40] != second[:40]
+    assert 4 * told.block_size <= len(first) <= 512 // 2 + 5
+
+
+def test_what_was_started_counts_more_than_the_config(tmp_path: Path) -> None:
+    config = parse({"frontend": {"host": "0.0.0.0", "port": 8123}})
+    planes = Planes(namespace="n", etcd_endpoint="e", lease_s=3, nats_url="u", nats_token_file="t")
+    process = FrontendProcess(
+        topology="agg_router",
+        disaggregated=False,
+        model_name="m",
+        frontend=config.frontend,
+        router=config.router,
+        deadlines=config.deadlines,
+        planes=planes,
+        ready_file="r",
+    )
+    (tmp_path / "frontend.json").write_bytes(msgspec.json.encode(process))
+    (tmp_path / "worker-broken.json").write_text("{")
+    told = expected(tmp_path, parse({"deployment": {"topology": "disagg"}}))
+    assert told.url == "http://127.0.0.1:8123"
+    assert not told.disaggregated

@@ -1,0 +1,190 @@
+"""Config to programs: what runs where, and what restarts when something changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from serving.config import Config, parse
+from serving.deploy.placement import existing_gpus, place, usable_gpus, visible_order
+from serving.deploy.source_digest import source_digest
+from serving.deploy.topology import (
+    Plan,
+    address,
+    num_workers,
+    pinned,
+    plan,
+    stop_tiers,
+    worker_environment,
+)
+from serving.errors import ConfigError
+from serving.process_config import FrontendProcess, WorkerProcess
+
+CODE = {"worker": "w", "frontend": "f"}
+
+
+def planned(
+    *, fingerprint: str = "e" * 16, gpus: tuple[int, ...] = (), code: Any = None, **raw: Any
+) -> Plan:
+    config = parse(raw)
+    return plan(
+        pinned(config, config.deployment.topology),
+        engine_fingerprint=fingerprint,
+        device="cuda" if gpus else "cpu",
+        dtype="float32",
+        gpus=list(gpus),
+        code=code or CODE,
+    )
+
+
+def changed(before: Plan, after: Plan) -> set[str]:
+    """Programs in both whose fingerprints differ."""
+    old, new = before.fingerprints, after.fingerprints
+    return {name for name in old.keys() & new.keys() if old[name] != new[name]}
+
+
+def workers(of: Plan) -> dict[str, WorkerProcess]:
+    return {n: msgspec.json.decode(of[n].settings, type=WorkerProcess) for n in of.workers}
+
+
+def test_disagg_starts_planes_first_and_the_frontend_last() -> None:
+    names = list(planned(workers={"decode": 2}).fingerprints)
+    assert names[:2] == ["etcd", "nats"]
+    assert names[2:-1] == ["worker-prefill-0", "worker-decode-0", "worker-decode-1"]
+    assert names[-1] == "frontend"
+
+
+def test_agg_has_only_agg_workers() -> None:
+    made = planned(deployment={"topology": "agg"}, workers={"agg": 2})
+    assert made.workers == ["worker-agg-0", "worker-agg-1"]
+    frontend = msgspec.json.decode(made["frontend"].settings, type=FrontendProcess)
+    assert not frontend.disaggregated
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("gpus", [(), (0,), (0, 1), (0, 1, 2, 3)])
+def test_one_more_worker_changes_no_other_program(role: str, gpus: tuple[int, ...]) -> None:
+    before = planned(gpus=gpus)
+    after = planned(gpus=gpus, workers={role: 2})
+    assert changed(before, after) == set()
+    assert set(after.fingerprints) - set(before.fingerprints) == {f"worker-{role}-1"}
+
+
+def test_router_change_restarts_the_frontend_alone() -> None:
+    made = planned(router={"policy": "random"}, deployment={"topology": "disagg"})
+    assert changed(planned(deployment={"topology": "disagg"}), made) == {"frontend"}
+
+
+def test_new_engine_restarts_all_that_serve_it() -> None:
+    roles = {"worker-prefill-0", "worker-decode-0"}
+    assert changed(planned(), planned(fingerprint="f" * 16)) == {*roles, "frontend"}
+
+
+def test_worker_limits_restart_only_workers() -> None:
+    made = planned(engine={"max_batch_size": 4})
+    assert changed(planned(), made) == {"worker-prefill-0", "worker-decode-0"}
+
+
+def test_start_deadline_restarts_nobody() -> None:
+    assert changed(planned(), planned(deployment={"start_s": 500})) == set()
+
+
+def test_new_code_restarts_the_programs_that_use_it() -> None:
+    newer = planned(code={"worker": "w", "frontend": "f2"})
+    assert changed(planned(), newer) == {"frontend"}
+
+
+def test_nats_port_restarts_all_that_connect_to_it() -> None:
+    assert changed(planned(), planned(nats={"port": 4333})) == {
+        *("nats", "worker-prefill-0", "worker-decode-0", "frontend")
+    }
+
+
+def test_router_topologies_pin_kv_and_the_others_leave_the_policy() -> None:
+    config = parse({"router": {"policy": "random"}})
+    assert pinned(config, "disagg_router").router.policy == "kv"
+    assert pinned(config, "disagg").router.policy == "random"
+    assert pinned(config, "agg").deployment.topology == "agg"
+
+
+def test_plan_holds_no_secret_and_listens_on_loopback() -> None:
+    made = planned()
+    assert "@TOKEN@" in made["nats"].settings
+    assert '"127.0.0.1:4222"' in made["nats"].settings
+    assert "--listen-client-urls=http://127.0.0.1:2379" in made["etcd"].command
+
+
+def test_wildcard_and_ipv6_addresses_can_be_connected_to() -> None:
+    assert address("0.0.0.0", 80) == "127.0.0.1:80"
+    assert address("::", 80) == "[::1]:80"
+    assert address("::1", 80) == "[::1]:80"
+    made = planned(etcd={"host": "::1"})
+    assert "--listen-client-urls=http://[::1]:2379" in made["etcd"].command
+
+
+def test_unknown_program_names_the_topology() -> None:
+    with pytest.raises(ConfigError, match="worker-decode-7 is no program of the topology disagg"):
+        planned()["worker-decode-7"]
+
+
+def test_requests_stop_before_workers_and_workers_before_planes() -> None:
+    names = ["etcd", "nats", "worker-decode-0", "worker-prefill-0", "frontend"]
+    assert stop_tiers(names) == [
+        *(["frontend"], ["worker-decode-0", "worker-prefill-0"], ["nats"], ["etcd"])
+    ]
+
+
+def test_roles_are_apart_on_two_gpus_and_share_one() -> None:
+    assert [w.gpu for w in workers(planned(gpus=(0, 1))).values()] == [0, 1]
+    assert [w.gpu for w in workers(planned(gpus=(3,))).values()] == [3, 3]
+    assert [place("agg", i, [4, 5]) for i in range(4)] == [4, 5, 4, 5]
+    assert all(w.gpu is None for w in workers(planned()).values())
+
+
+def test_more_gpus_than_exist_is_an_error_that_names_the_key() -> None:
+    with pytest.raises(ConfigError, match=r"`workers.gpus`: GPU 2, 3 does not exist \(there: 0, 1"):
+        usable_gpus([1, 2, 3], [0, 1])
+    with pytest.raises(ConfigError, match=r"`engine\.device`"):
+        usable_gpus(None, [])
+    assert usable_gpus([1, 0, 1], [0, 1]) == [1, 0]
+
+
+def test_existing_gpus_are_devices_narrowed_by_the_environment(tmp_path: Any) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert existing_gpus({}, tmp_path) == [0, 1, 10]
+    assert existing_gpus({"CUDA_VISIBLE_DEVICES": "1,7"}, tmp_path) == [1]
+    assert existing_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == []
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        existing_gpus({"CUDA_VISIBLE_DEVICES": "GPU-8f3e"}, tmp_path)
+
+
+def test_a_worker_sees_its_own_gpu_first_and_its_peers_after_it() -> None:
+    assert visible_order(1, [0, 1, 2]) == "1,0,2"
+
+
+def test_cores_are_shared_out_between_workers_unless_the_config_says() -> None:
+    config = pinned(Config(), "disagg")
+    [worker, _] = workers(planned()).values()
+    assert worker_environment(config, worker, [], 8)["OMP_NUM_THREADS"] == "4"
+    assert worker_environment(config, worker, [], 1)["OMP_NUM_THREADS"] == "1"
+    chosen = pinned(parse({"engine": {"num_threads": 3}}), "disagg")
+    environment = worker_environment(chosen, worker, [], 8)
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert num_workers(parse({"workers": {"prefill": 2, "decode": 3}}), "disagg") == 5
+
+
+def test_source_digest_ignores_what_the_program_does_not_import(tmp_path: Any) -> None:
+    for name in ("rpc.py", "worker/decode.py", "frontend/app.py"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("1")
+    before = {name: source_digest(name, tmp_path) for name in CODE}
+    (tmp_path / "frontend/app.py").write_text("2")
+    after = {name: source_digest(name, tmp_path) for name in CODE}
+    assert after["worker"] == before["worker"]
+    assert after["frontend"] != before["frontend"]
+    (tmp_path / "rpc.py").write_text("2")
+    assert source_digest("worker", tmp_path) != before["worker"]

@@ -1,0 +1,178 @@
+"""A tiny random model on disk, an engine over it, and a sink that collects what it says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from serving.engine.base import EngineLoad
+from serving.engine.torch.engine import TorchEngine
+from serving.protocol import (
+    BlocksRemoved,
+    BlocksStored,
+    EngineOutput,
+    EngineRequest,
+    KvEvent,
+    SamplingParams,
+    TokenLogprob,
+)
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+VOCAB = 256
+DEADLINE_S = 30.0
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # spreads the logits, so that greedy choices are not near-ties
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+}
+
+
+def save_model(folder: Path, config: Any = None, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SIZES)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def generate(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    """What transformers says: greedy, one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def greedy(max_tokens: int, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, **more)
+
+
+def request(
+    request_id: str, prompt: list[int], sampling: SamplingParams, **more: Any
+) -> EngineRequest:
+    num_prompt = more.pop("num_prompt_tokens", len(prompt))
+    return EngineRequest(request_id, prompt, num_prompt, sampling, **more)
+
+
+class Sink:
+    """Everything an engine has told, and a way to wait for more."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprob]] = {}
+        self.last: dict[str, EngineOutput] = {}
+        self.cached: dict[str, int] = {}
+        self.events: list[KvEvent] = []
+        self.stored: set[int] = set()
+        self.load: EngineLoad | None = None
+        self.num_steps = 0
+        self._news = asyncio.Event()
+
+    def __call__(
+        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad
+    ) -> None:
+        self.load = load
+        self.num_steps += 1
+        for output in outputs:
+            assert output.request_id not in self.last, "an output after the last one"
+            self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            self.logprobs.setdefault(output.request_id, []).extend(output.logprobs or [])
+            if output.cached_tokens is not None:
+                assert output.request_id not in self.cached, "cached_tokens told twice"
+                self.cached[output.request_id] = output.cached_tokens
+            if output.finish_reason is not None:
+                self.last[output.request_id] = output
+        for event in events:
+            self._apply(event)
+        self.events += events
+        self._news.set()
+
+    def _apply(self, event: KvEvent) -> None:
+        if isinstance(event, BlocksStored):
+            assert event.parent_hash is None or event.parent_hash in self.stored
+            assert not self.stored & set(event.block_hashes), "stored twice"
+            self.stored |= set(event.block_hashes)
+        elif isinstance(event, BlocksRemoved):
+            assert self.stored >= set(event.block_hashes), "removed what was not stored"
+            self.stored -= set(event.block_hashes)
+
+    async def finished(self, *request_ids: str) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not self.last.keys() >= set(request_ids):
+                await self._next()
+
+    async def started(self, request_id: str, num_tokens: int = 1) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while len(self.tokens.get(request_id, [])) < num_tokens:
+                await self._next()
+
+    async def _next(self) -> None:
+        self._news.clear()
+        await self._news.wait()
+
+
+@asynccontextmanager
+async def running(folder: Path, **options: Any) -> AsyncIterator[tuple[TorchEngine, Sink]]:
+    """An engine that is consistent, with nothing held, when the test is over."""
+    settings: dict[str, Any] = {
+        "max_model_len": 128,
+        "block_size": 8,
+        "kv_cache_tokens": 1024,
+        "max_batch_size": 8,
+        "max_num_batched_tokens": 256,
+        "max_waiting": 32,
+        "num_threads": 1,
+        "hash_salt": "tiny",
+        "fingerprint": "tiny",
+    }
+    engine, sink = TorchEngine(folder, **{**settings, **options}), Sink()
+    await engine.start(sink)
+    try:
+        yield engine, sink
+        await settled(engine)
+        engine.check_integrity()
+        assert set(engine.snapshot()) == sink.stored
+    finally:
+        await engine.close()
+    engine.check_integrity()
+    assert engine.load().active_blocks == 0
+
+
+async def settled(engine: TorchEngine) -> None:
+    """Wait until nothing runs, waits or is held by a step under way, and all of it is told."""
+    for _ in range(int(DEADLINE_S / 0.005)):
+        load = engine.load()
+        if not (load.num_running or load.num_waiting or load.active_blocks):
+            break
+        await asyncio.sleep(0.005)
+    else:
+        raise TimeoutError(f"still busy: {engine.load()}")
+    await asyncio.sleep(0.005)  # deliveries under way

@@ -1,0 +1,69 @@
+"""A frontend over a fake pipeline: in process, and on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from serving.config import FrontendConfig
+from serving.frontend.app import create_app
+from serving.frontend.metrics import Metrics
+from starlette.applications import Starlette
+from tokenizers import Tokenizer
+from unit.frontend.fakes import MODEL, FakePipeline, make_card, write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def pipeline(tokenizer_dir: Path) -> FakePipeline:
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    fake = FakePipeline(make_card(tokenizer_dir), tokenizer)
+    fake.say("hello world, the fox")
+    return fake
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def app(pipeline: FakePipeline, metrics: Metrics) -> Starlette:
+    config = FrontendConfig(max_body_bytes=64 * 1024, max_inflight=8)
+    return create_app(
+        pipeline, config=config, metrics=metrics, model_name=MODEL, launch_id="launch-1"
+    )
+
+
+@pytest.fixture
+async def client(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@pytest.fixture
+async def url(app: Starlette) -> AsyncIterator[str]:
+    """The address of a real server in this event loop."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    # Small kernel buffers, so that a slow client is felt after kilobytes, not megabytes.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)
+    server = uvicorn.Server(
+        uvicorn.Config(app, http="httptools", ws="none", access_log=False, log_config=None)
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:  # noqa: ASYNC110 (uvicorn offers a flag, no event)
+        await asyncio.sleep(0.005)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    await serving
+    listener.close()

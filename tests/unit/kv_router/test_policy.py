@@ -1,0 +1,112 @@
+"""Policies, tested with two dictionaries: overlap and load."""
+
+from collections import Counter
+from random import Random
+
+import pytest
+from serving.kv_router.load import Load
+from serving.kv_router.policy import PromptSize, cheapest, sample, select
+
+PROMPT = PromptSize(num_tokens=1024, block_size=16)
+IDLE = {"a": Load(), "b": Load(), "c": Load()}
+
+
+def pick(policy, role, overlap, load, *, seed=0, prompt=PROMPT, **options):
+    return select(policy, role, prompt, overlap, load, rng=Random(seed), **options)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "agg"])
+def test_kv_prefers_the_longest_overlap_among_equally_loaded(role) -> None:
+    assert pick("kv", role, {"a": 3, "b": 40}, IDLE) == "b"
+
+
+@pytest.mark.parametrize("role", ["prefill", "agg"])
+def test_kv_leaves_a_cached_prefix_when_its_queue_costs_more_than_computing(role) -> None:
+    overlap = {"b": 60}
+    assert pick("kv", role, overlap, IDLE | {"b": Load(queued_tokens=900)}) == "b"
+    assert pick("kv", role, overlap, IDLE | {"b": Load(queued_tokens=1000)}) != "b"
+
+
+def test_kv_prefill_does_not_look_at_active_blocks() -> None:
+    assert pick("kv", "prefill", {"b": 1}, IDLE | {"b": Load(active_blocks=9999)}) == "b"
+
+
+def test_kv_decode_balances_active_blocks_against_missing_ones() -> None:
+    overlap = {"b": 64}
+    assert pick("kv", "decode", overlap, IDLE | {"b": Load(active_blocks=63)}) == "b"
+    assert pick("kv", "decode", overlap, IDLE | {"b": Load(active_blocks=65)}) != "b"
+    loaded = IDLE | {"b": Load(active_blocks=65)}
+    assert pick("kv", "decode", overlap, loaded, overlap_weight=2.0) == "b"
+
+
+def test_kv_decode_does_not_look_at_queued_tokens() -> None:
+    assert pick("kv", "decode", {"b": 1}, IDLE | {"b": Load(queued_tokens=99_999)}) == "b"
+
+
+def test_overlap_weight_zero_makes_kv_follow_decode_load_alone() -> None:
+    load = {"a": Load(active_blocks=5), "b": Load(active_blocks=4, queued_tokens=5000)}
+    assert pick("kv", "agg", {"a": 64}, load, overlap_weight=0.0) == "b"
+    assert pick("kv", "decode", {"a": 64}, load, overlap_weight=0.0) == "b"
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "agg"])
+def test_least_loaded_ignores_the_cache(role) -> None:
+    load = {"a": Load(active_blocks=5), "b": Load(queued_tokens=64), "c": Load(active_blocks=6)}
+    assert pick("least_loaded", role, {"c": 64}, load) == "b"
+
+
+def test_round_robin_takes_turns() -> None:
+    turns = [pick("round_robin", "agg", {"a": 64}, IDLE, turn=turn) for turn in range(6)]
+    assert turns == ["a", "b", "c"] * 2
+
+
+@pytest.mark.parametrize("policy", ["kv", "random", "least_loaded"])
+def test_equal_instances_share_the_requests(policy) -> None:
+    rng = Random(1)
+    counts = Counter(select(policy, "agg", PROMPT, {}, IDLE, rng=rng) for _ in range(900))
+    assert set(counts) == set(IDLE)
+    assert min(counts.values()) > 240
+
+
+@pytest.mark.parametrize("policy", ["kv", "random", "least_loaded", "round_robin"])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_a_seed_decides_everything(policy, temperature) -> None:
+    def run(seed: int) -> list[str]:
+        rng = Random(seed)
+        return [
+            select(
+                policy, "agg", PROMPT, {"a": n % 3}, IDLE, rng=rng, turn=n, temperature=temperature
+            )
+            for n in range(50)
+        ]
+
+    assert run(4) == run(4)
+
+
+def test_a_fully_cached_prompt_still_has_one_token_to_compute() -> None:
+    assert PROMPT.uncached_tokens(64) == 1
+    assert PROMPT.uncached_tokens(10) == 1024 - 160
+    assert PromptSize(1025, 16).num_blocks == 65
+
+
+def test_cheapest_breaks_ties_among_the_lowest_only() -> None:
+    rng = Random(0)
+    assert {cheapest([2.0, 1.0, 1.0, 3.0], rng) for _ in range(50)} == {1, 2}
+
+
+def test_temperature_spreads_but_keeps_the_order_of_costs() -> None:
+    rng = Random(2)
+    counts = Counter(sample([0.0, 50.0, 100.0], 0.5, rng) for _ in range(3000))
+    assert counts[0] > counts[1] > counts[2] > 0
+
+
+def test_temperature_means_the_same_at_any_scale_of_costs() -> None:
+    small = [sample([0.0, 1.0, 2.0], 0.7, Random(seed)) for seed in range(200)]
+    large = [sample([0.0, 1e6, 2e6], 0.7, Random(seed)) for seed in range(200)]
+    assert small == large
+
+
+def test_a_tiny_temperature_is_the_cheapest_and_equal_costs_are_uniform() -> None:
+    rng = Random(2)
+    assert {sample([3.0, 1.0, 2.0], 1e-9, rng) for _ in range(50)} == {1}
+    assert {sample([7.0, 7.0], 1e-9, rng) for _ in range(50)} == {0, 1}

@@ -1,0 +1,138 @@
+"""Reading the configuration: strict, and helpful when it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from serving.config import Config, as_plain, parse
+from serving.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "config" / "examples").glob("*.yaml"))
+
+
+def refusal(raw: dict[str, Any]) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        parse(raw)
+    return caught.value
+
+
+def test_empty_config_is_the_defaults() -> None:
+    assert parse({}) == Config()
+
+
+def test_empty_section_is_the_defaults() -> None:
+    assert parse({"router": None, "workers": {}}) == Config()
+
+
+def test_given_keys_replace_defaults_and_leave_the_others() -> None:
+    config = parse({"workers": {"decode": 3}})
+    assert (config.workers.decode, config.workers.prefill) == (3, 1)
+
+
+@pytest.mark.parametrize("key", ["router-policy", "router.policy"])
+def test_section_and_key_may_be_joined(key: str) -> None:
+    assert parse({key: "round_robin"}).router.policy == "round_robin"
+
+
+def test_joined_key_overrides_the_section_it_names_only_there() -> None:
+    config = parse({"frontend": {"port": 9000, "max_inflight": 7}, "frontend-port": 9001})
+    assert (config.frontend.port, config.frontend.max_inflight) == (9001, 7)
+
+
+def test_numbers_given_as_text_on_the_command_line_are_numbers() -> None:
+    assert parse({"frontend": {"port": "8123"}}).frontend.port == 8123
+
+
+def test_parsing_leaves_the_given_mapping_alone() -> None:
+    raw: dict[str, Any] = {"router": {"temperature": 0.5}, "router-policy": "random"}
+    parse(raw)
+    assert raw == {"router": {"temperature": 0.5}, "router-policy": "random"}
+
+
+def test_unknown_key_is_named_with_the_nearest_known_one() -> None:
+    error = refusal({"router": {"polcy": "kv"}})
+    assert error.key == "router.polcy"
+    assert "did you mean `policy`" in error.remedy
+
+
+def test_unknown_section_is_named_with_the_nearest_known_one() -> None:
+    error = refusal({"worker": {"decode": 2}})
+    assert error.key == "worker"
+    assert "did you mean `workers`" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        ({"frontend": {"port": "http"}}, "frontend.port"),
+        ({"frontend": {"port": 0}}, "frontend.port"),
+        ({"frontend": {"port": 65536}}, "frontend.port"),
+        ({"workers": {"decode": 0}}, "workers.decode"),
+        ({"workers": {"decode": 1.5}}, "workers.decode"),
+        ({"engine": {"block_size": 17}}, "engine.block_size"),
+        ({"engine": {"device": "tpu"}}, "engine.device"),
+        ({"model": {"id": 5}}, "model.id"),
+        ({"router": {"policy": "kvv"}}, "router.policy"),
+        ({"etcd": {"lease_s": 1}}, "etcd.lease_s"),
+        ({"deadlines": {"total_s": 0}}, "deadlines.total_s"),
+        ({"deployment": {"namespace": "Has Spaces"}}, "deployment.namespace"),
+        ({"router": "kv"}, "router"),
+    ],
+)
+def test_bad_value_is_refused_by_name_and_value(raw: dict[str, Any], key: str) -> None:
+    error = refusal(raw)
+    assert error.key == key
+    given = raw[key.split(".")[0]]
+    assert repr(given if "." not in key else given[key.split(".")[1]]) in str(error)
+    assert error.remedy
+
+
+def test_bad_list_item_is_refused_by_its_key() -> None:
+    assert refusal({"workers": {"gpus": [0, -1]}}).key.startswith("workers.gpus")
+
+
+def test_two_programs_on_one_port_are_refused() -> None:
+    error = refusal({"nats": {"port": 8000}})
+    assert error.key == "nats.port"
+    assert "frontend.port" in error.what
+
+
+def test_message_is_one_line_and_its_remedy() -> None:
+    assert str(refusal({"nats": {"prot": 1}})).count("\n") == 1
+
+
+def test_plain_data_parses_to_the_same_config() -> None:
+    config = parse({"workers": {"gpus": [0, 1]}, "router": {"policy": "random"}})
+    assert parse(as_plain(config)) == config
+
+
+def test_every_key_has_a_description() -> None:
+    definitions = msgspec.json.schema(Config)["$defs"]
+    for section in msgspec.structs.fields(Config):
+        for key, field in definitions[section.type.__name__]["properties"].items():
+            assert field.get("description"), f"{section.name}.{key}"
+
+
+def test_config_yaml_satisfies_the_types() -> None:
+    parse(yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8")) or {})
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_satisfies_the_types_and_names_its_command(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    config = parse(yaml.safe_load(text))
+    assert text.startswith("# ")
+    assert f"--configfile config/examples/{path.name}" in text
+    if path.stem in ("agg", "agg_router", "disagg", "disagg_router"):
+        assert config.deployment.topology == path.stem
+        assert f"snakemake serve_{path.stem} " in text
+
+
+def test_there_is_an_example_for_each_topology_and_set_of_gpus() -> None:
+    assert {path.stem for path in EXAMPLES} >= {
+        *("agg", "agg_router", "disagg", "disagg_router"),
+        *("cpu", "one-gpu", "two-gpus"),
+    }

@@ -1,0 +1,115 @@
+"""The one-way import rule: what may know what."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "scripts" / "serving"
+
+# From the top down. Units of one layer do not import each other; only the bottom layer's do.
+LAYERS = [
+    {"frontend", "worker", "deploy", "config_docs"},
+    {"kv_router", "kv_transfer", "engine", "discovery", "events", "rpc", "text"},
+    {"block_hash", "kv_layout"},
+    {"protocol", "config", "process_config", "errors"},
+]
+# One concept in several modules: a prompt's way in and its answer's way out.
+UNITS = {"preprocess": "text", "chat_template": "text", "detokenize": "text"}
+LAYER_OF = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
+FORBIDDEN = {("frontend", "engine"), ("frontend", "kv_transfer"), ("worker", "kv_router")}
+VENDORS = {"ucxx": "kv_transfer", "nats": "events", "etcd3aio": "discovery"}
+INPUT_OUTPUT = {"asyncio", "socket", "subprocess", "httpx", "threading", "ssl", "selectors"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            if node.module == "serving":
+                names |= {f"serving.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node):
+            names |= {str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)}
+    return names
+
+
+def unit_of(name: str) -> str:
+    return UNITS.get(name, name)
+
+
+def edges() -> set[tuple[str, str, str]]:
+    """(file, its unit, unit it imports) for every import inside the package."""
+    found = set()
+    for path in modules():
+        relative = path.relative_to(PACKAGE)
+        own = unit_of(relative.parts[0].removesuffix(".py"))
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "serving" and len(parts) > 1:
+                found.add((str(relative), own, unit_of(parts[1])))
+    return found
+
+
+def test_every_module_has_a_place_in_the_layers() -> None:
+    units = {unit_of(p.relative_to(PACKAGE).parts[0].removesuffix(".py")) for p in modules()}
+    assert units - {"__init__"} <= set(LAYER_OF)
+
+
+def test_imports_point_down_only() -> None:
+    bottom = len(LAYERS) - 1
+    wrong = [
+        f"{path}: {own} imports {other}"
+        for path, own, other in sorted(edges())
+        if own != other
+        and not LAYER_OF[own] < LAYER_OF[other]
+        and not LAYER_OF[own] == LAYER_OF[other] == bottom
+    ]
+    assert not wrong
+
+
+def test_frontend_and_worker_keep_out_of_each_others_business() -> None:
+    assert not {(own, other) for _, own, other in edges()} & FORBIDDEN
+
+
+def test_bottom_layer_has_no_cycle() -> None:
+    graph = {(own, other) for _, own, other in edges() if {own, other} <= LAYERS[-1]}
+    assert not {(a, b) for a, b in graph if a != b and (b, a) in graph}
+
+
+@pytest.mark.parametrize(("vendor", "home"), VENDORS.items())
+def test_vendor_library_appears_in_exactly_one_module(vendor: str, home: str) -> None:
+    users = [
+        path.relative_to(PACKAGE)
+        for path in modules()
+        if any(name.split(".")[0] == vendor for name in imported(path))
+    ]
+    assert [user.parts[0].removesuffix(".py") for user in users] == [home], users
+
+
+def test_only_the_torch_engine_knows_torch() -> None:
+    users = {
+        str(path.relative_to(PACKAGE).parent)
+        for path in modules()
+        if {"torch", "transformers"} & {name.split(".")[0] for name in imported(path)}
+    }
+    assert users == {"engine/torch"}
+
+
+def test_router_does_no_input_or_output() -> None:
+    for path in (PACKAGE / "kv_router").glob("*.py"):
+        assert not {name.split(".")[0] for name in imported(path)} & INPUT_OUTPUT, path
+
+
+def test_package_never_imports_the_workflow() -> None:
+    rule_scripts = {path.stem for path in PACKAGE.parent.glob("*.py")}
+    for path in modules():
+        assert not {name.split(".")[0] for name in imported(path)} & (rule_scripts), path

@@ -39,9 +39,10 @@ LONG = "The following is a careful and detailed story about a lighthouse keeper.
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def service(tmp_path_factory: pytest.TempPathFactory, default_results: Path) -> Any:
     """`serve_disagg` as a newcomer runs it; small chunks so that prompts are chunked."""
     deployment = Deployment(tmp_path_factory.mktemp("serve"), engine={"max_num_batched_tokens": 64})
+    share_results(default_results, deployment.directory / "results")
     with running(deployment, "serve_disagg"):
         yield deployment
 

@@ -17,6 +17,7 @@ TOP_LEVEL = {
     "rules",
     "scripts",
     "config",
+    "docs",
     "envs",
     "tests",
     "README.md",

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from serving.errors import ConfigError
+from serving.protocol import Role
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -62,7 +63,16 @@ class ModelConfig(_Section, frozen=True):
 class EngineConfig(_Section, frozen=True):
     """What runs the model."""
 
-    backend: Annotated[Literal["torch"], Meta(description="Engine implementation.")] = "torch"
+    backend: Annotated[
+        Literal["torch", "tensorrt_llm"],
+        Meta(description="`torch` is embedded and runs anywhere; `tensorrt_llm` needs its GPUs."),
+    ] = "torch"
+    flow: Annotated[
+        Literal["auto", "pytorch", "trtllm-build"],
+        Meta(
+            description="How TensorRT-LLM gets its engine. `auto`: `pytorch`, which has no build step; `trtllm-build` exists up to version 1.2."
+        ),
+    ] = "auto"
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Meta(description="`auto`: CUDA when there is a GPU.")
     ] = "auto"
@@ -106,6 +116,45 @@ class WorkersConfig(_Section, frozen=True):
         list[Count] | None,
         Meta(description="GPU indices handed out to workers in order. Default: all there are."),
     ] = None
+    tensor_parallel: Annotated[
+        dict[Role, Positive],
+        Meta(description="GPUs that share each layer, per role: `{prefill: 2, decode: 4}`."),
+    ] = {}
+    pipeline_parallel: Annotated[
+        dict[Role, Positive],
+        Meta(description="Groups of layers on GPUs of their own, per role."),
+    ] = {}
+
+
+class TensorRtLlmConfig(_Section, frozen=True):
+    """What only the TensorRT-LLM engine knows. Sizes it shares with others are in `engine`."""
+
+    free_gpu_memory_fraction: Annotated[
+        Annotated[float, Meta(gt=0, le=1)],
+        Meta(description="Share of the memory left beside the weights that KV may take."),
+    ] = 0.85
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8", "nvfp4"], Meta(description="`auto`: that of the weights.")
+    ] = "auto"
+    host_cache_bytes: Annotated[
+        Annotated[int, Meta(ge=0)], Meta(description="Host memory for evicted KV blocks.")
+    ] = 0
+    event_buffer_max_size: Annotated[
+        Positive,
+        Meta(
+            description="KV events kept until they are read; when it overflows, an index is rebuilt."
+        ),
+    ] = 65536
+    guided_decoding: Annotated[
+        Literal["none", "xgrammar", "llguidance"],
+        Meta(description="What enforces JSON schemas and grammars."),
+    ] = "xgrammar"
+    llm_args: Annotated[
+        dict[str, Any],
+        Meta(
+            description="More arguments of its `LLM`, as its documentation names them; these win."
+        ),
+    ] = {}
 
 
 class RouterConfig(_Section, frozen=True):
@@ -154,7 +203,10 @@ class KvTransferConfig(_Section, frozen=True):
     """How KV blocks travel from prefill to decode workers."""
 
     transport: Annotated[
-        Literal["ucx", "tcp"], Meta(description="UCX (production), or plain TCP.")
+        Literal["ucx", "tcp", "nixl"],
+        Meta(
+            description="`ucx` (production); `tcp`, plain and for the torch engine; `nixl`, for TensorRT-LLM."
+        ),
     ] = "ucx"
     connect_s: Annotated[Seconds, Meta(description="Deadline for reaching the prefill worker.")] = (
         5.0
@@ -213,7 +265,35 @@ class ContainerConfig(_Section, frozen=True):
         Literal["none", "docker", "podman", "apptainer", "enroot"],
         Meta(description="Container runtime."),
     ] = "none"
-    image: Annotated[str | None, Meta(description="Image reference.")] = None
+    image: Annotated[
+        str | None,
+        Meta(description="What workers run in: a reference, or a file (apptainer, enroot)."),
+    ] = None
+    pull: Annotated[
+        bool, Meta(description="Fetch a missing image. Off: it must be there already.")
+    ] = False
+    base_image: Annotated[
+        str | None,
+        Meta(description="`build_image` starts from this one, and builds no base image itself."),
+    ] = None
+    base_tag: Annotated[
+        str, Meta(description="Tag of TensorRT-LLM's release image, or of `base_image`.")
+    ] = "1.2.0"
+    source_commit: Annotated[
+        Annotated[str, Meta(pattern=r"^[0-9a-f]{40}$")] | None,
+        Meta(
+            description="Build TensorRT-LLM itself from this commit, in its devel image, for that image's ABI."
+        ),
+    ] = None
+    shm_bytes: Annotated[
+        Positive | None, Meta(description="Shared memory. Default: that of the host.")
+    ] = None
+    extra_flags: Annotated[
+        list[str], Meta(description="More flags of the runtime's run command.")
+    ] = []
+    mounts: Annotated[
+        dict[str, str], Meta(description="More folders, host path to container path, read-only.")
+    ] = {}
 
 
 class Config(_Section, frozen=True):
@@ -222,6 +302,7 @@ class Config(_Section, frozen=True):
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     workers: WorkersConfig = WorkersConfig()
+    tensorrt_llm: TensorRtLlmConfig = TensorRtLlmConfig()
     router: RouterConfig = RouterConfig()
     frontend: FrontendConfig = FrontendConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
@@ -250,6 +331,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
     except msgspec.ValidationError as exc:
         raise _explain(str(exc), raw) from None
     _check_ports(config)
+    _check_backend(config)
     return config
 
 
@@ -309,6 +391,27 @@ def _check_ports(config: Config) -> None:
                 key, f"port {port} is already `{seen[port]}`", remedy="choose another port"
             )
         seen[port] = key
+
+
+def _check_backend(config: Config) -> None:
+    backend, transport = config.engine.backend, config.kv_transfer.transport
+    suits = {"torch": ("ucx", "tcp"), "tensorrt_llm": ("ucx", "nixl")}[backend]
+    if transport not in suits:
+        raise ConfigError(
+            "kv_transfer.transport",
+            f"the {backend} engine has no `{transport}`",
+            remedy=f"choose `{'` or `'.join(suits)}`",
+        )
+    if backend == "torch" and any(
+        size > 1
+        for sizes in (config.workers.tensor_parallel, config.workers.pipeline_parallel)
+        for size in sizes.values()
+    ):
+        raise ConfigError(
+            "workers.tensor_parallel",
+            "the torch engine uses one GPU a worker",
+            remedy="remove it, or set `engine.backend: tensorrt_llm`",
+        )
 
 
 def as_plain(config: Config) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def _kind(field: dict[str, Any]) -> str:
     if field["type"] == "array":
         return f"list of {_kind(field['items'])}"
     if "pattern" in field:
-        return f"string like `{field['pattern']}`, at most {field['maxLength']} characters"
+        longest = f", at most {field['maxLength']} characters" if "maxLength" in field else ""
+        return f"string like `{field['pattern']}`{longest}"
     bounds = [
         f"{sign} {field[name]:g}"
         for name, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"))

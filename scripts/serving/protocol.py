@@ -6,7 +6,7 @@ readable). Structs are `array_like` where they travel once per engine step.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -43,7 +43,7 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None
 
 
-class KvTransferParams(Struct, frozen=True):
+class KvTransferParams(Struct, frozen=True, tag="blocks"):
     """What a decode worker needs to fetch the KV that a prefill worker holds for it.
 
     `nonce` is unguessable and valid for this request only. `address` is the transport's own
@@ -58,6 +58,22 @@ class KvTransferParams(Struct, frozen=True):
     num_tokens: int
     num_blocks: int
     layout: str
+
+
+class EngineTransferParams(Struct, frozen=True, tag="engine"):
+    """The same for an engine that moves KV by itself: its own `state`, carried unread.
+
+    The prefill engine frees its blocks only when a decode engine has fetched them or when its own
+    timeout ends, so whoever holds these must see that a decode follows, wanted or not.
+    """
+
+    source_instance: str
+    source_epoch: int
+    request_id: str
+    state: dict[str, Any]
+
+
+TransferParams = KvTransferParams | EngineTransferParams
 
 
 class EngineRequest(Struct, frozen=True, omit_defaults=True):
@@ -77,7 +93,7 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
     num_prompt_tokens: int
     sampling: SamplingParams
     phase: Phase = "agg"
-    kv_transfer_params: KvTransferParams | None = None
+    kv_transfer_params: TransferParams | None = None
     deadline_s: float = 600.0
 
 
@@ -111,7 +127,7 @@ class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):
     cached_tokens: int | None = None
     stop_token_id: int | None = None
     logprobs: list[TokenLogprob] | None = None
-    kv_transfer_params: KvTransferParams | None = None
+    kv_transfer_params: TransferParams | None = None
     error: ErrorInfo | None = None
 
 
@@ -178,7 +194,8 @@ class InstanceInfo(Struct, frozen=True):
     """One registered worker. The key is `/{namespace}/instances/{instance_id}`.
 
     `epoch` is fresh per registration and grows; events and connections of an older epoch are
-    fenced. `rpc_addresses` are tried in order (`unix:run/x.sock`, `tcp://127.0.0.1:40001`).
+    fenced. `rpc_addresses` are tried in order (`unix:run/x.sock`, `tcp://127.0.0.1:40001`). `kv_by_engine`: the engine
+    moves KV itself, over connections that it makes with the first request of each pair.
     """
 
     instance_id: str
@@ -191,6 +208,7 @@ class InstanceInfo(Struct, frozen=True):
     max_batch_size: int
     pid: int
     host: str
+    kv_by_engine: bool = False
 
 
 # --- KV events and load (NATS, `events.py`) ----------------------------------------------------

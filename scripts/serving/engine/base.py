@@ -9,7 +9,6 @@ on a thread of its own calls the sink on the loop.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -43,6 +42,16 @@ class EngineLoad(Struct, frozen=True):
     cached_blocks: int
     num_blocks: int
     preemptions: int = 0
+
+
+class TransferStats(Struct):
+    """KV fetched by a decode engine: totals since start, as `protocol.LoadReport` has them."""
+
+    bytes_received: int = 0
+    transfers: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+    local_prefills: int = 0
 
 
 class StepSink(Protocol):
@@ -138,4 +147,14 @@ class BlockEngine(Engine):
     kv: KvBlocks
 
 
-Outputs = AsyncIterator[EngineOutput]
+class TransferringEngine(Engine):
+    """An engine that moves KV by itself (TensorRT-LLM).
+
+    `submit` takes all phases. The last output of a `prefill` carries `EngineTransferParams`; a
+    `decode` request brings them back to another engine. When the fetch fails the engine prefills
+    the prompt itself and counts it in `transfers`. `abort` of a `decode` takes effect only after
+    its first output, since the prefill engine frees its blocks with the fetch.
+    """
+
+    transfers: TransferStats
+    transport: str

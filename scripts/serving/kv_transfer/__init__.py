@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from serving.errors import ConfigError
 from serving.kv_layout import KvLayout
 from serving.kv_transfer.base import KvTransfer
 
 
 def make_transfer(
-    name: Literal["ucx", "tcp"],
+    name: Literal["ucx", "tcp", "nixl"],
     layout: KvLayout,
     *,
     host: str,
@@ -19,6 +20,10 @@ def make_transfer(
 ) -> KvTransfer:
     """The transport called `name` (`kv_transfer.transport`). UCX itself loads in `serve`."""
     transport: type[KvTransfer]
+    if name == "nixl":
+        raise ConfigError(
+            "kv_transfer.transport", "only TensorRT-LLM moves KV over NIXL", remedy="set `ucx`"
+        )
     if name == "ucx":
         from serving.kv_transfer.ucx import UcxTransfer as transport
     else:

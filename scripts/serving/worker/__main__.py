@@ -19,57 +19,18 @@ from pathlib import Path
 import uvloop
 
 from serving.discovery import Discovery
-from serving.engine.base import BlockEngine, EngineLoad
+from serving.engine.base import BlockEngine, EngineLoad, TransferringEngine
 from serving.errors import OperatorError
 from serving.events import EventPlane
-from serving.kv_transfer import make_transfer
 from serving.process_config import WorkerProcess, announce_ready, read
-from serving.protocol import EngineOutput, InstanceInfo, KvEvent, ModelCard
+from serving.protocol import EngineOutput, InstanceInfo, KvEvent
+from serving.worker.engines import load_engine
+from serving.worker.handover import BlockHandover, EngineHandover
 from serving.worker.worker import Worker
 
 log = logging.getLogger("serving.worker")
 
 REGISTER_DEADLINE_S = 60.0
-
-
-def load_engine(process: WorkerProcess) -> tuple[BlockEngine, ModelCard]:
-    """The engine (not started) and the card that frontends serve the model by."""
-    from serving.engine.manifest import check_max_model_len, load_manifest
-    from serving.engine.torch.engine import TorchEngine
-
-    manifest = load_manifest(Path(process.engine_dir))
-    if manifest.fingerprint != process.engine_fingerprint:
-        raise OperatorError(
-            f"{process.engine_dir} was built as {manifest.fingerprint}, "
-            f"not {process.engine_fingerprint}",
-            remedy="run the serve target again: it rebuilds the engine",
-        )
-    config = process.engine
-    check_max_model_len(config.max_model_len, manifest.model_max_len, manifest.model_id)
-    engine = TorchEngine(
-        Path(process.engine_dir),
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        kv_cache_tokens=config.kv_cache_tokens,
-        max_batch_size=config.max_batch_size,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_waiting=config.max_waiting,
-        device=process.device,
-        dtype=process.dtype,
-        num_threads=config.num_threads,
-        hash_salt=manifest.hash_salt,
-        fingerprint=manifest.fingerprint,
-    )
-    card = ModelCard(
-        name=process.model_name,
-        tokenizer_dir=str(Path(process.engine_dir).resolve()),
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        hash_salt=manifest.hash_salt,
-        engine_fingerprint=manifest.fingerprint,
-        created=int(manifest.created),
-    )
-    return engine, card
 
 
 async def run(process: WorkerProcess) -> None:
@@ -95,22 +56,16 @@ async def run(process: WorkerProcess) -> None:
         log.info("loading %s", process.engine_dir)
         await engine.start(sink)
         stack.push_async_callback(engine.close)
-        layout = engine.spec.kv_layout
-        assert layout is not None, "a block engine has a layout"
-        transfer = make_transfer(
-            process.kv_transfer.transport,
-            layout,
-            host=process.host,
-            chunk_bytes=process.kv_transfer.chunk_bytes,
-            connect_s=process.kv_transfer.connect_s,
-            transfer_s=process.kv_transfer.transfer_s,
-        )
-        worker = Worker(process, epoch, engine, transfer, events, tasks)
-        await transfer.serve(worker.prefill)
-        stack.push_async_callback(transfer.close)
+        worker = Worker(process, epoch, engine, events)
+        if isinstance(engine, BlockEngine):
+            worker.handover = handover = BlockHandover(process, epoch, engine, tasks, worker.send)
+            await handover.serve()
+        else:
+            assert isinstance(engine, TransferringEngine), "an engine moves KV or lets us do it"
+            worker.handover = EngineHandover(engine)
+        stack.push_async_callback(worker.handover.close)
         addresses = await worker.rpc.start(process.host, process.unix_socket)
         stack.push_async_callback(worker.rpc.close)
-        stack.callback(worker.decode.close)
         await events.serve_snapshots(process.instance_id, epoch, engine.snapshot)
         reports = tasks.create_task(worker.report_forever(), name="load-reports")
         stack.callback(reports.cancel)
@@ -127,16 +82,19 @@ async def run(process: WorkerProcess) -> None:
             epoch=epoch,
             role=process.role,
             rpc_addresses=addresses,
-            kv_address=transfer.address,
+            kv_address=worker.handover.address,
             model=card,
             num_blocks=engine.spec.num_blocks,
             max_batch_size=engine.spec.max_batch_size,
             pid=os.getpid(),
             host=socket.gethostname(),
+            kv_by_engine=isinstance(engine, TransferringEngine),
         )
         await discovery.register(info, deadline_s=REGISTER_DEADLINE_S)
         announce_ready(process.ready_file, instance_id=process.instance_id, epoch=epoch)
-        log.info("ready: %s at %s, KV at %s", info.instance_id, addresses, transfer.address)
+        log.info(
+            "ready: %s at %s, KV %s", info.instance_id, addresses, info.kv_address or "by engine"
+        )
 
         await stop.wait()
         log.info("draining")

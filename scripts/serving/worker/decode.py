@@ -13,22 +13,12 @@ from collections.abc import Callable
 
 import msgspec
 
-from serving.engine.base import BlockEngine
+from serving.engine.base import BlockEngine, TransferStats
 from serving.errors import KvTransferFailed, ServingError
 from serving.kv_transfer.base import KvTransfer
-from serving.protocol import EngineOutput, EngineRequest, ErrorInfo
+from serving.protocol import EngineOutput, EngineRequest, ErrorInfo, KvTransferParams
 
 log = logging.getLogger(__name__)
-
-
-class TransferStats(msgspec.Struct):
-    """Totals since start, as `protocol.LoadReport` publishes them."""
-
-    bytes_received: int = 0
-    transfers: int = 0
-    failures: int = 0
-    seconds: float = 0.0
-    local_prefills: int = 0
 
 
 class DecodeEndpoint:
@@ -80,7 +70,8 @@ class DecodeEndpoint:
 
     async def _fetch(self, request: EngineRequest) -> None:
         params = request.kv_transfer_params
-        assert params is not None, "only requests with a transfer come here"
+        if not isinstance(params, KvTransferParams):
+            raise KvTransferFailed(request.request_id, "another engine", "it moves KV by itself")
         async with self._engine.kv.reserve(request) as reservation:
             started = time.monotonic()
             num_bytes = await self._transfer.pull(

@@ -10,15 +10,13 @@ import asyncio
 import logging
 import time
 
-from serving.engine.base import BlockEngine, EngineLoad
+from serving.engine.base import Engine, EngineLoad
 from serving.errors import Overloaded
 from serving.events import EventPlane
-from serving.kv_transfer.base import KvTransfer
 from serving.process_config import WorkerProcess
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, LoadReport
 from serving.rpc import RpcServer
-from serving.worker.decode import DecodeEndpoint
-from serving.worker.prefill import PrefillEndpoint
+from serving.worker.handover import Handover
 
 log = logging.getLogger(__name__)
 
@@ -33,58 +31,47 @@ class Worker:
         self,
         process: WorkerProcess,
         epoch: int,
-        engine: BlockEngine,
-        transfer: KvTransfer,
+        engine: Engine,
         events: EventPlane,
-        tasks: asyncio.TaskGroup,
     ) -> None:
         self.engine, self._events = engine, events
         self._instance_id, self._epoch = process.instance_id, epoch
-        self._transport = process.kv_transfer.transport
         self.rpc = RpcServer(self, process.instance_id, epoch)
-        self.prefill = PrefillEndpoint(
-            engine,
-            instance_id=process.instance_id,
-            epoch=epoch,
-            hold_s=process.kv_transfer.hold_s,
-            address=lambda: transfer.address,
-        )
-        self.decode = DecodeEndpoint(
-            engine, transfer, tasks, lambda output: self.rpc.send([output])
-        )
+        self.handover: Handover
         self._draining = False
+
+    def send(self, output: EngineOutput) -> None:
+        """For outputs that come from elsewhere than the engine's steps."""
+        self.rpc.send([output])
 
     # --- from frontends ------------------------------------------------------------------------
 
     def on_generate(self, request: EngineRequest) -> None:
         if self._draining:
             raise Overloaded(f"{self._instance_id} is draining")
-        if request.phase == "prefill":
-            self.prefill.submit(request)
-        elif request.phase == "decode" and request.kv_transfer_params is not None:
-            self.decode.submit(request)
-        else:
+        if request.phase == "agg":
             self.engine.submit(request)
+        else:
+            self.handover.submit(request)
 
     def on_abort(self, request_id: str) -> None:
-        self.prefill.abort(request_id)
-        self.decode.abort(request_id)
+        self.handover.abort(request_id)
         self.engine.abort(request_id)
 
     def on_release(self, request_id: str) -> None:
-        self.prefill.done(request_id)
+        self.handover.release(request_id)
 
     # --- from the engine -----------------------------------------------------------------------
 
     def on_step(self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad) -> None:
         if outputs:
-            self.rpc.send([self.prefill.finish(output) for output in outputs])
+            self.rpc.send([self.handover.finish(output) for output in outputs])
         if events:
             self._events.publish_kv(events)
         self._events.publish_load(self._report(load))
 
     def _report(self, load: EngineLoad) -> LoadReport:
-        stats = self.decode.stats
+        stats = self.handover.stats
         return LoadReport(
             instance_id=self._instance_id,
             epoch=self._epoch,
@@ -98,7 +85,7 @@ class Worker:
             kv_transfers=stats.transfers,
             kv_transfer_failures=stats.failures,
             kv_transfer_seconds=stats.seconds,
-            kv_transport=self._transport,
+            kv_transport=self.handover.transport,
             local_prefill_fallbacks=stats.local_prefills,
             preemptions=load.preemptions,
         )
@@ -116,7 +103,7 @@ class Worker:
         self._draining = True
         self.rpc.announce_drain()
         deadline = time.monotonic() + drain_s
-        while self.rpc.num_live or self.prefill.num_held:
+        while self.rpc.num_live or self.handover.num_held:
             if time.monotonic() > deadline:
                 log.warning("still %d requests after %g s of draining", self.rpc.num_live, drain_s)
                 return

@@ -16,7 +16,7 @@ from serving.engine.torch.kv_pool import KvPool
 from serving.engine.torch.scheduler import Scheduler
 from serving.engine.torch.sequence import Sequence, State
 from serving.errors import EngineFailed, InvalidRequest
-from serving.protocol import EngineRequest
+from serving.protocol import EngineRequest, KvTransferParams
 
 
 class Books(Protocol):
@@ -79,7 +79,7 @@ class TorchKvBlocks:
     async def _reserve(self, request: EngineRequest) -> AsyncIterator[TorchReservation]:
         params = request.kv_transfer_params
         if len(request.token_ids) < 2 or (
-            params is not None and params.num_tokens != len(request.token_ids) - 1
+            isinstance(params, KvTransferParams) and params.num_tokens != len(request.token_ids) - 1
         ):
             raise InvalidRequest("KV is fetched for all tokens but the last one")
         sequence = self._books.new_sequence(request)

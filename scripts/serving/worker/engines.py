@@ -1,0 +1,68 @@
+"""The engine that a worker was told to serve, not started yet, and its model's card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from serving.engine.base import BlockEngine, TransferringEngine
+from serving.engine.manifest import EngineManifest, check_max_model_len, load_manifest
+from serving.errors import OperatorError
+from serving.process_config import WorkerProcess
+from serving.protocol import ModelCard
+
+
+def load_engine(process: WorkerProcess) -> tuple[BlockEngine | TransferringEngine, ModelCard]:
+    """Raises OperatorError when the built engine is not the one that is meant."""
+    manifest = load_manifest(Path(process.engine_dir))
+    if manifest.fingerprint != process.engine_fingerprint:
+        raise OperatorError(
+            f"{process.engine_dir} was built as {manifest.fingerprint}, "
+            f"not {process.engine_fingerprint}",
+            remedy="run the serve target again: it rebuilds the engine",
+        )
+    config = process.engine
+    check_max_model_len(config.max_model_len, manifest.model_max_len, manifest.model_id)
+    card = ModelCard(
+        name=process.model_name,
+        tokenizer_dir=str(Path(process.engine_dir).resolve()),
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        hash_salt=manifest.hash_salt,
+        engine_fingerprint=manifest.fingerprint,
+        created=int(manifest.created),
+    )
+    if config.backend == "tensorrt_llm":
+        return _tensorrt_llm(process, manifest), card
+    return _torch(process, manifest), card
+
+
+def _torch(process: WorkerProcess, manifest: EngineManifest) -> BlockEngine:
+    from serving.engine.torch.engine import TorchEngine
+
+    config = process.engine
+    return TorchEngine(
+        Path(process.engine_dir),
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        kv_cache_tokens=config.kv_cache_tokens,
+        max_batch_size=config.max_batch_size,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_waiting=config.max_waiting,
+        device=process.device,
+        dtype=process.dtype,
+        num_threads=config.num_threads,
+        hash_salt=manifest.hash_salt,
+        fingerprint=manifest.fingerprint,
+    )
+
+
+def _tensorrt_llm(process: WorkerProcess, manifest: EngineManifest) -> TransferringEngine:
+    from serving.engine.tensorrt_llm import TensorRtLlmEngine
+
+    return TensorRtLlmEngine(
+        Path(process.engine_dir),
+        manifest,
+        role=process.role,
+        instance_id=process.instance_id,
+        engine=process.engine,
+    )

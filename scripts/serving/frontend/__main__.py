@@ -52,8 +52,10 @@ async def run(process: FrontendProcess) -> None:
             tasks.create_task(instances.synchronise_forever(), name="synchronise"),
             tasks.create_task(discovery.watch(instances.up, instances.down), name="watch"),
         ]
+        pipeline = Pipeline(process, router, instances, metrics)
+        stack.push_async_callback(pipeline.close)
         app = create_app(
-            Pipeline(process, router, instances, metrics),
+            pipeline,
             config=process.frontend,
             metrics=metrics,
             model_name=process.model_name,

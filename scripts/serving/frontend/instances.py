@@ -12,6 +12,7 @@ from typing import Any
 
 from serving.errors import InstanceLost, InstanceRefused, ServingError
 from serving.events import EventPlane
+from serving.frontend.engine_handover import warm_up
 from serving.frontend.metrics import Metrics
 from serving.kv_router.router import KvRouter
 from serving.protocol import InstanceInfo, KvEventBatch, LoadReport, ModelCard
@@ -40,6 +41,7 @@ class Instances:
         self._clients: dict[str, RpcClient] = {}
         self._reports: dict[str, LoadReport] = {}
         self._unsynchronised = asyncio.Event()
+        self._joining = asyncio.Lock()
         self.card: ModelCard | None = None
 
     def client(self, instance_id: str) -> RpcClient:
@@ -89,9 +91,12 @@ class Instances:
 
     async def _serve_through(self, client: RpcClient, lost: asyncio.Event) -> None:
         info = client.info
-        self._router.add_instance(info)
-        self.card = self.card or info.model
-        self._clients[info.instance_id] = client
+        async with self._joining:  # or two that come together would not see each other
+            if info.kv_by_engine:
+                await warm_up(client, self._kv_peers(info))
+            self._router.add_instance(info)
+            self.card = self.card or info.model
+            self._clients[info.instance_id] = client
         self._unsynchronised.set()
         try:
             await lost.wait()
@@ -101,6 +106,10 @@ class Instances:
             self._reports.pop(info.instance_id, None)
             self._router.remove_instance(info.instance_id, info.epoch)
             self._metrics.forget_instance(info.instance_id)
+
+    def _kv_peers(self, info: InstanceInfo) -> list[RpcClient]:
+        roles = {info.role, "agg"}
+        return [c for c in self._clients.values() if c.info.role not in roles]
 
     # --- events --------------------------------------------------------------------------------
 

@@ -16,12 +16,20 @@ from typing import Any
 import msgspec
 
 from serving.errors import DeadlineExceeded, InstanceLost, NoInstances, Overloaded
+from serving.frontend.engine_handover import EngineHandovers
 from serving.frontend.instances import Instances
 from serving.frontend.metrics import Metrics
 from serving.kv_router.router import KvRouter, Route
 from serving.preprocess import PreparedRequest
 from serving.process_config import FrontendProcess
-from serving.protocol import EngineOutput, EngineRequest, ModelCard, Phase
+from serving.protocol import (
+    EngineOutput,
+    EngineRequest,
+    EngineTransferParams,
+    ModelCard,
+    Phase,
+)
+from serving.rpc import RpcClient
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +78,16 @@ class Pipeline:
     ) -> None:
         self._process, self._router, self._instances = process, router, instances
         self._metrics = metrics
+        self._handovers = EngineHandovers(self._any_decode)
         self._deadlines = process.deadlines
 
     @property
     def card(self) -> ModelCard | None:
         return self._instances.card
+
+    async def close(self) -> None:
+        """End what goes on behind requests that have left."""
+        await self._handovers.close()
 
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[EngineOutput, None]:
         """Outputs in order; the last has a finish_reason. Closing this aborts on every worker.
@@ -115,8 +128,13 @@ class Pipeline:
 
     async def _disaggregated(self, sequence: Sequence) -> AsyncGenerator[EngineOutput, None]:
         with self._route(sequence, "prefill") as source:
-            async with aclosing(self._stream(sequence, source, "prefill")) as outputs:
-                first = await anext(outputs)
+            prompt = sequence.request("prefill", self._deadlines.total_s)
+            prompt = msgspec.structs.replace(prompt, token_ids=list(prompt.token_ids))
+            compute = self._prefill(sequence, source)
+            if self._instances.client(source.instance_id).info.kv_by_engine:
+                first = await self._handovers.prefill(prompt, compute)
+            else:
+                first = await compute
         params = first.kv_transfer_params
         if params is None:  # the first token was also the last one
             yield first
@@ -127,12 +145,21 @@ class Pipeline:
             with self._route(sequence, "decode") as route:
                 stream = self._stream(sequence, route, "decode", kv_transfer_params=params)
                 async with aclosing(stream) as outputs:
-                    async for output in outputs:
-                        fetched = True
-                        yield output
+                    try:
+                        async for output in outputs:
+                            fetched = True
+                            yield output
+                    except (asyncio.CancelledError, GeneratorExit, DeadlineExceeded):
+                        # An engine that moves KV itself fetches it once asked, aborted or not.
+                        fetched = fetched or isinstance(params, EngineTransferParams)
+                        raise
         finally:
             if not fetched:  # the prefill instance still holds the blocks
-                self._release(source.instance_id, sequence)
+                self._let_go(source.instance_id, prompt, first)
+
+    async def _prefill(self, sequence: Sequence, source: Route) -> EngineOutput:
+        async with aclosing(self._stream(sequence, source, "prefill")) as outputs:
+            return await anext(outputs)
 
     def _route(self, sequence: Sequence, role: Phase) -> Route:
         prepared = sequence.prepared
@@ -188,11 +215,20 @@ class Pipeline:
             self._router.mark_unavailable(instance_id, loop.time() + SUSPECT_S)
             raise
 
-    def _release(self, instance_id: str, sequence: Sequence) -> None:
+    def _let_go(self, instance_id: str, request: EngineRequest, prefilled: EngineOutput) -> None:
+        """Free what a prefill instance holds for a decode that does not come."""
+        if isinstance(prefilled.kv_transfer_params, EngineTransferParams):
+            self._handovers.abandon(request, prefilled)
+            return
         try:
-            self._instances.client(instance_id).release(sequence.prepared.request_id)
+            self._instances.client(instance_id).release(request.request_id)
         except InstanceLost:
             return  # its blocks went with it
+
+    def _any_decode(self) -> RpcClient:
+        """The least loaded decode instance. Raises NoInstances, InstanceLost."""
+        with self._router.route(self._router.hash([]), "decode", request_id="fetch") as route:
+            return self._instances.client(route.instance_id)
 
     def _can_retry(self, sequence: Sequence) -> bool:
         roles: tuple[Phase, ...] = (

@@ -7,6 +7,7 @@ rule download_model:
     conda:
         ENVIRONMENT
     params:
-        model=sections("model")["model"],
+        # The name it is served under changes no file.
+        model={key: config["model"][key] for key in config["model"] if key != "name"},
     script:
         "../scripts/download_model.py"

@@ -26,7 +26,7 @@ rule check_gpu:
     conda:
         ENVIRONMENT
     params:
-        config=sections("model", "engine", "workers"),
+        config=sections("model", "engine", "workers", "container"),
         roles=DEPLOYMENT.roles,
         boot=BOOT,
     script:
@@ -57,7 +57,7 @@ rule check_container:
     conda:
         ENVIRONMENT
     params:
-        config=sections("container"),
+        config=sections("engine", "workers", "kv_transfer", "container"),
         boot=BOOT,
     script:
         "../scripts/check_container.py"

@@ -1,7 +1,10 @@
 rule build_engine:
-    """Pack the model for the engine and compare it with its source."""
+    """Make the model an engine: packed and compared with its source, or checked and configured."""
     input:
         model=f"{MODEL}/model.json",
+        image=ancient(
+            expand("results/checks/{check}.json", check=DEPLOYMENT.build_checks)
+        ),
     output:
         engine=f"{PLAN.engine_dir}/engine.json",
     log:

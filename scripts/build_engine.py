@@ -1,4 +1,4 @@
-"""Pack the downloaded model into an engine and check it. Input: model.json. Output: engine.json."""
+"""Make the engine of the downloaded model and check it. Input: model.json. Output: engine.json."""
 
 import os
 from pathlib import Path
@@ -8,20 +8,39 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = os.environ["
 
 import msgspec
 from serving.config import parse
-from serving.deploy.fingerprint import engine_fingerprint, resolve_device, resolve_dtype
+from serving.deploy.fingerprint import resolve_device, resolve_dtype
+from serving.deploy.gpus import describe_host
+from serving.deploy.library_run import LibraryRun
+from serving.deploy.placement import existing_gpus, usable_gpus
 from serving.deploy.rule_script import telling
+from serving.deploy.topology import roles
 from serving.engine.manifest import load_model
 from serving.engine.torch.build import build_engine
+from serving.engine.trtllm.build import build_engine as build_tensorrt_llm
+from serving.engine.trtllm.target import Host
 
 with telling(snakemake.log[0]) as say:
     config = parse(snakemake.config)
-    engine = msgspec.structs.replace(
-        config.engine, device=resolve_device(config), dtype=resolve_dtype(config)
-    )
-    build_engine(
-        load_model(Path(snakemake.input[0])),
-        Path(snakemake.output[0]).parent,
-        engine=engine,
-        fingerprint=engine_fingerprint(config),
-        progress=say,
-    )
+    device, dtype = resolve_device(config), resolve_dtype(config)
+    engine = msgspec.structs.replace(config.engine, device=device, dtype=dtype)
+    model = load_model(Path(snakemake.input.model))
+    out_dir = Path(snakemake.output[0]).parent
+    fingerprint = snakemake.params.fingerprint
+    if engine.backend == "torch":
+        build_engine(model, out_dir, engine=engine, fingerprint=fingerprint, progress=say)
+    else:
+        gpus = []
+        if device == "cuda":
+            gpus = usable_gpus(config.workers.gpus, existing_gpus(), engine.backend)
+        build_tensorrt_llm(
+            model,
+            out_dir,
+            config=msgspec.structs.replace(config, engine=engine),
+            roles=roles(config.deployment.topology),
+            fingerprint=fingerprint,
+            run=LibraryRun(
+                config, gpus=gpus, writable=[out_dir.parent], readable=[Path(model.path)]
+            ),
+            host=describe_host(gpus) if gpus else Host(),
+            progress=say,
+        )

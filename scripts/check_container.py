@@ -5,8 +5,13 @@ from pathlib import Path
 from serving.config import parse
 from serving.deploy.checks import conclude, judge
 from serving.deploy.checks_container import check_container
+from serving.deploy.fingerprint import resolve_device
+from serving.deploy.placement import existing_gpus, usable_gpus
 from serving.deploy.rule_script import telling
 
 with telling(snakemake.log[0]) as say:
-    findings = check_container(parse(snakemake.config).container)
+    config = parse(snakemake.config)
+    needed = resolve_device(config) == "cuda" and config.container.runtime != "none"
+    gpus = usable_gpus(config.workers.gpus, existing_gpus()) if needed else []
+    findings = check_container(config, gpus, say)
     conclude(judge("check_container", findings), Path(snakemake.output[0]), say=say)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -149,6 +149,12 @@ class TensorRtLlmConfig(_Section, frozen=True):
         Literal["none", "xgrammar", "llguidance"],
         Meta(description="What enforces JSON schemas and grammars."),
     ] = "xgrammar"
+    examples_dir: Annotated[
+        str,
+        Meta(
+            description="Its `examples` folder, whose `convert_checkpoint.py` the flow `trtllm-build` runs. Default: where its images have it."
+        ),
+    ] = "/app/tensorrt_llm/examples"
     llm_args: Annotated[
         dict[str, Any],
         Meta(
@@ -265,10 +271,17 @@ class ContainerConfig(_Section, frozen=True):
         Literal["none", "docker", "podman", "apptainer", "enroot"],
         Meta(description="Container runtime."),
     ] = "none"
+    roles: Annotated[
+        list[Role] | None,
+        Meta(description="Only workers of these roles run in a container. Default: all."),
+    ] = None
     image: Annotated[
         str | None,
-        Meta(description="What workers run in: a reference, or a file (apptainer, enroot)."),
+        Meta(
+            description="What workers run in: a reference, or a file (apptainer, enroot). Default: what `build_image` made."
+        ),
     ] = None
+    python: Annotated[str, Meta(description="The Python inside the image.")] = "python3"
     pull: Annotated[
         bool, Meta(description="Fetch a missing image. Off: it must be there already.")
     ] = False
@@ -277,7 +290,10 @@ class ContainerConfig(_Section, frozen=True):
         Meta(description="`build_image` starts from this one, and builds no base image itself."),
     ] = None
     base_tag: Annotated[
-        str, Meta(description="Tag of TensorRT-LLM's release image, or of `base_image`.")
+        str,
+        Meta(
+            description="Tag of TensorRT-LLM's release image, of its devel image with `source_commit`, or of `base_image`."
+        ),
     ] = "1.2.0"
     source_commit: Annotated[
         Annotated[str, Meta(pattern=r"^[0-9a-f]{40}$")] | None,
@@ -285,8 +301,20 @@ class ContainerConfig(_Section, frozen=True):
             description="Build TensorRT-LLM itself from this commit, in its devel image, for that image's ABI."
         ),
     ] = None
+    cuda_architectures: Annotated[
+        Annotated[str, Meta(pattern=r"^[0-9a-z;-]+$")] | None,
+        Meta(
+            description="With `source_commit`: build for these only, as `90-real;100-real`. Default: all, which takes hours."
+        ),
+    ] = None
     shm_bytes: Annotated[
         Positive | None, Meta(description="Shared memory. Default: that of the host.")
+    ] = None
+    ulimits: Annotated[
+        dict[str, int | str] | None,
+        Meta(
+            description="Limits inside (docker, podman), as `--ulimit` takes them. Default: what TensorRT-LLM asks for, `{memlock: -1, stack: 67108864}`."
+        ),
     ] = None
     extra_flags: Annotated[
         list[str], Meta(description="More flags of the runtime's run command.")
@@ -315,6 +343,7 @@ class Config(_Section, frozen=True):
 
 _DOTTED = re.compile(r"[.-]")
 _UNKNOWN = re.compile(r"unknown field `(.+?)`(?: - at `\$\.?(.*?)`)?$")
+_UNKNOWN_ROLE = re.compile(r"^Invalid enum value '(.+?)' - at `key` in `\$\.(.+?)`$")
 _INVALID = re.compile(r"^(.*?)(?: - at `\$\.?(.*?)`)?$", re.DOTALL)
 
 
@@ -361,13 +390,12 @@ def _explain(message: str, raw: Mapping[str, Any]) -> ConfigError:
         owner: Any = Config
         if where:
             owner = {f.name: f.type for f in msgspec.structs.fields(Config)}[where]
-        known = [f.name for f in msgspec.structs.fields(owner)]
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
-        dotted = f"{where}.{key}" if where else key
-        return ConfigError(dotted, "no such key", remedy=f"{hint}known here: {', '.join(known)}")
+        return _no_such_key(where, key, [f.name for f in msgspec.structs.fields(owner)])
+    if match := _UNKNOWN_ROLE.search(message):
+        return _no_such_key(match.group(2), match.group(1), list(get_args(Role)))
     match = _INVALID.match(message)
     what, key = (match.group(1), match.group(2) or "") if match else (message, "")
+    key = key.removesuffix("[...]")  # some value of a map; which one, we are not told
     value: Any = raw
     for part in key.split(".") if key else []:
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -375,6 +403,13 @@ def _explain(message: str, raw: Mapping[str, Any]) -> ConfigError:
     return ConfigError(
         key, f"{what}, got {value!r}", remedy="config/README.md lists what it may be"
     )
+
+
+def _no_such_key(where: str, key: str, known: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean `{near[0]}`? " if near else ""
+    dotted = f"{where}.{key}" if where else key
+    return ConfigError(dotted, "no such key", remedy=f"{hint}known here: {', '.join(known)}")
 
 
 def _check_ports(config: Config) -> None:

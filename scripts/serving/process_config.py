@@ -35,7 +35,7 @@ class Planes(Struct, frozen=True, kw_only=True):
 
 
 class WorkerProcess(Struct, frozen=True, kw_only=True):
-    """`run/worker-{role}-{index}.json`. `gpu` is the index for CUDA_VISIBLE_DEVICES, None on CPU.
+    """`run/worker-{role}-{index}.json`. `gpus` are the indices this worker computes on, none on CPU.
 
     `engine_dir` holds engine.json; a fingerprint other than `engine_fingerprint` is refused.
     """
@@ -48,7 +48,7 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
     engine: EngineConfig
     device: str
     dtype: str
-    gpu: int | None
+    gpus: list[int]
     host: str
     unix_socket: str
     ready_file: str

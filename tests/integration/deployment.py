@@ -36,6 +36,7 @@ class Deployment:
 
     def __init__(self, directory: Path, model: str | None = None, **sections: Any) -> None:
         self.directory = directory
+        self.environment: dict[str, str] = {}  # what this person has set
         directory.mkdir(parents=True, exist_ok=True)
         frontend, etcd, peer, nats = free_ports(4)
         self.config: dict[str, Any] = {
@@ -66,7 +67,7 @@ class Deployment:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             timeout=timeout_s,
-            env={**os.environ, "NO_COLOR": "1"},
+            env={**os.environ, "NO_COLOR": "1", **self.environment},
         )
         if check and done.returncode != 0:
             raise AssertionError(

@@ -94,6 +94,36 @@ def test_bad_list_item_is_refused_by_its_key() -> None:
     assert refusal({"workers": {"gpus": [0, -1]}}).key.startswith("workers.gpus")
 
 
+@pytest.mark.parametrize("key", ["tensor_parallel", "pipeline_parallel"])
+def test_unknown_role_is_named_with_the_known_ones(key: str) -> None:
+    error = refusal({"workers": {key: {"prefil": 2}}})
+    assert error.key == f"workers.{key}.prefil"
+    assert "did you mean `prefill`" in error.remedy
+    assert "agg, prefill, decode" in error.remedy
+    assert str(error).count("\n") == 1
+
+
+def test_bad_size_of_a_role_is_refused_by_its_key_and_value() -> None:
+    error = refusal({"workers": {"tensor_parallel": {"prefill": 0}}})
+    assert error.key == "workers.tensor_parallel"
+    assert "{'prefill': 0}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        ({"kv_transfer": {"transport": "tcp"}}, "kv_transfer.transport"),
+        ({"tensorrt_llm": {"kv_cache_dtype": "int8"}}, "tensorrt_llm.kv_cache_dtype"),
+    ],
+)
+def test_tensorrt_llm_has_no_such_choice(raw: dict[str, Any], key: str) -> None:
+    assert refusal({"engine": {"backend": "tensorrt_llm"}, **raw}).key == key
+
+
+def test_torch_workers_use_one_gpu_each() -> None:
+    assert refusal({"workers": {"tensor_parallel": {"decode": 2}}}).key == "workers.tensor_parallel"
+
+
 def test_two_programs_on_one_port_are_refused() -> None:
     error = refusal({"nats": {"port": 8000}})
     assert error.key == "nats.port"
@@ -134,5 +164,5 @@ def test_example_satisfies_the_types_and_names_its_command(path: Path) -> None:
 def test_there_is_an_example_for_each_topology_and_set_of_gpus() -> None:
     assert {path.stem for path in EXAMPLES} >= {
         *("agg", "agg_router", "disagg", "disagg_router"),
-        *("cpu", "one-gpu", "two-gpus"),
+        *("cpu", "one-gpu", "two-gpus", "tensorrt_llm-two-gpus"),
     }

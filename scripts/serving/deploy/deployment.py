@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,23 @@ from serving.deploy.fingerprint import (
     resolve_device,
     resolve_dtype,
 )
+from serving.deploy.images import with_built_image
 from serving.deploy.markers import Record, read_record, record_of, sweep
+from serving.deploy.nvlink import Links, observed_links
 from serving.deploy.placement import existing_gpus, usable_gpus
 from serving.deploy.request import Request, from_command_line
 from serving.deploy.rule_script import FAILURES
 from serving.deploy.source_digest import SCRIPTS, source_digest
 from serving.deploy.supervisor import RUN, Supervisor
-from serving.deploy.topology import Plan, Program, address, pinned, plan, roles
+from serving.deploy.topology import (
+    Plan,
+    Program,
+    address,
+    gpus_per_worker,
+    pinned,
+    plan,
+    roles,
+)
 from serving.errors import ConfigError, OperatorError
 from serving.protocol import Role
 
@@ -54,9 +64,17 @@ class Deployment(Struct, frozen=True, kw_only=True):
     @property
     def checks(self) -> list[str]:
         """Which checks this deployment needs."""
-        moves_kv = "decode" in self.roles and self.config.kv_transfer.transport == "ucx"
+        # TensorRT-LLM brings a UCX of its own: ours working says nothing about it.
+        ours = self.config.engine.backend == "torch"
+        moves_kv = "decode" in self.roles and ours and self.config.kv_transfer.transport == "ucx"
         contained = self.config.container.runtime != "none"
         return ["host", "gpu", *["ucx"] * moves_kv, *["container"] * contained]
+
+    @property
+    def build_checks(self) -> list[str]:
+        """Which of them a build waits for: one that runs tools of an image needs the image."""
+        inside = self.config.engine.backend == "tensorrt_llm" and "container" in self.checks
+        return ["container"] if inside else []
 
     @property
     def wanted(self) -> Record:
@@ -85,9 +103,9 @@ def prepare(raw: Mapping[str, Any], *, main: bool) -> Deployment:
         os.environ[FAILURES] = f".snakemake/failures-{os.getpid()}"
     request = _request(main)
     recorded = read_record(RUN)
-    config = _with_topology(parse(raw), request, recorded)
+    config = with_built_image(_with_topology(parse(raw), request, recorded))
     device, engine = resolve_device(config), engine_fingerprint(config)
-    gpus = usable_gpus(config.workers.gpus, existing_gpus()) if _needs_gpus(config, device) else []
+    gpus = _gpus(config) if _needs_gpus(config, device) else []
     deployment = Deployment(
         config=config,
         plan=plan(
@@ -96,6 +114,7 @@ def prepare(raw: Mapping[str, Any], *, main: bool) -> Deployment:
             device=device,
             dtype=resolve_dtype(config),
             gpus=gpus,
+            links=links(config, gpus),
             code={name: source_digest(name) for name in ("worker", "frontend")},
         ),
         request=request,
@@ -169,6 +188,16 @@ def _needs_gpus(config: Config, device: str) -> bool:
     """GPUs that are asked for by name must exist even when `auto` finds none."""
     asked = config.engine.device == "auto" and bool(config.workers.gpus)
     return device == "cuda" or asked
+
+
+def _gpus(config: Config) -> list[int]:
+    return usable_gpus(config.workers.gpus, existing_gpus(), config.engine.backend)
+
+
+def links(config: Config, gpus: Sequence[int]) -> Links:
+    """The driver is only asked when a worker's GPUs are to be neighbours."""
+    several = max(gpus_per_worker(config, config.deployment.topology).values()) > 1
+    return observed_links() if several and len(gpus) > 2 else frozenset()
 
 
 def _will_serve(deployment: Deployment) -> bool:

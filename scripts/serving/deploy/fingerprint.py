@@ -1,8 +1,9 @@
 """What a built engine depends on, as one short hash, and the device and dtype that `auto` means.
 
 Called while the Snakefile is parsed, so it imports neither torch nor transformers and touches no
-network: versions come from package metadata, the GPU from /proc. Limits that leave the artefact
-as it is (batch size, pool size, context length) are not part of the hash.
+network: versions come from package metadata, the GPU and its driver from /proc. Limits (batch size,
+pool size, context length) leave the torch engine as it is, and are not part of its hash; they are
+part of a TensorRT-LLM engine, and so of its hash.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from serving.config import Config, ModelConfig
+from msgspec import to_builtins
+
+from serving.config import Config, ContainerConfig, ModelConfig
+from serving.deploy.gpus import driver_version
 from serving.deploy.model_files import BUNDLED_ID, WeightFiles, local_files
+from serving.deploy.topology import roles
 from serving.engine.manifest import ENGINE_FORMAT, ModelSource
+from serving.engine.trtllm.target import parallelism
 from serving.errors import ConfigError
 
 Device = Literal["cpu", "cuda"]
@@ -42,8 +48,53 @@ def engine_fingerprint(config: Config) -> str:
         "versions": package_versions(),
         "gpus": gpu_names() if device == "cuda" else [],
     }
+    if config.engine.backend == "tensorrt_llm":
+        parts["tensorrt_llm"] = _tensorrt_llm_parts(config, device)
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _tensorrt_llm_parts(config: Config, device: Device) -> dict[str, Any]:
+    """What only a TensorRT-LLM engine depends on."""
+    engine = config.engine
+    spreads = parallelism(config, roles(config.deployment.topology))
+    return {
+        "flow": engine.flow,
+        "limits": [
+            engine.max_model_len,
+            engine.max_batch_size,
+            engine.max_num_batched_tokens,
+            engine.kv_cache_tokens,
+        ],
+        "parallel": {role: str(spread) for role, spread in spreads.items()},
+        "settings": to_builtins(config.tensorrt_llm),
+        "transfer": [
+            config.kv_transfer.transport,
+            config.kv_transfer.hold_s,
+            config.kv_transfer.transfer_s,
+        ],
+        "library": library_identity(config.container),
+        "driver": driver_version() if device == "cuda" else "",
+    }
+
+
+def library_identity(container: ContainerConfig) -> list[Any]:
+    """The TensorRT-LLM that workers load: a version on the host, or the image that has it.
+
+    An image that is pulled keeps the digest it was first pulled with, so its name says enough; a
+    file is known by size and time.
+    """
+    if container.runtime == "none":
+        return [_version_of("tensorrt_llm")]
+    if container.image is None:
+        built_from = (container.base_image, container.base_tag, container.source_commit)
+        return [container.runtime, *built_from]
+    identity: list[Any] = [container.runtime, container.image]
+    path = Path(container.image).expanduser()
+    if path.is_file():
+        stat = path.stat()
+        identity += [stat.st_size, stat.st_mtime_ns]
+    return identity
 
 
 def model_key(config: ModelConfig) -> str:
@@ -83,9 +134,15 @@ def resolve_source(config: ModelConfig) -> ModelSource:
 
 
 def resolve_device(config: Config) -> Device:
-    """`auto` is CUDA when the driver shows a GPU and torch was not installed for CPU only."""
+    """`auto` is CUDA when the driver shows a GPU and torch was not installed for CPU only.
+
+    TensorRT-LLM runs on nothing but CUDA; `cpu` hands out no GPUs, and leaves the rest to whatever
+    stands in for the library.
+    """
     if config.engine.device != "auto":
         return config.engine.device
+    if config.engine.backend == "tensorrt_llm":
+        return "cuda"
     return "cuda" if has_gpu() and "+cpu" not in package_versions()["torch"] else "cpu"
 
 
@@ -112,13 +169,14 @@ def gpu_names(root: Path = Path("/")) -> list[str]:
 
 def package_versions() -> dict[str, str]:
     """Installed versions of what shapes the artefact; `missing` for what is not there."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "missing"
-    return versions
+    return {package: _version_of(package) for package in _PACKAGES}
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
 
 
 def _model_identity(config: ModelConfig) -> dict[str, Any]:

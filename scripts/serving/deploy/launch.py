@@ -18,6 +18,8 @@ import msgspec
 
 from serving.config import Config
 from serving.deploy import ports
+from serving.deploy.contained import contain_worker
+from serving.deploy.containers import contains
 from serving.deploy.markers import write_marker
 from serving.deploy.placement import existing_gpus, usable_gpus
 from serving.deploy.readiness import first_answer, probe_for
@@ -68,22 +70,28 @@ def launch(program: Program, config: Config, say: Say) -> None:
 
 def _spec(program: Program, config: Config) -> ProgramSpec:
     """Its command and environment. UCX settings come from whoever runs the workflow."""
+    command = [part.replace("{python}", sys.executable) for part in program.command]
+    removal: list[str] = []
     env = {"PYTHONPATH": os.environ.get("PYTHONPATH", str(SCRIPTS)), "PYTHONUNBUFFERED": "1"}
     if program.name.startswith("worker-"):
         process = msgspec.json.decode(program.settings, type=WorkerProcess)
         cores = len(os.sched_getaffinity(0))
-        gpus = [] if process.gpu is None else usable_gpus(config.workers.gpus, existing_gpus())
+        gpus = usable_gpus(config.workers.gpus, existing_gpus()) if process.gpus else []
         env |= worker_environment(config, process, gpus, cores)
         env |= {key: value for key, value in os.environ.items() if key.startswith("UCX_")}
+        if contains(config.container, process.role):
+            inside = contain_worker(config.container, program.name, process, env)
+            command, env, removal = inside.command, inside.env, inside.removal
     if program.name == "etcd" and os.uname().machine == "aarch64":
         env["ETCD_UNSUPPORTED_ARCH"] = "arm64"  # etcd before 3.5 asks for this
     return ProgramSpec(
         name=program.name,
-        command=[part.replace("{python}", sys.executable) for part in program.command],
+        command=command,
         env=env,
         fingerprint=program.fingerprint,
         engine=program.engine,
         stop_s=program.stop_s,
+        removal=removal,
         owns_log=program.name in {"etcd", "nats"},
     )
 

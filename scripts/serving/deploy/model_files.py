@@ -19,7 +19,7 @@ from serving.errors import ConfigError, ModelError
 BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _COMPANIONS = re.compile(
-    r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json"
+    r"config\.json|hf_quant_config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json"
     r"|special_tokens_map\.json|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt"
     r"|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|chat_template\.jinja"
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import http.client
+import json
 import os
 import secrets
 import socket
@@ -18,6 +19,7 @@ import sys
 import time
 import xmlrpc.client
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,6 +27,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from serving.deploy import processes
+from serving.deploy.removal import remove
 from serving.deploy.supervisor_conf import (
     CONF,
     LOG,
@@ -97,14 +100,19 @@ class Supervisor:
         return {row["name"]: _info(row) for row in rows}
 
     def orphans(self) -> list[tuple[psutil.Process, processes.Tag]]:
-        """Processes of this deployment that no supervisord of it looks after."""
+        """Processes of this deployment that no supervisord of it looks after.
+
+        A process in a container is no child of its client, but carries the same launch.
+        """
         keeper = self._call("getPID") if self.answers() else None
         kept = set()
         if keeper is not None:
             with contextlib.suppress(psutil.Error):
                 root = psutil.Process(keeper)
                 kept = {keeper, *(child.pid for child in root.children(recursive=True))}
-        return [(p, tag) for p, tag in processes.deployed(RUN) if p.pid not in kept]
+        found = list(processes.deployed(RUN))
+        launches = {tag.launch_id for p, tag in found if p.pid in kept} - {""}
+        return [(p, t) for p, t in found if p.pid not in kept and t.launch_id not in launches]
 
     # --- changing ------------------------------------------------------------------------------
 
@@ -127,6 +135,9 @@ class Supervisor:
         Raises OperatorError when it cannot be executed.
         """
         self.stop([spec.name])
+        if spec.removal:
+            remove(spec.removal)  # of a deployment whose `run` folder was deleted
+            self._removal(spec.name).write_text(json.dumps(list(spec.removal)))
         launch_id = secrets.token_hex(16)
         conf = PROGRAMS / f"{spec.name}.conf"
         temporary = conf.with_suffix(".tmp")
@@ -151,6 +162,7 @@ class Supervisor:
 
         Each gets its own `stop_s` to drain; `deadline_s` bounds the wait (default: supervisord
         keeps its word, plus a grace). What still lives then is killed. Unknown names are ignored.
+        Raises OperatorError when a container is left that cannot be removed.
         """
         if not RUN.is_dir():
             return
@@ -168,6 +180,7 @@ class Supervisor:
                 self._tolerant("removeProcessGroup", name)
             for name in names:
                 (PROGRAMS / f"{name}.conf").unlink(missing_ok=True)
+        self._remove_leftovers(names)
 
     def shutdown(self) -> None:
         """End supervisord and everything that is left of the deployment."""
@@ -178,6 +191,7 @@ class Supervisor:
             while processes.alive(keeper) and time.monotonic() < ends:
                 time.sleep(_POLL_S)
         self._stop_orphans()
+        self._remove_leftovers([path.stem for path in PROGRAMS.glob("*.removal")])
 
     # --- inside --------------------------------------------------------------------------------
 
@@ -187,6 +201,16 @@ class Supervisor:
         planes = {"nats", "etcd", ""}
         processes.end([p for p, tag in orphans if tag.program not in planes], ORPHAN_GRACE_S)
         processes.end([p for p, tag in orphans if tag.program in planes], ORPHAN_GRACE_S)
+
+    def _removal(self, name: str) -> Path:
+        """Where it is written down how to remove what a program may leave; the config may change."""
+        return PROGRAMS / f"{name}.removal"
+
+    def _remove_leftovers(self, names: Sequence[str]) -> None:
+        for path in map(self._removal, names):
+            if path.exists():
+                remove(json.loads(path.read_text()))
+                path.unlink(missing_ok=True)
 
     def _boot(self) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in _SECRETS}

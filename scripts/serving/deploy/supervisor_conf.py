@@ -34,6 +34,7 @@ class ProgramSpec(Struct, frozen=True, kw_only=True):
 
     `owns_log`: the program writes its log by itself and not through supervisord. A Go program
     dies of its next log line when the supervisor that read it has died; Python shrugs.
+    `removal` is a command that removes what may outlive the process: its container.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ProgramSpec(Struct, frozen=True, kw_only=True):
     stop_s: float
     engine: str = ""
     owns_log: bool = False
+    removal: Sequence[str] = ()
 
 
 def supervisord_conf() -> str:

@@ -16,7 +16,9 @@ import msgspec
 from msgspec import Struct
 
 from serving.config import Config, Topology
-from serving.deploy.placement import place, visible_order
+from serving.deploy.containers import identity
+from serving.deploy.nvlink import Links
+from serving.deploy.placement import place, require_room, visible_order
 from serving.errors import ConfigError
 from serving.process_config import FrontendProcess, Planes, WorkerProcess
 from serving.protocol import Role
@@ -82,6 +84,29 @@ def num_workers(config: Config, topology: Topology) -> int:
     return sum(getattr(config.workers, role) for role in roles(topology))
 
 
+def gpus_per_worker(config: Config, topology: Topology) -> dict[Role, int]:
+    """How many GPUs a worker of each role computes on."""
+    tensor, pipeline = config.workers.tensor_parallel, config.workers.pipeline_parallel
+    return {role: tensor.get(role, 1) * pipeline.get(role, 1) for role in roles(topology)}
+
+
+def placed(
+    config: Config, gpus: Sequence[int], links: Links = frozenset()
+) -> dict[tuple[Role, int], list[int]]:
+    """The GPUs of each worker by role and index. Raises ConfigError when they do not suffice."""
+    topology = config.deployment.topology
+    sizes = gpus_per_worker(config, topology)
+    counts: dict[Role, int] = {role: getattr(config.workers, role) for role in sizes}
+    engine = config.engine
+    may_share = engine.backend == "torch" or engine.kv_cache_tokens is not None
+    require_room(counts, sizes, gpus, may_share=may_share)
+    return {
+        (role, index): place(role, index, gpus, sizes, links)
+        for role, count in counts.items()
+        for index in range(count)
+    }
+
+
 def pinned(config: Config, topology: Topology) -> Config:
     """The config as `topology` means it: the `*_router` topologies always route by KV."""
     deployment = msgspec.structs.replace(config.deployment, topology=topology)
@@ -98,11 +123,13 @@ def plan(
     dtype: str,
     gpus: Sequence[int],
     code: Mapping[str, str],
+    links: Links = frozenset(),
 ) -> Plan:
     """The programs of `config.deployment.topology`.
 
-    `gpus` are those to hand out, unused when `device` is `cpu`. `code` has the digest of the
-    sources of `worker` and `frontend`.
+    `gpus` are those to hand out, unused when `device` is `cpu`; `links` says which of them NVLink
+    joins. `code` has the digest of the sources of `worker` and `frontend`. Raises ConfigError
+    when there are too few GPUs.
     """
     topology = config.deployment.topology
     engine_dir = f"results/engines/{engine_fingerprint}"
@@ -114,6 +141,7 @@ def plan(
         nats_token_file=NATS_TOKEN_FILE,
     )
     name = config.model.name or config.model.id
+    places = placed(config, gpus, links) if device == "cuda" else {}
     programs = [_etcd(config), _nats(config)]
     for role in roles(topology):
         for index in range(getattr(config.workers, role)):
@@ -127,7 +155,7 @@ def plan(
                 engine=config.engine,
                 device=device,
                 dtype=dtype,
-                gpu=place(role, index, gpus) if device == "cuda" else None,
+                gpus=places.get((role, index), []),
                 host="127.0.0.1",
                 unix_socket=f"run/worker-{instance}.sock",
                 ready_file=f"run/worker-{instance}.ready",
@@ -147,6 +175,7 @@ def plan(
                     host=worker.host,
                     ports={},
                     stop_s=config.deployment.stop_s,
+                    container=identity(config.container, role),
                 )
             )
     frontend = FrontendProcess(
@@ -210,8 +239,8 @@ def worker_environment(
         "TQDM_DISABLE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    if worker.gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = visible_order(worker.gpu, gpus)
+    if worker.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = visible_order(worker.gpus, gpus)
     else:
         environment["UCX_RNDV_FRAG_MEM_TYPE"] = "host"
     return environment
@@ -228,6 +257,7 @@ def _python(
     host: str,
     ports: dict[str, int],
     stop_s: float,
+    container: Sequence[Any] = (),
 ) -> Program:
     settings_file = f"run/{name}.json"
     command = ["{python}", "-m", f"serving.{module}", settings_file]
@@ -235,7 +265,7 @@ def _python(
     return Program(
         name=name,
         command=command,
-        fingerprint=_digest([command, settings, engine, code]),
+        fingerprint=_digest([command, settings, engine, code, *container]),
         host=host,
         ports=ports,
         settings=settings,

@@ -13,12 +13,14 @@ from msgspec import Struct
 
 from serving.errors import ConfigError, ModelError
 from serving.kv_layout import KvLayout
+from serving.protocol import Role
 
-ENGINE_FORMAT = 1
+ENGINE_FORMAT = 2
 """Raised whenever a built engine would come out differently: older ones are then rebuilt."""
 
 ModelSource = Literal["hub", "local", "bundled"]
 ModelFormat = Literal["safetensors", "gguf", "pickle"]
+Flow = Literal["pytorch", "trtllm-build"]
 
 
 class ModelFile(Struct, frozen=True, omit_defaults=True):
@@ -56,10 +58,11 @@ class BuildCheck(Struct, frozen=True, kw_only=True):
 
     `logits`: both were run in float32 over `num_positions` prompt positions; differences are over
     all logits, `tolerance` is what `max_abs_diff` had to stay under. `same_files`: the weights are
-    the source's own files, byte for byte, so that only their sanity was tested.
+    the source's own files, byte for byte, so that only their sanity was tested. `checkpoint`: they
+    are those files too, and were held against what the engine's library can load; nothing was run.
     """
 
-    kind: Literal["logits", "same_files"]
+    kind: Literal["logits", "same_files", "checkpoint"]
     num_positions: int
     max_abs_diff: float
     argmax_agreement: float
@@ -70,7 +73,13 @@ class EngineManifest(Struct, frozen=True, kw_only=True):
     """`engine.json`: what was built, from what, and what a worker must agree with.
 
     `model_max_len` is the model's own limit in tokens. `hash_salt` is equal on all workers that
-    serve equal weights. `weights` maps file names to sha256; `created` is Unix time.
+    serve equal weights. `weights` maps file names to sha256, or to size and time of a person's own
+    large files; `created` is Unix time.
+
+    Only TensorRT-LLM: `flow` is how the engine came to be; `llm_args` maps each role to the YAML
+    file, beside engine.json, with the arguments of its `LLM`; `stamp` says what the engine was
+    made for, with those of the keys `tensorrt_llm`, `gpus`, `compute_capability`, `driver` and
+    `cuda` that were known. `kv_layout` is None where the library keeps its layout to itself.
     """
 
     format: int
@@ -81,7 +90,7 @@ class EngineManifest(Struct, frozen=True, kw_only=True):
     commit: str | None
     architecture: str
     dtype: str
-    kv_layout: KvLayout
+    kv_layout: KvLayout | None
     model_max_len: int
     vocab_size: int
     eos_token_ids: list[int]
@@ -92,6 +101,9 @@ class EngineManifest(Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     check: BuildCheck
     created: int
+    flow: Flow | None = None
+    stamp: dict[str, str] = {}
+    llm_args: dict[Role, str] = {}
 
 
 def load_manifest(engine_dir: Path) -> EngineManifest:

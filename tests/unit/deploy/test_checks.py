@@ -1,14 +1,12 @@
 """Checks: what they conclude from what was seen, and how a failing one ends."""
 
-import os
 import socket
-import stat
 from pathlib import Path
 
 import msgspec
 import pytest
 from serving.config import Config, parse
-from serving.deploy import checks_container, checks_gpu, checks_host, checks_ports, checks_ucx
+from serving.deploy import checks_gpu, checks_host, checks_ports, checks_ucx
 from serving.deploy.checks import CheckReport, Finding, conclude, judge, render
 from serving.deploy.checks_gpu import Gpu, GpuFacts
 from serving.deploy.checks_host import HostFacts
@@ -244,74 +242,3 @@ def test_transports_are_read_from_what_ucx_logs(tmp_path: Path) -> None:
     log = tmp_path / "ucx.log"
     log.write_text("x UCX INFO inter-node cfg#2 tag(tcp/lo posix/memory)  am(tcp/eth0)\n")
     assert checks_ucx._transports(log) == ["posix/memory", "tcp/lo"]
-
-
-# --- container ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `podman` that is a shell script; a test decides what it says."""
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return tmp_path / "podman"
-
-
-def scripted(path: Path, body: str) -> None:
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
-def container(image: str | None = "local/image:1") -> list[Finding]:
-    config = parse({"container": {"runtime": "podman", "image": image}})
-    return checks_container.check_container(config.container)
-
-
-def test_no_runtime_configured_needs_no_container() -> None:
-    (finding,) = checks_container.check_container(Config().container)
-    assert finding.ok
-
-
-def test_missing_runtime_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert wrong(container())["runtime"].blocks
-
-
-def test_image_that_starts_passes(runtime: Path) -> None:
-    scripted(runtime, "echo fine")
-    assert [finding.name for finding in container()] == ["runtime", "image", "run"]
-    assert wrong(container()) == {}
-
-
-def test_image_must_be_named(runtime: Path) -> None:
-    scripted(runtime, "echo fine")
-    assert "container.image is not set" in wrong(container(None))["image"].detail
-
-
-def test_absent_image_is_told_with_the_command_that_fetches_it(runtime: Path) -> None:
-    scripted(runtime, '[ "$1" = image ] && { echo "no such image" >&2; exit 125; }; echo fine')
-    found = wrong(container())["image"]
-    assert "podman says: no such image" in found.detail
-    assert "podman pull local/image:1" in found.remedy
-
-
-@pytest.mark.parametrize(
-    ("complaint", "remedy"),
-    [
-        ("crun: setrlimit `RLIMIT_NOFILE`: Operation not permitted", "default_ulimits"),
-        ("crun: cgroups in hybrid mode not supported", "runc"),
-        ("something new", "try it by hand"),
-    ],
-)
-def test_a_run_that_fails_quotes_the_runtime_and_finds_its_remedy(
-    runtime: Path, complaint: str, remedy: str
-) -> None:
-    scripted(runtime, f"[ \"$1\" = run ] && {{ echo '{complaint}' >&2; exit 126; }}; echo fine")
-    found = wrong(container())["run"]
-    assert complaint in found.detail
-    assert remedy in found.remedy
-
-
-def test_hanging_runtime_is_given_up_on(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks_container, "ASK_S", 0.2)
-    scripted(runtime, "exec sleep 60")
-    assert "no answer within 0.2 s" in wrong(container())["runtime"].detail

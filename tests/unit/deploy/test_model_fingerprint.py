@@ -13,6 +13,7 @@ from serving.deploy.fingerprint import (
     engine_fingerprint,
     gpu_names,
     has_gpu,
+    library_identity,
     model_key,
     resolve_device,
     resolve_dtype,
@@ -55,6 +56,94 @@ def test_changes_with_whatever_changes_the_engine(changed: dict[str, Any]) -> No
 )
 def test_stays_with_what_leaves_the_engine_alone(changed: dict[str, Any]) -> None:
     assert of(**changed) == of()
+
+
+TRTLLM = {"backend": "tensorrt_llm"}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"engine": TRTLLM | {"max_model_len": 128}},
+        {"engine": TRTLLM | {"max_batch_size": 4}},
+        {"engine": TRTLLM | {"max_num_batched_tokens": 64}},
+        {"engine": TRTLLM | {"kv_cache_tokens": 4096}},
+        {"engine": TRTLLM | {"flow": "trtllm-build"}},
+        {"workers": {"tensor_parallel": {"decode": 2}}},
+        {"workers": {"pipeline_parallel": {"prefill": 2}}},
+        {"tensorrt_llm": {"free_gpu_memory_fraction": 0.5}},
+        {"tensorrt_llm": {"llm_args": {"print_iter_log": True}}},
+        {"kv_transfer": {"transport": "nixl"}},
+        {"deployment": {"topology": "agg"}},
+        {"container": {"runtime": "docker"}},
+    ],
+)
+def test_tensorrt_llm_engine_depends_on_what_its_library_is_told(changed: dict[str, Any]) -> None:
+    assert of(**({"engine": TRTLLM} | changed)) != of(engine=TRTLLM)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"workers": {"tensor_parallel": {"agg": 2}}},  # no role of this topology
+        {"workers": {"decode": 3}},
+        {"deployment": {"topology": "disagg"}},
+        {"container": {"image": "unused"}},
+        {"frontend": {"port": 9000}},
+    ],
+)
+def test_tensorrt_llm_engine_stays_with_the_rest(changed: dict[str, Any]) -> None:
+    assert of(engine=TRTLLM, **changed) == of(engine=TRTLLM)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tensorrt_llm": {"free_gpu_memory_fraction": 0.5}},
+        {"engine": {"flow": "trtllm-build"}},
+        {"deployment": {"topology": "agg"}},
+        {"container": {"runtime": "docker"}},
+        {"kv_transfer": {"transport": "tcp"}},
+    ],
+)
+def test_torch_engine_knows_nothing_of_it(changed: dict[str, Any]) -> None:
+    assert of(**changed) == of()
+
+
+def test_tensorrt_llm_engine_depends_on_library_gpu_and_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = TRTLLM | {"device": "cuda"}
+    seen = {of(engine=cuda)}
+    monkeypatch.setattr(fingerprint, "_version_of", lambda name: "1.2.1")
+    seen.add(of(engine=cuda))
+    monkeypatch.setattr(fingerprint, "gpu_names", lambda: ["NVIDIA H200"])
+    seen.add(of(engine=cuda))
+    monkeypatch.setattr(fingerprint, "driver_version", lambda: "580.95.05")
+    seen.add(of(engine=cuda))
+    assert len(seen) == 4
+
+
+def test_image_is_known_by_its_name_or_its_file(tmp_path: Path) -> None:
+    def identity(**container: Any) -> list[Any]:
+        config = parse({"container": {"runtime": "apptainer", **container}})
+        return library_identity(config.container)
+
+    assert identity(image="nvcr.io/a:1") != identity(image="nvcr.io/a:2")
+    assert identity(base_tag="1.2.0") != identity(base_tag="1.3.0")
+    assert identity(image="a", base_tag="1.2.0") == identity(image="a", base_tag="1.3.0")
+    image = tmp_path / "image.sif"
+    image.write_bytes(b"one")
+    before = identity(image=str(image))
+    os.utime(image, ns=(1, 1))
+    assert identity(image=str(image)) != before
+
+
+def test_tensorrt_llm_means_cuda_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "has_gpu", lambda: False)
+    assert resolve_device(parse({"engine": TRTLLM})) == "cuda"
+    assert resolve_dtype(parse({"engine": TRTLLM})) == "bfloat16"
+    assert resolve_device(parse({"engine": TRTLLM | {"device": "cpu"}})) == "cpu"
 
 
 def test_changes_with_library_versions(monkeypatch: pytest.MonkeyPatch) -> None:

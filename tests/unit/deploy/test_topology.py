@@ -136,10 +136,10 @@ def test_requests_stop_before_workers_and_workers_before_planes() -> None:
 
 
 def test_roles_are_apart_on_two_gpus_and_share_one() -> None:
-    assert [w.gpu for w in workers(planned(gpus=(0, 1))).values()] == [0, 1]
-    assert [w.gpu for w in workers(planned(gpus=(3,))).values()] == [3, 3]
-    assert [place("agg", i, [4, 5]) for i in range(4)] == [4, 5, 4, 5]
-    assert all(w.gpu is None for w in workers(planned()).values())
+    assert [w.gpus for w in workers(planned(gpus=(0, 1))).values()] == [[0], [1]]
+    assert [w.gpus for w in workers(planned(gpus=(3,))).values()] == [[3], [3]]
+    assert [place("agg", i, [4, 5]) for i in range(4)] == [[4], [5], [4], [5]]
+    assert all(w.gpus == [] for w in workers(planned()).values())
 
 
 def test_more_gpus_than_exist_is_an_error_that_names_the_key() -> None:
@@ -161,7 +161,10 @@ def test_existing_gpus_are_devices_narrowed_by_the_environment(tmp_path: Any) ->
 
 
 def test_a_worker_sees_its_own_gpu_first_and_its_peers_after_it() -> None:
-    assert visible_order(1, [0, 1, 2]) == "1,0,2"
+    assert visible_order([1], [0, 1, 2]) == "1,0,2"
+    [worker, _] = workers(planned(gpus=(0, 1))).values()
+    environment = worker_environment(pinned(Config(), "disagg"), worker, [0, 1], 8)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
 def test_cores_are_shared_out_between_workers_unless_the_config_says() -> None:

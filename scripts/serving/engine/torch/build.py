@@ -87,7 +87,7 @@ def _build(
     layout = kv_layout(config, engine.block_size, engine.dtype)
     source.save_tokenizer(staging)
     check = pack_weights(source, staging, layout, progress)
-    eos_token_ids = _write_generation_config(source, staging)
+    eos_token_ids = write_generation_config(source, staging)
     weights = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
     content = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:16]
     return EngineManifest(
@@ -143,7 +143,7 @@ def kv_layout(config: PreTrainedConfig, block_size: int, dtype: str) -> KvLayout
     )
 
 
-def _write_generation_config(source: Source, staging: Path) -> list[int]:
+def write_generation_config(source: Source, staging: Path) -> list[int]:
     """Write generation_config.json with every token that ends an answer, and return those.
 
     Fine-tuned chat models often name their end-of-turn token in the tokenizer alone.

@@ -1,0 +1,33 @@
+# For `container.runtime`. Nothing that serves asks for these: a build takes long and is asked for
+# by name. Where `container.image` is not set, workers run in what was built last.
+from serving.deploy import images
+
+
+rule build_base_image:
+    """Build or fetch the image with TensorRT-LLM in it."""
+    output:
+        "results/images/base.json",
+    log:
+        "logs/build_base_image.log",
+    conda:
+        ENVIRONMENT
+    params:
+        settings=lambda wildcards: images.base_settings(CONFIG),
+    script:
+        "../scripts/build_base_image.py"
+
+
+rule build_image:
+    """Build the image that workers run in."""
+    input:
+        base="results/images/base.json",
+    output:
+        "results/images/serving.json",
+    log:
+        "logs/build_image.log",
+    conda:
+        ENVIRONMENT
+    params:
+        settings=lambda wildcards: images.settings(CONFIG),
+    script:
+        "../scripts/build_image.py"

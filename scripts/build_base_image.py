@@ -1,0 +1,11 @@
+"""Build or fetch the image that the serving image starts from. Writes `results/images/base.json`."""
+
+from pathlib import Path
+
+from serving.config import parse
+from serving.deploy.image_build import build_base
+from serving.deploy.rule_script import telling
+
+with telling(snakemake.log[0]) as say:
+    base = build_base(parse(snakemake.config), Path(snakemake.output[0]).parent, say)
+    say(f"base image: {base.detail}")

@@ -1,0 +1,1 @@
+"""What the TensorRT-LLM adapter knows without the library: formats, mappings, checks."""

@@ -1,0 +1,57 @@
+"""KV events and statistics: asked for again and again, since the library pushes neither.
+
+What it hands out is one iterator that ends when nothing came for its timeout, and then stays ended
+until the next request is submitted. Some versions wait for that timeout with the event loop blocked,
+so it is short, and the pauses are here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 0.005
+BUSY_S = 0.05
+IDLE_S = 0.25
+FAILED_S = 5.0
+
+
+async def drain(ask: Callable[..., Any], take: Callable[[dict[str, Any]], None]) -> int:
+    """Take everything that is there; how much that was. Raises what the library raises."""
+    answers = ask(timeout=TIMEOUT_S)
+    # Otherwise events that come after its end wait for the next request.
+    mark_undone = getattr(answers, "mark_undone", None)
+    if mark_undone is not None:
+        mark_undone()
+    count = 0
+    async for answer in answers:
+        for item in answer if isinstance(answer, list) else [answer]:
+            take(item)
+            count += 1
+    return count
+
+
+async def poll_forever(
+    what: str,
+    ask: Callable[..., Any],
+    take: Callable[[dict[str, Any]], None],
+    is_busy: Callable[[], bool],
+) -> None:
+    """`drain` until cancelled. A failure is told once and does not end it."""
+    is_failing = False
+    while True:
+        try:
+            count = await drain(ask, take)
+        except Exception as exc:
+            if not is_failing:
+                log.exception("TensorRT-LLM's %s could not be read", what)
+            is_failing = True
+            log.debug("%s: %s", what, exc)
+            await asyncio.sleep(FAILED_S)
+            continue
+        is_failing = False
+        await asyncio.sleep(BUSY_S if count or is_busy() else IDLE_S)

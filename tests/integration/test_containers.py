@@ -1,0 +1,391 @@
+"""Workers in real containers: podman, with an image made here and this machine's own Python.
+
+Skipped, with podman's own words, where it is not installed or may not run containers.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+from integration.deployment import Deployment, running
+from integration.tiny_model import make
+from serving.config import parse
+from serving.deploy import images
+from serving.deploy.contained import wrap
+from serving.deploy.image_build import build_serving, read_base
+from serving.deploy.source_digest import SCRIPTS
+from standin.install import install
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+IMAGE, BASE = "localhost/serving-test:1", "localhost/serving-test-base:1"
+PROMPT = "One two three"
+SYSTEM = ("/lib", "/lib64", "/usr")
+
+
+def podman(*arguments: str, check: bool = True, data: bytes | None = None) -> str:
+    done = subprocess.run(["podman", *arguments], input=data, capture_output=True, check=False)
+    if check:
+        assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def python_mounts() -> dict[str, str]:
+    """This interpreter and what it is linked with, instead of a gigabyte in an image."""
+    folders = [sys.prefix, sys.base_prefix, *(folder for folder in SYSTEM if Path(folder).exists())]
+    return {folder: folder for folder in dict.fromkeys(folders)}
+
+
+def limits() -> dict[str, str]:
+    """Below what this machine has: podman's own defaults take a capability that it may lack."""
+    return {"nofile": "4096:4096", "nproc": "4096:4096"}
+
+
+def empty_root() -> bytes:
+    """A root filesystem with the folders that programs expect, and nothing in them."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name in ("etc", "tmp", "root", "bin"):
+            folder = tarfile.TarInfo(name)
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(folder)
+    return archive.getvalue()
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """podman that runs containers here, with `IMAGE` in its store."""
+    if shutil.which("podman") is None:
+        pytest.skip("podman is not installed (apt-get install --no-install-recommends podman runc)")
+    with pytest.MonkeyPatch.context() as patch:
+        if shutil.which("runc"):
+            conf = tmp_path_factory.mktemp("podman") / "containers.conf"
+            conf.write_text('[engine]\nruntime = "runc"\n')  # crun refuses hybrid cgroups
+            patch.setenv("CONTAINERS_CONF", str(conf))
+        made = subprocess.run(
+            ["podman", "import", "-", IMAGE], input=empty_root(), capture_output=True, check=False
+        )
+        if made.returncode != 0:
+            pytest.skip(f"podman says: {made.stderr.decode().strip()}")
+        flags = [f"--ulimit={name}={value}" for name, value in limits().items()]
+        flags += [f"--mount=type=bind,src={m},dst={m},ro" for m in python_mounts()]
+        command = ["podman", "run", "--rm", "--network=host", *flags, IMAGE, sys.executable]
+        tried = subprocess.run([*command, "-c", "pass"], capture_output=True, check=False)
+        if tried.returncode != 0:
+            podman("rmi", "--force", IMAGE, check=False)
+            pytest.skip(f"podman says: {tried.stderr.decode().strip()}")
+        yield
+        podman("rmi", "--force", IMAGE, check=False)
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory, runtime: None) -> Deployment:
+    """Decode in a container, prefill outside; nothing started yet."""
+    folder = tmp_path_factory.mktemp("contained")
+    container = {
+        "runtime": "podman",
+        "image": IMAGE,
+        "roles": ["decode"],
+        "python": sys.executable,
+        "ulimits": limits(),
+        "mounts": python_mounts(),
+    }
+    return Deployment(folder / "deployment", model=str(make(folder / "model")), container=container)
+
+
+@pytest.fixture(scope="module")
+def service(deployment: Deployment) -> Iterator[Deployment]:
+    with running(deployment, "serve_disagg"):
+        yield deployment
+    assert containers() == []
+
+
+def containers() -> list[str]:
+    """Names of ours, running or not."""
+    names = podman("ps", "--all", "--format", "{{.Names}}").split()
+    return [name for name in names if name.startswith("serving-")]
+
+
+def worker_inside(deployment: Deployment, program: str) -> psutil.Process:
+    """The worker itself, and not the client that started it."""
+    [found] = [
+        process
+        for process in deployment.processes()
+        if process.environ().get("SERVING_PROGRAM") == program
+        and "run/" in process.cmdline()[-1]
+        and "podman" not in process.name()
+    ]
+    return found
+
+
+def root_of(process: psutil.Process) -> tuple[int, int]:
+    stat = os.stat(f"/proc/{process.pid}/root/")
+    return stat.st_dev, stat.st_ino
+
+
+def test_check_passes_and_says_which_image_it_is(service: Deployment) -> None:
+    report = json.loads((service.directory / "results/checks/container.json").read_text())
+    assert report["ok"], report
+    found = {finding["name"]: finding for finding in report["checks"]}
+    assert found["image"]["detail"].startswith(IMAGE)
+    assert {"run", "shared memory", "locked memory", "ucxx"} <= set(found)
+
+
+def test_decode_runs_inside_and_prefill_outside(service: Deployment) -> None:
+    here = root_of(psutil.Process())
+    assert root_of(worker_inside(service, "worker-decode-0")) != here
+    assert root_of(worker_inside(service, "worker-prefill-0")) == here
+    [name] = containers()
+    assert name.endswith("-worker-decode-0")
+
+
+def test_kv_moves_between_a_worker_inside_and_one_outside(service: Deployment) -> None:
+    done = service.snakemake("smoke_test")
+    assert "UCX" in done.stdout.upper()
+    service.complete(PROMPT * 20)
+    service.wait("the report of the bytes", lambda ready: kv_bytes(ready) > 0)
+
+
+def test_second_serve_is_a_no_op(service: Deployment) -> None:
+    before = service.pids()
+    assert "Nothing to be done" in service.snakemake("serve_disagg").stdout
+    assert service.pids() == before
+
+
+def test_killed_client_leaves_its_container_and_the_next_serve_replaces_it(
+    service: Deployment,
+) -> None:
+    expected = service.complete(PROMPT)["choices"]
+    inside = worker_inside(service, "worker-decode-0")
+    client = psutil.Process(service.pids()["worker-decode-0"])
+    assert "podman" in client.name()
+    client.kill()
+    while client.is_running() and client.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    assert inside.is_running(), "podman's container goes on without its client"
+    service.snakemake("serve_disagg")
+    assert not inside.is_running()
+    assert len(containers()) == 1
+    service.wait("both workers serve", lambda ready: len(ready["instances"]) == 2)
+    assert service.complete(PROMPT)["choices"] == expected
+
+
+def test_changed_container_restarts_the_worker_inside_and_no_other(service: Deployment) -> None:
+    before = service.pids()
+    service.config["container"]["extra_flags"] = ["--label=changed=yes"]
+    service.snakemake("serve_disagg")
+    after = service.pids()
+    assert {name for name in before if before[name] != after[name]} == {"worker-decode-0"}
+    assert len(containers()) == 1
+
+
+def test_stop_leaves_no_container(service: Deployment) -> None:
+    """Also one whose client is gone. The fixture starts nothing again, and stops what is left."""
+    psutil.Process(service.pids()["worker-decode-0"]).kill()
+    service.stop()
+    assert containers() == []
+
+
+def test_python_that_the_image_lacks_is_one_paragraph(deployment: Deployment) -> None:
+    config = {**deployment.config["container"], "python": "/nonesuch/python3"}
+    other = Deployment(
+        deployment.directory.parent / "other",
+        model=deployment.config["model"]["id"],
+        container=config,
+    )
+    done = other.snakemake("results/checks/container.json", check=False)
+    assert done.returncode != 0
+    assert "/nonesuch/python3" in done.stdout
+    assert "container.python" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert containers() == []
+
+
+def kv_bytes(ready: dict[str, Any]) -> int:
+    """Bytes of KV that the decode worker fetched, as `/ready` reports them."""
+    return sum(i["kv_bytes_received"] for i in ready["instances"] if i["role"] == "decode")
+
+
+LISTENING = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+print("listening", flush=True)
+time.sleep(60)
+"""
+
+
+def test_signals_and_exit_codes_pass_through(
+    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    container = parse({"container": deployment.config["container"]}).container
+    failing = wrap(container, [sys.executable, "-c", "raise SystemExit(7)"], name="x", env={})
+    assert subprocess.run(failing.command, check=False).returncode == 7
+    waiting = wrap(container, [sys.executable, "-c", LISTENING], name="x", env={})
+    with subprocess.Popen(waiting.command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "listening\n"
+        client.terminate()
+        assert client.wait(timeout=30) == 5
+    assert not [name for name in containers() if name.endswith("-x")]
+
+
+def test_what_is_written_inside_is_ours_and_the_code_cannot_be_changed(
+    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    container = parse({"container": deployment.config["container"]}).container
+    program = "import pathlib, serving; pathlib.Path('run/x').touch()\n"
+    program += "pathlib.Path(serving.__path__[0], 'x').touch()"
+    env = {"PYTHONPATH": str(SCRIPTS)}
+    argv = [sys.executable, "-c", program]
+    inside = wrap(container, argv, name="x", env=env, writable=[Path("run")])
+    done = subprocess.run(
+        inside.command,
+        env={**os.environ, **inside.env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Read-only file system" in done.stderr
+    assert (tmp_path / "run" / "x").stat().st_uid == os.getuid()
+
+
+# --- the production engine, with the stand-in for its library -----------------------------------
+
+
+@pytest.fixture(scope="module")
+def standin(
+    tmp_path_factory: pytest.TempPathFactory, deployment: Deployment
+) -> Iterator[Deployment]:
+    """As above with `engine.backend: tensorrt_llm`; its build asks the library inside, too."""
+    folder = tmp_path_factory.mktemp("standin")
+    library = str(install(folder / "library", "1.2.1"))
+    settings = deployment.config["container"]
+    inside = Deployment(
+        folder / "deployment",
+        model=deployment.config["model"]["id"],
+        engine={"backend": "tensorrt_llm", "device": "cpu"},
+        container={**settings, "mounts": {**settings["mounts"], library: library}},
+    )
+    inside.environment = {"PYTHONPATH": library}
+    with running(inside, "serve_disagg"):
+        yield inside
+    assert containers() == []
+
+
+def test_library_is_imported_inside_and_its_version_is_known(standin: Deployment) -> None:
+    report = json.loads((standin.directory / "results/checks/container.json").read_text())
+    found = {finding["name"]: finding for finding in report["checks"]}
+    assert found["tensorrt_llm"]["detail"] == "1.2.1"
+
+
+def test_library_moves_kv_between_a_worker_inside_and_one_outside(standin: Deployment) -> None:
+    here = root_of(psutil.Process())
+    assert root_of(worker_inside(standin, "worker-decode-0")) != here
+    assert root_of(worker_inside(standin, "worker-prefill-0")) == here
+    standin.snakemake("smoke_test")
+    standin.complete(PROMPT * 20)
+    standin.wait("the report of the bytes", lambda ready: kv_bytes(ready) > 0)
+    assert [name.rpartition("worker-")[2] for name in containers()] == ["decode-0"]
+
+
+# --- building ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(runtime: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An image with this machine's Python and pip in it."""
+    root = tmp_path_factory.mktemp("root") / "base.tar"
+    python = Path(os.path.realpath(sys.executable))
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    pip = pytest.importorskip("pip")
+    dynamic = [*stdlib.glob("lib-dynload/*.so"), python, Path("/bin/sh")]
+    linked = subprocess.run(["ldd", *map(str, dynamic)], capture_output=True, text=True, check=True)
+    libraries = {w for w in linked.stdout.split() if w.startswith("/") and not w.endswith(":")}
+    # What the wheels of others are linked with.
+    runtime_libraries = ("librt.so.1", "libpthread.so.0", "libdl.so.2", "libutil.so.1")
+    runtime_libraries += ("libresolv.so.2", "libgcc_s.so.1", "libstdc++.so.6", "libnss_dns.so.2")
+    [libc] = (Path(library) for library in libraries if library.endswith("/libc.so.6"))
+    libraries |= {str(libc.parent / name) for name in runtime_libraries}
+    certificates = os.environ.get("PIP_CERT", "/etc/ssl/certs/ca-certificates.crt")
+    with tarfile.open(root, "w", dereference=True) as tar:
+        for file in (python, "/bin/sh", certificates, *sorted(libraries)):
+            if Path(file).exists():
+                tar.add(file)
+        tar.add(stdlib, filter=without("site-packages", "dist-packages", "test", "__pycache__"))
+        tar.add(Path(pip.__file__).parent, "/opt/pip/pip", filter=without("__pycache__"))
+        for name in ("tmp", "etc", "root"):
+            folder = tarfile.TarInfo(name)
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o777
+            tar.addfile(folder)
+    settings = {
+        "PATH": f"{python.parent}:/usr/bin:/bin",
+        "PYTHONPATH": "/opt/pip",
+        "PIP_CERT": certificates,
+        "LD_LIBRARY_PATH": str(stdlib.parent),
+    }
+    if index := os.environ.get("PIP_INDEX_URL"):
+        settings["PIP_INDEX_URL"] = index
+    changes = [f"--change=ENV {key}={value}" for key, value in settings.items()]
+    podman("import", *changes, str(root), BASE)
+    yield python.name
+    podman("rmi", "--force", BASE, check=False)
+
+
+def without(*names: str) -> Any:
+    return lambda member: None if Path(member.name).name in names else member
+
+
+def test_image_is_built_on_a_given_base_and_a_change_of_the_code_repeats_only_its_own_layer(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "runtime": "podman",
+        "base_image": BASE.partition(":")[0],
+        "base_tag": "1",
+        "python": base,
+        "ulimits": limits(),
+    }
+    # The small set of packages: what TensorRT-LLM's image does not bring. Its engine needs no GPU
+    # to be planned on the CPU.
+    engine = {"backend": "tensorrt_llm", "device": "cpu"}
+    deployment = Deployment(tmp_path / "built", container=settings, engine=engine)
+    deployment.snakemake("build_image")
+    folder = deployment.directory / "results" / "images"
+    record = json.loads((folder / images.SERVING_RECORD).read_text())
+    try:
+        flags = [f"--ulimit={name}={value}" for name, value in limits().items()]
+        program = "import serving.worker.__main__; print('imported')"
+        told = podman("run", "--rm", *flags, "--network=host", record["image"], base, "-c", program)
+        assert "imported" in told
+        assert "Nothing to be done" in deployment.snakemake("build_image").stdout
+
+        whole = dict(images.context("tensorrt_llm"))
+        whole["scripts/serving/errors.py"] += b"# changed\n"
+        monkeypatch.setattr(images, "context", lambda backend: iter(whole.items()))
+        said: list[str] = []
+        config = parse({"container": settings, "engine": engine})
+        changed = build_serving(config, read_base(folder / images.BASE_RECORD), folder, said.append)
+        assert changed.image != record["image"]
+        text = "\n".join(said)
+        assert text.count("Using cache") == 2, text  # the packages' list, and their installation
+        assert "Collecting" not in text
+        podman("rmi", "--force", changed.image)
+    finally:
+        podman("rmi", "--force", record["image"], check=False)
+    assert msgspec.convert(record, images.Serving).builder == "podman"

@@ -1,0 +1,88 @@
+"""Test code. The torch engine, watched: what it caches becomes events in the real engine's form."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from serving import block_hash
+from serving.engine.torch.engine import TorchEngine
+from serving.engine.torch.scheduler import Scheduler
+from serving.engine.torch.sequence import Sequence, State
+from serving.protocol import EngineRequest, KvEvent
+
+from tensorrt_llm._kv_events import KvEvents
+
+
+class WatchedScheduler(Scheduler):
+    """Tells `kv_events` the tokens of blocks, and which requests ended within a block."""
+
+    kv_events: KvEvents | None = None
+
+    def take_events(self) -> list[KvEvent]:
+        events = super().take_events()
+        if self.kv_events is not None:
+            self.kv_events.translate(events)
+        return events
+
+    def _store_full_blocks(self, sequence: Sequence) -> None:
+        size = self.limits.block_size
+        first, last = sequence.num_stored, sequence.num_computed // size
+        if self.kv_events is not None and first < last:
+            for index, value in enumerate(sequence.block_hashes(last)[first:], first):
+                tokens = sequence.tokens[index * size : (index + 1) * size]
+                self.kv_events.describe(value, tokens)
+        super()._store_full_blocks(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        size = self.limits.block_size
+        num_full, rest = divmod(sequence.num_computed, size)
+        ended = sequence.state is State.DONE and sequence.blocks and num_full == sequence.num_stored
+        if self.kv_events is not None and ended and rest:
+            parent = sequence.block_hashes(num_full)[-1] if num_full else None
+            self.kv_events.end_partly(
+                parent, sequence.tokens[num_full * size : num_full * size + rest]
+            )
+        super()._free(sequence)
+
+
+class Engine(TorchEngine):
+    """`event_buffer_max_size` 0: no events. Without `block_reuse` no request finds another's blocks."""
+
+    def __init__(
+        self,
+        *args: Any,
+        event_buffer_max_size: int,
+        host_cache_bytes: int,
+        block_reuse: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self._event_buffer = event_buffer_max_size if block_reuse else 0
+        self._host_cache_bytes, self._block_reuse = host_cache_bytes, block_reuse
+        self._lone = itertools.count()
+        self.salts: dict[str, str] = {}  # request id -> cache_salt, until the request is queued
+        self.kv_events: KvEvents | None = None
+
+    def new_sequence(self, request: EngineRequest) -> Sequence:
+        sequence = super().new_sequence(request)
+        salt = self.salts.pop(request.request_id, None)
+        if not self._block_reuse:
+            salt = f"{salt}#{next(self._lone)}"
+        if salt is not None:
+            sequence.root = block_hash.root_hash(f"{self._hash_salt}|{salt}")
+        return sequence
+
+    def _load(self) -> None:
+        super()._load()
+        scheduler = WatchedScheduler(self._scheduler.pool, self._limits)
+        if self._event_buffer:
+            block_bytes = self._runner.layout.block_bytes
+            self.kv_events = KvEvents(
+                self._event_buffer,
+                window_size=self._limits.max_model_len,
+                num_blocks=scheduler.pool.num_blocks,
+                num_host_blocks=self._host_cache_bytes // block_bytes,
+            )
+        scheduler.kv_events = self.kv_events
+        self._scheduler = scheduler

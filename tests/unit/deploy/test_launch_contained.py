@@ -1,0 +1,127 @@
+"""A contained program's life under supervisord, with a runtime that is a shell script."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from serving.config import Config, parse
+from serving.deploy import processes
+from serving.deploy.launch import launch
+from serving.deploy.retire import stop_all
+from serving.deploy.supervisor import RUN, Supervisor
+from serving.deploy.topology import Program, pinned, plan
+from serving.errors import OperatorError
+
+Script = Callable[[str, str], Path]
+# What runs "inside" is no child of the client, as with a daemon; a signal to the client is one to it.
+DOCKER = """
+case $1 in
+run)
+    echo "$CUDA_VISIBLE_DEVICES|$LAUNCH_ID" >"$CALLS.env"
+    setsid -f sh -c 'trap "exit 0" TERM; echo $$ >"$CALLS.pid"
+        printf "{\\"launch_id\\": \\"%s\\"}" "$LAUNCH_ID" >run/worker-agg-0.ready
+        while :; do sleep 0.1; done' 2>/dev/null
+    trap 'kill $(cat "$CALLS.pid"); exit 0' TERM
+    while :; do sleep 0.1; done ;;
+rm) [ -e "$CALLS.refuse" ] && { echo "daemon is gone" >&2; exit 1; }
+    echo "Error: No such container: $3" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Script) -> Iterator[Path]:
+    deployment = tmp_path / "deployment"
+    deployment.mkdir()
+    monkeypatch.chdir(deployment)
+    script("docker", DOCKER)
+    yield tmp_path
+    (tmp_path / "calls.refuse").unlink(missing_ok=True)
+    Supervisor().shutdown()
+    assert not list(processes.deployed(RUN))
+
+
+def config() -> Config:
+    raw = {"runtime": "docker", "image": "h/x:1"}
+    return parse({"container": raw, "deployment": {"topology": "agg", "stop_s": 3}})
+
+
+def worker() -> Program:
+    made = plan(
+        pinned(config(), "agg"),
+        engine_fingerprint="e1",
+        device="cpu",
+        dtype="float32",
+        gpus=[],
+        code={"worker": "w", "frontend": "f"},
+    )
+    return made["worker-agg-0"]
+
+
+def calls(here: Path) -> list[str]:
+    return (here / "calls").read_text().splitlines()
+
+
+def inside(here: Path) -> psutil.Process:
+    return psutil.Process(int((here / "calls.pid").read_text()))
+
+
+def test_worker_is_started_by_the_client_and_stopped_through_it(here: Path) -> None:
+    launch(worker(), config(), print)
+    [started] = [line for line in calls(here) if line.startswith("docker run")]
+    assert started.endswith("h/x:1 python3 -m serving.worker run/worker-agg-0.json")
+    assert (here / "calls.env").read_text() != "|\n", "the launch reaches the container"
+    process = inside(here)
+    assert Supervisor().orphans() == [], "what runs inside is not taken for a stray"
+    Supervisor().stop(["worker-agg-0"])
+    assert not processes.alive(process)
+    name = started.split("--name=")[1].split()[0]
+    assert calls(here)[-1] == f"docker rm --force {name}"
+
+
+def test_a_container_of_that_name_is_removed_before_the_start(here: Path) -> None:
+    launch(worker(), config(), print)
+    kinds = [line.split()[1] for line in calls(here)]
+    assert kinds == ["rm", "run"]
+
+
+def test_killed_client_leaves_nothing_after_stop(here: Path) -> None:
+    launch(worker(), config(), print)
+    process = inside(here)
+    client = psutil.Process(Supervisor().state()["worker-agg-0"].pid)
+    client.kill()
+    while processes.alive(client):
+        time.sleep(0.01)
+    assert processes.alive(process), "as with a daemon, it goes on without its client"
+    assert {tag.program for _, tag in Supervisor().orphans()} == {"worker-agg-0"}
+    stop_all(config(), print)
+    assert not processes.alive(process)
+    assert calls(here)[-1].startswith("docker rm --force serving-")
+
+
+def test_stop_removes_containers_of_a_config_that_has_changed_since(here: Path) -> None:
+    launch(worker(), config(), print)
+    stop_all(Config(), print)
+    assert calls(here)[-1].startswith("docker rm --force serving-")
+    assert not RUN.exists()
+
+
+def test_container_that_cannot_be_removed_is_told_with_the_command(here: Path) -> None:
+    launch(worker(), config(), print)
+    (here / "calls.refuse").touch()
+    with pytest.raises(OperatorError, match="daemon is gone") as caught:
+        Supervisor().stop(["worker-agg-0"])
+    assert "docker rm --force serving-" in caught.value.remedy
+    (here / "calls.refuse").unlink()
+    Supervisor().stop(["worker-agg-0"])  # it is still written down, and removed now
+
+
+def test_ready_file_of_the_worker_is_believed_only_with_its_launch(here: Path) -> None:
+    launch(worker(), config(), print)
+    ready = json.loads(Path("run/worker-agg-0.ready").read_text())
+    assert ready["launch_id"] == Supervisor().state()["worker-agg-0"].launch_id

@@ -1,0 +1,55 @@
+"""A `Run` that answers like the library's tools, and records what it was asked to run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from serving.engine.files import Progress
+from serving.engine.trtllm.library import _MARK
+
+Answer = Callable[[list[str]], tuple[int, str]]
+
+
+class FakeRun:
+    """Answers the probe with `version`; every other command goes to `answer`."""
+
+    def __init__(self, version: str = "1.2.1", answer: Answer | None = None) -> None:
+        self.version, self.answer = version, answer or tools
+        self.commands: list[list[str]] = []
+
+    def __call__(
+        self, argv: list[str], *, progress: Progress | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        if argv[1] == "-c":
+            said = f"a banner\n{_MARK}{json.dumps([self.version, '13.0'])}\n"
+            return subprocess.CompletedProcess(argv, 0, said, "")
+        self.commands.append(argv)
+        code, said = self.answer(argv)
+        for line in said.splitlines():
+            if progress is not None:
+                progress(line)
+        return subprocess.CompletedProcess(argv, code, said, "")
+
+
+def flags(argv: list[str]) -> dict[str, str]:
+    """`--name value` pairs."""
+    start = next(i for i, part in enumerate(argv) if part.startswith("--"))
+    return dict(zip(argv[start::2], argv[start + 1 :: 2], strict=True))
+
+
+def tools(argv: list[str]) -> tuple[int, str]:
+    """convert_checkpoint.py and trtllm-build, as far as files go."""
+    given = flags(argv)
+    output = Path(given["--output_dir"])
+    output.mkdir()
+    if argv[0] == "trtllm-build":
+        ranks = json.loads((Path(given["--checkpoint_dir"]) / "config.json").read_text())["ranks"]
+        for rank in range(ranks):
+            (output / f"rank{rank}.engine").write_text("engine")
+    else:
+        ranks = int(given["--tp_size"]) * int(given["--pp_size"])
+    (output / "config.json").write_text(json.dumps({"ranks": ranks}))
+    return 0, "doing\ndone\n"

@@ -1,0 +1,52 @@
+"""Asking for the library's version, and what is said when it cannot be had."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from serving.engine.files import Progress
+from serving.engine.trtllm.library import PYTHON, probe_library
+from serving.errors import OperatorError
+from unit.engine.trtllm.library_fakes import FakeRun
+
+
+class Failing:
+    def __init__(self, said: str) -> None:
+        self.said = said
+
+    def __call__(
+        self, argv: list[str], *, progress: Progress | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        assert argv[0] == PYTHON
+        return subprocess.CompletedProcess(argv, 1, self.said, "")
+
+
+def test_version_is_found_behind_its_banner() -> None:
+    library = probe_library(FakeRun("1.3.0rc27"))
+    assert (str(library.version), library.cuda) == ("1.3.0rc27", "13.0")
+
+
+def test_unsupported_version_is_refused_by_name() -> None:
+    with pytest.raises(OperatorError, match=r"TensorRT-LLM 0\.21\.0"):
+        probe_library(FakeRun("0.21.0"))
+
+
+@pytest.mark.parametrize(
+    ("said", "what", "remedy"),
+    [
+        ("ModuleNotFoundError: No module named 'tensorrt_llm'\n", "not installed", "build_image"),
+        (
+            "ImportError: libcuda.so.1: cannot open shared object file\n",
+            "no usable NVIDIA driver",
+            "nvidia-smi",
+        ),
+        ("ImportError: undefined symbol: _ZN3c10\n", "undefined symbol", "reinstall"),
+        ("", "no message", "reinstall"),
+    ],
+)
+def test_import_that_fails_says_what_to_do(said: str, what: str, remedy: str) -> None:
+    with pytest.raises(OperatorError) as caught:
+        probe_library(Failing(said))
+    assert what in caught.value.what
+    assert remedy in caught.value.remedy

@@ -18,7 +18,12 @@ LAYERS = [
 UNITS = {"preprocess": "text", "chat_template": "text", "detokenize": "text"}
 LAYER_OF = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 FORBIDDEN = {("frontend", "engine"), ("frontend", "kv_transfer"), ("worker", "kv_router")}
-VENDORS = {"ucxx": "kv_transfer", "nats": "events", "etcd3aio": "discovery"}
+VENDORS = {
+    "ucxx": "kv_transfer",
+    "nats": "events",
+    "etcd3aio": "discovery",
+    "tensorrt_llm": "engine",
+}
 INPUT_OUTPUT = {"asyncio", "socket", "subprocess", "httpx", "threading", "ssl", "selectors"}
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -608,6 +609,9 @@ async def test_failed_start_is_one_paragraph(
 async def test_missing_library_and_unsupported_version_are_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    rig._forget()  # other tests of this process may have had the stand-in
+    without = [entry for entry in sys.path if not (Path(entry) / "tensorrt_llm").exists()]
+    monkeypatch.setattr(sys, "path", without)
     with pytest.raises(OperatorError, match="not installed"):
         await rig.make_engine(folder).start(Sink())
     package = tmp_path / "tensorrt_llm"

@@ -12,7 +12,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -32,7 +31,6 @@ log = logging.getLogger(__name__)
 
 _NO_TRANSCEIVER = "cache_transceiver_config is not set: a disaggregated request cannot be served"
 _CLOSE_S = 60.0
-_BOOKS_S = 0.2
 
 
 class Executor:
@@ -138,9 +136,7 @@ class Executor:
                 self._contexts = _handover.Contexts(engine.kv, layout, s.transport)
                 await self._contexts.start()
             self._ready.set()
-            books = self._loop.create_task(self._write_books(), name="books")
             await self._stop.wait()
-            books.cancel()
         finally:
             for task in list(self._fetching.values()):
                 task.cancel()
@@ -150,17 +146,6 @@ class Executor:
             await engine.close()
             for job in self._jobs.values():
                 job.fail("the LLM was shut down")
-
-    async def _write_books(self) -> None:
-        """Where STANDIN_TRTLLM_BOOKS names a folder: what is held now, for a test's leak check."""
-        folder = os.environ.get("STANDIN_TRTLLM_BOOKS")
-        while folder:
-            load = self._engine.load()
-            path = Path(folder) / f"{os.getpid()}.json"
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(msgspec.json.encode(load))
-            temporary.replace(path)
-            await asyncio.sleep(_BOOKS_S)
 
     # --- requests ------------------------------------------------------------------------------
 

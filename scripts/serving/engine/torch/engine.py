@@ -21,7 +21,7 @@ from serving.engine.base import BlockEngine, EngineLoad, EngineSpec, StepSink
 from serving.engine.torch.block_pool import BlockPool
 from serving.engine.torch.kv_access import TorchKvBlocks
 from serving.engine.torch.model_runner import ModelRunner
-from serving.engine.torch.sampler import sample
+from serving.engine.torch.sampler import Sampler
 from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
 from serving.engine.torch.sequence import Chunk, Sequence
 from serving.errors import EngineFailed, InvalidRequest, OperatorError
@@ -83,6 +83,7 @@ class TorchEngine(BlockEngine):
         self._loop: asyncio.AbstractEventLoop
         self._sink: StepSink
         self._runner: ModelRunner
+        self._sampler: Sampler
         self._scheduler: Scheduler
 
     # --- life ----------------------------------------------------------------------------------
@@ -180,6 +181,14 @@ class TorchEngine(BlockEngine):
             raise InvalidRequest(
                 f"token ids must be below {self._runner.vocab_size}", code="invalid_token"
             )
+        if any(
+            not 0 <= token < self._runner.vocab_size for token, _ in request.sampling.logit_bias
+        ):
+            raise InvalidRequest(
+                f"token ids must be below {self._runner.vocab_size}",
+                param="logit_bias",
+                code="invalid_token",
+            )
         if request.sampling.max_tokens <= len(tokens) - request.num_prompt_tokens:
             raise InvalidRequest(
                 f"max_tokens {request.sampling.max_tokens} leaves nothing to generate",
@@ -230,6 +239,7 @@ class TorchEngine(BlockEngine):
         )
         runner.warm_up(min(limits.max_num_batched_tokens, limits.max_model_len, 64))
         self._runner = runner
+        self._sampler = Sampler(runner.vocab_size, runner.device)
         self._scheduler = Scheduler(BlockPool(num_blocks), limits)
         log.info(
             "%s on %s: %s, %d threads, KV pool of %d blocks of %d tokens (%d tokens, %.0f MiB)",
@@ -262,7 +272,7 @@ class TorchEngine(BlockEngine):
             tokens: list[int] = []
             logprobs: list[TokenLogprob | None] = []
             if sequences:
-                tokens, logprobs = sample(logits, sequences)
+                tokens, logprobs = self._sampler.sample(logits, sequences).result()
         except Exception as exc:
             log.exception("a step of %d requests failed", len(chunks))
             with self._lock:

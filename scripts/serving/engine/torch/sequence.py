@@ -66,6 +66,17 @@ class Sequence:
         return self.request.sampling
 
     @property
+    def is_penalized(self) -> bool:
+        """Whether the tokens seen so far change the choice of the next one."""
+        p = self.sampling
+        return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
+
+    @property
+    def needs_token_values(self) -> bool:
+        """Whether the next token cannot be chosen before the values of all others are known."""
+        return self.is_penalized
+
+    @property
     def num_prompt(self) -> int:
         return self.request.num_prompt_tokens
 

@@ -182,6 +182,14 @@ class TorchEngine(BlockEngine):
             raise InvalidRequest(
                 f"token ids must be below {self._runner.vocab_size}", code="invalid_token"
             )
+        if any(
+            not 0 <= token < self._runner.vocab_size for token, _ in request.sampling.logit_bias
+        ):
+            raise InvalidRequest(
+                f"token ids must be below {self._runner.vocab_size}",
+                param="logit_bias",
+                code="invalid_token",
+            )
         if request.sampling.max_tokens <= len(tokens) - request.num_prompt_tokens:
             raise InvalidRequest(
                 f"max_tokens {request.sampling.max_tokens} leaves nothing to generate",

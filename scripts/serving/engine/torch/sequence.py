@@ -77,20 +77,23 @@ class Sequence:
         return self.request.sampling
 
     @property
+    def is_penalized(self) -> bool:
+        """Whether the tokens seen so far change the choice of the next one."""
+        p = self.sampling
+        return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
+
+    @property
+    def needs_token_values(self) -> bool:
+        """Whether the next token cannot be chosen before the values of all others are known."""
+        return self.is_penalized
+
+    @property
     def num_prompt(self) -> int:
         return self.request.num_prompt_tokens
 
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
-
-    @property
-    def needs_token_values(self) -> bool:
-        """Whether choosing a token takes the values of all before it."""
-        p = self.sampling
-        return bool(
-            p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
-        )
 
     @property
     def remaining(self) -> int:

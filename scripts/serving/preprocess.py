@@ -30,10 +30,20 @@ class RequestTrace(Struct):
     overlap_blocks: int = 0
 
 
+class Siblings(Struct):
+    """Samples of one prompt: they go where the first one went, to share its blocks.
+
+    `instances` maps roles to where that was. Written by the pipeline.
+    """
+
+    instances: dict[str, str] = field(default_factory=dict)
+
+
 class PreparedRequest(Struct, frozen=True):
     """One sequence to generate: what the pipeline sends and what the detokenizer needs.
 
     `stop` holds strings, found by the detokenizer; token ids that stop are in `sampling`.
+    `prompt_only`: the one token that has to be generated is not wanted.
     """
 
     request_id: str
@@ -41,6 +51,8 @@ class PreparedRequest(Struct, frozen=True):
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
     skip_special_tokens: bool = True
+    prompt_only: bool = False
+    siblings: Siblings | None = None
     trace: RequestTrace = field(default_factory=RequestTrace)
 
 

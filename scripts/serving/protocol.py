@@ -21,12 +21,22 @@ PROTOCOL_VERSION = 1
 # --- requests and tokens (direct connection, `rpc.py`) ------------------------------------------
 
 
+class Guide(Struct, frozen=True):
+    """What the output must be: JSON of a schema, a match of a regular expression, or a text of a
+    grammar. `text` is the schema (JSON), the expression (Rust's syntax, whole match) or the
+    grammar (Lark's syntax as llguidance has it)."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str
+
+
 class SamplingParams(Struct, frozen=True, omit_defaults=True):
     """How to choose tokens. Names and meanings are OpenAI's, plus the common extensions.
 
     `temperature == 0` is greedy. `logprobs` is the number of alternatives to report beside the
-    chosen token (0: only the chosen one; None: none at all). Stop strings never reach a worker:
-    the frontend's detokenizer finds them and aborts.
+    chosen token (0: only the chosen one; None: none at all), and `prompt_logprobs` the same for
+    the prompt's tokens. Stop strings never reach a worker: the frontend's detokenizer finds them
+    and aborts.
     """
 
     max_tokens: int
@@ -42,6 +52,8 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()  # includes the model's EOS unless `ignore_eos`
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), no id twice
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    guide: Guide | None = None
 
 
 class KvTransferParams(Struct, frozen=True, tag="blocks"):
@@ -99,10 +111,13 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True):
-    """`logprob` of `token_id`, and the `top` alternatives as (token_id, logprob), best first."""
+    """`logprob` of `token_id`, and the `top` alternatives as (token_id, logprob), best first.
+
+    None stands for that of a prompt's first token, which nothing comes before.
+    """
 
     token_id: int
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]]
 
 
@@ -118,8 +133,8 @@ class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):
     """What one engine step produced for one request. `finish_reason` set means: the last one.
 
     `cached_tokens` (prompt tokens not computed because their KV was there or was fetched)
-    comes with the first output only. `stop_token_id` is the token that ended the request; it is
-    not part of `token_ids`.
+    comes with the first output only, and so do `prompt_logprobs`, of all prompt tokens but the
+    first. `stop_token_id` is the token that ended the request; it is not part of `token_ids`.
     """
 
     request_id: str
@@ -130,6 +145,7 @@ class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):
     logprobs: list[TokenLogprob] | None = None
     kv_transfer_params: TransferParams | None = None
     error: ErrorInfo | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class Generate(Struct, frozen=True, tag="generate"):

@@ -158,6 +158,7 @@ class TensorRtLlmEngine(TransferringEngine):
             instance_id=self._instance_id,
             limits=config,
             vocabulary=self._vocabulary,
+            guide_backend=arguments.values.get("guided_decoding_backend"),
             fetch_s=timeout_ms / 1000 if timeout_ms else FETCH_S,
             transfers=self.transfers,
             num_cached=self._num_cached,
@@ -228,7 +229,11 @@ class TensorRtLlmEngine(TransferringEngine):
         except (ImportError, AttributeError):
             logprob = None
         return Runtime(
-            self._llm, library.top.SamplingParams, library.llmapi.DisaggregatedParams, logprob
+            self._llm,
+            library.top.SamplingParams,
+            library.llmapi.DisaggregatedParams,
+            logprob,
+            library.llmapi.GuidedDecodingParams,
         )
 
     async def close(self) -> None:

@@ -90,6 +90,7 @@ class Sink:
         self.logprobs: dict[str, list[TokenLogprob]] = {}
         self.last: dict[str, EngineOutput] = {}
         self.cached: dict[str, int] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprob]] = {}
         self.events: list[KvEvent] = []
         self.stored: set[int] = set()
         self.load: EngineLoad | None = None
@@ -108,6 +109,9 @@ class Sink:
             if output.cached_tokens is not None:
                 assert output.request_id not in self.cached, "cached_tokens told twice"
                 self.cached[output.request_id] = output.cached_tokens
+            if output.prompt_logprobs is not None:
+                assert output.request_id not in self.prompt_logprobs, "told twice"
+                self.prompt_logprobs[output.request_id] = output.prompt_logprobs
             if output.finish_reason is not None:
                 self.last[output.request_id] = output
         for event in events:

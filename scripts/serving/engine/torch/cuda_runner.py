@@ -114,12 +114,10 @@ class CudaRunner(ModelRunner):
             logits, slots = self._replay(self._graphs[size], decodes)
         else:
             logits, slots = self._compute(decodes, prefills)
-        sequences = [chunk.sequence for chunk in ordered if chunk.samples]
-        if not sequences:
-            return Launched(ordered, None)
-        pending = self._sampler.sample(logits, sequences)
-        self._last_tokens[slots.long()] = pending.tokens.int()
-        return Launched(ordered, pending)
+        launched = self._choose(ordered, logits)
+        if launched.pending is not None:
+            self._last_tokens[slots.long()] = launched.pending.tokens.int()
+        return launched
 
     # --- decode by graph -----------------------------------------------------------------------
 
@@ -155,7 +153,7 @@ class CudaRunner(ModelRunner):
     def _compute(
         self, decodes: list[Chunk], prefills: list[Chunk]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the rows that sample, and their slots."""
+        """Logits of the rows that sample, then of those that are reported; slots of the former."""
         ids, positions, rows, slots, lengths = self._decode_vectors(decodes, len(decodes))
         spans = [_Span(chunk, self.layout.block_size) for chunk in prefills]
         ids = np.concatenate([ids, *(span.ids for span in spans)])
@@ -164,6 +162,9 @@ class CudaRunner(ModelRunner):
         ends = len(decodes) + np.cumsum([0, *(chunk.length for chunk in prefills)])
         samples = [i for i, chunk in enumerate(decodes) if chunk.samples]
         samples += [int(ends[i + 1]) - 1 for i, c in enumerate(prefills) if c.samples]
+        reported = [i for i, chunk in enumerate(decodes) if chunk.num_reported]
+        for i, chunk in enumerate(prefills):
+            reported += range(int(ends[i]), int(ends[i]) + chunk.num_reported)
         owners = [c.sequence.slot for c in [*decodes, *prefills] if c.samples]
         has_prefix = any(chunk.start for chunk in prefills)
         kv_rows = [span.kv_rows() for span in spans] if has_prefix else []
@@ -178,7 +179,7 @@ class CudaRunner(ModelRunner):
                 ids, positions, rows, slots, lengths,
                 cu_queries.astype(np.int32), cu_keys.astype(np.int32),
                 np.concatenate(kv_rows) if kv_rows else np.empty(0, np.int32),
-                np.asarray(samples, np.int32), np.asarray(owners, np.int32), at, blocks,
+                np.asarray(samples + reported, np.int32), np.asarray(owners, np.int32), at, blocks,
             ]
         )  # fmt: skip
         if len(at):

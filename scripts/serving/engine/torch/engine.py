@@ -20,6 +20,7 @@ import torch
 from serving import block_hash
 from serving.engine.base import BlockEngine, EngineLoad, EngineSpec, StepSink
 from serving.engine.torch.block_pool import BlockPool
+from serving.engine.torch.guidance import Guides
 from serving.engine.torch.kv_access import TorchKvBlocks
 from serving.engine.torch.model_runner import Launched, ModelRunner
 from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
@@ -30,6 +31,7 @@ from serving.protocol import (
     BlocksStored,
     EngineOutput,
     EngineRequest,
+    ErrorInfo,
     KvEvent,
 )
 
@@ -80,6 +82,7 @@ class TorchEngine(BlockEngine):
         self._closing = False
         self._broken = ""
         self._thread: threading.Thread | None = None
+        self._guides = Guides(engine_dir)
         self._outbox: list[tuple[list[EngineOutput], list[KvEvent]]] = []
         self._delivered: set[int] = set()  # hashes, as the sink has been told
         self._loop: asyncio.AbstractEventLoop
@@ -111,6 +114,7 @@ class TorchEngine(BlockEngine):
         self.kv = TorchKvBlocks(self, self._scheduler, self._runner.pool)
 
     async def close(self) -> None:
+        await asyncio.to_thread(self._guides.close)
         if self._thread is None:
             return
         with self._work:
@@ -152,7 +156,19 @@ class TorchEngine(BlockEngine):
         if self._broken or self._closing:
             raise EngineFailed(self._broken or "the engine is closing")
         self._check(request)
-        return Sequence(request, next(self._arrivals), self._root, self._limits.block_size)
+        sequence = Sequence(request, next(self._arrivals), self._root, self._limits.block_size)
+        self._guides.begin(sequence, lambda: self.on_loop(lambda: self._compiled(sequence)))
+        return sequence
+
+    def _compiled(self, sequence: Sequence) -> None:
+        """Its grammar is there, or it has none that can be used."""
+        guidance = sequence.guidance
+        if guidance is not None and guidance.error:
+            error = ErrorInfo("InvalidRequest", guidance.error)
+            self.change(lambda: self._scheduler.refuse(sequence, error))
+            return
+        with self._work:
+            self._work.notify_all()
 
     def change(self, action: Callable[[], None]) -> None:
         """Run a change of the books under the lock, let the step loop see it, deliver results."""

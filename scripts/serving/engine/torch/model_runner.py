@@ -22,7 +22,7 @@ from serving.engine.torch.attention import (
     order_decodes,
 )
 from serving.engine.torch.kv_pool import KvPool
-from serving.engine.torch.sampler import Pending, Sampler
+from serving.engine.torch.sampler import Pending, Sampler, report_tokens
 from serving.engine.torch.sequence import Chunk
 from serving.errors import ModelError, OperatorError
 from serving.kv_layout import KvLayout
@@ -40,9 +40,22 @@ class Launched:
 
     chunks: list[Chunk]
     pending: Pending | None
+    # Of the prompts' own tokens, chunk by chunk, where that was asked for.
+    prompt_report: Pending | None = None
 
     def result(self) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Wait for the step; the tokens of the chunks that sample, in their order."""
+        """Wait for the step; the tokens of the chunks that sample, in their order.
+
+        What was reported of prompts is in their sequences then.
+        """
+        if self.prompt_report is not None:
+            entries = self.prompt_report.result()[1]
+            for chunk in self.chunks:
+                own, entries = entries[: chunk.num_reported], entries[chunk.num_reported :]
+                if own:
+                    # From `start` on: a preempted prompt is computed and reported again.
+                    known = chunk.sequence.prompt_logprobs
+                    known[chunk.start :] = [entry for entry in own if entry is not None]
         return ([], []) if self.pending is None else self.pending.result()
 
 
@@ -138,15 +151,31 @@ class ModelRunner:
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
+        reported: list[int] = []
         for chunk in ordered:
             end = chunk.start + chunk.length
+            reported += range(len(ids), len(ids) + chunk.num_reported)
             ids += chunk.sequence.tokens[chunk.start : end]
             positions += range(chunk.start, end)
             if chunk.samples:
                 rows.append(len(ids) - 1)
-        logits = self._compute_rows(ids, positions, rows, step)
-        sequences = [chunk.sequence for chunk in ordered if chunk.samples]
-        return Launched(ordered, self._sampler.sample(logits, sequences) if sequences else None)
+        logits = self._compute_rows(ids, positions, rows + reported, step)
+        return self._choose(ordered, logits)
+
+    def _choose(self, chunks: list[Chunk], logits: torch.Tensor) -> Launched:
+        """Sample from the first rows of `logits`; the others are for what chunks report."""
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        count = len(sequences)
+        pending = self._sampler.sample(logits[:count], sequences) if sequences else None
+        tokens: list[int] = []
+        widths: list[int] = []
+        for chunk in chunks:
+            if num_reported := chunk.num_reported:
+                first = chunk.start + 1
+                tokens += chunk.sequence.tokens[first : first + num_reported]
+                widths += [chunk.sequence.sampling.prompt_logprobs or 0] * num_reported
+        report = report_tokens(logits[count:], tokens, widths) if tokens else None
+        return Launched(chunks, pending, report)
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a prefill and a decode step on blocks that nobody has yet, then wipe them."""
@@ -162,9 +191,10 @@ class ModelRunner:
     def _compute_rows(
         self, ids: list[int], positions: list[int], rows: list[int], step: AttentionStep
     ) -> torch.Tensor:
-        inputs = torch.tensor([ids, positions, rows + [0] * (len(ids) - len(rows))])
-        inputs = inputs.to(self.device)
-        return self._forward(inputs[0], inputs[1], inputs[2, : len(rows)], step)
+        inputs = torch.tensor([ids, positions]).to(self.device)
+        return self._forward(
+            inputs[0], inputs[1], torch.tensor(rows, dtype=torch.long).to(self.device), step
+        )
 
     def _forward(
         self,

@@ -19,6 +19,8 @@ import torch
 from serving import block_hash
 from serving.engine.base import BlockEngine, EngineLoad, EngineSpec, StepSink
 from serving.engine.torch.block_pool import BlockPool
+from serving.engine.torch.host_blocks import HostBlocks, open_host_blocks
+from serving.engine.torch.host_tier import Copies, HostTier
 from serving.engine.torch.kv_access import TorchKvBlocks
 from serving.engine.torch.model_runner import ModelRunner
 from serving.engine.torch.sampler import sample
@@ -31,6 +33,7 @@ from serving.protocol import (
     EngineOutput,
     EngineRequest,
     KvEvent,
+    Tier,
     TokenLogprob,
 )
 
@@ -59,16 +62,22 @@ class TorchEngine(BlockEngine):
         max_waiting: int,
         device: str = "cpu",
         dtype: str = "float32",
+        kv_cache_dtype: str = "auto",
+        host_cache_bytes: int = 0,
         num_threads: int | None = None,
         hash_salt: str,
         fingerprint: str,
     ) -> None:
-        """`kv_cache_tokens` None sizes the pool from free memory; `num_threads` is for CPU."""
+        """`kv_cache_tokens` None sizes the pool from free memory; `num_threads` is for CPU.
+
+        `kv_cache_dtype` `auto` keeps KV in `dtype`; `host_cache_bytes` 0 means no host tier.
+        """
         self._engine_dir = engine_dir
         self._limits = SchedulerLimits(
             block_size, max_model_len, max_batch_size, max_num_batched_tokens, max_waiting
         )
-        self._kv_cache_tokens = kv_cache_tokens
+        self._kv_cache_tokens, self._kv_cache_dtype = kv_cache_tokens, kv_cache_dtype
+        self._host_cache_bytes = host_cache_bytes
         self._device, self._dtype, self._num_threads = device, dtype, num_threads
         self._hash_salt, self._fingerprint = hash_salt, fingerprint
         self._root = block_hash.root_hash(hash_salt)
@@ -79,10 +88,12 @@ class TorchEngine(BlockEngine):
         self._broken = ""
         self._thread: threading.Thread | None = None
         self._outbox: list[tuple[list[EngineOutput], list[KvEvent]]] = []
-        self._delivered: set[int] = set()  # hashes, as the sink has been told
+        # Hashes, as the sink has been told.
+        self._delivered: dict[Tier, set[int]] = {"device": set(), "host": set()}
         self._loop: asyncio.AbstractEventLoop
         self._sink: StepSink
         self._runner: ModelRunner
+        self._host: HostBlocks | None = None
         self._scheduler: Scheduler
 
     # --- life ----------------------------------------------------------------------------------
@@ -117,6 +128,8 @@ class TorchEngine(BlockEngine):
         await asyncio.to_thread(self._thread.join, _CLOSE_S)
         if self._thread.is_alive():
             log.error("the compute thread is still busy after %.0f s", _CLOSE_S)
+        elif self._host is not None:
+            self._host.close()
         self._thread = None
         if hasattr(self, "kv"):
             self.kv.cancel_all()
@@ -137,8 +150,8 @@ class TorchEngine(BlockEngine):
         with self._lock:
             return self._scheduler.load()
 
-    def snapshot(self) -> list[int]:
-        return list(self._delivered)
+    def snapshot(self, tier: Tier = "device") -> list[int]:
+        return list(self._delivered[tier])
 
     def check_integrity(self) -> None:
         """For tests: every block is free, cached or held, and the books agree."""
@@ -200,8 +213,8 @@ class TorchEngine(BlockEngine):
                 return
             self.on_loop(lambda: None if ready.done() else ready.set_result(None))
             try:
-                while (chunks := self._next_step()) is not None:
-                    self._compute(chunks)
+                while (step := self._next_step()) is not None:
+                    self._compute(*step)
                     self.on_loop(self._deliver)
             except Exception as exc:
                 log.exception("the engine stops: its bookkeeping failed")
@@ -216,6 +229,7 @@ class TorchEngine(BlockEngine):
             device=self._device,
             dtype=self._dtype,
             block_size=limits.block_size,
+            kv_cache_dtype=self._kv_cache_dtype,
         )
         if runner.max_positions is not None and limits.max_model_len > runner.max_positions:
             raise OperatorError(
@@ -230,7 +244,11 @@ class TorchEngine(BlockEngine):
         )
         runner.warm_up(min(limits.max_num_batched_tokens, limits.max_model_len, 64))
         self._runner = runner
-        self._scheduler = Scheduler(BlockPool(num_blocks), limits)
+        num_tokens = min(limits.max_num_batched_tokens, limits.max_model_len)
+        if self._host_cache_bytes:
+            self._host = open_host_blocks(runner, self._host_cache_bytes, num_tokens)
+        tier = HostTier(self._host.num_blocks if self._host else 0)
+        self._scheduler = Scheduler(BlockPool(num_blocks, tier), limits)
         log.info(
             "%s on %s: %s, %d threads, KV pool of %d blocks of %d tokens (%d tokens, %.0f MiB)",
             self._engine_dir.name,
@@ -243,19 +261,31 @@ class TorchEngine(BlockEngine):
             num_blocks * runner.layout.block_bytes / 2**20,
         )
 
-    def _next_step(self) -> list[Chunk] | None:
-        """Wait for something to compute; None when closing."""
+    def _next_step(self) -> tuple[list[Chunk], Copies] | None:
+        """Wait for something to copy or compute; None when closing."""
         with self._work:
             while not self._closing:
                 chunks = self._scheduler.schedule()
-                if chunks:
-                    return chunks
+                copies = self._scheduler.pool.take_copies()
+                if chunks or copies:
+                    return chunks, copies
                 if self._post():  # nothing to compute, yet evictions or admissions happened
                     self.on_loop(self._deliver)
                 self._work.wait(_IDLE_S)
             return None
 
-    def _compute(self, chunks: list[Chunk]) -> None:
+    def _compute(self, chunks: list[Chunk], copies: Copies) -> None:
+        if self._host is not None and copies:
+            # Nobody catches: blocks that were not copied would be wrong for any later request.
+            wait = self._host.run(copies)
+            self._compute_chunks(chunks)
+            wait()
+            with self._lock:
+                self._scheduler.pool.copied(copies)
+        else:
+            self._compute_chunks(chunks)
+
+    def _compute_chunks(self, chunks: list[Chunk]) -> None:
         try:
             ordered, logits = self._runner.execute(chunks)
             sequences = [chunk.sequence for chunk in ordered if chunk.samples]
@@ -306,7 +336,7 @@ class TorchEngine(BlockEngine):
         events = [event for _, batch in posted for event in batch]
         for event in events:
             if isinstance(event, BlocksStored):
-                self._delivered.update(event.block_hashes)
+                self._delivered[event.tier].update(event.block_hashes)
             elif isinstance(event, BlocksRemoved):
-                self._delivered.difference_update(event.block_hashes)
+                self._delivered[event.tier].difference_update(event.block_hashes)
         self._sink(outputs, events, load)

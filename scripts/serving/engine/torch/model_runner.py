@@ -35,8 +35,20 @@ _CUDA_SHARE = 0.85
 class ModelRunner:
     """A loaded model and its KV pool. Used by one thread, inside `torch.inference_mode`."""
 
-    def __init__(self, engine_dir: Path, *, device: str, dtype: str, block_size: int) -> None:
-        """Raises ModelError when the folder does not load or attention is not what we page."""
+    def __init__(
+        self,
+        engine_dir: Path,
+        *,
+        device: str,
+        dtype: str,
+        block_size: int,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
+        """Raises ModelError when the folder does not load or attention is not what we page.
+
+        `kv_cache_dtype` is torch's name of what keys and values are kept in, or `auto` for what
+        the model computes in.
+        """
         AttentionInterface.register(NAME, attend_paged)
         self.device = torch.device(device)
         torch_dtype: torch.dtype = getattr(torch, dtype)
@@ -54,7 +66,7 @@ class ModelRunner:
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         if packed_linear.can_pack(device, torch_dtype):
             log.info("packed %d linear layers", packed_linear.pack_linears(self._model))
-        self.layout = self._probe(block_size)
+        self.layout = self._probe(block_size, kv_cache_dtype)
         self.pool: KvPool
 
     def allocate_pool(
@@ -137,7 +149,7 @@ class ModelRunner:
         logits: torch.Tensor = out.logits[0]
         return logits.float()
 
-    def _probe(self, block_size: int) -> KvLayout:
+    def _probe(self, block_size: int, kv_cache_dtype: str) -> KvLayout:
         """Learn the shape of KV from one forward pass: config fields differ between models."""
         probe = _Probe()
         with torch.inference_mode():
@@ -153,7 +165,9 @@ class ModelRunner:
         (key_heads, key_dim), value_shape = shapes.pop()
         if (key_heads, key_dim) != value_shape:
             raise ModelError("keys and values differ in shape", remedy="choose another model")
-        dtype = str(probe.dtype).removeprefix("torch.")
+        dtype = kv_cache_dtype
+        if dtype == "auto":
+            dtype = str(probe.dtype).removeprefix("torch.")
         return KvLayout(len(layers), key_heads, key_dim, block_size, dtype)
 
     def _default_tokens(self, wanted: int) -> int:

@@ -42,7 +42,8 @@ class Sequence:
     num_cached: int | None = None  # set at the first admission, told with the first output
     told_cached: bool = False
     in_flight: bool = False  # part of the step being computed: blocks must outlive it
-    # A reservation's waiter: called when it leaves the queue, admitted or aborted.
+    # A reservation's waiter: called when its blocks may be written to, or when it was aborted. What
+    # it does, it does once, however often it is called.
     on_settled: Callable[[], None] | None = None
     # Held while a transfer copies blocks, and while they are taken away from it.
     transfer_lock: threading.Lock = field(default_factory=threading.Lock)

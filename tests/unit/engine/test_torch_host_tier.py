@@ -283,6 +283,7 @@ def sequence(name: str, tokens: list[int], arrival: int, **more: Any) -> Sequenc
 def step(books: Scheduler) -> list[Chunk]:
     chunks = books.schedule()
     copies = books.pool.take_copies()
+    books.launched(chunks)
     books.pool.copied(copies)
     num_samples = sum(chunk.samples for chunk in chunks)
     books.complete(chunks, [7] * num_samples, [None] * num_samples)

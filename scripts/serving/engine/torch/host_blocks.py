@@ -17,7 +17,7 @@ import torch
 from serving.engine.torch.host_tier import Copies
 from serving.engine.torch.kv_pool import KvPool
 from serving.engine.torch.model_runner import ModelRunner
-from serving.engine.torch.sequence import Chunk, Sequence
+from serving.engine.torch.sequence import Chunk, Sequence, State
 from serving.errors import OperatorError
 from serving.protocol import EngineRequest, SamplingParams
 
@@ -111,8 +111,9 @@ def _prefill_s(runner: ModelRunner, num_tokens: int) -> float:
     request = EngineRequest("", [0] * num_tokens, num_tokens, SamplingParams(max_tokens=1))
     sequence = Sequence(request, 0, 0, runner.layout.block_size)
     sequence.blocks = list(range(1, 1 + runner.layout.num_blocks(num_tokens)))
+    sequence.state = State.DONE  # it keeps no place in the runner
     chunk = Chunk(sequence, 0, num_tokens, samples=True)
-    seconds = best_s(lambda: runner.execute([chunk]), runner.device, _COMPUTE_TRIES)
+    seconds = best_s(lambda: runner.launch([chunk]), runner.device, _COMPUTE_TRIES)
     runner.pool.clear(sequence.blocks)
     return seconds
 

@@ -51,6 +51,10 @@ class KvPool:
         """Put `rounded` keys or values `[T, Hkv, D]` at `rows` of `token_rows`."""
         self.token_rows.index_copy_(0, rows, values.view(self.token_rows.dtype))
 
+    def read_tokens(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of `token_rows`, in `dtype`."""
+        return self.token_rows.index_select(0, rows).view(self.dtype).to(dtype)
+
     def read_blocks(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of `block_rows`, in `dtype`."""
         return self.block_rows.index_select(0, rows).view(self.dtype).to(dtype)

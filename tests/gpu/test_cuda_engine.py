@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from serving.engine.torch.kv_pool import KvPool
+from serving.kv_layout import KvLayout
 from serving.protocol import KvTransferParams
 from transformers import AutoModelForCausalLM
 from unit.engine.torch_rig import (
@@ -128,6 +130,19 @@ async def test_narrow_kv_stays_close(model: Path, dtype: str, tolerance: float) 
         assert sink.cached["again"] == 56
         assert engine.spec.kv_layout is not None
         assert engine.spec.kv_layout.dtype == dtype
+
+
+def test_what_float8_cannot_hold_saturates() -> None:
+    from serving.engine.torch import kernels
+
+    pool = KvPool(KvLayout(1, 1, 16, 8, "float8_e4m3fn"), 2, "cuda")
+    qkv = torch.zeros(1, 3, 16, device="cuda", dtype=torch.bfloat16)  # query, key, value
+    qkv[0, 1], qkv[0, 2] = 1e4, -1e4
+    rows = torch.tensor([8], dtype=torch.int32, device="cuda")  # the first token of block 1
+    kernels.rotate_and_store(qkv, pool.tensor, rows, 0, num_q_heads=1)
+    written = pool.tensor[1, 0, :, 0].float().cpu()
+    assert written[0].unique().tolist() == [448.0]
+    assert written[1].unique().tolist() == [-448.0]
 
 
 def next_logprobs(model: Path, prompt: list[int], dtype: str) -> list[float]:

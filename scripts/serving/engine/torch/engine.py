@@ -268,17 +268,18 @@ class TorchEngine(BlockEngine):
         )
 
     def _make_runner(self) -> ModelRunner:
-        make = ModelRunner
-        if torch.device(self._device).type == "cuda":
+        make, device = ModelRunner, torch.device(self._device)
+        if device.type == "cuda":
             from serving.engine.torch.cuda_runner import CudaRunner
 
             # The thread's device: streams and kernels follow it.
-            torch.cuda.set_device(torch.device(self._device))
+            device = torch.device("cuda", device.index or 0)
+            torch.cuda.set_device(device)
             make = CudaRunner
         limits = self._limits
         return make(
             self._engine_dir,
-            device=self._device,
+            device=str(device),
             dtype=self._dtype,
             block_size=limits.block_size,
             max_model_len=limits.max_model_len,

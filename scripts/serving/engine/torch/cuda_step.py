@@ -128,10 +128,11 @@ class CudaStep:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values that the chunks attend to, `[K, Hkv, D]`, sequence after sequence."""
         if self._kv_index is None:
+            # As later tokens will find them, or outputs would depend on chunking.
+            own = self._pool.rounded(own).to(dtype)
             return own[:, : self._num_kv_heads], own[:, self._num_kv_heads :]
-        index = self._kv_index[layer]
-        token_rows = self._pool.token_rows
-        return tuple(token_rows.index_select(0, i).to(dtype) for i in index)  # type: ignore[return-value]
+        keys, values = self._kv_index[layer]
+        return self._pool.read_tokens(keys, dtype), self._pool.read_tokens(values, dtype)
 
 
 def _plane_rows(pool: KvPool, rows: torch.Tensor) -> torch.Tensor:

@@ -200,8 +200,8 @@ def _kv_cache(config: Config, version: Version, flow: Flow) -> Arguments:
         del kv["tokens_per_block"]  # it is built into the engine
     if engine.kv_cache_tokens is not None:
         kv["max_tokens"] = engine.kv_cache_tokens
-    if own.host_cache_bytes:
-        kv["host_cache_size"] = own.host_cache_bytes
+    if engine.host_cache_bytes:
+        kv["host_cache_size"] = engine.host_cache_bytes
     if own.kv_cache_dtype != "auto":
         if flow == "trtllm-build":
             raise ConfigError(

@@ -66,10 +66,8 @@ def test_every_argument_exists_in_the_version(version: str, role: str, flow: str
     if args_class not in classes:
         assert version.startswith("1.3")
         return
-    full = {"kv_cache_tokens": 4096}
-    content = rendered(
-        role, version, flow=flow, engine=full, tensorrt_llm={"host_cache_bytes": 10**9}
-    )
+    full = {"kv_cache_tokens": 4096, "host_cache_bytes": 10**9}
+    content = rendered(role, version, flow=flow, engine=full)
     for name in dotted(content):
         section, _, key = name.partition(".")
         assert section in classes[args_class], name
@@ -166,8 +164,8 @@ def test_kv_pool_takes_its_limits() -> None:
     plain = rendered()["kv_cache_config"]
     assert not {"max_tokens", "host_cache_size", "dtype"} & set(plain)
     kv = rendered(
-        engine={"kv_cache_tokens": 4096},
-        tensorrt_llm={"host_cache_bytes": 7, "kv_cache_dtype": "fp8"},
+        engine={"kv_cache_tokens": 4096, "host_cache_bytes": 7},
+        tensorrt_llm={"kv_cache_dtype": "fp8"},
     )["kv_cache_config"]
     assert (kv["max_tokens"], kv["host_cache_size"], kv["dtype"]) == (4096, 7, "fp8")
 

@@ -124,19 +124,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[Report]:
     monkeypatch.setattr(cuda_runner._Graph, "memory", None)
     monkeypatch.setattr(cuda_runner, "_graph_sizes", lambda _: [4, 2])
 
-    def make(self: Any) -> Any:
-        return cuda_runner.CudaRunner(
-            self._engine_dir,
-            device="cpu",
-            dtype=self._dtype,
-            block_size=self._limits.block_size,
-            max_model_len=self._limits.max_model_len,
-            max_batch_size=self._limits.max_batch_size,
-            max_num_batched_tokens=self._limits.max_num_batched_tokens,
-            gpu_memory_fraction=0.9,
-        )
-
-    monkeypatch.setattr(TorchEngine, "_make_runner", make)
+    monkeypatch.setattr(TorchEngine, "_runner_class", lambda _: cuda_runner.CudaRunner)
     return found
 
 

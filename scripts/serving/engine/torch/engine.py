@@ -284,18 +284,15 @@ class TorchEngine(BlockEngine):
         )
 
     def _make_runner(self) -> ModelRunner:
-        make, device = ModelRunner, torch.device(self._device)
-        if device.type == "cuda":
-            from serving.engine.torch.cuda_runner import CudaRunner
-
+        runner, device = self._runner_class(), self._device
+        if torch.device(device).type == "cuda":
             # The thread's device: streams and kernels follow it.
-            device = torch.device("cuda", device.index or 0)
-            torch.cuda.set_device(device)
-            make = CudaRunner
+            device = f"cuda:{torch.device(device).index or 0}"
+            torch.cuda.set_device(torch.device(device))
         limits = self._limits
-        return make(
+        return runner(
             self._engine_dir,
-            device=str(device),
+            device=device,
             dtype=self._dtype,
             block_size=limits.block_size,
             max_model_len=limits.max_model_len,
@@ -304,6 +301,14 @@ class TorchEngine(BlockEngine):
             gpu_memory_fraction=self._gpu_memory_fraction,
             kv_cache_dtype=self._kv_cache_dtype,
         )
+
+    def _runner_class(self) -> type[ModelRunner]:
+        if torch.device(self._device).type != "cuda":
+            return ModelRunner
+        # Triton comes with CUDA builds of torch only.
+        from serving.engine.torch.cuda_runner import CudaRunner
+
+        return CudaRunner
 
     def _run_steps(self) -> None:
         """Launch a step, and while it runs the next one, until the engine closes."""

@@ -206,6 +206,7 @@ class ModelCard(Struct, frozen=True):
     hash_salt: str
     engine_fingerprint: str
     created: int
+    dummy_weights: bool = False
 
 
 class InstanceInfo(Struct, frozen=True):

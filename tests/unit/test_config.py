@@ -140,6 +140,19 @@ def test_plain_data_parses_to_the_same_config() -> None:
     assert parse(as_plain(config)) == config
 
 
+def test_tokenizer_is_lent_to_dummy_weights_only() -> None:
+    error = refusal({"model": {"tokenizer": "bundled"}})
+    assert error.key == "model.tokenizer"
+    assert "engine.weights: dummy" in error.remedy
+    parse({"model": {"tokenizer": "bundled"}, "engine": {"weights": "dummy"}})
+
+
+def test_tensorrt_llm_has_no_dummy_weights() -> None:
+    assert refusal({"engine": {"backend": "tensorrt_llm", "weights": "dummy"}}).key == (
+        "engine.weights"
+    )
+
+
 def test_every_key_has_a_description() -> None:
     definitions = msgspec.json.schema(Config)["$defs"]
     for section in msgspec.structs.fields(Config):

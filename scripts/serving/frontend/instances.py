@@ -95,6 +95,8 @@ class Instances:
             if info.kv_by_engine:
                 await warm_up(client, self._kv_peers(info))
             self._router.add_instance(info)
+            if self.card is None and info.model.dummy_weights:
+                log.warning("%s has dummy weights: answers are noise", info.model.name)
             self.card = self.card or info.model
             self._clients[info.instance_id] = client
         self._unsynchronised.set()

@@ -30,6 +30,7 @@ def load_engine(process: WorkerProcess) -> tuple[BlockEngine | TransferringEngin
         hash_salt=manifest.hash_salt,
         engine_fingerprint=manifest.fingerprint,
         created=int(manifest.created),
+        dummy_weights=manifest.dummy_weights is not None,
     )
     if config.backend == "tensorrt_llm":
         return _tensorrt_llm(process, manifest), card

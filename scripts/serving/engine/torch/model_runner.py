@@ -11,7 +11,7 @@ import psutil
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from serving.engine.torch import packed_linear
+from serving.engine.torch import dummy_weights, packed_linear
 from serving.engine.torch.attention import (
     NAME,
     AttentionOptions,
@@ -89,10 +89,18 @@ class ModelRunner:
         AttentionInterface.register(NAME, attend_paged)
         self.device = torch.device(device)
         torch_dtype: torch.dtype = getattr(torch, dtype)
+        model: Any
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
-            )
+            if dummy := dummy_weights.of_engine(engine_dir):
+                model = dummy_weights.make_model(
+                    engine_dir, dummy.seed, self.device, torch_dtype, attention=NAME
+                )
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
+                )
+        except OperatorError:
+            raise
         except Exception as exc:  # transformers and safetensors raise whatever they meet
             raise ModelError(
                 f"{engine_dir} does not load: {exc}", remedy="rebuild the engine folder"

@@ -163,7 +163,7 @@ def _require_fit(found: Estimate, config: Config, spread: Parallelism, memory_by
         return
     block = config.engine.block_size
     what = (
-        f"a {found.role} worker needs about {human(found.needed(length))} on each GPU, which has "
+        f"each {found.role} worker needs about {human(found.needed(length))} on each GPU, which has "
         f"{human(memory_bytes)}: {human(found.weights)} of weights, "
         f"{human(found.activations + found.runtime)} for activations and runtime, and "
         f"{human((found.kv_token + found.buffer_token) * length)} for one request of {length} "

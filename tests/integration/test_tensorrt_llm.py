@@ -64,24 +64,26 @@ def from_torch(
 
 
 @pytest.fixture(scope="module")
-def models(default_results: Path) -> Path:
-    """The downloaded model, without any engine."""
-    return default_results / "models"
+def checkpoint(default_results: Path) -> Path:
+    """The default model as a Hugging Face folder, which is how most models come: what the torch
+    engine made of it. TensorRT-LLM takes such a folder as it is."""
+    [engine] = (default_results / "engines").glob("*/engine.json")
+    return engine.parent
 
 
 def deployment_with(
-    directory: Path, models: Path | None, version: str, *, model: str | None = None, **sections: Any
+    directory: Path, version: str, model: Path | None = None, **sections: Any
 ) -> Deployment:
-    """With the stand-in as `version`. Either `models` or `model` says what is served."""
+    """With the stand-in as `version`. `model`: a folder, else the default model is fetched."""
     engine = {
         "backend": "tensorrt_llm",
         "device": "cpu",
         "block_size": 32,  # the only size of 1.0
         **sections.pop("engine", {}),
     }
-    deployment = Deployment(directory, model, engine=engine, **sections)
-    if models is not None:
-        share_results(models, directory / "results" / "models")
+    if model is not None:
+        sections["model"] = {"id": str(model), "name": DEFAULT_MODEL}
+    deployment = Deployment(directory, engine=engine, **sections)
     library = install(directory / "library", version)
     deployment.environment = {
         "PYTHONPATH": str(library),
@@ -100,11 +102,14 @@ def idle(state: dict[str, Any]) -> bool:
 
 
 def test_agg_serves_an_engine_that_trtllm_build_made_with_the_tokens_of_torch(
-    tmp_path: Path, models: Path, from_torch: list[tuple[str, int]]
+    tmp_path: Path, checkpoint: Path, from_torch: list[tuple[str, int]]
 ) -> None:
-    examples = {"examples_dir": str(tmp_path / "library" / "examples")}
     deployment = deployment_with(
-        tmp_path, models, "1.0.0", engine={"flow": "trtllm-build"}, tensorrt_llm=examples
+        tmp_path,
+        "1.0.0",
+        checkpoint,
+        engine={"flow": "trtllm-build"},
+        tensorrt_llm={"examples_dir": str(tmp_path / "library" / "examples")},
     )
     with running(deployment, "serve_agg"):
         assert "smoke test passed" in deployment.snakemake("smoke_test").stdout
@@ -116,18 +121,20 @@ def test_agg_serves_an_engine_that_trtllm_build_made_with_the_tokens_of_torch(
 
 
 def test_disagg_passes_the_smoke_test_with_the_tokens_of_torch(
-    tmp_path: Path, models: Path, from_torch: list[tuple[str, int]]
+    tmp_path: Path, default_results: Path, from_torch: list[tuple[str, int]]
 ) -> None:
-    deployment = deployment_with(tmp_path, models, "1.2.1")
+    """From the default model's own file, which is converted first."""
+    deployment = deployment_with(tmp_path, "1.2.1")
+    share_results(default_results / "models", tmp_path / "results" / "models")
     with running(deployment, "serve_disagg"):
         assert "smoke test passed" in deployment.snakemake("smoke_test").stdout
         assert answers(deployment) == from_torch
 
 
 def test_agg_router_sends_a_prompt_where_it_is_cached(
-    tmp_path: Path, models: Path, from_torch: list[tuple[str, int]]
+    tmp_path: Path, checkpoint: Path, from_torch: list[tuple[str, int]]
 ) -> None:
-    deployment = deployment_with(tmp_path, models, "1.1.0", workers={"agg": 2})
+    deployment = deployment_with(tmp_path, "1.1.0", checkpoint, workers={"agg": 2})
     with running(deployment, "serve_agg_router"):
         assert "smoke test passed" in deployment.snakemake("smoke_test").stdout
         assert answers(deployment) == from_torch
@@ -142,9 +149,11 @@ def test_agg_router_sends_a_prompt_where_it_is_cached(
 
 
 @pytest.fixture(scope="module")
-def disagg_router(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Deployment]:
+def disagg_router(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Path
+) -> Iterator[Deployment]:
     directory = tmp_path_factory.mktemp("disagg-router")
-    deployment = deployment_with(directory, models, "1.3.0rc27", kv_transfer={"hold_s": 600.0})
+    deployment = deployment_with(directory, "1.3.0rc27", checkpoint, kv_transfer={"hold_s": 600.0})
     with running(deployment, "serve_disagg_router"):
         yield deployment
 
@@ -258,9 +267,7 @@ def test_second_serve_does_nothing_and_a_new_limit_rebuilds_and_restarts(
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """A model that is built in a second; nothing started."""
     folder = tmp_path_factory.mktemp("tiny")
-    deployment = deployment_with(
-        folder / "deployment", None, "1.3.0rc27", model=str(make(folder / "model"))
-    )
+    deployment = deployment_with(folder / "deployment", "1.3.0rc27", make(folder / "model"))
     yield deployment
     deployment.stop()
 

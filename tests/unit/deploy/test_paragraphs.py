@@ -132,7 +132,7 @@ FAILURES: dict[str, tuple[Callable[[], Any], str, str, str]] = {
     ),
     "out of memory, before": (
         lambda: loaded(24 * GIB),
-        *("each agg worker needs about", "16.0 GB of weights", "`engine.max_model_len`"),
+        *("each agg worker needs about", "16 GB of weights", "`engine.max_model_len`"),
     ),
     "out of memory, while it compiles": (
         lambda: built("torch.OutOfMemoryError: CUDA out of memory."),

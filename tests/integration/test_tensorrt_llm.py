@@ -81,9 +81,9 @@ def deployment_with(
         "block_size": 32,  # the only size of 1.0
         **sections.pop("engine", {}),
     }
-    if model is not None:
-        sections["model"] = {"id": str(model), "name": DEFAULT_MODEL}
     deployment = Deployment(directory, engine=engine, **sections)
+    if model is not None:
+        deployment.config["model"] = {"id": str(model), "name": DEFAULT_MODEL}
     library = install(directory / "library", version)
     deployment.environment = {
         "PYTHONPATH": str(library),

@@ -186,6 +186,11 @@ def test_built_engine_is_not_told_what_it_has_inside() -> None:
     assert "tokens_per_block" not in content["kv_cache_config"]
 
 
+def test_backend_that_makes_logprobs_of_logits_keeps_them() -> None:
+    assert rendered("agg", "1.2.1", flow="trtllm-build")["gather_generation_logits"] is True
+    assert "gather_generation_logits" not in rendered("agg", "1.2.1")
+
+
 @pytest.mark.parametrize(
     ("setting", "key"),
     [

@@ -85,7 +85,9 @@ class EngineConfig(_Section, frozen=True):
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Meta(description="Weights and KV. `auto`: float32 on CPU, bfloat16 on CUDA."),
+        Meta(
+            description="Weights, and KV unless `kv_cache_dtype` says otherwise. `auto`: float32 on CPU, bfloat16 on CUDA."
+        ),
     ] = "auto"
     weights: Annotated[
         Weights,
@@ -103,6 +105,16 @@ class EngineConfig(_Section, frozen=True):
         Positive | None,
         Meta(description="KV pool of each worker, in tokens. Default: sized from free memory."),
     ] = None
+    kv_cache_dtype: Annotated[
+        Literal["auto", "bfloat16", "float8_e4m3fn"],
+        Meta(
+            description="What the torch engine keeps KV in. `auto`: the dtype of the weights. `float8_e4m3fn` takes a quarter of float32's room and rounds to 3 bits."
+        ),
+    ] = "auto"
+    host_cache_bytes: Annotated[
+        Annotated[int, Meta(ge=0)],
+        Meta(description="Host memory of each worker for evicted KV blocks; 0: they are lost."),
+    ] = 0
     max_batch_size: Annotated[
         Positive, Meta(description="Requests one worker computes at the same time.")
     ] = 16
@@ -149,9 +161,6 @@ class TensorRtLlmConfig(_Section, frozen=True):
     kv_cache_dtype: Annotated[
         Literal["auto", "fp8", "nvfp4"], Meta(description="`auto`: that of the weights.")
     ] = "auto"
-    host_cache_bytes: Annotated[
-        Annotated[int, Meta(ge=0)], Meta(description="Host memory for evicted KV blocks.")
-    ] = 0
     event_buffer_max_size: Annotated[
         Positive,
         Meta(
@@ -460,6 +469,12 @@ def _check_backend(config: Config) -> None:
             "workers.tensor_parallel",
             "the torch engine uses one GPU a worker",
             remedy="remove it, or set `engine.backend: tensorrt_llm`",
+        )
+    if backend == "tensorrt_llm" and config.engine.kv_cache_dtype != "auto":
+        raise ConfigError(
+            "engine.kv_cache_dtype",
+            "the tensorrt_llm engine names KV dtypes its own way",
+            remedy="remove it, and set `tensorrt_llm.kv_cache_dtype`",
         )
 
 

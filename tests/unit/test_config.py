@@ -114,6 +114,7 @@ def test_bad_size_of_a_role_is_refused_by_its_key_and_value() -> None:
     [
         ({"kv_transfer": {"transport": "tcp"}}, "kv_transfer.transport"),
         ({"tensorrt_llm": {"kv_cache_dtype": "int8"}}, "tensorrt_llm.kv_cache_dtype"),
+        ({"engine-kv_cache_dtype": "bfloat16"}, "engine.kv_cache_dtype"),
     ],
 )
 def test_tensorrt_llm_has_no_such_choice(raw: dict[str, Any], key: str) -> None:

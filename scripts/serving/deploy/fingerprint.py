@@ -70,6 +70,7 @@ def _tensorrt_llm_parts(config: Config, device: Device) -> dict[str, Any]:
             engine.max_batch_size,
             engine.max_num_batched_tokens,
             engine.kv_cache_tokens,
+            engine.host_cache_bytes,
         ],
         "parallel": {role: str(spread) for role, spread in spreads.items()},
         "settings": to_builtins(config.tensorrt_llm),

@@ -150,7 +150,11 @@ class Instances:
                     continue
                 self._metrics.observe_index(instance_id, "snapshot")
                 self._router.on_snapshot(
-                    instance_id, snapshot.epoch, snapshot.seq, snapshot.block_hashes
+                    instance_id,
+                    snapshot.epoch,
+                    snapshot.seq,
+                    snapshot.block_hashes,
+                    snapshot.host_hashes,
                 )
             if self._router.needs_snapshot():
                 self._unsynchronised.set()

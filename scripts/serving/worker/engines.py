@@ -51,6 +51,8 @@ def _torch(process: WorkerProcess, manifest: EngineManifest) -> BlockEngine:
         max_waiting=config.max_waiting,
         device=process.device,
         dtype=process.dtype,
+        kv_cache_dtype=config.kv_cache_dtype,
+        host_cache_bytes=config.host_cache_bytes,
         num_threads=config.num_threads,
         hash_salt=manifest.hash_salt,
         fingerprint=manifest.fingerprint,

@@ -223,8 +223,11 @@ class KvTransferConfig(_Section, frozen=True):
         Meta(description="A prefill worker frees blocks that nobody fetched after this time."),
     ] = 60.0
     chunk_bytes: Annotated[
-        Positive, Meta(description="Bytes per message; larger requests are pipelined.")
-    ] = 8 * 1024 * 1024
+        Positive | None,
+        Meta(
+            description="Largest message in bytes; larger requests are pipelined. Default: 8 MiB, between GPUs 128 MiB."
+        ),
+    ] = None
 
 
 class EtcdConfig(_Section, frozen=True):

@@ -14,11 +14,15 @@ def make_transfer(
     layout: KvLayout,
     *,
     host: str,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
     connect_s: float,
     transfer_s: float,
+    device: str = "cpu",
 ) -> KvTransfer:
-    """The transport called `name` (`kv_transfer.transport`). UCX itself loads in `serve`."""
+    """The transport called `name` (`kv_transfer.transport`); its library loads in `serve`.
+
+    See `KvTransfer` for `chunk_bytes` and `device`.
+    """
     transport: type[KvTransfer]
     if name == "nixl":
         raise ConfigError(
@@ -29,5 +33,10 @@ def make_transfer(
     else:
         from serving.kv_transfer.tcp import TcpTransfer as transport
     return transport(
-        layout, host=host, chunk_bytes=chunk_bytes, connect_s=connect_s, transfer_s=transfer_s
+        layout,
+        host=host,
+        chunk_bytes=chunk_bytes,
+        connect_s=connect_s,
+        transfer_s=transfer_s,
+        device=device,
     )

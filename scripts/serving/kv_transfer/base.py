@@ -39,17 +39,23 @@ class KvTransfer(ABC):
         layout: KvLayout,
         *,
         host: str,
-        chunk_bytes: int,
+        chunk_bytes: int | None,
         connect_s: float,
         transfer_s: float,
+        device: str = "cpu",
     ) -> None:
+        """`chunk_bytes` None: what suits the memory. `device` is where the engine's blocks are
+        (`cpu`, `cuda`, `cuda:1`)."""
         self.layout = layout
         self.host = host
+        self.chunk_bytes, self.device = chunk_bytes, device
         self.connect_s, self.transfer_s = connect_s, transfer_s
-        self.chunk_blocks = max(1, chunk_bytes // layout.block_bytes)
 
     address: str
-    """What peers connect to, once serving: `ucx://host:port` or `tcp://host:port`."""
+    """What peers connect to, once serving: `ucx://host:port`, for example."""
+
+    route = ""
+    """What carried the blocks of the latest pull, for people: `cuda_ipc`, or `tcp`."""
 
     @abstractmethod
     async def serve(self, source: BlockSource) -> None:

@@ -9,9 +9,12 @@ import secrets
 from collections import deque
 from urllib.parse import urlsplit
 
+import msgspec
+
 from serving.errors import KvTransferFailed
 from serving.kv_transfer.base import ChunkSink
-from serving.kv_transfer.link import DEPTH, Link, Side, finish, stop
+from serving.kv_transfer.link import Link, Side, finish, stop
+from serving.kv_transfer.memory import Reach
 from serving.kv_transfer.staging import Buffer, Lease
 from serving.kv_transfer.wire import (
     WIRE_VERSION,
@@ -37,6 +40,8 @@ class Puller:
     def __init__(self, side: Side) -> None:
         self._side = side
         self._staging = side.staging()
+        self._reach = Reach(side.shared_gpu, self._staging)
+        self.route = ""
         self._idle: dict[str, list[Link]] = {}
         self._running: set[asyncio.Timeout] = set()
         self._none_running = asyncio.Event()
@@ -61,7 +66,7 @@ class Puller:
             layout=self._side.layout.fingerprint,
             first_block=first_block,
             num_blocks=num_blocks,
-            chunk_blocks=self._side.chunk_blocks,
+            chunk_blocks=1,
             tag=next(self._tags),
         )
         deadline = asyncio.timeout(self._side.transfer_s)
@@ -98,9 +103,13 @@ class Puller:
         self._idle.clear()
 
     async def _pull(self, address: str, request: Pull, sink: ChunkSink) -> None:
-        depth = min(DEPTH, -(-request.num_blocks // self._side.chunk_blocks))
-        async with self._staging.lease(depth) as lease:
+        on_gpu = await self._is_within_reach(address)
+        chunk_blocks = self._staging.chunk_blocks(on_gpu, request.num_blocks)
+        request = msgspec.structs.replace(request, chunk_blocks=chunk_blocks, on_gpu=on_gpu)
+        depth = min(self._staging.depth(on_gpu), -(-request.num_blocks // chunk_blocks))
+        async with self._staging.pool(on_gpu).lease(depth) as lease:
             link, granted = await self._ask(address, request, lease)
+            self.route = granted.route
             try:
                 await self._fetch(link, request, granted, lease.buffers, sink)
                 await link.connection.send(Received())
@@ -120,7 +129,7 @@ class Puller:
         self, link: Link, request: Pull, granted: Granted, buffers: list[Buffer], sink: ChunkSink
     ) -> None:
         """Scatter chunk k while chunk k + 1 arrives."""
-        if not 1 <= granted.chunk_blocks <= self._side.chunk_blocks:
+        if not 1 <= granted.chunk_blocks <= request.chunk_blocks:
             raise ProtocolError(f"chunks of {granted.chunk_blocks} blocks")
         chunks = chunk_ranges(request.first_block, request.num_blocks, granted.chunk_blocks)
         loop = asyncio.get_running_loop()
@@ -151,6 +160,9 @@ class Puller:
         """A link on which the peer granted the request. Raises Refusal or OSError."""
         while True:
             link, reused = await self._take(address)
+            if link.on_gpu < request.on_gpu:
+                self._keep(address, link)
+                raise ConnectionError("another peer, whose GPU is out of reach, took its place")
             asking = asyncio.create_task(self._exchange(link, request), name="kv-ask")
             try:
                 reply = await finish(asking)
@@ -181,6 +193,14 @@ class Puller:
         except TimeoutError as exc:
             raise TimeoutError(f"no answer within {self._side.connect_s:g} s") from exc
 
+    async def _is_within_reach(self, address: str) -> bool:
+        """Whether the peer's GPU is; a link to it knows."""
+        if self._side.shared_gpu is None:
+            return False
+        link, _ = await self._take(address)
+        self._keep(address, link)
+        return link.on_gpu
+
     async def _take(self, address: str) -> tuple[Link, bool]:
         """A link to the peer, and whether it was used before."""
         await self._sweep()
@@ -197,15 +217,16 @@ class Puller:
     async def _connect(self, address: str) -> Link:
         connection = await Connection.open(*self._host_and_port(address))
         try:
-            await connection.send(
-                Hello(WIRE_VERSION, self._side.carrier.scheme, self._side.endpoint)
-            )
+            carrier, memory = self._side.carrier, self._reach.mine
+            await connection.send(Hello(WIRE_VERSION, carrier.scheme, self._side.endpoint, memory))
             hello = await connection.receive()
             if not isinstance(hello, Hello):
                 raise ProtocolError("no hello")
-            if (hello.version, hello.transport) != (WIRE_VERSION, self._side.carrier.scheme):
+            if (hello.version, hello.transport) != (WIRE_VERSION, carrier.scheme):
                 raise ProtocolError(f"it speaks {hello.transport} version {hello.version}")
-            return self._side.carrier.link(connection, hello)
+            link = carrier.link(connection, hello)
+            link.on_gpu = await self._reach.includes(address, hello.memory)
+            return link
         except BaseException:
             connection.close()
             raise

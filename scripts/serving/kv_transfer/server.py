@@ -6,9 +6,11 @@ import asyncio
 import functools
 import logging
 import socket
+from collections import deque
 
 from serving.kv_transfer.base import BlockSource
-from serving.kv_transfer.link import DEPTH, SETTLE_S, Link, Side, all_of, finish, stop
+from serving.kv_transfer.link import SETTLE_S, Link, Side, all_of, finish, stop
+from serving.kv_transfer.memory import offer
 from serving.kv_transfer.staging import Buffer
 from serving.kv_transfer.wire import (
     MAX_CHUNKS,
@@ -115,7 +117,8 @@ class BlockServer:
         hello = await connection.receive()
         if not isinstance(hello, Hello):
             raise ProtocolError("no hello")
-        mine = Hello(WIRE_VERSION, self._side.carrier.scheme, self._side.endpoint)
+        memory = await offer(self._side.shared_gpu, self._staging, hello.memory)
+        mine = Hello(WIRE_VERSION, self._side.carrier.scheme, self._side.endpoint, memory)
         await connection.send(mine)
         if (hello.version, hello.transport) != (mine.version, mine.transport):
             raise ProtocolError(f"the peer speaks {hello.transport} version {hello.version}")
@@ -130,12 +133,13 @@ class BlockServer:
             await link.connection.send(Refused(str(refusal)))
             return
         await link.open()
-        await link.connection.send(Granted(chunk_blocks))
+        await link.connection.send(Granted(chunk_blocks, link.route(pull.on_gpu)))
         chunks = chunk_ranges(pull.first_block, pull.num_blocks, chunk_blocks)
         # From before the wait for memory on: who left meanwhile is not sent anything.
         listening = asyncio.create_task(link.connection.receive(), name="kv-reply")
         try:
-            async with self._staging.lease(min(DEPTH, len(chunks))) as lease:
+            depth = min(self._staging.depth(pull.on_gpu), len(chunks))
+            async with self._staging.pool(pull.on_gpu).lease(depth) as lease:
                 try:
                     received = await self._deliver(pull, chunks, lease.buffers, link, listening)
                 except BaseException:
@@ -194,7 +198,10 @@ class BlockServer:
             raise Refusal(
                 f"{pull.num_blocks} blocks from {pull.first_block} on asked for, {held} held"
             )
-        chunk_blocks = min(pull.chunk_blocks, self._side.chunk_blocks)
+        if pull.on_gpu and not self._staging.has_gpu:
+            raise Refusal("no GPU memory was offered here")
+        mine = self._staging.chunk_blocks(pull.on_gpu, pull.num_blocks)
+        chunk_blocks = min(pull.chunk_blocks, mine)
         if chunk_blocks < 1 or pull.num_blocks > chunk_blocks * MAX_CHUNKS:
             raise Refusal(f"chunks of {chunk_blocks} blocks")
         return chunk_blocks
@@ -207,18 +214,34 @@ class BlockServer:
         link: Link,
         sends: list[asyncio.Task[None]],
     ) -> None:
-        """Gather chunk k + 1 while chunk k travels; `sends` grows by a task for each."""
-        for index, (first, count) in enumerate(chunks):
-            if index >= len(buffers):
-                await all_of([sends[index - len(buffers)]])
-            data = buffers[index % len(buffers)][: count * self._side.layout.block_bytes]
-            try:
-                await self._gather(pull.request_id, first, data)
-            except Refusal as refusal:
-                await all_of(sends)  # the refusal comes in the place of the next chunk
-                await link.connection.send(Refused(str(refusal)))
-                raise
-            sends.append(asyncio.create_task(link.send(pull.tag, index, data), name="kv-chunk"))
+        """Gather into whatever buffers are free while chunks travel, and send in order; `sends`
+        grows by a task for each chunk."""
+        gathers: deque[tuple[asyncio.Task[None], Buffer]] = deque()
+        try:
+            for index in range(len(chunks)):
+                ahead = index + len(gathers)
+                while ahead < min(len(chunks), index + len(buffers)):
+                    if ahead >= len(buffers):
+                        sent = sends[ahead - len(buffers)]
+                        if gathers and not sent.done():
+                            break
+                        await all_of([sent])
+                    first, count = chunks[ahead]
+                    data = buffers[ahead % len(buffers)][: count * self._side.layout.block_bytes]
+                    gather = self._gather(pull.request_id, first, data)
+                    gathers.append((asyncio.create_task(gather, name="kv-gather"), data))
+                    ahead += 1
+                gathered, data = gathers[0]
+                try:
+                    await gathered
+                except Refusal as refusal:
+                    await all_of(sends)  # the refusal comes in the place of the next chunk
+                    await link.connection.send(Refused(str(refusal)))
+                    raise
+                gathers.popleft()
+                sends.append(asyncio.create_task(link.send(pull.tag, index, data), name="kv-chunk"))
+        finally:
+            await stop(gathered for gathered, _ in gathers)
         await all_of(sends)
 
     async def _gather(self, request_id: str, first: int, data: Buffer) -> None:

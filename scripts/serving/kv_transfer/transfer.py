@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from serving.errors import KvTransferFailed, OperatorError
 from serving.kv_layout import KvLayout
 from serving.kv_transfer.base import BlockSource, ChunkSink, KvTransfer
+from serving.kv_transfer.gpu_memory import CudaError, Gpu
 from serving.kv_transfer.link import Carrier, Side
 from serving.kv_transfer.pull import Puller
 from serving.kv_transfer.server import BlockServer
 from serving.protocol import KvTransferParams
+
+log = logging.getLogger(__name__)
 
 MAX_THREADS = 4  # gather and scatter are copies: a few threads saturate the memory
 
@@ -26,12 +30,18 @@ class LinkedTransfer(KvTransfer):
         layout: KvLayout,
         *,
         host: str,
-        chunk_bytes: int,
+        chunk_bytes: int | None,
         connect_s: float,
         transfer_s: float,
+        device: str = "cpu",
     ) -> None:
         super().__init__(
-            layout, host=host, chunk_bytes=chunk_bytes, connect_s=connect_s, transfer_s=transfer_s
+            layout,
+            host=host,
+            chunk_bytes=chunk_bytes,
+            connect_s=connect_s,
+            transfer_s=transfer_s,
+            device=device,
         )
         self._changing = asyncio.Lock()  # starting and closing exclude each other
         self._side: Side | None = None
@@ -67,7 +77,9 @@ class LinkedTransfer(KvTransfer):
                         params.request_id, params.source_instance, str(exc)
                     ) from exc
         assert self._puller
-        return await self._puller.pull(params, first_block, num_blocks, sink)
+        num_bytes = await self._puller.pull(params, first_block, num_blocks, sink)
+        self.route = self._puller.route
+        return num_bytes
 
     async def close(self) -> None:
         self._closed = True
@@ -90,7 +102,8 @@ class LinkedTransfer(KvTransfer):
                 carrier=carrier,
                 endpoint=await carrier.start(),
                 layout=self.layout,
-                chunk_blocks=self.chunk_blocks,
+                chunk_bytes=self.chunk_bytes,
+                gpu=self._gpu(),
                 threads=ThreadPoolExecutor(
                     min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="kv-transfer"
                 ),
@@ -99,3 +112,13 @@ class LinkedTransfer(KvTransfer):
             )
             self._puller = Puller(self._side)
         return self._side
+
+    def _gpu(self) -> Gpu | None:
+        kind, _, ordinal = self.device.partition(":")
+        if kind != "cuda":
+            return None
+        try:
+            return Gpu(int(ordinal or 0))
+        except CudaError as exc:
+            log.warning("KV travels through host memory that is not pinned: %s", exc)
+            return None

@@ -20,23 +20,37 @@ import socket
 import msgspec
 from msgspec import Struct
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_FRAME_BYTES = 64 * 1024
 MAX_CHUNKS = 1 << 24  # a tag is 40 bits of pull and 24 bits of chunk
 
 
+class SharedMemory(Struct, frozen=True):
+    """Staging memory on a GPU of `host`, which another process there may map by `handle`."""
+
+    host: str
+    process: str
+    handle: bytes
+
+
 class Hello(Struct, frozen=True, tag="hello"):
-    """`endpoint` is the transport's own address of where blocks go; empty where there is none."""
+    """`endpoint` is the transport's own address of where blocks go; empty where there is none.
+
+    `memory`: the puller says that its blocks are on a GPU (without a handle), and the source
+    answers with its own memory where the two may meet.
+    """
 
     version: int
     transport: str
     endpoint: bytes = b""
+    memory: SharedMemory | None = None
 
 
 class Pull(Struct, frozen=True, tag="pull"):
     """Blocks `first_block .. first_block + num_blocks`, at most `chunk_blocks` at a time.
 
-    `tag` is unique to this pull on the pulling side; chunk `i` travels under `tag + i`.
+    `tag` is unique to this pull on the pulling side; chunk `i` travels under `tag + i`. With
+    `on_gpu`, both ends stage in the memory that they told each other of.
     """
 
     request_id: str
@@ -46,12 +60,14 @@ class Pull(Struct, frozen=True, tag="pull"):
     num_blocks: int
     chunk_blocks: int
     tag: int
+    on_gpu: bool = False
 
 
 class Granted(Struct, frozen=True, tag="granted"):
-    """`chunk_blocks` is what both sides can stage."""
+    """`chunk_blocks` is what both sides can stage; `route` names what carries the blocks."""
 
     chunk_blocks: int
+    route: str = ""
 
 
 class Refused(Struct, frozen=True, tag="refused"):

@@ -66,6 +66,7 @@ class BlockHandover(Handover):
             chunk_bytes=settings.chunk_bytes,
             connect_s=settings.connect_s,
             transfer_s=settings.transfer_s,
+            device=engine.spec.device,
         )
         self._prefill = PrefillEndpoint(
             engine,

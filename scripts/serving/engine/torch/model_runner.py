@@ -109,6 +109,13 @@ class ModelRunner:
             if chunk.samples:
                 sampling_rows.append(len(ids) - 1)
         logits = self._forward(ids, positions, sampling_rows, step)
+        written = self.pool.mark_step()
+        for chunk in ordered:
+            chunk.sequence.written = written
+        if written is not None and not sampling_rows:
+            # Nothing is read from this step, yet blocks that its end frees may be filled by a
+            # transfer, which does not wait for the engine's stream.
+            written.synchronize()
         return ordered, logits
 
     def warm_up(self, num_tokens: int) -> None:

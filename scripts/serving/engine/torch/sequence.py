@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from serving import block_hash
 from serving.protocol import EngineRequest, SamplingParams
@@ -42,6 +43,8 @@ class Sequence:
     num_cached: int | None = None  # set at the first admission, told with the first output
     told_cached: bool = False
     in_flight: bool = False  # part of the step being computed: blocks must outlive it
+    # Event of the latest step that wrote KV of this sequence on a GPU (`KvPool.mark_step`).
+    written: Any = None
     # A reservation's waiter: called when it leaves the queue, admitted or aborted.
     on_settled: Callable[[], None] | None = None
     # Held while a transfer copies blocks, and while they are taken away from it.

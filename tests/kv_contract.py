@@ -101,6 +101,10 @@ def frame(message: Any) -> bytes:
 
 class TransferContract:
     name: str
+    scheme: str
+
+    def __init_subclass__(cls) -> None:
+        cls.scheme = cls.name.split("-")[0]
 
     @pytest.mark.parametrize(
         ("num_blocks", "chunk_bytes"),
@@ -302,13 +306,13 @@ class TransferContract:
             started = time.monotonic()
             with pytest.raises(KvTransferFailed, match="not reached"):
                 await end.pull(
-                    params(f"{self.name}://127.0.0.1:{port}", "a", 4), 0, 4, Got(random_blocks(4))
+                    params(f"{self.scheme}://127.0.0.1:{port}", "a", 4), 0, 4, Got(random_blocks(4))
                 )
             assert time.monotonic() - started < 3  # UCX itself starts in this time
 
     async def test_listener_that_says_nothing_runs_into_the_connect_deadline(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            address = f"{self.name}://127.0.0.1:{silent.getsockname()[1]}"
+            address = f"{self.scheme}://127.0.0.1:{silent.getsockname()[1]}"
             async with pulling(self.name, connect_s=0.2) as end:
                 with pytest.raises(KvTransferFailed, match=r"nothing within 0\.2 s"):
                     await end.pull(params(address, "a", 4), 0, 4, Got(random_blocks(4)))
@@ -337,7 +341,7 @@ class TransferContract:
         blocks = random_blocks(20)
         held = Held(a=blocks)
         junk = np.random.default_rng(4).bytes(4096)
-        hello = frame(Hello(WIRE_VERSION, self.name, junk[:200]))
+        hello = frame(Hello(WIRE_VERSION, self.scheme, junk[:200]))
         unasked = frame(Pull("a", "guess", LAYOUT.fingerprint, 0, 4, 4, 0))
         huge = frame(Pull("a", "n-a", LAYOUT.fingerprint, 0, 1 << 62, 1 << 62, -1))
         async with serving(self.name, held) as source, pulling(self.name) as end:
@@ -346,7 +350,7 @@ class TransferContract:
                 (b"\xff" * 4,),
                 (b"\x00" * 64,),
                 (b"GET / HTTP/1.1\r\n\r\n",),
-                (frame(Hello(99, self.name)),),
+                (frame(Hello(99, self.scheme)),),
                 (frame(Hello(WIRE_VERSION, "pigeon")),),
                 (unasked,),
                 (hello, unasked),

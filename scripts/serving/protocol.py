@@ -256,7 +256,8 @@ class LoadReport(Struct, frozen=True, array_like=True):
     """Published at most once per engine step and at least once a second.
 
     `queued_tokens`: prompt tokens waiting or partly computed. `active_blocks`: blocks held by
-    running requests. `cached_blocks`: evictable blocks kept for prefix hits.
+    running requests. `cached_blocks`: evictable blocks kept for prefix hits. `kv_route`: what
+    carried the latest KV that arrived (`cuda_ipc` from GPU to GPU, `tcp`).
     """
 
     instance_id: str
@@ -274,6 +275,7 @@ class LoadReport(Struct, frozen=True, array_like=True):
     kv_transport: str = ""
     local_prefill_fallbacks: int = 0
     preemptions: int = 0
+    kv_route: str = ""
 
 
 msgpack_encode = msgspec.msgpack.encode

@@ -52,6 +52,7 @@ class TransferStats(Struct):
     failures: int = 0
     seconds: float = 0.0
     local_prefills: int = 0
+    route: str = ""
 
 
 class StepSink(Protocol):

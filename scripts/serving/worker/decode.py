@@ -79,5 +79,6 @@ class DecodeEndpoint:
             )
             reservation.commit()
         self.stats.transfers += 1
+        self.stats.route = self._transfer.route
         self.stats.bytes_received += num_bytes
         self.stats.seconds += time.monotonic() - started

@@ -88,6 +88,7 @@ class Worker:
             kv_transport=self.handover.transport,
             local_prefill_fallbacks=stats.local_prefills,
             preemptions=load.preemptions,
+            kv_route=stats.route,
         )
 
     # --- life ----------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ class GpuInHostMemory(Gpu):
 
     def allocate(self, nbytes: int) -> GpuBuffer:
         self._pages.append(host_pages(nbytes))
-        return GpuBuffer(self._pages[-1].ctypes.data, nbytes)
+        return GpuBuffer(self._pages[-1].ctypes.data, nbytes, 0)
 
     def export(self, buffer: GpuBuffer) -> bytes:
         return os.urandom(HANDLE_BYTES)
@@ -210,7 +210,8 @@ REMOTE_BLOCKS = 256  # 16 MiB
 @contextmanager
 def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """This file as a process; killed at the end unless it ended by itself when its input closed."""
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    path = filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     with subprocess.Popen(
         [sys.executable, __file__, *arguments],
         stdin=subprocess.PIPE,

@@ -211,7 +211,7 @@ class KvTransferConfig(_Section, frozen=True):
     transport: Annotated[
         Literal["ucx", "tcp", "nixl"],
         Meta(
-            description="`ucx` (production); `tcp`, plain and for the torch engine; `nixl`, for TensorRT-LLM."
+            description="`ucx` (production); `nixl` (with the torch engine, `pip install nixl-cu13`); `tcp`, plain and for the torch engine."
         ),
     ] = "ucx"
     connect_s: Annotated[Seconds, Meta(description="Deadline for reaching the prefill worker.")] = (
@@ -433,7 +433,7 @@ def _check_ports(config: Config) -> None:
 
 def _check_backend(config: Config) -> None:
     backend, transport = config.engine.backend, config.kv_transfer.transport
-    suits = {"torch": ("ucx", "tcp"), "tensorrt_llm": ("ucx", "nixl")}[backend]
+    suits = {"torch": ("ucx", "nixl", "tcp"), "tensorrt_llm": ("ucx", "nixl")}[backend]
     if transport not in suits:
         raise ConfigError(
             "kv_transfer.transport",

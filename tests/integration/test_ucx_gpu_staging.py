@@ -80,7 +80,7 @@ async def _true() -> bool:
 
 
 async def test_short_transfers_use_smaller_chunks_on_a_gpu() -> None:
-    staging = Staging(LAYOUT, None, GpuInHostMemory())
+    staging = Staging(LAYOUT, None, GpuInHostMemory(), lambda _: None)
     mib = (1 << 20) // BLOCK
     sizes = [staging.chunk_blocks(True, n * mib) // mib for n in (8, 128, 256, 1024, 4096)]
     assert sizes == [32, 32, 64, 128, 128]

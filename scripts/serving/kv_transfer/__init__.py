@@ -1,10 +1,9 @@
-"""Moving KV blocks between workers, over UCX or plain TCP."""
+"""Moving KV blocks between workers, over UCX, NIXL or plain TCP."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from serving.errors import ConfigError
 from serving.kv_layout import KvLayout
 from serving.kv_transfer.base import KvTransfer
 
@@ -25,10 +24,8 @@ def make_transfer(
     """
     transport: type[KvTransfer]
     if name == "nixl":
-        raise ConfigError(
-            "kv_transfer.transport", "only TensorRT-LLM moves KV over NIXL", remedy="set `ucx`"
-        )
-    if name == "ucx":
+        from serving.kv_transfer.nixl import NixlTransfer as transport
+    elif name == "ucx":
         from serving.kv_transfer.ucx import UcxTransfer as transport
     else:
         from serving.kv_transfer.tcp import TcpTransfer as transport

@@ -36,17 +36,19 @@ class GpuBuffer:
     Whatever knows `__cuda_array_interface__` takes it: torch, ucxx.
     """
 
-    __slots__ = ("__weakref__", "_owner", "address", "nbytes")
+    __slots__ = ("__weakref__", "_owner", "address", "device", "nbytes")
 
-    def __init__(self, address: int, nbytes: int, owner: GpuBuffer | None = None) -> None:
-        self.address, self.nbytes = address, nbytes
+    def __init__(
+        self, address: int, nbytes: int, device: int, owner: GpuBuffer | None = None
+    ) -> None:
+        self.address, self.nbytes, self.device = address, nbytes, device
         self._owner = owner
 
     def __getitem__(self, part: slice) -> GpuBuffer:
         start, stop, step = part.indices(self.nbytes)
         if step != 1:
             raise ValueError("only contiguous parts")
-        return GpuBuffer(self.address + start, max(0, stop - start), self)
+        return GpuBuffer(self.address + start, max(0, stop - start), self.device, self)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class Gpu:
         address = ctypes.c_uint64()
         with self._current():
             self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
-        buffer = GpuBuffer(address.value, nbytes)
+        buffer = GpuBuffer(address.value, nbytes, self.ordinal)
         # Not at exit: the driver is gone by then, and so is the memory.
         weakref.finalize(buffer, self._free, address.value).atexit = False
         return buffer

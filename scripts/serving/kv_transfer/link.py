@@ -83,6 +83,9 @@ class Carrier(ABC):
         """Prepare; returns the address of this side's data endpoint, sent in Hello. Raises
         OperatorError when the transport cannot work here."""
 
+    def register(self, memory: Buffer) -> None:  # noqa: B027, most need not know it
+        """Staging memory, before any of it is sent or received."""
+
     @abstractmethod
     def link(self, connection: Connection, peer: Hello) -> Link: ...
 
@@ -105,7 +108,7 @@ class Side:
     transfer_s: float
 
     def staging(self) -> Staging:
-        return Staging(self.layout, self.chunk_bytes, self.gpu)
+        return Staging(self.layout, self.chunk_bytes, self.gpu, self.carrier.register)
 
     @property
     def shared_gpu(self) -> Gpu | None:

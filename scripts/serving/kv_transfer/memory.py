@@ -11,6 +11,7 @@ import asyncio
 import functools
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,16 @@ class Staging:
     Each half has its own: two workers that pull from each other must not wait in a ring.
     """
 
-    def __init__(self, layout: KvLayout, chunk_bytes: int | None, gpu: Gpu | None) -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        chunk_bytes: int | None,
+        gpu: Gpu | None,
+        register: Callable[[Buffer], None],
+    ) -> None:
         """`chunk_bytes` None: what suits the memory. `gpu`: where the engine's blocks are."""
         self._layout, self._chunk_bytes, self._gpu = layout, chunk_bytes, gpu
+        self._register = register
         self._host = StagingPool(
             self._max_blocks(HOST) * layout.block_bytes, HOST.num_buffers, self._make_host
         )
@@ -107,6 +115,7 @@ class Staging:
         # One allocation, so that a peer maps once.
         num_bytes = self._max_blocks(GPU) * self._layout.block_bytes
         slab = gpu.allocate(GPU.num_buffers * num_bytes)
+        self._register(slab)
         parts = [slab[i * num_bytes : (i + 1) * num_bytes] for i in range(GPU.num_buffers)]
         log.info("%.0f MiB of GPU %d stage KV", slab.nbytes / 2**20, gpu.ordinal)
 
@@ -122,6 +131,7 @@ class Staging:
                 self._gpu.pin(pages)
             except CudaError as exc:  # slower, no more
                 log.warning("staging memory is not pinned: %s", exc)
+        self._register(pages)
         return pages
 
     def _plan(self, on_gpu: bool) -> Plan:

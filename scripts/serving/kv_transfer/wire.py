@@ -80,6 +80,17 @@ class Chunk(Struct, frozen=True, tag="chunk"):
     index: int
 
 
+class ChunkAt(Struct, frozen=True, tag="chunk-at"):
+    """Chunk `index` lies at `address` of `device` (-1: host memory), to be read from there (NIXL
+    only). `agent` describes the source's memory, when the peer does not know all of it yet."""
+
+    index: int
+    address: int
+    num_bytes: int
+    device: int
+    agent: bytes = b""
+
+
 class Received(Struct, frozen=True, tag="received"):
     pass
 
@@ -94,7 +105,7 @@ class Stopped(Struct, frozen=True, tag="stopped"):
     num_chunks: int
 
 
-Message = Hello | Pull | Granted | Refused | Chunk | Received | Stop | Stopped
+Message = Hello | Pull | Granted | Refused | Chunk | ChunkAt | Received | Stop | Stopped
 _decoder = msgspec.msgpack.Decoder(Message)
 
 

@@ -208,16 +208,19 @@ REMOTE_BLOCKS = 256  # 16 MiB
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """This file as a process; killed at the end unless it ended by itself when its input closed."""
-    path = filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+def process(
+    *arguments: str, file: str = __file__, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    """This file (or another) as a process; killed at the end unless it ended by itself when its
+    input closed."""
+    path = [str(SCRIPTS), environment.pop("PYTHONPATH", os.environ.get("PYTHONPATH", ""))]
+    inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     with subprocess.Popen(
-        [sys.executable, __file__, *arguments],
+        [sys.executable, file, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**inherited, **environment},
     ) as child:
         try:
             yield child

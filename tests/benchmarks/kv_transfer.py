@@ -1,6 +1,7 @@
 """KV transfers against the prefill they follow, and against a plain socket.
 
     python tests/benchmarks/kv_transfer.py [--engine-dir DIR] [--rounds N] [--threads N]
+    python tests/benchmarks/kv_transfer.py --device cuda [--sweep]      (see kv_transfer_cuda.py)
 
 Source and puller are two processes, as in a deployment. Rows, one JSON object a line:
 
@@ -34,6 +35,13 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning steals processor time
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
+
+if __name__ == "__main__" and "cuda" in sys.argv:
+    # Before everything that this needs and the other does not: it runs without an engine.
+    from kv_transfer_cuda import main as main_cuda
+
+    main_cuda()
+    raise SystemExit
 
 import msgspec  # noqa: E402
 from engine_under_test import find_engine  # noqa: E402

@@ -20,7 +20,6 @@ LAYER_OF = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 FORBIDDEN = {("frontend", "engine"), ("frontend", "kv_transfer"), ("worker", "kv_router")}
 VENDORS = {
     "ucxx": "kv_transfer",
-    "nixl_cu13": "kv_transfer",
     "nats": "events",
     "etcd3aio": "discovery",
     "tensorrt_llm": "engine",

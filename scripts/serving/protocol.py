@@ -40,6 +40,7 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()  # includes the model's EOS unless `ignore_eos`
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), no id twice
     logprobs: int | None = None
 
 

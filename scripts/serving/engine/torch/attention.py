@@ -191,7 +191,7 @@ class PagedStep:
         grouped = query.transpose(0, 1).reshape(num_sequences, key.shape[1], -1, dim)
         mask = self._mask(index, options.window, query.dtype)
         sinks = None if options.sinks is None else options.sinks.view(1, key.shape[1], -1, 1)
-        out = _attention(grouped, key, value, mask, options, sinks)
+        out = masked_attention(grouped, key, value, mask, options, sinks)
         return out.reshape(num_sequences, num_heads, dim)
 
     def _prefill(
@@ -232,7 +232,7 @@ class PagedStep:
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         mask = self._mask(index, options.window, query.dtype)
         sinks = None if options.sinks is None else options.sinks.view(1, -1, 1, 1)
-        return _attention(query[None], key, value, mask, options, sinks)[0].transpose(0, 1)
+        return masked_attention(query[None], key, value, mask, options, sinks)[0].transpose(0, 1)
 
     def _mask(self, index: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         """Additive mask, broadcastable to `[B, H, Q, S]`; None where all of S is visible."""
@@ -276,7 +276,7 @@ def _bucket_sizes(ends: list[int]) -> list[int]:
     return sizes
 
 
-def _attention(
+def masked_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +21,7 @@ from serving import block_hash
 from serving.engine.base import BlockEngine, EngineLoad, EngineSpec, StepSink
 from serving.engine.torch.block_pool import BlockPool
 from serving.engine.torch.kv_access import TorchKvBlocks
-from serving.engine.torch.model_runner import ModelRunner
-from serving.engine.torch.sampler import sample
+from serving.engine.torch.model_runner import Launched, ModelRunner
 from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
 from serving.engine.torch.sequence import Chunk, Sequence
 from serving.errors import EngineFailed, InvalidRequest, OperatorError
@@ -31,7 +31,6 @@ from serving.protocol import (
     EngineOutput,
     EngineRequest,
     KvEvent,
-    TokenLogprob,
 )
 
 log = logging.getLogger(__name__)
@@ -60,16 +59,19 @@ class TorchEngine(BlockEngine):
         device: str = "cpu",
         dtype: str = "float32",
         num_threads: int | None = None,
+        gpu_memory_fraction: float = 0.9,
         hash_salt: str,
         fingerprint: str,
     ) -> None:
-        """`kv_cache_tokens` None sizes the pool from free memory; `num_threads` is for CPU."""
+        """`kv_cache_tokens` None sizes the pool from free memory; `num_threads` is for CPU,
+        `gpu_memory_fraction` for CUDA."""
         self._engine_dir = engine_dir
         self._limits = SchedulerLimits(
             block_size, max_model_len, max_batch_size, max_num_batched_tokens, max_waiting
         )
         self._kv_cache_tokens = kv_cache_tokens
         self._device, self._dtype, self._num_threads = device, dtype, num_threads
+        self._gpu_memory_fraction = gpu_memory_fraction
         self._hash_salt, self._fingerprint = hash_salt, fingerprint
         self._root = block_hash.root_hash(hash_salt)
         self._arrivals = itertools.count()
@@ -180,6 +182,14 @@ class TorchEngine(BlockEngine):
             raise InvalidRequest(
                 f"token ids must be below {self._runner.vocab_size}", code="invalid_token"
             )
+        if any(
+            not 0 <= token < self._runner.vocab_size for token, _ in request.sampling.logit_bias
+        ):
+            raise InvalidRequest(
+                f"token ids must be below {self._runner.vocab_size}",
+                param="logit_bias",
+                code="invalid_token",
+            )
         if request.sampling.max_tokens <= len(tokens) - request.num_prompt_tokens:
             raise InvalidRequest(
                 f"max_tokens {request.sampling.max_tokens} leaves nothing to generate",
@@ -200,9 +210,7 @@ class TorchEngine(BlockEngine):
                 return
             self.on_loop(lambda: None if ready.done() else ready.set_result(None))
             try:
-                while (chunks := self._next_step()) is not None:
-                    self._compute(chunks)
-                    self.on_loop(self._deliver)
+                self._run_steps()
             except Exception as exc:
                 log.exception("the engine stops: its bookkeeping failed")
                 self._break(f"{type(exc).__name__}: {exc}")
@@ -211,23 +219,14 @@ class TorchEngine(BlockEngine):
         if self._num_threads is not None and self._device == "cpu":
             torch.set_num_threads(self._num_threads)
         limits = self._limits
-        runner = ModelRunner(
-            self._engine_dir,
-            device=self._device,
-            dtype=self._dtype,
-            block_size=limits.block_size,
-        )
+        runner = self._make_runner()
         if runner.max_positions is not None and limits.max_model_len > runner.max_positions:
             raise OperatorError(
                 f"`engine.max_model_len` {limits.max_model_len} is beyond the model's "
                 f"{runner.max_positions} positions",
                 remedy=f"set engine.max_model_len to {runner.max_positions} or less",
             )
-        num_blocks = runner.allocate_pool(
-            self._kv_cache_tokens,
-            max_model_len=limits.max_model_len,
-            max_batch_size=limits.max_batch_size,
-        )
+        num_blocks = runner.allocate_pool(self._kv_cache_tokens)
         runner.warm_up(min(limits.max_num_batched_tokens, limits.max_model_len, 64))
         self._runner = runner
         self._scheduler = Scheduler(BlockPool(num_blocks), limits)
@@ -243,35 +242,77 @@ class TorchEngine(BlockEngine):
             num_blocks * runner.layout.block_bytes / 2**20,
         )
 
-    def _next_step(self) -> list[Chunk] | None:
-        """Wait for something to compute; None when closing."""
+    def _make_runner(self) -> ModelRunner:
+        make, device = ModelRunner, torch.device(self._device)
+        if device.type == "cuda":
+            from serving.engine.torch.cuda_runner import CudaRunner
+
+            # The thread's device: streams and kernels follow it.
+            device = torch.device("cuda", device.index or 0)
+            torch.cuda.set_device(device)
+            make = CudaRunner
+        limits = self._limits
+        return make(
+            self._engine_dir,
+            device=str(device),
+            dtype=self._dtype,
+            block_size=limits.block_size,
+            max_model_len=limits.max_model_len,
+            max_batch_size=limits.max_batch_size,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            gpu_memory_fraction=self._gpu_memory_fraction,
+        )
+
+    def _run_steps(self) -> None:
+        """Launch a step, and while it runs the next one, until the engine closes."""
+        under_way: deque[Launched] = deque()
+        while (chunks := self._next_step(is_ahead=bool(under_way))) is not None:
+            if chunks and (launched := self._launch(chunks)):
+                under_way.append(launched)
+            if under_way and (not chunks or len(under_way) >= self._runner.depth):
+                self._complete(under_way.popleft())
+                self.on_loop(self._deliver)
+        while under_way:
+            self._complete(under_way.popleft())
+
+    def _next_step(self, *, is_ahead: bool) -> list[Chunk] | None:
+        """What to compute next; waits for it unless a step is under way. None when closing."""
         with self._work:
             while not self._closing:
-                chunks = self._scheduler.schedule()
-                if chunks:
+                chunks = self._scheduler.schedule(is_ahead=is_ahead)
+                if chunks or is_ahead:
                     return chunks
                 if self._post():  # nothing to compute, yet evictions or admissions happened
                     self.on_loop(self._deliver)
                 self._work.wait(_IDLE_S)
             return None
 
-    def _compute(self, chunks: list[Chunk]) -> None:
+    def _launch(self, chunks: list[Chunk]) -> Launched | None:
         try:
-            ordered, logits = self._runner.execute(chunks)
-            sequences = [chunk.sequence for chunk in ordered if chunk.samples]
-            tokens: list[int] = []
-            logprobs: list[TokenLogprob | None] = []
-            if sequences:
-                tokens, logprobs = sample(logits, sequences)
+            launched = self._runner.launch(chunks)
         except Exception as exc:
-            log.exception("a step of %d requests failed", len(chunks))
-            with self._lock:
-                self._scheduler.fail(chunks, f"{type(exc).__name__}: {exc}")
-                self._after_step()
+            self._fail(chunks, exc)
+            return None
+        with self._lock:
+            self._scheduler.launched(launched.chunks)
+        return launched
+
+    def _complete(self, step: Launched) -> None:
+        try:
+            tokens, logprobs = step.result()
+        except Exception as exc:
+            self._fail(step.chunks, exc)
             return
         with self._lock:
-            self._scheduler.complete(ordered, tokens, logprobs)
+            self._scheduler.complete(step.chunks, tokens, logprobs)
             self._after_step()
+
+    def _fail(self, chunks: list[Chunk], exc: Exception) -> None:
+        log.error("a step of %d requests failed", len(chunks), exc_info=exc)
+        with self._lock:
+            self._scheduler.fail(chunks, f"{type(exc).__name__}: {exc}")
+            self._after_step()
+        self.on_loop(self._deliver)
 
     def _break(self, why: str) -> None:
         """Nothing can be computed any more: end all requests and refuse new ones."""

@@ -65,7 +65,7 @@ class TorchKvBlocks:
         with sequence.transfer_lock:
             if sequence.state is not State.EXPORTED:
                 raise KeyError(request_id)
-            self._pool.gather(self._slice(sequence, first, out), out, sequence.written)
+            self._pool.gather(self._slice(sequence, first, out), out)
 
     def release(self, request_id: str) -> None:
         self._take_back(request_id, lambda: self._scheduler.release_export(request_id))

@@ -85,11 +85,8 @@ class BlockCopies:
         self.gather([0], scratch)
         self.scatter([0], scratch)
 
-    def gather(self, blocks: Sequence[int], out: torch.Tensor, after: Any = None) -> None:
-        """Into `out` (uint8, on this GPU or in host memory); it is there when this returns.
-
-        `after` is an event that the copy waits for on the GPU.
-        """
+    def gather(self, blocks: Sequence[int], out: torch.Tensor) -> None:
+        """Into `out` (uint8, on this GPU or in host memory); it is there when this returns."""
 
         def copy(index: torch.Tensor) -> None:
             packed = out if out.is_cuda else torch.empty_like(out, device=self._pool.device)
@@ -97,22 +94,20 @@ class BlockCopies:
             if packed is not out:
                 out.copy_(packed, non_blocking=True)
 
-        self._run(copy, blocks, after)
+        self._run(copy, blocks)
 
-    def scatter(self, blocks: Sequence[int], data: torch.Tensor, after: Any = None) -> None:
-        """From `data`, which may be reused when this returns; see `gather`."""
+    def scatter(self, blocks: Sequence[int], data: torch.Tensor) -> None:
+        """From `data`, which may be reused when this returns."""
 
         def copy(index: torch.Tensor) -> None:
             packed = data.to(self._pool.device, non_blocking=True)
             copy_blocks(self._pool, packed, index, into_pool=True)
 
-        self._run(copy, blocks, after)
+        self._run(copy, blocks)
 
-    def _run(self, copy: Callable[[torch.Tensor], None], blocks: Sequence[int], after: Any) -> None:
+    def _run(self, copy: Callable[[torch.Tensor], None], blocks: Sequence[int]) -> None:
         with torch.cuda.stream(self._stream):
             index = torch.tensor(blocks, dtype=torch.int32, device=self._pool.device)
-            if after is not None:
-                self._stream.wait_event(after)
             copy(index)
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ended.record(self._stream)

@@ -40,15 +40,15 @@ class KvPool:
 
             self._copies = BlockCopies(self._bytes.unsqueeze(1))
 
-    def gather(self, blocks: Sequence[int], out: Any, after: Any = None) -> None:
+    def gather(self, blocks: Sequence[int], out: Any) -> None:
         """Copy blocks into `out`: a writable host buffer, or memory of the pool's GPU.
 
-        Done when this returns, without waiting for anything else on the GPU; from any thread.
-        `after` is an event of the step that wrote the blocks, where that may still be computing.
+        Done when this returns, without waiting for anything else on the GPU: the step that wrote
+        the blocks must be over. From any thread.
         """
         with torch.inference_mode():
             if self._copies:
-                self._copies.gather(blocks, self._as_tensor(out), after)
+                self._copies.gather(blocks, self._as_tensor(out))
                 return
             source = self._bytes.numpy()
             target_rows = _as_array(out).reshape(len(blocks), -1)

@@ -3,6 +3,10 @@
 Pure bookkeeping over a `BlockPool`; no tensors, no threads (the engine locks around every call).
 Between `schedule` and `complete` the sequences of the step are in flight: aborting one tells the
 caller at once, and its blocks are freed when the step is over.
+
+A step may be scheduled while the one before is under way, on the assumption that no sequence ends
+in that one but by its length. Where a stop token proves this wrong, what was computed too much is
+dropped. Steps complete in the order in which they were scheduled.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from dataclasses import dataclass, field
 
 from serving.engine.base import EngineLoad
 from serving.engine.torch.block_pool import BlockPool
-from serving.engine.torch.sequence import Chunk, Sequence, State
+from serving.engine.torch.sequence import UNKNOWN_TOKEN, Chunk, Sequence, State
 from serving.errors import InvalidRequest, Overloaded
 from serving.protocol import EngineOutput, ErrorInfo, FinishReason, KvEvent, TokenLogprob
 
@@ -80,6 +84,7 @@ class Scheduler:
         assert sequence.state is State.RESERVED
         del self.reserved[sequence.request_id]
         sequence.num_computed = len(sequence.request.token_ids) - 1
+        sequence.num_scheduled = sequence.num_computed
         sequence.num_cached = sequence.num_computed
         self._store_full_blocks(sequence)
         sequence.state = State.RUNNING
@@ -87,16 +92,20 @@ class Scheduler:
 
     # --- steps ---------------------------------------------------------------------------------
 
-    def schedule(self) -> list[Chunk]:
+    def schedule(self, *, is_ahead: bool = False) -> list[Chunk]:
         """The next step: every running decode, then prefill chunks, then new admissions.
 
-        Empty when nothing can run (nothing there, or held exports and reservations take all room).
+        Empty when nothing can run (nothing there, or held exports and reservations take all
+        room). `is_ahead`: a step is under way; then also empty where a request would have to be
+        preempted, because the tokens of that step are needed for it.
         """
+        if is_ahead and not self._has_room_for_decodes():
+            return []
         chunks = self._schedule_decodes()
         # Prefill never starves, even where decodes alone fill the budget.
         budget = max(self.limits.block_size, self.limits.max_num_batched_tokens - len(chunks))
         for sequence in self.running:
-            if budget > 0 and not sequence.in_flight and sequence.remaining > 1:
+            if budget > 0 and sequence.remaining > 1:
                 budget -= self._add_chunk(chunks, sequence, budget)
         for sequence in list(self.waiting):
             if budget <= 0:
@@ -115,6 +124,13 @@ class Scheduler:
             if not self._admit(self.waiting[0]):
                 break
 
+    def launched(self, chunks: list[Chunk]) -> None:
+        """The step is under way: a later one may count on the tokens that it is choosing."""
+        for chunk in chunks:
+            if chunk.samples:
+                chunk.sequence.tokens.append(UNKNOWN_TOKEN)
+                chunk.sequence.num_unknown += 1
+
     def complete(
         self, chunks: list[Chunk], tokens: list[int], logprobs: list[TokenLogprob | None]
     ) -> None:
@@ -122,7 +138,7 @@ class Scheduler:
         sampled = iter(zip(tokens, logprobs, strict=True))
         for chunk in chunks:
             sequence = chunk.sequence
-            sequence.in_flight = False
+            sequence.in_flight -= 1
             outcome = next(sampled) if chunk.samples else None
             if sequence.state is State.DONE:
                 continue
@@ -136,7 +152,7 @@ class Scheduler:
         """The step raised: its requests end with an error, all others go on."""
         for chunk in chunks:
             sequence = chunk.sequence
-            sequence.in_flight = False
+            sequence.in_flight -= 1
             if sequence.state is not State.DONE:
                 error = ErrorInfo("EngineFailed", message)
                 self._finish(sequence, EngineOutput(sequence.request_id, [], "error", error=error))
@@ -145,7 +161,7 @@ class Scheduler:
     def fail_all(self, message: str) -> None:
         """The engine itself is broken: end every live request with an error."""
         for sequence in list(self._live.values()):
-            sequence.in_flight = False
+            sequence.in_flight = 0
             error = ErrorInfo("EngineFailed", message)
             self._finish(sequence, EngineOutput(sequence.request_id, [], "error", error=error))
 
@@ -213,6 +229,7 @@ class Scheduler:
         sequence.blocks = matched + self.pool.allocate(num_new)
         sequence.num_stored = len(matched)
         sequence.num_computed = len(matched) * self.limits.block_size
+        sequence.num_scheduled = sequence.num_computed
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
         if sequence.on_settled is not None:
@@ -229,11 +246,34 @@ class Scheduler:
     def _schedule_decodes(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         for sequence in list(self.running):
-            if sequence.state is not State.RUNNING or sequence.remaining > 1:
-                continue  # preempted by an earlier one just now, or in prefill
-            if self._make_room(sequence):
-                self._add_chunk(chunks, sequence, 1)
+            # Some may have been preempted by an earlier one just now.
+            if sequence.state is State.RUNNING and self._can_decode(sequence):
+                if self._make_room(sequence):
+                    self._add_chunk(chunks, sequence, 1)
         return chunks
+
+    def _can_decode(self, sequence: Sequence) -> bool:
+        if sequence.remaining > 1:
+            return False  # in prefill
+        if sequence.num_unknown == 0:
+            return True
+        return not (self._is_full(sequence) or sequence.needs_token_values)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        """Whether its last token, known or not, ends it."""
+        return (
+            sequence.num_output >= sequence.sampling.max_tokens
+            or len(sequence.tokens) >= self.limits.max_model_len
+            or sequence.request.phase == "prefill"
+        )
+
+    def _has_room_for_decodes(self) -> bool:
+        needed = sum(
+            self._num_blocks(len(s.tokens)) > len(s.blocks)
+            for s in self.running
+            if self._can_decode(s)
+        )
+        return needed <= self.pool.num_available
 
     def _make_room(self, sequence: Sequence) -> bool:
         """A block for its next token, taken from the latest arrivals if there is no other."""
@@ -249,11 +289,13 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, to be computed again from its tokens; nothing is told twice."""
+        assert not sequence.in_flight, "what a step under way chooses would be lost"
         self.preemptions += 1
         self.running.remove(sequence)
         self._stop_computing(sequence)
         self._free(sequence)
-        sequence.num_computed = sequence.num_stored = 0
+        sequence.num_computed = sequence.num_scheduled = sequence.num_stored = 0
+        sequence.num_tabled = 0
         sequence.state = State.WAITING
         sequence.on_settled = None  # fetched KV is gone: this worker computes it
         bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
@@ -261,8 +303,9 @@ class Scheduler:
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
         length = min(sequence.remaining, budget)
         samples = length == sequence.remaining
-        chunks.append(Chunk(sequence, sequence.num_computed, length, samples))
-        sequence.in_flight = True
+        chunks.append(Chunk(sequence, sequence.num_scheduled, length, samples))
+        sequence.num_scheduled += length
+        sequence.in_flight += 1
         return length
 
     def _num_blocks(self, num_tokens: int) -> int:
@@ -276,8 +319,11 @@ class Scheduler:
             return
         hashes = sequence.block_hashes(last)
         parent = hashes[first - 1] if first else None
-        stored = self.pool.store(sequence.blocks[first:last], hashes[first:], parent)
-        sequence.blocks[first:last] = stored
+        own = sequence.blocks[first:last]
+        stored = self.pool.store(own, hashes[first:], parent)
+        if stored != own:
+            sequence.blocks[first:last] = stored
+            sequence.num_tabled = min(sequence.num_tabled, first)
         sequence.num_stored = last
         for value in hashes[first:]:
             if self._computing.get(value) is sequence:
@@ -289,15 +335,15 @@ class Scheduler:
         if not sequence.told_cached and sequence.num_cached is not None:
             cached, sequence.told_cached = min(sequence.num_cached, sequence.num_prompt), True
         request_id, sampling = sequence.request_id, sequence.sampling
+        place = len(sequence.tokens) - sequence.num_unknown
+        sequence.num_unknown -= 1
         if token in sampling.stop_token_ids:
+            # A later step may have been scheduled for it: that one is dropped as it completes.
+            del sequence.tokens[place:]
             self._finish(sequence, EngineOutput(request_id, [], "stop", cached, token))
             return
-        sequence.tokens.append(token)
-        is_full = (
-            sequence.num_output >= sampling.max_tokens
-            or len(sequence.tokens) >= self.limits.max_model_len
-            or sequence.request.phase == "prefill"
-        )
+        sequence.tokens[place] = token
+        is_full = sequence.num_unknown == 0 and self._is_full(sequence)
         logprobs = None if logprob is None else [logprob]
         reason: FinishReason | None = "length" if is_full else None
         output = EngineOutput(request_id, [token], reason, cached, logprobs=logprobs)
@@ -338,8 +384,9 @@ class Scheduler:
 
     def _bury_zombies(self) -> None:
         for sequence in self._zombies:
-            self._free(sequence)
-        self._zombies.clear()
+            if not sequence.in_flight:
+                self._free(sequence)
+        self._zombies = [sequence for sequence in self._zombies if sequence.in_flight]
 
     def _free(self, sequence: Sequence) -> None:
         blocks, sequence.blocks = sequence.blocks, []

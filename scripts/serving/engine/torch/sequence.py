@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from serving import block_hash
 from serving.protocol import EngineRequest, SamplingParams
+
+# Stands in `Sequence.tokens` for a token that a step under way is choosing.
+UNKNOWN_TOKEN = -1
 
 
 class State(Enum):
@@ -25,6 +27,8 @@ class State(Enum):
 class Sequence:
     """One request in the engine. `tokens` grows; `num_computed` of them have their KV in `blocks`.
 
+    Steps may be scheduled ahead: `num_scheduled` tokens are computed or in a step under way, and
+    the last `num_unknown` tokens are still being chosen by such steps (`UNKNOWN_TOKEN`).
     `hashes` are those of the full blocks known so far; the first `num_stored` blocks are in the
     prefix cache. `arrival` orders requests for admission and preemption.
     """
@@ -39,12 +43,15 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_scheduled: int = 0
+    num_unknown: int = 0
     num_stored: int = 0
     num_cached: int | None = None  # set at the first admission, told with the first output
     told_cached: bool = False
-    in_flight: bool = False  # part of the step being computed: blocks must outlive it
-    # Event of the latest step that wrote KV of this sequence on a GPU (`KvPool.mark_step`).
-    written: Any = None
+    in_flight: int = 0  # steps under way that it is part of: blocks must outlive them
+    # Where a CUDA runner keeps its block table, and how many of its blocks are in there.
+    slot: int | None = None
+    num_tabled: int = 0
     # A reservation's waiter: called when it leaves the queue, admitted or aborted.
     on_settled: Callable[[], None] | None = None
     # Held while a transfer copies blocks, and while they are taken away from it.
@@ -69,6 +76,17 @@ class Sequence:
         return self.request.sampling
 
     @property
+    def is_penalized(self) -> bool:
+        """Whether the tokens seen so far change the choice of the next one."""
+        p = self.sampling
+        return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
+
+    @property
+    def needs_token_values(self) -> bool:
+        """Whether the next token cannot be chosen before the values of all others are known."""
+        return self.is_penalized
+
+    @property
     def num_prompt(self) -> int:
         return self.request.num_prompt_tokens
 
@@ -78,8 +96,8 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens whose KV is still to be computed before the next one can be sampled."""
-        return len(self.tokens) - self.num_computed
+        """Tokens still to be scheduled before the next one can be sampled."""
+        return len(self.tokens) - self.num_scheduled
 
     def block_hashes(self, num_blocks: int) -> list[int]:
         """Hashes of the first `num_blocks` blocks, which must be full of known tokens."""

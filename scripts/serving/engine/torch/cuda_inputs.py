@@ -6,8 +6,7 @@ sliced on the device. Block tables stay on the device; a step brings only the en
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Rows
+from collections.abc import Iterable, Sequence as Rows
 
 import numpy as np
 import torch

@@ -27,9 +27,10 @@ ONE_PLUS_WEIGHT = 2  # ((1 + weight) * normed).to(dtype), all in float32
 def _scale_rows(normed, weight, dtype: tl.constexpr, STYLE: tl.constexpr):
     if STYLE == 0:
         return normed.to(dtype).to(tl.float32) * weight
-    if STYLE == 1:
+    elif STYLE == 1:
         return normed * weight
-    return normed * (1.0 + weight)
+    else:
+        return normed * (1.0 + weight)
 
 
 @triton.jit

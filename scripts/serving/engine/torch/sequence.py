@@ -11,6 +11,7 @@ from enum import Enum
 from serving import block_hash
 from serving.protocol import EngineRequest, SamplingParams
 
+
 # Stands in `Sequence.tokens` for a token that a step under way is choosing.
 UNKNOWN_TOKEN = -1
 

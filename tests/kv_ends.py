@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from serving.kv_layout import KvLayout  # noqa: E402
 from serving.kv_transfer import make_transfer  # noqa: E402
-from serving.kv_transfer.base import KvTransfer  # noqa: E402
+from serving.kv_transfer.base import KvTransfer, Progress  # noqa: E402
 from serving.kv_transfer.gpu_memory import HANDLE_BYTES, CudaError, Gpu, GpuBuffer  # noqa: E402
 from serving.kv_transfer.link import Carrier  # noqa: E402
 from serving.kv_transfer.staging import host_pages  # noqa: E402
@@ -51,6 +51,7 @@ class Held:
 
     def __init__(self, **requests: Blocks) -> None:
         self.requests = requests
+        self.computed: dict[str, Progress] = {}
         self.done_with: list[str] = []
         self.pause_s = 0.0
         self.error: Exception | None = None
@@ -62,6 +63,15 @@ class Held:
         if nonce != f"n-{request_id}":
             raise PermissionError(nonce)
         return len(self.requests[request_id])
+
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
+        """What `computed` says, as soon as that is more than `beyond`; else everything."""
+        while True:
+            held = self.open(request_id, nonce)
+            found = self.computed.get(request_id, Progress(held, 7))
+            if found.token is not None or found.num_blocks > beyond:
+                return found
+            await asyncio.sleep(0.002)
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         assert threading.current_thread() is not threading.main_thread()

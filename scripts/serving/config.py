@@ -222,6 +222,12 @@ class KvTransferConfig(_Section, frozen=True):
         Seconds,
         Meta(description="A prefill worker frees blocks that nobody fetched after this time."),
     ] = 60.0
+    overlap: Annotated[
+        bool,
+        Meta(
+            description="Fetch the blocks of a prompt of several chunks while the rest is computed (torch engine)."
+        ),
+    ] = True
     chunk_bytes: Annotated[
         Positive | None,
         Meta(

@@ -87,6 +87,8 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
 
     phase `agg`: prefill and decode here. `prefill`: compute the prompt, sample one token, hold
     the KV for a decode worker. `decode`: fetch the KV described by `kv_transfer_params`, go on.
+    With `follows_prefill`, the prefill is still going on, and the token that it will sample is not
+    among `token_ids` but comes with the KV.
     """
 
     request_id: str
@@ -96,6 +98,7 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
     phase: Phase = "agg"
     kv_transfer_params: TransferParams | None = None
     deadline_s: float = 600.0
+    follows_prefill: bool = False
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True):
@@ -118,7 +121,8 @@ class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):
     """What one engine step produced for one request. `finish_reason` set means: the last one.
 
     `cached_tokens` (prompt tokens not computed because their KV was there or was fetched)
-    comes with the first output only. `stop_token_id` is the token that ended the request; it is
+    comes with the first output only. One without tokens and finish_reason, but with
+    `kv_transfer_params`, says that a prefill's KV can be fetched from now on. `stop_token_id` is the token that ended the request; it is
     not part of `token_ids`.
     """
 

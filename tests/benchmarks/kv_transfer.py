@@ -49,6 +49,7 @@ from kv_ends import Got, Held, params, pulling, random_blocks, serving  # noqa: 
 from serving.engine.base import EngineLoad  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
 from serving.kv_layout import KvLayout  # noqa: E402
+from serving.kv_transfer.base import Progress  # noqa: E402
 from serving.protocol import (  # noqa: E402
     EngineOutput,
     EngineRequest,
@@ -236,6 +237,9 @@ class Exports:
         if not (held := self._kv.exported(request_id)):
             raise KeyError(request_id)
         return held
+
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
+        return Progress(self.open(request_id, nonce), 0)
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         self._kv.read(request_id, first, out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from serving.kv_layout import KvLayout
 from serving.protocol import KvTransferParams
@@ -18,11 +18,23 @@ ChunkSink = Callable[[int, Any], None]
 Called off the event loop's thread."""
 
 
+class Progress(NamedTuple):
+    """How far a prefill is: `num_blocks` can be pulled; with `token`, its first one, it is over."""
+
+    num_blocks: int
+    token: int | None = None
+
+
 class BlockSource(Protocol):
     """Where the prefill side gets the bytes: checks the nonce, gathers, releases."""
 
     def open(self, request_id: str, nonce: str) -> int:
-        """Number of blocks held. Raises PermissionError for a wrong nonce, KeyError if not held."""
+        """Number of blocks that are or will be held. Raises PermissionError for a wrong nonce,
+        KeyError if not held."""
+
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
+        """Waits until more than `beyond` blocks are computed, or the prefill is over. Raises like
+        `open`, also when the prefill ends in any other way."""
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         """Gather whole blocks into the writable buffer `out`. Called off the event loop's thread."""
@@ -62,13 +74,26 @@ class KvTransfer(ABC):
         """Listen (on an ephemeral port of `host`) and answer pulls until `close`."""
 
     @abstractmethod
+    async def progress(self, params: KvTransferParams, beyond: int, within_s: float) -> Progress:
+        """Wait for a prefill that is going on; see `BlockSource.progress`.
+
+        Raises KvTransferFailed, also when nothing happened `within_s`. Cancellable.
+        """
+
+    @abstractmethod
     async def pull(
-        self, params: KvTransferParams, first_block: int, num_blocks: int, sink: ChunkSink
+        self,
+        params: KvTransferParams,
+        first_block: int,
+        num_blocks: int,
+        sink: ChunkSink,
+        *,
+        more_follows: bool = False,
     ) -> int:
         """Fetch `num_blocks` from `first_block` on; returns bytes received.
 
         Gather, transport and scatter of consecutive chunks overlap. With `num_blocks == 0` only
-        tells the source that it is done. Raises KvTransferFailed on refusal, loss, or when
+        tells the source that it is done, which is told after any pull unless `more_follows`. Raises KvTransferFailed on refusal, loss, or when
         `connect_s` or `transfer_s` ran out; `sink` is not called again after that. Cancellable.
         """
 

@@ -7,18 +7,22 @@ import functools
 import itertools
 import secrets
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 import msgspec
 
 from serving.errors import KvTransferFailed
-from serving.kv_transfer.base import ChunkSink
+from serving.kv_transfer.base import ChunkSink, Progress
 from serving.kv_transfer.link import Link, Side, finish, stop
 from serving.kv_transfer.memory import Reach
 from serving.kv_transfer.staging import Buffer, Lease
 from serving.kv_transfer.wire import (
     WIRE_VERSION,
+    Computed,
     Connection,
+    Follow,
     Granted,
     Hello,
     Message,
@@ -51,15 +55,37 @@ class Puller:
         # for a chunk of this one.
         self._tags = itertools.count(secrets.randbits(39) << 24, 1 << 24)
 
+    async def progress(self, params: KvTransferParams, beyond: int, within_s: float) -> Progress:
+        """See `KvTransfer.progress`."""
+        follow = Follow(params.request_id, params.nonce, beyond)
+        async with self._bounded(params, within_s):
+            while True:
+                link, reused = await self._take(params.address)
+                try:
+                    reply = await self._exchange(link, follow, within_s)
+                except BaseException as exc:
+                    await finish(self._discard(link))
+                    if reused and isinstance(exc, ConnectionError):
+                        continue  # it ended while idle
+                    raise
+                break
+            self._keep(params.address, link)
+            if isinstance(reply, Computed):
+                return Progress(reply.num_blocks, reply.token)
+            if isinstance(reply, Refused):
+                raise Refusal(reply.reason)
+            raise ProtocolError("neither computed nor refused")
+
     async def pull(
-        self, params: KvTransferParams, first_block: int, num_blocks: int, sink: ChunkSink
+        self,
+        params: KvTransferParams,
+        first_block: int,
+        num_blocks: int,
+        sink: ChunkSink,
+        *,
+        more_follows: bool,
     ) -> int:
         """See `KvTransfer.pull`."""
-        failed = functools.partial(KvTransferFailed, params.request_id, params.source_instance)
-        if self._closed:
-            raise failed("this side is closed")
-        if params.layout != self._side.layout.fingerprint:
-            raise failed(f"its layout is {params.layout}, ours {self._side.layout.fingerprint}")
         request = Pull(
             request_id=params.request_id,
             nonce=params.nonce,
@@ -68,15 +94,28 @@ class Puller:
             num_blocks=num_blocks,
             chunk_blocks=1,
             tag=next(self._tags),
+            more_follows=more_follows,
         )
-        deadline = asyncio.timeout(self._side.transfer_s)
+        async with self._bounded(params, self._side.transfer_s):
+            await self._pull(params.address, request, sink)
+        return num_blocks * self._side.layout.block_bytes
+
+    @asynccontextmanager
+    async def _bounded(self, params: KvTransferParams, within_s: float) -> AsyncIterator[None]:
+        """Something asked of a peer: ends in time, when this side closes, and fails in one way."""
+        failed = functools.partial(KvTransferFailed, params.request_id, params.source_instance)
+        if self._closed:
+            raise failed("this side is closed")
+        if params.layout != self._side.layout.fingerprint:
+            raise failed(f"its layout is {params.layout}, ours {self._side.layout.fingerprint}")
+        deadline = asyncio.timeout(within_s)
         self._running.add(deadline)
         self._none_running.clear()
         try:
             async with deadline:
-                await self._pull(params.address, request, sink)
+                yield
         except TimeoutError as exc:
-            why = f"not complete within {self._side.transfer_s:g} s"
+            why = f"not complete within {within_s:g} s"
             if self._closed:
                 why = "this side was closed"
             elif not deadline.expired():
@@ -88,7 +127,6 @@ class Puller:
             self._running.discard(deadline)
             if not self._running:
                 self._none_running.set()
-        return num_blocks * self._side.layout.block_bytes
 
     async def close(self) -> None:
         """Fail what is under way, then close every link."""
@@ -163,7 +201,9 @@ class Puller:
             if link.on_gpu < request.on_gpu:
                 self._keep(address, link)
                 raise ConnectionError("another peer, whose GPU is out of reach, took its place")
-            asking = asyncio.create_task(self._exchange(link, request), name="kv-ask")
+            asking = asyncio.create_task(
+                self._exchange(link, request, self._side.connect_s), name="kv-ask"
+            )
             try:
                 reply = await finish(asking)
             except asyncio.CancelledError:
@@ -185,13 +225,13 @@ class Puller:
             await self._discard(link)
             raise ProtocolError("neither granted nor refused")
 
-    async def _exchange(self, link: Link, request: Pull) -> Message:
+    async def _exchange(self, link: Link, request: Message, within_s: float) -> Message:
         try:
-            async with asyncio.timeout(self._side.connect_s):
+            async with asyncio.timeout(within_s):
                 await link.connection.send(request)
                 return await link.connection.receive()
         except TimeoutError as exc:
-            raise TimeoutError(f"no answer within {self._side.connect_s:g} s") from exc
+            raise TimeoutError(f"no answer within {within_s:g} s") from exc
 
     async def _is_within_reach(self, address: str) -> bool:
         """Whether the peer's GPU is; a link to it knows."""

@@ -15,7 +15,9 @@ from serving.kv_transfer.staging import Buffer
 from serving.kv_transfer.wire import (
     MAX_CHUNKS,
     WIRE_VERSION,
+    Computed,
     Connection,
+    Follow,
     Granted,
     Hello,
     Message,
@@ -101,6 +103,9 @@ class BlockServer:
             while True:
                 # Between pulls a connection may idle for as long as the peer keeps it.
                 request = await connection.receive()
+                if isinstance(request, Follow):
+                    await self._tell_progress(request, link)
+                    continue
                 async with asyncio.timeout(self._side.transfer_s):
                     await self._answer(request, link)
         except TimeoutError:
@@ -123,6 +128,15 @@ class BlockServer:
         if (hello.version, hello.transport) != (mine.version, mine.transport):
             raise ProtocolError(f"the peer speaks {hello.transport} version {hello.version}")
         return self._side.carrier.link(connection, hello)
+
+    async def _tell_progress(self, follow: Follow, link: Link) -> None:
+        """Waits for as long as the prefill takes: its end, whatever it is, ends this too."""
+        try:
+            progress = await self._source.progress(follow.request_id, follow.nonce, follow.beyond)
+        except (PermissionError, KeyError) as exc:
+            await link.connection.send(Refused(_why(exc)))
+            return
+        await link.connection.send(Computed(*progress))
 
     async def _answer(self, pull: Message, link: Link) -> None:
         if not isinstance(pull, Pull):
@@ -147,7 +161,7 @@ class BlockServer:
                     raise
         finally:
             await stop([listening])
-        if received:
+        if received and not pull.more_follows:
             self._source.done(pull.request_id)
 
     async def _deliver(
@@ -190,10 +204,8 @@ class BlockServer:
             raise Refusal(f"layout {pull.layout} asked for, {self._side.layout.fingerprint} held")
         try:
             held = self._source.open(pull.request_id, pull.nonce)
-        except PermissionError:
-            raise Refusal("wrong nonce") from None
-        except KeyError:
-            raise Refusal("not held here (any more)") from None
+        except (PermissionError, KeyError) as exc:
+            raise Refusal(_why(exc)) from None
         if not 0 <= pull.first_block <= pull.first_block + pull.num_blocks <= held:
             raise Refusal(
                 f"{pull.num_blocks} blocks from {pull.first_block} on asked for, {held} held"
@@ -254,3 +266,7 @@ class BlockServer:
         except Exception as exc:
             log.exception("cannot read the blocks of %s", request_id)
             raise Refusal(f"cannot read the blocks: {exc}") from exc
+
+
+def _why(exc: PermissionError | KeyError) -> str:
+    return "wrong nonce" if isinstance(exc, PermissionError) else "not held here (any more)"

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from serving.errors import KvTransferFailed, OperatorError
 from serving.kv_layout import KvLayout
-from serving.kv_transfer.base import BlockSource, ChunkSink, KvTransfer
+from serving.kv_transfer.base import BlockSource, ChunkSink, KvTransfer, Progress
 from serving.kv_transfer.gpu_memory import CudaError, Gpu
 from serving.kv_transfer.link import Carrier, Side
 from serving.kv_transfer.pull import Puller
@@ -65,9 +65,27 @@ class LinkedTransfer(KvTransfer):
             host = f"[{self.host}]" if ":" in self.host else self.host
             self.address = f"{side.carrier.scheme}://{host}:{port}"
 
+    async def progress(self, params: KvTransferParams, beyond: int, within_s: float) -> Progress:
+        puller = await self._started(params)
+        return await puller.progress(params, beyond, within_s)
+
     async def pull(
-        self, params: KvTransferParams, first_block: int, num_blocks: int, sink: ChunkSink
+        self,
+        params: KvTransferParams,
+        first_block: int,
+        num_blocks: int,
+        sink: ChunkSink,
+        *,
+        more_follows: bool = False,
     ) -> int:
+        puller = await self._started(params)
+        num_bytes = await puller.pull(
+            params, first_block, num_blocks, sink, more_follows=more_follows
+        )
+        self.route = puller.route
+        return num_bytes
+
+    async def _started(self, params: KvTransferParams) -> Puller:
         if self._puller is None:
             async with self._changing:
                 try:
@@ -77,9 +95,7 @@ class LinkedTransfer(KvTransfer):
                         params.request_id, params.source_instance, str(exc)
                     ) from exc
         assert self._puller
-        num_bytes = await self._puller.pull(params, first_block, num_blocks, sink)
-        self.route = self._puller.route
-        return num_bytes
+        return self._puller
 
     async def close(self) -> None:
         self._closed = True

@@ -4,6 +4,7 @@ A frame is a little-endian u32 length and that many bytes of msgpack. The pullin
 first; one connection carries one pull at a time and is kept for the next one:
 
     -> Hello   <- Hello                      once, both with the address of their data endpoint
+    -> Follow  <- Computed | Refused         waits for the prefill to get further
     -> Pull    <- Granted | Refused          Refused leaves the connection usable
        blocks, in chunks, as the transport moves them (a Refused now means: no more will come)
     -> Received                              everything is where it belongs
@@ -46,11 +47,27 @@ class Hello(Struct, frozen=True, tag="hello"):
     memory: SharedMemory | None = None
 
 
+class Follow(Struct, frozen=True, tag="follow"):
+    """Answered when more than `beyond` blocks are computed, or the prefill is over."""
+
+    request_id: str
+    nonce: str
+    beyond: int
+
+
+class Computed(Struct, frozen=True, tag="computed"):
+    """The first `num_blocks` can be pulled; `token` is known when these are all there will be."""
+
+    num_blocks: int
+    token: int | None = None
+
+
 class Pull(Struct, frozen=True, tag="pull"):
     """Blocks `first_block .. first_block + num_blocks`, at most `chunk_blocks` at a time.
 
     `tag` is unique to this pull on the pulling side; chunk `i` travels under `tag + i`. With
-    `on_gpu`, both ends stage in the memory that they told each other of.
+    `on_gpu`, both ends stage in the memory that they told each other of. With `more_follows`, the
+    source keeps the blocks when these have arrived.
     """
 
     request_id: str
@@ -61,6 +78,7 @@ class Pull(Struct, frozen=True, tag="pull"):
     chunk_blocks: int
     tag: int
     on_gpu: bool = False
+    more_follows: bool = False
 
 
 class Granted(Struct, frozen=True, tag="granted"):
@@ -105,7 +123,19 @@ class Stopped(Struct, frozen=True, tag="stopped"):
     num_chunks: int
 
 
-Message = Hello | Pull | Granted | Refused | Chunk | ChunkAt | Received | Stop | Stopped
+Message = (
+    Hello
+    | Follow
+    | Computed
+    | Pull
+    | Granted
+    | Refused
+    | Chunk
+    | ChunkAt
+    | Received
+    | Stop
+    | Stopped
+)
 _decoder = msgspec.msgpack.Decoder(Message)
 
 

@@ -65,7 +65,8 @@ class Worker:
 
     def on_step(self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad) -> None:
         if outputs:
-            self.rpc.send([self.handover.finish(output) for output in outputs])
+            finished = map(self.handover.finish, outputs)
+            self.rpc.send([output for output in finished if output is not None])
         if events:
             self._events.publish_kv(events)
         self._events.publish_load(self._report(load))

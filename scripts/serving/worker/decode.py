@@ -59,10 +59,10 @@ class DecodeEndpoint:
             try:
                 await self._fetch(request)
             except KvTransferFailed as exc:
+                self.stats.failures += 1
                 if request.follows_prefill:
                     raise
                 log.warning("%s; prefilling here instead", exc)
-                self.stats.failures += 1
                 self.stats.local_prefills += 1
                 self._engine.submit(msgspec.structs.replace(request, kv_transfer_params=None))
         except ServingError as exc:

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 Role = Literal["agg", "prefill", "decode"]
 Phase = Literal["agg", "prefill", "decode"]
+Tier = Literal["device", "host"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 PROTOCOL_VERSION = 1
@@ -205,6 +206,7 @@ class ModelCard(Struct, frozen=True):
     hash_salt: str
     engine_fingerprint: str
     created: int
+    dummy_weights: bool = False
 
 
 class InstanceInfo(Struct, frozen=True):
@@ -231,19 +233,26 @@ class InstanceInfo(Struct, frozen=True):
 # --- KV events and load (NATS, `events.py`) ----------------------------------------------------
 
 
-class BlocksStored(Struct, frozen=True, tag="stored", array_like=True):
-    """`block_hashes` are chained: the first one's parent is `parent_hash` (None: the root)."""
+class BlocksStored(Struct, frozen=True, tag="stored", array_like=True, omit_defaults=True):
+    """`block_hashes` are chained: the first one's parent is `parent_hash` (None: the root).
+
+    A block is stored in the `host` tier while the device still holds it, and may be in both.
+    """
 
     parent_hash: int | None
     block_hashes: list[int]
+    tier: Tier = "device"
 
 
-class BlocksRemoved(Struct, frozen=True, tag="removed", array_like=True):
+class BlocksRemoved(Struct, frozen=True, tag="removed", array_like=True, omit_defaults=True):
+    """Gone from this tier; the other one may hold them still."""
+
     block_hashes: list[int]
+    tier: Tier = "device"
 
 
 class BlocksCleared(Struct, frozen=True, tag="cleared", array_like=True):
-    pass
+    """No tier holds anything any more."""
 
 
 KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
@@ -258,8 +267,8 @@ class KvEventBatch(Struct, frozen=True, array_like=True):
     events: list[KvEvent]
 
 
-class KvSnapshotPart(Struct, frozen=True, array_like=True):
-    """A piece of the reply to a snapshot request: all block hashes held as of `seq`."""
+class KvSnapshotPart(Struct, frozen=True, array_like=True, omit_defaults=True):
+    """A piece of the reply to a snapshot request: all block hashes held as of `seq`, by tier."""
 
     instance_id: str
     epoch: int
@@ -267,13 +276,15 @@ class KvSnapshotPart(Struct, frozen=True, array_like=True):
     part: int
     num_parts: int
     block_hashes: list[int]
+    host_hashes: list[int] = []
 
 
 class LoadReport(Struct, frozen=True, array_like=True):
     """Published at most once per engine step and at least once a second.
 
     `queued_tokens`: prompt tokens waiting or partly computed. `active_blocks`: blocks held by
-    running requests. `cached_blocks`: evictable blocks kept for prefix hits.
+    running requests. `cached_blocks`: evictable blocks kept for prefix hits. The host tier keeps
+    `host_cached_blocks` of at most `num_host_blocks`; blocks moved to and from it are totals.
     """
 
     instance_id: str
@@ -291,6 +302,10 @@ class LoadReport(Struct, frozen=True, array_like=True):
     kv_transport: str = ""
     local_prefill_fallbacks: int = 0
     preemptions: int = 0
+    host_cached_blocks: int = 0
+    num_host_blocks: int = 0
+    offloaded_blocks: int = 0
+    onloaded_blocks: int = 0
 
 
 msgpack_encode = msgspec.msgpack.encode

@@ -263,6 +263,7 @@ class Pipeline:
         return {
             "topology": self._process.topology,
             "model": self._process.model_name,
+            "dummy_weights": self.card is not None and self.card.dummy_weights,
             "policy": self._process.router.policy,
             "instances": self._instances.describe(),
             "refused": dict(self._router.refused),

@@ -11,7 +11,7 @@ import psutil
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from serving.engine.torch import packed_linear
+from serving.engine.torch import dummy_weights, packed_linear
 from serving.engine.torch.attention import (
     NAME,
     AttentionOptions,
@@ -76,18 +76,31 @@ class ModelRunner:
         max_batch_size: int,
         max_num_batched_tokens: int,
         gpu_memory_fraction: float,
+        kv_cache_dtype: str = "auto",
     ) -> None:
-        """Raises ModelError when the folder does not load or attention is not what we page."""
+        """Raises ModelError when the folder does not load or attention is not what we page.
+
+        `kv_cache_dtype` is torch's name of what keys and values are kept in, or `auto` for what
+        the model computes in.
+        """
         self._max_model_len, self._max_batch = max_model_len, max_batch_size
         self._max_tokens = max_num_batched_tokens
         self._memory_fraction = gpu_memory_fraction
         AttentionInterface.register(NAME, attend_paged)
         self.device = torch.device(device)
         torch_dtype: torch.dtype = getattr(torch, dtype)
+        model: Any
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
-            )
+            if dummy := dummy_weights.of_engine(engine_dir):
+                model = dummy_weights.make_model(
+                    engine_dir, dummy.seed, self.device, torch_dtype, attention=NAME
+                )
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
+                )
+        except OperatorError:
+            raise
         except Exception as exc:  # transformers and safetensors raise whatever they meet
             raise ModelError(
                 f"{engine_dir} does not load: {exc}", remedy="rebuild the engine folder"
@@ -98,7 +111,7 @@ class ModelRunner:
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         if packed_linear.can_pack(device, torch_dtype):
             log.info("packed %d linear layers", packed_linear.pack_linears(self._model))
-        self.layout = self._probe(block_size)
+        self.layout = self._probe(block_size, kv_cache_dtype)
         self._sampler = Sampler(self.vocab_size, self.device)
         self.pool: KvPool
 
@@ -214,7 +227,7 @@ class ModelRunner:
         logits: torch.Tensor = out.logits[0]
         return logits.float()
 
-    def _probe(self, block_size: int) -> KvLayout:
+    def _probe(self, block_size: int, kv_cache_dtype: str) -> KvLayout:
         """Learn the shape of KV from one forward pass: config fields differ between models."""
         probe = Probe()
         with torch.inference_mode():
@@ -230,7 +243,9 @@ class ModelRunner:
         (key_heads, key_dim), value_shape = shapes.pop()
         if (key_heads, key_dim) != value_shape:
             raise ModelError("keys and values differ in shape", remedy="choose another model")
-        dtype = str(probe.dtype).removeprefix("torch.")
+        dtype = kv_cache_dtype
+        if dtype == "auto":
+            dtype = str(probe.dtype).removeprefix("torch.")
         return KvLayout(len(layers), key_heads, key_dim, block_size, dtype)
 
 

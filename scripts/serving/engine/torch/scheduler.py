@@ -201,6 +201,10 @@ class Scheduler:
             cached_blocks=self.pool.num_cached,
             num_blocks=self.pool.num_blocks,
             preemptions=self.preemptions,
+            host_cached_blocks=len(self.pool.host),
+            num_host_blocks=self.pool.host.num_blocks,
+            offloaded_blocks=self.pool.host.num_offloaded,
+            onloaded_blocks=self.pool.host.num_onloaded,
         )
 
     def check_integrity(self) -> None:
@@ -220,8 +224,8 @@ class Scheduler:
         if not self._computing or sequence.is_reservation or sequence.wants_prompt_logprobs:
             return False
         hashes = sequence.block_hashes((len(sequence.tokens) - 1) // self.limits.block_size)
-        num_matched = len(self.pool.match(hashes))
-        return num_matched < len(hashes) and hashes[num_matched] in self._computing
+        num_stored = self.pool.num_stored(hashes)
+        return num_stored < len(hashes) and hashes[num_stored] in self._computing
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give it its blocks if there is room; it then runs, or is reserved."""
@@ -238,20 +242,18 @@ class Scheduler:
         if not self.pool.fits(matched, num_new + len(self.running)):
             return False
         self.waiting.remove(sequence)
-        self.pool.hold(matched)
-        sequence.blocks = matched + self.pool.allocate(num_new)
-        sequence.num_stored = len(matched)
-        sequence.num_computed = len(matched) * self.limits.block_size
+        sequence.blocks, sequence.num_stored = self.pool.claim(matched, hashes, num_new)
+        sequence.num_computed = sequence.num_stored * self.limits.block_size
         sequence.num_scheduled = sequence.num_computed
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
         if sequence.on_settled is not None:
             sequence.state = State.RESERVED
             self.reserved[sequence.request_id] = sequence
-            sequence.on_settled()
+            self.pool.host.when_copied(sequence.on_settled)  # a transfer writes at any time
             return True
         sequence.state = State.RUNNING
-        for value in hashes[len(matched) :]:
+        for value in hashes[sequence.num_stored :]:
             self._computing.setdefault(value, sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.arrival)
         return True
@@ -407,8 +409,8 @@ class Scheduler:
             self._free(sequence)
         if output is not None:
             self._outputs.append(output)
-        if was is State.WAITING and sequence.on_settled is not None:
-            sequence.on_settled()
+        if was in (State.WAITING, State.RESERVED) and sequence.on_settled is not None:
+            sequence.on_settled()  # does nothing if it was called before
 
     def _stop_computing(self, sequence: Sequence) -> None:
         for value in sequence.hashes[sequence.num_stored :]:

@@ -83,7 +83,8 @@ class Sequence:
     guidance: Guidance | None = None
     # Of the prompt's tokens from the second on, as far as they are computed, if they are wanted.
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    # A reservation's waiter: called when it leaves the queue, admitted or aborted.
+    # A reservation's waiter: called when its blocks may be written to, or when it was aborted. What
+    # it does, it does once, however often it is called.
     on_settled: Callable[[], None] | None = None
     # Held while a transfer copies blocks, and while they are taken away from it.
     transfer_lock: threading.Lock = field(default_factory=threading.Lock)

@@ -26,12 +26,10 @@ def chain(tokens: Sequence[int] | np.ndarray, block_size: int, parent: int) -> l
 
     Raises OverflowError when a sequence holds an id outside 0 .. 2**32 - 1.
     """
-    num_blocks = len(tokens) // block_size
-    full = tokens[: num_blocks * block_size]
-    # array() reads a list three times faster than numpy does.
-    ids = full if isinstance(full, np.ndarray) else array("I", full)
-    data = np.asarray(ids, dtype="<u4").tobytes()
     block_bytes = 4 * block_size
-    split = struct.Struct(f"{block_bytes}s").iter_unpack
+    full = tokens[: len(tokens) // block_size * block_size]
+    # array() reads a list three times faster than numpy does, and numpy cuts it up faster.
+    ids = np.asarray(full if isinstance(full, np.ndarray) else array("I", full), dtype="<u4")
+    blocks: list[bytes] = np.frombuffer(ids.tobytes(), dtype=f"V{block_bytes}").tolist()
     join = struct.Struct(f"<Q{block_bytes}s").pack
-    return [parent := xxh3_64_intdigest(join(parent, block)) for (block,) in split(data)]
+    return [parent := xxh3_64_intdigest(join(parent, block)) for block in blocks]

@@ -14,6 +14,8 @@ from msgspec import Struct
 Role = Literal["agg", "prefill", "decode"]
 Phase = Literal["agg", "prefill", "decode"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Tier = Literal["device", "host"]
+"""Where a KV block lies: in the engine's pool, or in host memory, from which it is copied back."""
 
 PROTOCOL_VERSION = 1
 
@@ -219,10 +221,12 @@ class BlocksStored(Struct, frozen=True, tag="stored", array_like=True):
 
     parent_hash: int | None
     block_hashes: list[int]
+    tier: Tier = "device"
 
 
 class BlocksRemoved(Struct, frozen=True, tag="removed", array_like=True):
     block_hashes: list[int]
+    tier: Tier = "device"
 
 
 class BlocksCleared(Struct, frozen=True, tag="cleared", array_like=True):

@@ -232,7 +232,7 @@ class KvRouter:
         candidates = self._candidates(role, exclude, now_s)
         size = PromptSize(prompt.num_tokens, candidates[0].info.model.block_size)
         load = {one.info.instance_id: one.load.estimate(now_s) for one in candidates}
-        overlap = self._index.overlap(prompt.block_hashes)
+        overlap = self._index.overlap(prompt.block_hashes).blocks
         chosen = select(
             self.config.policy,
             role,

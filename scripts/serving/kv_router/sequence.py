@@ -86,9 +86,11 @@ class EventSequence:
     def _apply(self, batch: KvEventBatch) -> None:
         for event in batch.events:
             if isinstance(event, BlocksStored):
-                self._index.store(self._instance_id, event.block_hashes)
+                self._index.store(
+                    self._instance_id, event.block_hashes, event.parent_hash, event.tier
+                )
             elif isinstance(event, BlocksRemoved):
-                self._index.remove(self._instance_id, event.block_hashes)
+                self._index.remove(self._instance_id, event.block_hashes, event.tier)
             else:
                 self._index.clear(self._instance_id)
         self.last_seq = batch.seq

@@ -12,6 +12,7 @@ instead of a walk over blocks. That is a fact about this structure; engines need
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 
@@ -24,14 +25,15 @@ AT_ONCE = 8
 class Run:
     """Consecutive blocks. `device` and `host` say which of them each instance holds, by tier.
 
-    `parent` and `at`: the run it follows, and how many of that run's blocks come before it.
+    `hashes` is an array because a look-up in a large index costs what it misses in the processor's
+    caches, and the numbers of a list lie all over memory. `parent` and `at`: the run it follows, and how many of that run's blocks come before it.
     `forks` counts the runs that follow this one, by their `at`.
     """
 
     __slots__ = ("at", "device", "forks", "hashes", "host", "parent")
 
     def __init__(self, parent: Run | None, at: int, hashes: list[int]) -> None:
-        self.parent, self.at, self.hashes = parent, at, hashes
+        self.parent, self.at, self.hashes = parent, at, array("Q", hashes)
         self.device: dict[str, int] = {}
         self.host: dict[str, int] = {}
         self.forks: dict[int, int] = {}
@@ -42,12 +44,10 @@ class Run:
         return len(hashes) - 1 if hashes[-1] == block_hash else hashes.index(block_hash)
 
     def shared(self, chain: Sequence[int], start: int) -> int:
-        """How many of the run's blocks follow each other in `chain` from `start`; the first does."""
+        """How many of the run's blocks follow each other in `chain` from `start`; the first does,
+        the last does not."""
         hashes = self.hashes
-        end = min(len(hashes), len(chain) - start)
-        if chain[start + end - 1] == hashes[end - 1]:
-            return end
-        low, high = 0, end - 1
+        low, high = 0, min(len(hashes), len(chain) - start) - 1
         while high - low > 1:
             middle = (low + high) >> 1
             if chain[start + middle] == hashes[middle]:
@@ -63,13 +63,17 @@ class Run:
         """The blocks of a mask."""
         hashes = self.hashes
         if mask == (1 << len(hashes)) - 1:
-            return hashes
+            return hashes.tolist()
         return [hashes[place] for place in _bits(mask)]
 
     def is_private(self, instance_id: str) -> bool:
         """Nobody else holds anything here, and this instance something."""
         device, host = self.device, self.host
-        return len(device) == 1 and instance_id in device and (not host or host.keys() == device.keys())
+        return (
+            len(device) == 1
+            and instance_id in device
+            and (not host or host.keys() == device.keys())
+        )
 
     def num_needed(self) -> int:
         """Leading blocks that somebody holds or something follows."""
@@ -94,13 +98,26 @@ class BlockTree:
         of its blocks the chain shares. Counts as a use of them all."""
         get, start, size = self.run_of.get, 0, len(chain)
         path: list[tuple[Run, int, int]] = []
-        while start < size:
-            run = get(chain[start])
-            if run is None or run.hashes[0] != chain[start]:
-                break
-            length = run.shared(chain, start)
+        run = get(chain[0]) if chain else None
+        while run is not None and run.hashes[0] == chain[start]:
+            hashes, following = run.hashes, None
+            length = len(hashes) if len(hashes) < size - start else size - start
+            if chain[start + length - 1] != hashes[length - 1]:
+                # It leaves the run, mostly for one of those that follow: fewer steps, and sure.
+                for at in run.forks if len(run.forks) < 4 else ():
+                    if at < length:
+                        following = get(chain[start + at])
+                        if following is not None and following.parent is run and following.at == at:
+                            length = at
+                            break
+                else:
+                    length = run.shared(chain, start)
+                    following = None
             path.append((run, start, length))
             start += length
+            if start >= size:
+                break
+            run = following or get(chain[start])
         for run, _, _ in reversed(path):  # What comes before others is used whenever they are.
             self._by_use.move_to_end(run)
         return path
@@ -129,22 +146,19 @@ class BlockTree:
                     run, first = known, known.index(hashes[start])
                 self._by_use.move_to_end(run)
                 count = min(len(run.hashes) - first, size - start)
-                if run.hashes[first : first + count] != hashes[start : start + count]:
-                    count = next(
-                        n for n in range(count) if run.hashes[first + n] != hashes[start + n]
-                    )
+                there = run.hashes[first : first + count].tolist()
+                if there != hashes[start : start + count]:
+                    count = next(n for n in range(count) if there[n] != hashes[start + n])
             pieces.append((run, first, count))
             start, at = start + count, first + count
         return pieces
 
-    def _add(
-        self, run: Run | None, at: int, hashes: Sequence[int], owner: str
-    ) -> tuple[Run, int]:
+    def _add(self, run: Run | None, at: int, hashes: Sequence[int], owner: str) -> tuple[Run, int]:
         """Put as many new blocks as fit into one run; returns it and the place of the first."""
         longer = run is not None and at == len(run.hashes) < RUN_BLOCKS and run.is_private(owner)
         new = self._unknown(hashes[: RUN_BLOCKS - at if longer else RUN_BLOCKS])
         if run is not None and longer:
-            run.hashes += new
+            run.hashes.extend(new)
             self._by_use.move_to_end(run)
             first = at
         else:

@@ -101,40 +101,35 @@ class PrefixIndex:
                 self._make_room()
                 return
             at = run.index(parent_hash) + 1
-        for run, first, count in self._tree.place(block_hashes, run, at, instance_id):
-            self._hold(instance_id, holder, run, (1 << count) - 1 << first, tier)
+        for piece, first, count in self._tree.place(block_hashes, run, at, instance_id):
+            self._hold(instance_id, holder, piece, (1 << count) - 1 << first, tier)
         if holder.loose:
             self._settle(instance_id, holder, block_hashes)
         self._make_room()
 
-    def remove(
-        self, instance_id: str, block_hashes: Iterable[int], tier: Tier = "device"
-    ) -> None:
+    def remove(self, instance_id: str, block_hashes: Sequence[int], tier: Tier = "device") -> None:
         """`instance_id` holds these no longer in that tier. Blocks it never held are ignored."""
         holder = self._holders.get(instance_id)
         if holder is None:
             return
         get, touched = self._tree.run_of.get, set()
-        for block_hash in block_hashes:
-            run = get(block_hash)
-            masks = _masks(run, tier) if run is not None else {}
-            mask = masks.get(instance_id, 0)
-            if run is None or not mask:
-                self._drop_loose(holder, block_hash, _BIT[tier])
-                continue
-            last = mask.bit_length() - 1  # Leaves go first, as a rule.
-            place = last if run.hashes[last] == block_hash else run.index(block_hash)
-            if not mask >> place & 1:
-                self._drop_loose(holder, block_hash, _BIT[tier])
-                continue
-            holder.num_blocks -= 1
-            touched.add(run)
-            if rest := mask ^ 1 << place:
-                masks[instance_id] = rest
+        start = 0
+        while start < len(block_hashes):
+            run = get(block_hashes[start])
+            mask = _masks(run, tier).get(instance_id, 0) if run is not None else 0
+            gone, count = _held_by(mask, run, block_hashes, start) if run is not None else (0, 1)
+            if run is not None and gone:
+                touched.add(run)
+                holder.num_blocks -= count
+                if rest := mask ^ gone:
+                    _masks(run, tier)[instance_id] = rest
+                else:
+                    del _masks(run, tier)[instance_id]
+                    if not run.holds(instance_id):
+                        holder.runs.discard(run)
             else:
-                del masks[instance_id]
-                if not run.holds(instance_id):
-                    holder.runs.discard(run)
+                self._drop_loose(holder, block_hashes[start], _BIT[tier])
+            start += count
         for run in touched:
             self._tree.trim(run)
 
@@ -150,7 +145,7 @@ class PrefixIndex:
         holder = self._holder(instance_id)
         for tier, hashes in now.items():
             before = self.blocks(instance_id, tier)
-            self.remove(instance_id, before.difference(hashes), tier)
+            self.remove(instance_id, list(before.difference(hashes)), tier)
             unplaced = [block_hash for block_hash in hashes if block_hash not in before]
             self._keep_loose(holder, unplaced, _BIT[tier])
         self._make_room()
@@ -298,6 +293,20 @@ class PrefixIndex:
                 holder.runs.discard(run)
             masks.clear()
         self._tree.trim(run)
+
+
+def _held_by(mask: int, run: Run, hashes: Sequence[int], start: int) -> tuple[int, int]:
+    """The bits of `mask` that mean `hashes[start:]`, as far as those follow each other backwards
+    through the end of what is held, as they do when leaves go first; else of the first alone."""
+    last = mask.bit_length() - 1
+    if last >= 0 and run.hashes[last] == hashes[start]:
+        count = min(last + 1, len(hashes) - start)
+        first = last + 1 - count
+        same = run.hashes[first : last + 1].tolist()[::-1] == hashes[start : start + count]
+        if same and mask >> first == (1 << count) - 1:
+            return mask >> first << first, count
+        return 1 << last, 1
+    return mask & 1 << run.index(hashes[start]), 1
 
 
 def _masks(run: Run, tier: Tier) -> dict[str, int]:

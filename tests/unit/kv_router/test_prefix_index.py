@@ -67,7 +67,9 @@ def check(index: PrefixIndex, naive: Naive) -> None:
         assert len(run.hashes) == run.num_needed() <= block_tree.RUN_BLOCKS
         assert run.parent is None or (run.parent in runs and run.parent.forks[run.at] > 0)
         assert 0 not in {*run.device.values(), *run.host.values()}
-    assert sum(sum(run.forks.values()) for run in runs) == sum(run.parent is not None for run in runs)
+    assert sum(sum(run.forks.values()) for run in runs) == sum(
+        run.parent is not None for run in runs
+    )
 
 
 @pytest.mark.parametrize("orderly", [True, False], ids=["leaf-first", "any-order"])

@@ -171,12 +171,44 @@ class RouterConfig(_Section, frozen=True):
     ] = "kv"
     overlap_weight: Annotated[
         Annotated[float, Meta(ge=0)],
-        Meta(description="Weight of tokens to prefill against decode load, for `kv`."),
-    ] = 1.0
+        Meta(
+            description="Weight of what a worker lacks of a prompt against its load, for `kv`. Higher: better hit rate, less even load."
+        ),
+    ] = 2.0
+    host_tier_weight: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        Meta(
+            description="Worth of a cached block in a worker's host tier, against 1 for one on the device."
+        ),
+    ] = 0.75
     temperature: Annotated[
         Annotated[float, Meta(ge=0)],
         Meta(description="Softmax temperature over costs; 0 picks the cheapest."),
     ] = 0.0
+    session_affinity: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        Meta(
+            description="Share of a prompt that counts as cached where its session's last one went. With policies other than `kv`, anything above 0 keeps a session where it is."
+        ),
+    ] = 0.0
+    local_prefill_tokens: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(
+            description="A decode worker that lacks at most this much of a prompt computes it itself. Default: one block."
+        ),
+    ] = None
+    local_prefill_when_idle: Annotated[
+        bool,
+        Meta(
+            description="So does one that runs nothing, when it would be done before any prefill worker."
+        ),
+    ] = True
+    index_max_blocks: Annotated[
+        Positive,
+        Meta(
+            description="Blocks the prefix index remembers, at about 100 bytes each; the coldest go first."
+        ),
+    ] = 4_000_000
 
 
 class FrontendConfig(_Section, frozen=True):

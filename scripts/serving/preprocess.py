@@ -34,6 +34,7 @@ class PreparedRequest(Struct, frozen=True):
     """One sequence to generate: what the pipeline sends and what the detokenizer needs.
 
     `stop` holds strings, found by the detokenizer; token ids that stop are in `sampling`.
+    `session` names what the request belongs to, if the caller said.
     """
 
     request_id: str
@@ -41,6 +42,7 @@ class PreparedRequest(Struct, frozen=True):
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
     skip_special_tokens: bool = True
+    session: str | None = None
     trace: RequestTrace = field(default_factory=RequestTrace)
 
 

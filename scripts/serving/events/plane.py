@@ -19,7 +19,14 @@ from nats.errors import SlowConsumerError
 
 from serving.errors import DeadlineExceeded, InstanceLost
 from serving.events.pieces import KvSnapshot, SnapshotParts, snapshot_parts, split_events
-from serving.protocol import KvEvent, KvEventBatch, KvSnapshotPart, LoadReport, msgpack_encode
+from serving.protocol import (
+    KvEvent,
+    KvEventBatch,
+    KvSnapshotPart,
+    LoadReport,
+    RoutedBatch,
+    msgpack_encode,
+)
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +192,14 @@ class EventPlane:
         """Receive from all instances of the namespace. See also `on_reconnect`."""
         await self._listen(f"{self._namespace}.kv.*", self._decoding(KvEventBatch, on_kv))
         await self._listen(f"{self._namespace}.load.*", self._decoding(LoadReport, on_load))
+
+    async def subscribe_routed(self, on_routed: Callable[[RoutedBatch], None]) -> None:
+        """Receive what all frontends of the namespace send where, ourselves included."""
+        await self._listen(f"{self._namespace}.routed", self._decoding(RoutedBatch, on_routed))
+
+    def publish_routed(self, batch: RoutedBatch) -> None:
+        """Tell the other frontends; never waits, never fails."""
+        self._enqueue(f"{self._namespace}.routed", msgpack_encode(batch))
 
     async def request_snapshot(self, instance_id: str, deadline_s: float) -> KvSnapshot:
         """Ask one worker what it holds.

@@ -21,6 +21,7 @@ from serving.frontend.app import create_app
 from serving.frontend.instances import Instances
 from serving.frontend.metrics import Metrics
 from serving.frontend.pipeline import Pipeline
+from serving.frontend.sharing import Sharing
 from serving.kv_router.router import KvRouter
 from serving.process_config import FrontendProcess, announce_ready, read
 
@@ -41,6 +42,8 @@ async def run(process: FrontendProcess) -> None:
         instances = Instances(router, events, tasks, metrics)
         events.on_reconnect = instances.on_reconnect
         await events.subscribe(instances.on_kv, instances.on_load)
+        sharing = Sharing(router, events)
+        await events.subscribe_routed(sharing.on_batch)
         discovery = await stack.enter_async_context(
             Discovery.connect(
                 process.planes.etcd_endpoint,
@@ -51,6 +54,7 @@ async def run(process: FrontendProcess) -> None:
         owned = [
             tasks.create_task(instances.synchronise_forever(), name="synchronise"),
             tasks.create_task(discovery.watch(instances.up, instances.down), name="watch"),
+            tasks.create_task(sharing.stay_in_touch(), name="sharing"),
         ]
         pipeline = Pipeline(process, router, instances, metrics)
         stack.push_async_callback(pipeline.close)

@@ -191,7 +191,7 @@ class Pipeline:
         route = self._router.route(
             sequence.hashes(self._router),
             role,
-            exclude=sequence.tried,
+            exclude=self._excluded(sequence, role),
             request_id=sequence.prepared.request_id,
             session=sequence.prepared.session,
         )
@@ -201,14 +201,16 @@ class Pipeline:
         """To a decode instance that had better prefill by itself, if there is one."""
         route = self._router.route_local(
             sequence.hashes(self._router),
-            exclude=sequence.tried,
+            exclude=self._excluded(sequence, "decode"),
             request_id=sequence.prepared.request_id,
             session=sequence.prepared.session,
         )
         return route and self._noted(sequence, route)
 
     def _noted(self, sequence: Sequence, route: Route) -> Route:
-        trace = sequence.prepared.trace
+        trace, siblings = sequence.prepared.trace, sequence.prepared.siblings
+        if siblings is not None:
+            siblings.instances[route.role] = route.instance_id
         trace.instances.append(route.instance_id)
         trace.overlap_blocks = max(trace.overlap_blocks, route.overlap_blocks)
         self._metrics.observe_routed(
@@ -219,6 +221,15 @@ class Pipeline:
             route.overlap_tokens,
         )
         return route
+
+    def _excluded(self, sequence: Sequence, role: Phase) -> set[str]:
+        """Where it must not go: where it was tried, and where its siblings are not."""
+        siblings = sequence.prepared.siblings
+        home = siblings.instances.get(role) if siblings is not None else None
+        if home is None:
+            return sequence.tried
+        left = {one.instance_id for one in self._router.instances(role, exclude=sequence.tried)}
+        return sequence.tried | (left - {home}) if home in left else sequence.tried
 
     async def _stream(
         self, sequence: Sequence, route: Route, phase: Phase, **more: Any
@@ -292,6 +303,7 @@ class Pipeline:
         return {
             "topology": self._process.topology,
             "model": self._process.model_name,
+            "dummy_weights": self.card is not None and self.card.dummy_weights,
             "policy": self._process.router.policy,
             "instances": self._instances.describe(),
             "refused": dict(self._router.refused),

@@ -29,7 +29,6 @@ from serving.config import RouterConfig
 from serving.kv_router.load import Load
 from serving.protocol import Role
 
-
 BLOCKS_READ_PER_COMPUTED = 32
 """Held blocks slow what is computed beside them, since each step reads them all, but far less than
 computing as many would. At a 16th to a 64th, first tokens come as early as without this term."""
@@ -69,7 +68,7 @@ class Choice(NamedTuple):
     load: Mapping[str, Load]
     turn: int = 0
     content: int | None = None
-    hashes: list[int] = []
+    hashes: Sequence[int] = ()
 
 
 Select = Callable[[Choice], str]

@@ -7,6 +7,8 @@ missing batch or a snapshot arrives; until then the index keeps what it had, sli
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec import Struct
 
 from serving.kv_router.prefix_index import PrefixIndex
@@ -62,13 +64,15 @@ class EventSequence:
             self.synchronised = False
             self._keep(batch)
 
-    def on_snapshot(self, seq: int, block_hashes: list[int]) -> None:
-        """The instance held exactly `block_hashes` after its batch number `seq`."""
+    def on_snapshot(
+        self, seq: int, block_hashes: Sequence[int], host_hashes: Sequence[int] = ()
+    ) -> None:
+        """The instance held exactly these, on its device and its host, after batch number `seq`."""
         if seq < self.last_seq:
             self._counters.duplicates += 1
             return
         self._counters.snapshots += 1
-        self._index.replace(self._instance_id, block_hashes)
+        self._index.replace(self._instance_id, block_hashes, host_hashes)
         self.last_seq = seq
         for old in [number for number in self._buffer if number <= seq]:
             self._take(old)

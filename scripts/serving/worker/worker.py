@@ -88,6 +88,10 @@ class Worker:
             kv_transport=self.handover.transport,
             local_prefill_fallbacks=stats.local_prefills,
             preemptions=load.preemptions,
+            host_cached_blocks=load.host_cached_blocks,
+            num_host_blocks=load.num_host_blocks,
+            offloaded_blocks=load.offloaded_blocks,
+            onloaded_blocks=load.onloaded_blocks,
         )
 
     # --- life ----------------------------------------------------------------------------------

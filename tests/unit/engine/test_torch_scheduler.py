@@ -47,6 +47,7 @@ def step(books: Scheduler) -> list[tuple[str, int, int]]:
     chunks = books.schedule()
     shape = [(c.sequence.request_id, c.start, c.length) for c in chunks]
     sampling = [c for c in chunks if c.samples]
+    books.launched(chunks)
     books.complete(chunks, [7] * len(sampling), [None] * len(sampling))
     books.check_integrity()
     return shape
@@ -120,6 +121,7 @@ def test_abort_in_flight_keeps_blocks_until_the_step_is_over(new: Arrivals) -> N
     books.abort("r1")
     assert books.take_outputs()[-1].finish_reason == "cancelled"
     assert books.pool.num_held == 3
+    books.launched(chunks)
     books.complete(chunks, [7], [None])
     assert books.pool.num_held == 0
     assert books.take_outputs() == []

@@ -1,8 +1,9 @@
-"""Loads the model and computes steps: flattened tokens in, logits of the sampling rows out."""
+"""Loads the model and computes steps: flattened tokens in, chosen tokens out."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import psutil
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from serving.engine.torch import packed_linear
+from serving.engine.torch import dummy_weights, packed_linear
 from serving.engine.torch.attention import (
     NAME,
     AttentionOptions,
@@ -21,29 +22,85 @@ from serving.engine.torch.attention import (
     order_decodes,
 )
 from serving.engine.torch.kv_pool import KvPool
+from serving.engine.torch.sampler import Pending, Sampler, report_tokens
 from serving.engine.torch.sequence import Chunk
 from serving.errors import ModelError, OperatorError
 from serving.kv_layout import KvLayout
+from serving.protocol import TokenLogprob
 
 log = logging.getLogger(__name__)
 
-# Shares of free memory that a KV pool of unstated size may take. On CPU, workers share a host.
+# Share of free memory that a KV pool of unstated size may take on CPU, where workers share a host.
 _CPU_SHARE = 0.25
-_CUDA_SHARE = 0.85
+
+
+@dataclass
+class Launched:
+    """A step under way. `chunks` are in the order in which they are computed."""
+
+    chunks: list[Chunk]
+    pending: Pending | None
+    # Of the prompts' own tokens, chunk by chunk, where that was asked for.
+    prompt_report: Pending | None = None
+
+    def result(self) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Wait for the step; the tokens of the chunks that sample, in their order.
+
+        What was reported of prompts is in their sequences then.
+        """
+        if self.prompt_report is not None:
+            entries = self.prompt_report.result()[1]
+            for chunk in self.chunks:
+                own, entries = entries[: chunk.num_reported], entries[chunk.num_reported :]
+                if own:
+                    # From `start` on: a preempted prompt is computed and reported again.
+                    known = chunk.sequence.prompt_logprobs
+                    known[chunk.start :] = [entry for entry in own if entry is not None]
+        return ([], []) if self.pending is None else self.pending.result()
 
 
 class ModelRunner:
     """A loaded model and its KV pool. Used by one thread, inside `torch.inference_mode`."""
 
-    def __init__(self, engine_dir: Path, *, device: str, dtype: str, block_size: int) -> None:
-        """Raises ModelError when the folder does not load or attention is not what we page."""
+    # Steps that may be launched before the first one's tokens are known.
+    depth = 1
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        *,
+        device: str,
+        dtype: str,
+        block_size: int,
+        max_model_len: int,
+        max_batch_size: int,
+        max_num_batched_tokens: int,
+        gpu_memory_fraction: float,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
+        """Raises ModelError when the folder does not load or attention is not what we page.
+
+        `kv_cache_dtype` is torch's name of what keys and values are kept in, or `auto` for what
+        the model computes in.
+        """
+        self._max_model_len, self._max_batch = max_model_len, max_batch_size
+        self._max_tokens = max_num_batched_tokens
+        self._memory_fraction = gpu_memory_fraction
         AttentionInterface.register(NAME, attend_paged)
         self.device = torch.device(device)
         torch_dtype: torch.dtype = getattr(torch, dtype)
+        model: Any
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
-            )
+            if dummy := dummy_weights.of_engine(engine_dir):
+                model = dummy_weights.make_model(
+                    engine_dir, dummy.seed, self.device, torch_dtype, attention=NAME
+                )
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
+                )
+        except OperatorError:
+            raise
         except Exception as exc:  # transformers and safetensors raise whatever they meet
             raise ModelError(
                 f"{engine_dir} does not load: {exc}", remedy="rebuild the engine folder"
@@ -54,18 +111,20 @@ class ModelRunner:
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         if packed_linear.can_pack(device, torch_dtype):
             log.info("packed %d linear layers", packed_linear.pack_linears(self._model))
-        self.layout = self._probe(block_size)
+        self.layout = self._probe(block_size, kv_cache_dtype)
+        self._sampler = Sampler(self.vocab_size, self.device)
         self.pool: KvPool
 
-    def allocate_pool(
-        self, kv_cache_tokens: int | None, *, max_model_len: int, max_batch_size: int
-    ) -> int:
+    def allocate_pool(self, kv_cache_tokens: int | None) -> int:
         """Create the pool; returns its number of usable blocks.
 
         Raises OperatorError when it cannot hold one request of `max_model_len`.
         """
-        wanted = max_batch_size * max_model_len
-        tokens = self._default_tokens(wanted) if kv_cache_tokens is None else kv_cache_tokens
+        max_model_len = self._max_model_len
+        if kv_cache_tokens is None:
+            tokens = self.free_for_kv() // self.layout.token_bytes
+        else:
+            tokens = kv_cache_tokens
         num_blocks = tokens // self.layout.block_size
         needed = self.layout.num_blocks(max_model_len)
         if num_blocks < needed:
@@ -88,12 +147,15 @@ class ModelRunner:
             ) from exc
         return num_blocks
 
-    def execute(self, chunks: list[Chunk]) -> tuple[list[Chunk], torch.Tensor]:
-        """Compute one step.
+    def free_for_kv(self) -> int:
+        """Bytes that a KV pool of unstated size takes."""
+        room = int(psutil.virtual_memory().available * _CPU_SHARE)
+        # Whole blocks for every request of a full batch.
+        num_blocks = self._max_batch * self._max_model_len // self.layout.block_size + 1
+        return min(room, num_blocks * self.layout.block_bytes)
 
-        Returns the chunks in the order they were computed in, and the float32 logits
-        `[B, vocab]` of those of them that sample, in that order.
-        """
+    def launch(self, chunks: list[Chunk]) -> Launched:
+        """Compute one step and choose its tokens; on CPU both are done when this returns."""
         decodes = [chunk for chunk in chunks if chunk.length == 1]
         decodes = [decodes[i] for i in order_decodes([c.start + 1 for c in decodes])]
         ordered = decodes + [chunk for chunk in chunks if chunk.length > 1]
@@ -101,15 +163,32 @@ class ModelRunner:
         step = PagedStep(self.pool, spans[: len(decodes)], spans[len(decodes) :])
         ids: list[int] = []
         positions: list[int] = []
-        sampling_rows: list[int] = []
+        rows: list[int] = []
+        reported: list[int] = []
         for chunk in ordered:
             end = chunk.start + chunk.length
+            reported += range(len(ids), len(ids) + chunk.num_reported)
             ids += chunk.sequence.tokens[chunk.start : end]
             positions += range(chunk.start, end)
             if chunk.samples:
-                sampling_rows.append(len(ids) - 1)
-        logits = self._forward(ids, positions, sampling_rows, step)
-        return ordered, logits
+                rows.append(len(ids) - 1)
+        logits = self._compute_rows(ids, positions, rows + reported, step)
+        return self._choose(ordered, logits)
+
+    def _choose(self, chunks: list[Chunk], logits: torch.Tensor) -> Launched:
+        """Sample from the first rows of `logits`; the others are for what chunks report."""
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        count = len(sequences)
+        pending = self._sampler.sample(logits[:count], sequences) if sequences else None
+        tokens: list[int] = []
+        widths: list[int] = []
+        for chunk in chunks:
+            if num_reported := chunk.num_reported:
+                first = chunk.start + 1
+                tokens += chunk.sequence.tokens[first : first + num_reported]
+                widths += [chunk.sequence.sampling.prompt_logprobs or 0] * num_reported
+        report = report_tokens(logits[count:], tokens, widths) if tokens else None
+        return Launched(chunks, pending, report)
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a prefill and a decode step on blocks that nobody has yet, then wipe them."""
@@ -117,31 +196,42 @@ class ModelRunner:
         blocks = list(range(1, 2 + self.layout.num_blocks(num_tokens)))[: len(self.pool.tensor) - 1]
         length = min(num_tokens, len(blocks) * self.layout.block_size) - 1
         prefill = PagedStep(self.pool, [], [SequenceSpan(blocks, 0, length)])
-        self._forward([0] * length, list(range(length)), [length - 1], prefill)
+        self._compute_rows([0] * length, list(range(length)), [length - 1], prefill)
         decode = PagedStep(self.pool, [SequenceSpan(blocks, length, 1)], [])
-        self._forward([0], [length], [0], decode)
+        self._compute_rows([0], [length], [0], decode)
         self.pool.clear(blocks)
 
-    def _forward(
+    def _compute_rows(
         self, ids: list[int], positions: list[int], rows: list[int], step: AttentionStep
     ) -> torch.Tensor:
-        inputs = torch.tensor([ids, positions, rows + [0] * (len(ids) - len(rows))])
-        inputs = inputs.to(self.device)
+        inputs = torch.tensor([ids, positions]).to(self.device)
+        return self._forward(
+            inputs[0], inputs[1], torch.tensor(rows, dtype=torch.long).to(self.device), step
+        )
+
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor | None,
+        step: AttentionStep,
+    ) -> torch.Tensor:
+        """Logits (float32) of `rows` of the flattened tokens `ids` `[T]`; None: of all."""
         out = self._model(
-            input_ids=inputs[0:1],
-            position_ids=inputs[1:2],
+            input_ids=ids[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=inputs[2, : len(rows)],
+            logits_to_keep=0 if rows is None else rows,
             kv_step=step,
         )
         logits: torch.Tensor = out.logits[0]
         return logits.float()
 
-    def _probe(self, block_size: int) -> KvLayout:
+    def _probe(self, block_size: int, kv_cache_dtype: str) -> KvLayout:
         """Learn the shape of KV from one forward pass: config fields differ between models."""
-        probe = _Probe()
+        probe = Probe()
         with torch.inference_mode():
-            self._forward([0], [0], [0], probe)
+            self._compute_rows([0], [0], [0], probe)
         shapes = set(probe.shapes.values())
         layers = sorted(probe.shapes)
         if len(shapes) != 1 or layers != list(range(len(layers))):
@@ -153,21 +243,13 @@ class ModelRunner:
         (key_heads, key_dim), value_shape = shapes.pop()
         if (key_heads, key_dim) != value_shape:
             raise ModelError("keys and values differ in shape", remedy="choose another model")
-        dtype = str(probe.dtype).removeprefix("torch.")
+        dtype = kv_cache_dtype
+        if dtype == "auto":
+            dtype = str(probe.dtype).removeprefix("torch.")
         return KvLayout(len(layers), key_heads, key_dim, block_size, dtype)
 
-    def _default_tokens(self, wanted: int) -> int:
-        """Pool size in tokens when the configuration leaves it open."""
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            return int(free * _CUDA_SHARE) // self.layout.token_bytes
-        room = int(psutil.virtual_memory().available * _CPU_SHARE) // self.layout.token_bytes
-        # Whole blocks for every request of a full batch.
-        per_batch = wanted + self.layout.block_size - wanted % self.layout.block_size
-        return min(room, per_batch)
 
-
-class _Probe:
+class Probe:
     """Stands behind the attention layers once and notes what they are given."""
 
     def __init__(self) -> None:

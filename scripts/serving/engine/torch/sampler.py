@@ -1,8 +1,11 @@
-"""Logits to tokens: penalties, temperature, filters, logprobs, reproducible randomness.
+"""Logits to tokens: penalties, biases, temperature, filters, logprobs, reproducible randomness.
 
 The random number behind a token depends only on the request's seed and on the token's position in
 the output. So a seeded request gives the same tokens in any batch, after a preemption, and when
 another worker continues it.
+
+On CUDA nothing here waits for the device before `Pending.result`: what the host decides goes up in
+one copy when the batch changes, and what was chosen comes down in one copy a step.
 """
 
 from __future__ import annotations
@@ -12,167 +15,159 @@ from collections.abc import Sequence as Rows
 import numpy as np
 import torch
 
+from serving.engine.torch import nucleus
+from serving.engine.torch.guidance import Masks
+from serving.engine.torch.penalties import Penalties
+from serving.engine.torch.sampling_batch import Filters, SamplingBatch
 from serving.engine.torch.sequence import Sequence
-from serving.protocol import SamplingParams, TokenLogprob
-
-# Candidates looked at before falling back to a full sort of the vocabulary.
-_TOP_CANDIDATES = 512
+from serving.engine.torch.upload import upload
+from serving.protocol import TokenLogprob
 
 
-def sample(
-    logits: torch.Tensor, sequences: Rows[Sequence]
-) -> tuple[list[int], list[TokenLogprob | None]]:
-    """Choose the next token of each sequence from its row of `logits` (`[B, vocab]`, float32)."""
-    params = [sequence.sampling for sequence in sequences]
-    wants_logprobs = [p.logprobs is not None for p in params]
-    # What is reported is what the model said, before anything below changes it.
-    raw = torch.log_softmax(logits, dim=-1) if any(wants_logprobs) else None
-    logits = _penalize(logits, sequences)
-    logits = _mask_stops(logits, sequences)
-    chosen = logits.argmax(dim=-1)
-    random = [i for i, p in enumerate(params) if p.temperature > 0]
-    if random:
-        rows = torch.tensor(random, device=logits.device)
-        chosen[rows] = _draw(logits[rows], [sequences[i] for i in random])
-    tokens = chosen.tolist()
-    if raw is None:
-        return tokens, [None] * len(tokens)
-    return tokens, _report(raw, chosen, params)
+class Pending:
+    """Tokens that were chosen on the device. `tokens` is int64 `[B]`, usable there at once."""
+
+    def __init__(self, tokens: torch.Tensor, report: Report | None) -> None:
+        self.tokens, self._report = tokens, report
+        outcome = tokens if report is None else report.packed(tokens)
+        self._event: torch.cuda.Event | None = None
+        self._outcome = outcome
+        if outcome.is_cuda:
+            self._outcome = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True)
+            self._outcome.copy_(outcome, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def result(self) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Wait; the tokens, and the logprobs of those rows that asked for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        if self._report is None:
+            tokens: list[int] = self._outcome.tolist()
+            return tokens, [None] * len(tokens)
+        return self._report.read(self._outcome)
 
 
-def uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) of one output position. Philox is counter-based: no state."""
-    bits = np.random.Philox(key=seed, counter=[position, 0, 0, 0])
-    return float(np.random.Generator(bits).random())
+class Sampler:
+    """Chooses the next tokens of an engine's batches. Used by one thread."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._device = device
+        self._penalties = Penalties(vocab_size, device)
+        self._masks = Masks(device)
+        self._batch: SamplingBatch | None = None
+
+    def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> Pending:
+        """Choose the next token of each sequence from its row of `logits` (`[B, vocab]`, float32).
+
+        Where a sequence `needs_token_values`, its `tokens` must all be known.
+        """
+        batch = self._batch
+        if batch is None or not batch.advance(sequences):
+            batch = self._batch = SamplingBatch(sequences, logits.shape[-1], self._device)
+        # What is reported is what the model said, before anything below changes it.
+        raw = logits
+        logits = self._adjusted(logits, batch)
+        tokens = logits.argmax(dim=-1)
+        if batch.random is not None:
+            rows = batch.random
+            tokens = rows.put(tokens, self._draw(rows.take(logits), batch))
+        report = None
+        if batch.reported is not None:
+            rows, widths = batch.reported, batch.widths
+            report = Report(rows.take(raw), rows.take(tokens), rows.host, widths)
+        return Pending(tokens, report)
+
+    def _adjusted(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+        """Penalties, then biases, then what must not come. `logits` itself stays as it is."""
+        own = logits
+        if batch.penalized is not None:
+            rows = batch.penalized
+            part = self._penalties.apply(rows.take(own), [batch.sequences[i] for i in rows.host])
+            own = rows.put(own, part)
+        if batch.biases is not None:
+            at, values = batch.biases
+            own = own.index_put((at[0], at[1]), values, accumulate=True)
+        if batch.forbidden is not None:
+            at = batch.forbidden
+            never = torch.full((), -torch.inf, device=own.device)
+            own = own.index_put((at[0], at[1]), never)
+        if batch.guided is not None:
+            rows = batch.guided
+            guided = [batch.sequences[i] for i in rows.host]
+            forbidden = self._masks.forbidden(guided, own.shape[-1])
+            own = rows.put(own, rows.take(own).masked_fill(forbidden, -torch.inf))
+        return own
+
+    def _draw(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+        """Inverse-CDF sampling over the filtered probabilities, in vocabulary order."""
+        probs = torch.softmax(logits / batch.temperature, dim=-1)
+        if batch.filters is not None:
+            rows = batch.filters.rows
+            probs = rows.put(probs, _filter(rows.take(probs), batch.filters))
+        cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+        total = cumulative[:, -1:].contiguous()
+        chosen = torch.searchsorted(cumulative, batch.draws[:, None] * total, right=True)[:, 0]
+        # Rounding can put the target at the very end, past the last token with any probability.
+        last = torch.searchsorted(cumulative, total)[:, 0]
+        return torch.minimum(chosen, last).clamp_(max=logits.shape[-1] - 1)
 
 
-def _penalize(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
-    """Presence and frequency penalties look at the output, repetition at prompt and output."""
-    penalized = [
-        i
-        for i, s in enumerate(sequences)
-        if s.sampling.presence_penalty
-        or s.sampling.frequency_penalty
-        or s.sampling.repetition_penalty != 1.0
-    ]
-    if not penalized:
-        return logits
-    device = logits.device
-    rows = torch.tensor(penalized, device=device)
-    chosen = [sequences[i] for i in penalized]
-    counts = _token_counts([s.tokens[s.num_prompt :] for s in chosen], logits)
-    seen = _token_counts([s.tokens for s in chosen], logits) > 0
-    presence, frequency, repetition = torch.tensor(
-        [
-            (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
-            for p in (s.sampling for s in chosen)
-        ],
-        device=device,
-    ).T[:, :, None]
-    part = logits[rows]
-    repeated = torch.where(part > 0, part / repetition, part * repetition)
-    part = torch.where(seen, repeated, part)
-    part = part - counts * frequency - (counts > 0) * presence
-    return logits.index_copy(0, rows, part)
+def _filter(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
+    """Zero what `top_k`, then `top_p`, then `min_p` exclude."""
+    if filters.widest_k:
+        threshold = nucleus.top_k_threshold(probs, filters.top_k, filters.widest_k)
+        probs = probs * (probs >= threshold)
+    if filters.has_top_p:
+        # `top_p` refers to what `top_k` left, renormalised.
+        mass = filters.top_p * probs.sum(dim=-1)
+        threshold = nucleus.top_p_threshold(probs, mass)
+        threshold = torch.where(filters.top_p[:, None] < 1, threshold, 0.0)
+        probs = probs * (probs >= threshold)
+    if filters.has_min_p:
+        threshold = filters.min_p[:, None] * probs.amax(dim=-1, keepdim=True)
+        probs = probs * (probs >= threshold)
+    return probs
 
 
-def _token_counts(token_lists: list[list[int]], like: torch.Tensor) -> torch.Tensor:
-    """`[B, vocab]`: how often each token occurs in each list."""
-    counts = torch.zeros_like(like[: len(token_lists)])
-    rows = [row for row, tokens in enumerate(token_lists) for _ in tokens]
-    columns = [token for tokens in token_lists for token in tokens]
-    index = torch.tensor([rows, columns], dtype=torch.long, device=like.device)
-    ones = torch.ones(len(rows), dtype=counts.dtype, device=like.device)
-    return counts.index_put_((index[0], index[1]), ones, accumulate=True)
+def report_tokens(logits: torch.Tensor, tokens: list[int], widths: list[int]) -> Pending:
+    """Log-probabilities of `tokens` that are there already, a row of `logits` for each."""
+    (given,) = upload([np.array(tokens, dtype=np.int64)], logits.device)
+    return Pending(given, Report(logits, given, list(range(len(tokens))), widths))
 
 
-def _mask_stops(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
-    """Until `min_tokens`, no token may end the request."""
-    pairs = [
-        (row, token)
-        for row, s in enumerate(sequences)
-        if s.num_output < s.sampling.min_tokens
-        for token in s.sampling.stop_token_ids
-    ]
-    if not pairs:
-        return logits
-    index = torch.tensor(pairs, device=logits.device).T
-    value = torch.tensor(-torch.inf, device=logits.device)
-    return logits.index_put((index[0], index[1]), value)
+class Report:
+    """Log-probabilities of chosen tokens and of the likeliest ones, for some rows of a batch.
 
+    `rows` are their places in the batch, `widths` how many alternatives each of them wants.
+    """
 
-def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
-    """Inverse-CDF sampling over the filtered probabilities, in vocabulary order."""
-    params = [s.sampling for s in sequences]
-    temperature = torch.tensor([p.temperature for p in params], device=logits.device)
-    probs = torch.softmax(logits / temperature[:, None], dim=-1)
-    probs = _filter(probs, params)
-    cumulative = probs.double().cumsum(dim=-1)
-    draws = [uniform(s.seed, s.num_output) for s in sequences]
-    total = cumulative[:, -1:].contiguous()
-    targets = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * total
-    chosen = torch.searchsorted(cumulative, targets, right=True)[:, 0]
-    # Rounding can put the target at the very end, past the last token with any probability.
-    last = torch.searchsorted(cumulative, total)[:, 0]
-    return torch.minimum(chosen, last)
+    def __init__(
+        self, raw: torch.Tensor, chosen: torch.Tensor, rows: list[int], widths: list[int]
+    ) -> None:
+        self._rows, self._widths = rows, widths
+        logprobs = torch.log_softmax(raw, dim=-1)
+        self._own = logprobs.gather(1, chosen[:, None])
+        self._width = min(max(widths), raw.shape[-1])
+        self._top, self._ids = logprobs.topk(self._width, dim=-1)
 
+    def packed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All numbers in one float64 vector, in which ids are exact."""
+        parts = (tokens, self._own, self._ids, self._top)
+        return torch.cat([part.reshape(-1).double() for part in parts])
 
-def _filter(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Zero what `top_k`, then `top_p`, then `min_p` exclude. Rows without filters stay whole."""
-    filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0]
-    if not filtered:
-        return probs
-    rows = torch.tensor(filtered, device=probs.device)
-    part = probs[rows]
-    chosen = [params[i] for i in filtered]
-    vocab = part.shape[-1]
-    top_k = torch.tensor(
-        [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in chosen], device=probs.device
-    )[:, None]
-    top_p, min_p = torch.tensor([(p.top_p, p.min_p) for p in chosen], device=probs.device).T[
-        :, :, None
-    ]
-    width = min(_TOP_CANDIDATES, vocab)
-    keep, order, is_complete = _keep(part, width, top_k, top_p, min_p)
-    if not is_complete:
-        keep, order, _ = _keep(part, vocab, top_k, top_p, min_p)
-    mask = torch.zeros_like(part, dtype=torch.bool).scatter_(1, order, keep)
-    return probs.index_copy(0, rows, part * mask)
-
-
-def _keep(
-    probs: torch.Tensor,
-    width: int,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Which of the `width` likeliest tokens stay, their ids, and whether no other one could."""
-    top, order = probs.topk(width, dim=-1)
-    rank = torch.arange(width, device=probs.device)
-    in_k = rank < top_k
-    # `top_p` refers to what `top_k` left, renormalised; without `top_k` that is everything.
-    has_k = top_k < probs.shape[-1]
-    mass = torch.where(has_k, (top * in_k).sum(-1, keepdim=True), torch.ones_like(top_p))
-    before = (top * in_k).cumsum(dim=-1) - top * in_k
-    in_p = before < top_p * mass
-    in_p[:, 0] = True  # top_p 0 means the likeliest token
-    keep = in_k & in_p & (top >= min_p * top[:, :1])
-    cut = ~keep[:, -1]  # the last candidate is out, so all below it are
-    return keep, order, width == probs.shape[-1] or bool(cut.all())
-
-
-def _report(
-    raw: torch.Tensor, chosen: torch.Tensor, params: list[SamplingParams]
-) -> list[TokenLogprob | None]:
-    width = min(max((p.logprobs or 0) for p in params), raw.shape[-1])
-    top, ids = raw.topk(width, dim=-1) if width else (raw[:, :0], raw[:, :0].long())
-    own = raw.gather(1, chosen[:, None])[:, 0].tolist()
-    report: list[TokenLogprob | None] = []
-    for row, (p, token, logprob) in enumerate(zip(params, chosen.tolist(), own, strict=True)):
-        if p.logprobs is None:
-            report.append(None)
-            continue
-        best = zip(ids[row, : p.logprobs].tolist(), top[row, : p.logprobs].tolist(), strict=True)
-        report.append(TokenLogprob(token, logprob, list(best)))
-    return report
+    def read(self, outcome: torch.Tensor) -> tuple[list[int], list[TokenLogprob | None]]:
+        """What `packed` packed, on the host."""
+        count, width = len(self._rows), self._width
+        num_tokens = len(outcome) - count * (1 + 2 * width)
+        numbers = outcome.tolist()
+        tokens = [int(number) for number in numbers[:num_tokens]]
+        own = numbers[num_tokens : num_tokens + count]
+        ids = numbers[num_tokens + count :]
+        top = ids[count * width :]
+        report: list[TokenLogprob | None] = [None] * num_tokens
+        for i, (row, wanted) in enumerate(zip(self._rows, self._widths, strict=True)):
+            first, last = i * width, i * width + min(wanted, width)
+            best = [(int(t), p) for t, p in zip(ids[first:last], top[first:last], strict=True)]
+            report[row] = TokenLogprob(tokens[row], own[i], best)
+        return tokens, report

@@ -3,6 +3,10 @@
 Pure bookkeeping over a `BlockPool`; no tensors, no threads (the engine locks around every call).
 Between `schedule` and `complete` the sequences of the step are in flight: aborting one tells the
 caller at once, and its blocks are freed when the step is over.
+
+A step may be scheduled while the one before is under way, on the assumption that no sequence ends
+in that one but by its length. Where a stop token proves this wrong, what was computed too much is
+dropped. Steps complete in the order in which they were scheduled.
 """
 
 from __future__ import annotations
@@ -12,9 +16,13 @@ from dataclasses import dataclass, field
 
 from serving.engine.base import EngineLoad
 from serving.engine.torch.block_pool import BlockPool
-from serving.engine.torch.sequence import Chunk, Sequence, State
+from serving.engine.torch.sequence import UNKNOWN_TOKEN, Chunk, Sequence, State
 from serving.errors import InvalidRequest, Overloaded
 from serving.protocol import EngineOutput, ErrorInfo, FinishReason, KvEvent, TokenLogprob
+
+
+# Prompt tokens in a step whose log-probabilities are told: each needs a row of logits.
+_MAX_REPORTED = 256
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Scheduler:
     _zombies: list[Sequence] = field(default_factory=list)  # aborted in flight
     _computing: dict[int, Sequence] = field(default_factory=dict)  # block hash -> who computes it
     _outputs: list[EngineOutput] = field(default_factory=list)
+    _num_reportable: int = 0  # of `_MAX_REPORTED`, left in the step being scheduled
 
     # --- requests ------------------------------------------------------------------------------
 
@@ -69,6 +78,11 @@ class Scheduler:
         if self._live.get(sequence.request_id) is sequence:
             self._finish(sequence, None)
 
+    def refuse(self, sequence: Sequence, error: ErrorInfo) -> None:
+        """End it with an error that is its own."""
+        if self._live.get(sequence.request_id) is sequence:
+            self._finish(sequence, EngineOutput(sequence.request_id, [], "error", error=error))
+
     def release_export(self, request_id: str) -> None:
         sequence = self.exported.pop(request_id, None)
         if sequence is not None:
@@ -80,6 +94,7 @@ class Scheduler:
         assert sequence.state is State.RESERVED
         del self.reserved[sequence.request_id]
         sequence.num_computed = len(sequence.request.token_ids) - 1
+        sequence.num_scheduled = sequence.num_computed
         sequence.num_cached = sequence.num_computed
         self._store_full_blocks(sequence)
         sequence.state = State.RUNNING
@@ -87,20 +102,27 @@ class Scheduler:
 
     # --- steps ---------------------------------------------------------------------------------
 
-    def schedule(self) -> list[Chunk]:
+    def schedule(self, *, is_ahead: bool = False) -> list[Chunk]:
         """The next step: every running decode, then prefill chunks, then new admissions.
 
-        Empty when nothing can run (nothing there, or held exports and reservations take all room).
+        Empty when nothing can run (nothing there, or held exports and reservations take all
+        room). `is_ahead`: a step is under way; then also empty where a request would have to be
+        preempted, because the tokens of that step are needed for it.
         """
+        if is_ahead and not self._has_room_for_decodes():
+            return []
+        self._num_reportable = _MAX_REPORTED
         chunks = self._schedule_decodes()
         # Prefill never starves, even where decodes alone fill the budget.
         budget = max(self.limits.block_size, self.limits.max_num_batched_tokens - len(chunks))
         for sequence in self.running:
-            if budget > 0 and not sequence.in_flight and sequence.remaining > 1:
+            if budget > 0 and sequence.remaining > 1:
                 budget -= self._add_chunk(chunks, sequence, budget)
         for sequence in list(self.waiting):
             if budget <= 0:
                 break
+            if not sequence.is_ready:
+                continue  # its grammar is being compiled
             if self._is_being_computed(sequence):
                 continue  # the leading blocks come for free when the other one has them
             if not self._admit(sequence):
@@ -115,6 +137,13 @@ class Scheduler:
             if not self._admit(self.waiting[0]):
                 break
 
+    def launched(self, chunks: list[Chunk]) -> None:
+        """The step is under way: a later one may count on the tokens that it is choosing."""
+        for chunk in chunks:
+            if chunk.samples:
+                chunk.sequence.tokens.append(UNKNOWN_TOKEN)
+                chunk.sequence.num_unknown += 1
+
     def complete(
         self, chunks: list[Chunk], tokens: list[int], logprobs: list[TokenLogprob | None]
     ) -> None:
@@ -122,7 +151,7 @@ class Scheduler:
         sampled = iter(zip(tokens, logprobs, strict=True))
         for chunk in chunks:
             sequence = chunk.sequence
-            sequence.in_flight = False
+            sequence.in_flight -= 1
             outcome = next(sampled) if chunk.samples else None
             if sequence.state is State.DONE:
                 continue
@@ -136,7 +165,7 @@ class Scheduler:
         """The step raised: its requests end with an error, all others go on."""
         for chunk in chunks:
             sequence = chunk.sequence
-            sequence.in_flight = False
+            sequence.in_flight -= 1
             if sequence.state is not State.DONE:
                 error = ErrorInfo("EngineFailed", message)
                 self._finish(sequence, EngineOutput(sequence.request_id, [], "error", error=error))
@@ -145,7 +174,7 @@ class Scheduler:
     def fail_all(self, message: str) -> None:
         """The engine itself is broken: end every live request with an error."""
         for sequence in list(self._live.values()):
-            sequence.in_flight = False
+            sequence.in_flight = 0
             error = ErrorInfo("EngineFailed", message)
             self._finish(sequence, EngineOutput(sequence.request_id, [], "error", error=error))
 
@@ -172,6 +201,10 @@ class Scheduler:
             cached_blocks=self.pool.num_cached,
             num_blocks=self.pool.num_blocks,
             preemptions=self.preemptions,
+            host_cached_blocks=len(self.pool.host),
+            num_host_blocks=self.pool.host.num_blocks,
+            offloaded_blocks=self.pool.host.num_offloaded,
+            onloaded_blocks=self.pool.host.num_onloaded,
         )
 
     def check_integrity(self) -> None:
@@ -188,11 +221,11 @@ class Scheduler:
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
         """Whether a running request is about to store the next block that this one needs."""
-        if not self._computing or sequence.is_reservation:
+        if not self._computing or sequence.is_reservation or sequence.wants_prompt_logprobs:
             return False
         hashes = sequence.block_hashes((len(sequence.tokens) - 1) // self.limits.block_size)
-        num_matched = len(self.pool.match(hashes))
-        return num_matched < len(hashes) and hashes[num_matched] in self._computing
+        num_stored = self.pool.num_stored(hashes)
+        return num_stored < len(hashes) and hashes[num_stored] in self._computing
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give it its blocks if there is room; it then runs, or is reserved."""
@@ -202,26 +235,25 @@ class Scheduler:
         # reservation brings that token along and needs the KV of the others only.
         num_kv = len(sequence.tokens) - 1
         hashes = sequence.block_hashes(num_kv // self.limits.block_size)
-        matched = self.pool.match(hashes)
+        matched = [] if sequence.wants_prompt_logprobs else self.pool.match(hashes)
         num_blocks = self._num_blocks(num_kv if sequence.is_reservation else num_kv + 1)
         num_new = num_blocks - len(matched)
         # Room for each running sequence to grow, so that an admission does not preempt at once.
         if not self.pool.fits(matched, num_new + len(self.running)):
             return False
         self.waiting.remove(sequence)
-        self.pool.hold(matched)
-        sequence.blocks = matched + self.pool.allocate(num_new)
-        sequence.num_stored = len(matched)
-        sequence.num_computed = len(matched) * self.limits.block_size
+        sequence.blocks, sequence.num_stored = self.pool.claim(matched, hashes, num_new)
+        sequence.num_computed = sequence.num_stored * self.limits.block_size
+        sequence.num_scheduled = sequence.num_computed
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
         if sequence.on_settled is not None:
             sequence.state = State.RESERVED
             self.reserved[sequence.request_id] = sequence
-            sequence.on_settled()
+            self.pool.host.when_copied(sequence.on_settled)  # a transfer writes at any time
             return True
         sequence.state = State.RUNNING
-        for value in hashes[len(matched) :]:
+        for value in hashes[sequence.num_stored :]:
             self._computing.setdefault(value, sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.arrival)
         return True
@@ -229,11 +261,34 @@ class Scheduler:
     def _schedule_decodes(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         for sequence in list(self.running):
-            if sequence.state is not State.RUNNING or sequence.remaining > 1:
-                continue  # preempted by an earlier one just now, or in prefill
-            if self._make_room(sequence):
-                self._add_chunk(chunks, sequence, 1)
+            # Some may have been preempted by an earlier one just now.
+            if sequence.state is State.RUNNING and self._can_decode(sequence):
+                if self._make_room(sequence):
+                    self._add_chunk(chunks, sequence, 1)
         return chunks
+
+    def _can_decode(self, sequence: Sequence) -> bool:
+        if sequence.remaining > 1:
+            return False  # in prefill
+        if sequence.num_unknown == 0:
+            return True
+        return not (self._is_full(sequence) or sequence.needs_token_values)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        """Whether its last token, known or not, ends it."""
+        return (
+            sequence.num_output >= sequence.sampling.max_tokens
+            or len(sequence.tokens) >= self.limits.max_model_len
+            or sequence.request.phase == "prefill"
+        )
+
+    def _has_room_for_decodes(self) -> bool:
+        needed = sum(
+            self._num_blocks(len(s.tokens)) > len(s.blocks)
+            for s in self.running
+            if self._can_decode(s)
+        )
+        return needed <= self.pool.num_available
 
     def _make_room(self, sequence: Sequence) -> bool:
         """A block for its next token, taken from the latest arrivals if there is no other."""
@@ -249,20 +304,28 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, to be computed again from its tokens; nothing is told twice."""
+        assert not sequence.in_flight, "what a step under way chooses would be lost"
         self.preemptions += 1
         self.running.remove(sequence)
         self._stop_computing(sequence)
         self._free(sequence)
-        sequence.num_computed = sequence.num_stored = 0
+        sequence.num_computed = sequence.num_scheduled = sequence.num_stored = 0
+        sequence.num_tabled = 0
         sequence.state = State.WAITING
         sequence.on_settled = None  # fetched KV is gone: this worker computes it
         bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
         length = min(sequence.remaining, budget)
+        if sequence.wants_prompt_logprobs and sequence.num_scheduled < sequence.num_prompt - 1:
+            length = min(length, self._num_reportable)
+            self._num_reportable -= length
+            if length == 0:
+                return 0
         samples = length == sequence.remaining
-        chunks.append(Chunk(sequence, sequence.num_computed, length, samples))
-        sequence.in_flight = True
+        chunks.append(Chunk(sequence, sequence.num_scheduled, length, samples))
+        sequence.num_scheduled += length
+        sequence.in_flight += 1
         return length
 
     def _num_blocks(self, num_tokens: int) -> int:
@@ -276,8 +339,11 @@ class Scheduler:
             return
         hashes = sequence.block_hashes(last)
         parent = hashes[first - 1] if first else None
-        stored = self.pool.store(sequence.blocks[first:last], hashes[first:], parent)
-        sequence.blocks[first:last] = stored
+        own = sequence.blocks[first:last]
+        stored = self.pool.store(own, hashes[first:], parent)
+        if stored != own:
+            sequence.blocks[first:last] = stored
+            sequence.num_tabled = min(sequence.num_tabled, first)
         sequence.num_stored = last
         for value in hashes[first:]:
             if self._computing.get(value) is sequence:
@@ -285,23 +351,38 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         """Account for a sampled token: tell it, and finish where the request says so."""
-        cached = None
+        cached: int | None = None
+        prompt: list[TokenLogprob] | None = None
         if not sequence.told_cached and sequence.num_cached is not None:
+            if sequence.wants_prompt_logprobs:
+                prompt, sequence.wants_prompt_logprobs = sequence.prompt_logprobs, False
             cached, sequence.told_cached = min(sequence.num_cached, sequence.num_prompt), True
         request_id, sampling = sequence.request_id, sequence.sampling
+        place = len(sequence.tokens) - sequence.num_unknown
+        sequence.num_unknown -= 1
         if token in sampling.stop_token_ids:
-            self._finish(sequence, EngineOutput(request_id, [], "stop", cached, token))
+            # A later step may have been scheduled for it: that one is dropped as it completes.
+            del sequence.tokens[place:]
+            self._finish(
+                sequence,
+                EngineOutput(request_id, [], "stop", cached, token, prompt_logprobs=prompt),
+            )
             return
-        sequence.tokens.append(token)
-        is_full = (
-            sequence.num_output >= sampling.max_tokens
-            or len(sequence.tokens) >= self.limits.max_model_len
-            or sequence.request.phase == "prefill"
-        )
-        logprobs = None if logprob is None else [logprob]
+        sequence.tokens[place] = token
+        is_full = sequence.num_unknown == 0 and self._is_full(sequence)
         reason: FinishReason | None = "length" if is_full else None
-        output = EngineOutput(request_id, [token], reason, cached, logprobs=logprobs)
-        if is_full:
+        if sequence.guidance is not None:
+            sequence.guidance.accept(token)
+            if why := sequence.guidance.error:
+                self.refuse(sequence, ErrorInfo("EngineFailed", f"guided decoding: {why}"))
+                return
+            if sequence.guidance.is_complete:
+                reason = "stop"
+        logprobs = None if logprob is None else [logprob]
+        output = EngineOutput(
+            request_id, [token], reason, cached, logprobs=logprobs, prompt_logprobs=prompt
+        )
+        if reason is not None:
             self._finish(sequence, output)
         else:
             self._outputs.append(output)
@@ -328,8 +409,8 @@ class Scheduler:
             self._free(sequence)
         if output is not None:
             self._outputs.append(output)
-        if was is State.WAITING and sequence.on_settled is not None:
-            sequence.on_settled()
+        if was in (State.WAITING, State.RESERVED) and sequence.on_settled is not None:
+            sequence.on_settled()  # does nothing if it was called before
 
     def _stop_computing(self, sequence: Sequence) -> None:
         for value in sequence.hashes[sequence.num_stored :]:
@@ -338,8 +419,9 @@ class Scheduler:
 
     def _bury_zombies(self) -> None:
         for sequence in self._zombies:
-            self._free(sequence)
-        self._zombies.clear()
+            if not sequence.in_flight:
+                self._free(sequence)
+        self._zombies = [sequence for sequence in self._zombies if sequence.in_flight]
 
     def _free(self, sequence: Sequence) -> None:
         blocks, sequence.blocks = sequence.blocks, []

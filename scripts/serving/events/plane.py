@@ -78,8 +78,9 @@ class EventPlane:
         self._seq = 0
         self._unseen_loss = False
         self.on_reconnect: Callable[[], None] | None = None
-        """Called whenever the subscriptions are in place again, the first time included: what was
-        published meanwhile is lost, so it is time to ask for snapshots."""
+        """Called whenever the subscriptions are in place again, the first time included, and when
+        messages were dropped because we are slow: what was published meanwhile is lost, so it is
+        time to ask for snapshots."""
 
     @classmethod
     @asynccontextmanager
@@ -375,6 +376,7 @@ class EventPlane:
     async def _on_error(self, exc: Exception) -> None:
         if isinstance(exc, SlowConsumerError):
             self.counters.slow_consumer += 1
+            self._tell_reconnect()  # Messages are lost, as when there was no connection.
         elif isinstance(exc, _FAILURES):
             log.debug("NATS: %s", exc)
         else:

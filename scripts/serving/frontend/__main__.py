@@ -21,6 +21,7 @@ from serving.frontend.app import create_app
 from serving.frontend.instances import Instances
 from serving.frontend.metrics import Metrics
 from serving.frontend.pipeline import Pipeline
+from serving.frontend.router_metrics import RouterMetrics
 from serving.frontend.sharing import Sharing
 from serving.kv_router.router import KvRouter
 from serving.process_config import FrontendProcess, announce_ready, read
@@ -44,6 +45,7 @@ async def run(process: FrontendProcess) -> None:
         await events.subscribe(instances.on_kv, instances.on_load)
         sharing = Sharing(router, events)
         await events.subscribe_routed(sharing.on_batch)
+        metrics.add(RouterMetrics(router, events.counters, sharing))
         discovery = await stack.enter_async_context(
             Discovery.connect(
                 process.planes.etcd_endpoint,

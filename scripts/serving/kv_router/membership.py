@@ -85,6 +85,11 @@ class Membership:
         """Distinct blocks in the index."""
         return len(self._index)
 
+    @property
+    def evicted_blocks(self) -> int:
+        """Blocks the index has given up because it was full."""
+        return self._index.evicted
+
     def indexed(self, instance_id: str) -> set[int]:
         """Blocks that the index knows to be on the device of an instance, for audits."""
         return self._index.blocks(instance_id)

@@ -105,6 +105,11 @@ class InstanceLoad:
         self.last_report, self._reported_at_s = report, now_s
         self._seen_until(now_s - REPORT_LAG_S)
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that the worker had no room for, when it reported last."""
+        return self.last_report.num_waiting if self.last_report else 0
+
     def estimate(self, now_s: float) -> Load:
         """The best guess of the load right now."""
         report = self.last_report

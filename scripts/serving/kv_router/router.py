@@ -106,8 +106,9 @@ class KvRouter(Membership):
         """A decode instance that should compute the prompt itself, counted there; None when
         prefill and decode should be apart.
 
-        That is one that lacks at most `local_prefill_tokens` of it, or (`local_prefill_when_idle`)
-        one without any request that would be done before the best prefill instance.
+        That is one where nothing waits, and that lacks at most `local_prefill_tokens` of it; or
+        (`local_prefill_when_idle`) that runs nothing and would be done before the best prefill
+        instance.
         """
         if not self.uses_index:
             return None
@@ -122,14 +123,14 @@ class KvRouter(Membership):
         soonest = min(
             one.load.estimate(now_s).queued_tokens + question.left(one) for one in prefills
         )
+        idle_helps = self.config.local_prefill_when_idle
         suited = [
             one
             for one in decodes
-            if (left := question.left(one)) <= short
-            or (
-                self.config.local_prefill_when_idle
-                and left < soonest
-                and not one.load.estimate(now_s).num_requests
+            if not one.load.num_waiting
+            and (
+                (left := question.left(one)) <= short
+                or (idle_helps and left < soonest and not one.load.estimate(now_s).num_requests)
             )
         ]
         if not suited:

@@ -107,8 +107,15 @@ class _Cluster:
             arrive = partial(self._arrive, router, request, f"r{number}", on_time)
             self._clock.at(request.arrival_s, partial(self._take_turn, router, request, arrive))
         self._clock.run()
-        busy = {name: worker.busy_s for name, worker in self._workers.items()}
-        return Outcome(self._outcomes, busy, self._drift())
+        busy_s = {name: worker.busy_s for name, worker in self._workers.items()}
+        outcome = Outcome(self._outcomes, busy_s)
+        for router in self._routers:
+            outcome.evicted_blocks += router.evicted_blocks
+            for name, worker in self._workers.items() if router.uses_index else ():
+                known, held = router.indexed(name), worker.pool.stored_hashes()
+                outcome.claimed_blocks += len(known - held)
+                outcome.missing_blocks += len(held - known)
+        return outcome
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -219,14 +226,6 @@ class _Cluster:
             self._clock.after(delay_s, lambda: _tell(others, KvRouter.on_others_routed, batch))
 
         return share
-
-    def _drift(self) -> int:
-        return sum(
-            len(router.indexed(name) ^ worker.pool.stored_hashes())
-            for router in self._routers
-            for name, worker in self._workers.items()
-            if router.uses_index
-        )
 
 
 def _tell(routers: Sequence[KvRouter], method: Callable[..., object], message: object) -> None:

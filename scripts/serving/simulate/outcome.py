@@ -19,12 +19,18 @@ class RequestOutcome(Struct):
 
 
 class Outcome(Struct):
-    """All of them. `drift`: blocks on which an index and a worker disagree at the end, when
-    everything that was said has arrived."""
+    """All of them, and how the indexes stand at the end, when everything that was said has arrived.
+
+    `busy_s`: time each instance spent on prompts. `claimed_blocks`: blocks that an index thinks an
+    instance holds, and it does not. `missing_blocks`: those it does not know of, which must have
+    been evicted.
+    """
 
     requests: list[RequestOutcome]
-    prefill_busy: dict[str, float]
-    drift: int
+    busy_s: dict[str, float]
+    claimed_blocks: int = 0
+    missing_blocks: int = 0
+    evicted_blocks: int = 0
 
     @property
     def hit_rate(self) -> float:

@@ -457,6 +457,15 @@ def test_what_is_short_or_nearly_all_there_is_prefilled_on_the_decode_instance()
     assert local(roomy, prompt(320)) == "d1"
 
 
+def test_nothing_is_prefilled_where_requests_wait_already() -> None:
+    router = make_disaggregated()
+    for name in ("d0", "d1"):
+        router.on_load(LoadReport(name, 1, 9, 1, 0, 990, 0, 1000))
+    assert local(router, prompt(9)) is None
+    router.on_load(LoadReport("d0", 1, 9, 0, 0, 990, 0, 1000))
+    assert local(router, prompt(9)) == "d0"
+
+
 def test_a_local_prefill_counts_as_queued_on_its_instance() -> None:
     router = make_disaggregated(local_prefill_tokens=64)
     store(router, "d1", prompt(320)[:288])

@@ -235,14 +235,15 @@ class Scheduler:
         # reservation brings that token along and needs the KV of the others only.
         num_kv = len(sequence.tokens) - 1
         hashes = sequence.block_hashes(num_kv // self.limits.block_size)
-        matched = [] if sequence.wants_prompt_logprobs else self.pool.match(hashes)
+        usable = [] if sequence.wants_prompt_logprobs else hashes
+        matched = self.pool.match(usable)
         num_blocks = self._num_blocks(num_kv if sequence.is_reservation else num_kv + 1)
         num_new = num_blocks - len(matched)
         # Room for each running sequence to grow, so that an admission does not preempt at once.
         if not self.pool.fits(matched, num_new + len(self.running)):
             return False
         self.waiting.remove(sequence)
-        sequence.blocks, sequence.num_stored = self.pool.claim(matched, hashes, num_new)
+        sequence.blocks, sequence.num_stored = self.pool.claim(matched, usable, num_new)
         sequence.num_computed = sequence.num_stored * self.limits.block_size
         sequence.num_scheduled = sequence.num_computed
         if sequence.num_cached is None:

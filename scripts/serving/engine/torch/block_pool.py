@@ -124,10 +124,19 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
-    def store(self, blocks: Sequence[int], hashes: Sequence[int], parent: int | None) -> list[int]:
+    def store(
+        self,
+        blocks: Sequence[int],
+        hashes: Sequence[int],
+        parent: int | None,
+        *,
+        are_read: bool = False,
+    ) -> list[int]:
         """Make held, full blocks available for prefix hits; returns the blocks to use from now on.
 
-        A block whose content is stored already is given back and the stored one is held instead.
+        A block whose content is stored already is given back and the stored one is held instead;
+        not where they `are_read` by a step under way, because a transfer that is given the block
+        would not wait for that step.
         """
         kept = []
         run: list[int] = []
@@ -138,7 +147,7 @@ class BlockPool:
                 self._remember(block, value, run[-1] if run else parent)
                 self.host.demote(value)
                 run.append(value)
-            elif self.host.is_arriving(stored):
+            elif are_read or self.host.is_arriving(stored):
                 # Others than steps may read what a sequence has computed: that one is not there yet.
                 self._emit_stored(parent, run)
                 run, parent, stored = [], value, block

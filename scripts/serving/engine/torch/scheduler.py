@@ -384,7 +384,8 @@ class Scheduler:
         hashes = sequence.block_hashes(last)
         parent = hashes[first - 1] if first else None
         own = sequence.blocks[first:last]
-        stored = self.pool.store(own, hashes[first:], parent)
+        are_read = sequence.in_flight > 0
+        stored = self.pool.store(own, hashes[first:], parent, are_read=are_read)
         if stored != own:
             sequence.blocks[first:last] = stored
             sequence.num_tabled = min(sequence.num_tabled, first)

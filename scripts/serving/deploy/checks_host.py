@@ -108,9 +108,9 @@ def _try_loopback() -> str:
 def weight_bytes(config: Config) -> int | None:
     """Size of the loaded weights: a local model's files, else what `135M` in the name implies.
 
-    Raises ConfigError for a local model that is not there.
+    None where neither tells. Raises ConfigError for a local model that is not there.
     """
-    if resolve_source(config.model) == "local":
+    if resolve_source(config.model) == "local" and config.engine.weights == "real":
         found = local_files(config.model)
         return sum((found.folder / name).stat().st_size for name in found.names)
     match = re.search(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MBT])(?![A-Za-z])", config.model.id)
@@ -122,6 +122,7 @@ def weight_bytes(config: Config) -> int | None:
 def judge_host(config: Config, num_workers: int, device: str, facts: HostFacts) -> list[Finding]:
     """Everything about the machine that decides whether `num_workers` can run on it."""
     weights = weight_bytes(config)
+    stored = 0 if config.engine.weights == "dummy" else weights  # those exist in workers only
     return [
         Finding(
             "python",
@@ -142,8 +143,8 @@ def judge_host(config: Config, num_workers: int, device: str, facts: HostFacts) 
             "lower the counts under `workers`, or expect them to slow each other down",
             warning=True,
         ),
-        _memory(weights, num_workers, device, facts),
-        _disk(weights, facts),
+        _memory(stored if device == "cuda" else weights, num_workers, device, facts),
+        _disk(stored, facts),
         _open_files(config, facts),
         _memlock(config, facts),
         *_nixl(config, facts),

@@ -63,7 +63,8 @@ class Smoke:
             raise ServiceFailed(f"not ready: {state.get('reason') or 'no reason given'}")
         self._before = _by_instance(state)
         names = ", ".join(self._before)
-        return f"{state['topology']}, policy {state['policy']}: {names}"
+        noise = "; dummy weights: answers are noise" if state.get("dummy_weights") else ""
+        return f"{state['topology']}, policy {state['policy']}: {names}{noise}"
 
     async def models(self) -> str:
         return await self._service.first_model()

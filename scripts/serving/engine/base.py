@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from msgspec import Struct
 
 from serving.kv_layout import KvLayout
-from serving.protocol import EngineOutput, EngineRequest, KvEvent
+from serving.protocol import EngineOutput, EngineRequest, KvEvent, Tier
 
 
 class EngineSpec(Struct, frozen=True):
@@ -42,6 +42,10 @@ class EngineLoad(Struct, frozen=True):
     cached_blocks: int
     num_blocks: int
     preemptions: int = 0
+    host_cached_blocks: int = 0
+    num_host_blocks: int = 0
+    offloaded_blocks: int = 0
+    onloaded_blocks: int = 0
 
 
 class TransferStats(Struct):
@@ -92,8 +96,8 @@ class Engine(ABC):
     def load(self) -> EngineLoad: ...
 
     @abstractmethod
-    def snapshot(self) -> list[int]:
-        """Hashes of all cached full blocks, consistent with the events delivered so far."""
+    def snapshot(self, tier: Tier = "device") -> list[int]:
+        """Hashes of all cached full blocks of a tier, consistent with the events delivered so far."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -213,9 +213,11 @@ class Pipeline:
         route = self._router.route(
             self._router.hash(sequence.token_ids),
             role,
-            exclude=sequence.tried,
+            exclude=self._excluded(sequence, role),
             request_id=prepared.request_id,
         )
+        if prepared.siblings is not None:
+            prepared.siblings.instances[role] = route.instance_id
         prepared.trace.instances.append(route.instance_id)
         prepared.trace.overlap_blocks = max(prepared.trace.overlap_blocks, route.overlap_blocks)
         self._metrics.observe_routed(
@@ -226,6 +228,15 @@ class Pipeline:
             route.overlap_tokens,
         )
         return route
+
+    def _excluded(self, sequence: Sequence, role: Phase) -> set[str]:
+        """Where it must not go: where it was tried, and where its siblings are not."""
+        siblings = sequence.prepared.siblings
+        home = siblings.instances.get(role) if siblings is not None else None
+        if home is None:
+            return sequence.tried
+        left = {one.instance_id for one in self._router.instances(role, exclude=sequence.tried)}
+        return sequence.tried | (left - {home}) if home in left else sequence.tried
 
     async def _stream(
         self, sequence: Sequence, route: Route, phase: Phase, **more: Any
@@ -305,6 +316,7 @@ class Pipeline:
         return {
             "topology": self._process.topology,
             "model": self._process.model_name,
+            "dummy_weights": self.card is not None and self.card.dummy_weights,
             "policy": self._process.router.policy,
             "instances": self._instances.describe(),
             "refused": dict(self._router.refused),

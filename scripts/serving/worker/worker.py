@@ -90,6 +90,10 @@ class Worker:
             local_prefill_fallbacks=stats.local_prefills,
             preemptions=load.preemptions,
             kv_route=stats.route,
+            host_cached_blocks=load.host_cached_blocks,
+            num_host_blocks=load.num_host_blocks,
+            offloaded_blocks=load.offloaded_blocks,
+            onloaded_blocks=load.onloaded_blocks,
         )
 
     # --- life ----------------------------------------------------------------------------------

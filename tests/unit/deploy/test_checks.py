@@ -171,6 +171,12 @@ def test_size_of_a_local_model_is_that_of_its_files(tmp_path: Path) -> None:
     assert checks_host.weight_bytes(config) == 1002
 
 
+def test_dummy_weights_are_not_looked_for_on_disk(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = parse({"model": {"id": str(tmp_path)}, "engine": {"weights": "dummy"}})
+    assert checks_host.weight_bytes(config) is None
+
+
 def test_missing_local_model_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.id"):
         checks_host.weight_bytes(parse({"model": {"id": str(tmp_path / "none")}}))

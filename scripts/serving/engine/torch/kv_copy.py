@@ -8,7 +8,6 @@ with any strides between blocks and parts, so the pool decides about its layout 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import triton
@@ -20,17 +19,17 @@ _WORD_TYPES = ((4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _copy_kernel(
-    pool: Any,
-    packed: Any,
-    blocks: Any,
-    block_stride: Any,
-    part_stride: Any,
-    num_parts: Any,
-    part_words: Any,
+def _copy_kernel(  # type: ignore[no-untyped-def]
+    pool,
+    packed,
+    blocks,
+    block_stride,
+    part_stride,
+    num_parts,
+    part_words,
     INTO_POOL: tl.constexpr,
     WORDS: tl.constexpr,
-) -> None:
+):
     """Program (i, j): words `j * WORDS ...` of part `i % num_parts` of block `i // num_parts`."""
     row = tl.program_id(0)
     block = tl.load(blocks + row // num_parts).to(tl.int64)

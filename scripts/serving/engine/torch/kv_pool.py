@@ -18,6 +18,10 @@ from serving.kv_layout import KvLayout
 if TYPE_CHECKING:
     from serving.engine.torch.kv_copy import BlockCopies
 
+# Types that turn what is beyond their range into NaN, and their largest number. Keys and values are
+# kept with a scale of 1: this type's range is wide enough for them, and what is not saturates.
+_MAX = {torch.float8_e4m3fn: 448.0}
+
 
 class KvPool:
     """`tensor` is `[1 + num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
@@ -29,16 +33,39 @@ class KvPool:
         self.layout = layout
         shape = (num_blocks + 1, *layout.block_shape)
         # Zeros, because padding and the unused rest of a block are read (and masked).
-        self.tensor = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
+        self.dtype: torch.dtype = getattr(torch, layout.dtype)
+        self.tensor = torch.zeros(shape, dtype=self.dtype, device=device)
         row = layout.block_size * layout.num_kv_heads * layout.head_dim
-        self.block_rows = self.tensor.view(-1, row)
-        self.token_rows = self.tensor.view(-1, layout.num_kv_heads, layout.head_dim)
+        # Torch indexes no float8, but its bytes.
+        rows = self.tensor.view(torch.uint8) if self.dtype in _MAX else self.tensor
+        self.block_rows = rows.view(-1, row)
+        self.token_rows = rows.view(-1, layout.num_kv_heads, layout.head_dim)
         self._bytes = self.tensor.view(num_blocks + 1, -1).view(torch.uint8)
         self._copies: BlockCopies | None = None
         if self.tensor.is_cuda:
             from serving.engine.torch.kv_copy import BlockCopies
 
             self._copies = BlockCopies(self._bytes.unsqueeze(1))
+
+    def rounded(self, values: torch.Tensor) -> torch.Tensor:
+        """Keys or values as the pool keeps them, in its dtype: what is too large saturates."""
+        if values.dtype == self.dtype:
+            return values
+        if largest := _MAX.get(self.dtype):
+            values = values.clamp(-largest, largest)
+        return values.to(self.dtype)
+
+    def write_tokens(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Put `rounded` keys or values `[T, Hkv, D]` at `rows` of `token_rows`."""
+        self.token_rows.index_copy_(0, rows, values.view(self.token_rows.dtype))
+
+    def read_tokens(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of `token_rows`, in `dtype`."""
+        return self.token_rows.index_select(0, rows).view(self.dtype).to(dtype)
+
+    def read_blocks(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of `block_rows`, in `dtype`."""
+        return self.block_rows.index_select(0, rows).view(self.dtype).to(dtype)
 
     def gather(self, blocks: Sequence[int], out: Any) -> None:
         """Copy blocks into `out`: a writable host buffer, or memory of the pool's GPU.

@@ -115,7 +115,7 @@ class Scheduler:
         live = self._live.get(request_id)
         if live is None or live.request.phase != "prefill" or live.state is not State.RUNNING:
             return 0
-        num_full = live.num_computed // self.limits.block_size
+        num_full = live.num_readable // self.limits.block_size
         return self.pool.num_arrived(live.blocks[:num_full])
 
     def release_export(self, request_id: str) -> None:
@@ -196,6 +196,7 @@ class Scheduler:
             if sequence.state is State.DONE:
                 continue
             sequence.num_computed += chunk.length
+            sequence.num_readable = sequence.num_computed
             self._store_full_blocks(sequence)
             if outcome is not None:
                 self._append(sequence, *outcome)
@@ -354,7 +355,7 @@ class Scheduler:
         self._stop_computing(sequence)
         self._free(sequence)
         sequence.num_computed = sequence.num_scheduled = sequence.num_stored = 0
-        sequence.num_tabled = 0
+        sequence.num_tabled = sequence.num_readable = 0
         sequence.state = State.WAITING
         sequence.on_settled = None  # fetched KV is gone: this worker computes it
         bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)

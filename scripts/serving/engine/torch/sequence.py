@@ -73,6 +73,7 @@ class Sequence:
     num_computed: int = 0
     num_scheduled: int = 0
     num_unknown: int = 0
+    num_readable: int = 0  # computed in steps that are over, so that a transfer may read their KV
     num_stored: int = 0
     num_cached: int | None = None  # set at the first admission, told with the first output
     told_cached: bool = False

@@ -20,7 +20,6 @@ from serving.engine.torch.sequence import UNKNOWN_TOKEN, Chunk, Sequence, State
 from serving.errors import InvalidRequest, Overloaded
 from serving.protocol import EngineOutput, ErrorInfo, FinishReason, KvEvent, TokenLogprob
 
-
 # Prompt tokens in a step whose log-probabilities are told: each needs a row of logits.
 _MAX_REPORTED = 256
 

@@ -233,7 +233,7 @@ class KvTransferConfig(_Section, frozen=True):
     transport: Annotated[
         Literal["ucx", "tcp", "nixl"],
         Meta(
-            description="`ucx` (production); `tcp`, plain and for the torch engine; `nixl`, for TensorRT-LLM."
+            description="`ucx` (production); `nixl` (with the torch engine, `pip install nixl-cu13`); `tcp`, plain and for the torch engine."
         ),
     ] = "ucx"
     connect_s: Annotated[Seconds, Meta(description="Deadline for reaching the prefill worker.")] = (
@@ -244,9 +244,18 @@ class KvTransferConfig(_Section, frozen=True):
         Seconds,
         Meta(description="A prefill worker frees blocks that nobody fetched after this time."),
     ] = 60.0
+    overlap: Annotated[
+        bool,
+        Meta(
+            description="Fetch the blocks of a prompt of several chunks while the rest is computed (torch engine)."
+        ),
+    ] = True
     chunk_bytes: Annotated[
-        Positive, Meta(description="Bytes per message; larger requests are pipelined.")
-    ] = 8 * 1024 * 1024
+        Positive | None,
+        Meta(
+            description="Largest message in bytes; larger requests are pipelined. Default: 8 MiB, between GPUs 128 MiB."
+        ),
+    ] = None
 
 
 class EtcdConfig(_Section, frozen=True):
@@ -453,7 +462,7 @@ def _check_ports(config: Config) -> None:
 
 def _check_backend(config: Config) -> None:
     backend, transport = config.engine.backend, config.kv_transfer.transport
-    suits = {"torch": ("ucx", "tcp"), "tensorrt_llm": ("ucx", "nixl")}[backend]
+    suits = {"torch": ("ucx", "nixl", "tcp"), "tensorrt_llm": ("ucx", "nixl")}[backend]
     if transport not in suits:
         raise ConfigError(
             "kv_transfer.transport",

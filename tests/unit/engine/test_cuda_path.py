@@ -117,9 +117,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[Report]:
     fuse = cuda_runner.fuse
     monkeypatch.setattr(torch_rig, "DEADLINE_S", 120.0)
     monkeypatch.setattr(packed_linear, "can_pack", lambda *_: False)
-    monkeypatch.setattr(
-        cuda_runner, "fuse", lambda *given: found.append(fuse(*given)) or found[-1]
-    )
+    monkeypatch.setattr(cuda_runner, "fuse", lambda *given: found.append(fuse(*given)) or found[-1])
     nothing = {name: lambda *_: None for name in ("synchronize", "empty_cache")}
     for name, fake in nothing.items():
         monkeypatch.setattr(torch.cuda, name, fake)

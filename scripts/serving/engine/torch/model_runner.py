@@ -36,18 +36,26 @@ _CPU_SHARE = 0.25
 
 @dataclass
 class Launched:
-    """A step under way. `chunks` are in the order in which they are computed."""
+    """A step under way. `chunks` are in the order in which they are computed.
+
+    `end` is an event behind a step that chooses nothing, on a device that computes by itself.
+    """
 
     chunks: list[Chunk]
     pending: Pending | None
     # Of the prompts' own tokens, chunk by chunk, where that was asked for.
     prompt_report: Pending | None = None
+    end: Any = None
 
     def result(self) -> tuple[list[int], list[TokenLogprob | None]]:
         """Wait for the step; the tokens of the chunks that sample, in their order.
 
-        What was reported of prompts is in their sequences then.
+        What was reported of prompts is in their sequences then. The books never run ahead of the
+        device: what they call computed can be exported, and what they free can be filled by a
+        transfer, neither of which waits for the engine's stream.
         """
+        if self.end is not None:
+            self.end.synchronize()
         if self.prompt_report is not None:
             entries = self.prompt_report.result()[1]
             for chunk in self.chunks:

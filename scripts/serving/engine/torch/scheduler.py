@@ -45,6 +45,7 @@ class Scheduler:
     running: list[Sequence] = field(default_factory=list)  # by arrival
     reserved: dict[str, Sequence] = field(default_factory=dict)
     exported: dict[str, Sequence] = field(default_factory=dict)
+    lent: list[list[int]] = field(default_factory=list)  # to copies under way
     preemptions: int = 0
     _live: dict[str, Sequence] = field(default_factory=dict)  # waiting, running or reserved
     _zombies: list[Sequence] = field(default_factory=list)  # aborted in flight
@@ -82,15 +83,54 @@ class Scheduler:
         if self._live.get(sequence.request_id) is sequence:
             self._finish(sequence, EngineOutput(sequence.request_id, [], "error", error=error))
 
+    def lend(self, request_id: str, first: int, count: int) -> list[int]:
+        """Blocks of a prefill, held until `take_back` whatever becomes of the request.
+
+        Raises KeyError when it has not computed them (any more), ValueError when it never will.
+        """
+        sequence = self.exported.get(request_id) or self._live.get(request_id)
+        if sequence is None:
+            raise KeyError(request_id)
+        if first < 0 or 0 < len(sequence.blocks) < first + count:
+            raise ValueError(
+                f"{count} blocks from block {first} do not match {len(sequence.blocks)} blocks"
+            )
+        if first + count > self.num_exportable(request_id):
+            raise KeyError(request_id)
+        blocks = sequence.blocks[first : first + count]
+        self.pool.hold(blocks)
+        self.lent.append(blocks)
+        return blocks
+
+    def take_back(self, blocks: list[int]) -> None:
+        """End of a `lend`; `blocks` is what it returned."""
+        self.lent = [other for other in self.lent if other is not blocks]
+        self.pool.release(blocks)
+
+    def num_exportable(self, request_id: str) -> int:
+        """Leading blocks of a prefill whose KV is complete: full ones while it is being computed,
+        all when it is finished, 0 for a request that is unknown or none."""
+        if sequence := self.exported.get(request_id):
+            return len(sequence.blocks)
+        live = self._live.get(request_id)
+        if live is None or live.request.phase != "prefill" or live.state is not State.RUNNING:
+            return 0
+        return live.num_computed // self.limits.block_size
+
     def release_export(self, request_id: str) -> None:
         sequence = self.exported.pop(request_id, None)
         if sequence is not None:
             sequence.state = State.DONE
             self._free(sequence)
 
-    def commit(self, sequence: Sequence) -> None:
-        """A reservation's blocks are filled: store them and let it decode."""
+    def commit(self, sequence: Sequence, token: int | None = None) -> None:
+        """A reservation's blocks are filled: store them and let it decode.
+
+        `token` is its last one, where that was not known when it was reserved.
+        """
         assert sequence.state is State.RESERVED
+        if token is not None:
+            sequence.tokens[-1] = token
         del self.reserved[sequence.request_id]
         sequence.num_computed = len(sequence.request.token_ids) - 1
         sequence.num_scheduled = sequence.num_computed
@@ -158,6 +198,8 @@ class Scheduler:
             self._store_full_blocks(sequence)
             if outcome is not None:
                 self._append(sequence, *outcome)
+            elif sequence.request.phase == "prefill":  # its blocks so far may be exported
+                self._outputs.append(EngineOutput(sequence.request_id, []))
         self._bury_zombies()
 
     def fail(self, chunks: list[Chunk], message: str) -> None:
@@ -209,7 +251,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """For tests: blocks, references, states and collections agree."""
         holders = [*self._live.values(), *self.exported.values(), *self._zombies]
-        self.pool.check_integrity(s.blocks for s in holders)
+        self.pool.check_integrity([*(s.blocks for s in holders), *self.lent])
         live = {id(s) for s in [*self.waiting, *self.running, *self.reserved.values()]}
         assert live == {id(s) for s in self._live.values()}, "a live request is in no collection"
         assert all(not s.blocks for s in self.waiting), "a waiting request holds blocks"
@@ -263,9 +305,9 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in list(self.running):
             # Some may have been preempted by an earlier one just now.
-            if sequence.state is State.RUNNING and self._can_decode(sequence):
-                if self._make_room(sequence):
-                    self._add_chunk(chunks, sequence, 1)
+            can_decode = sequence.state is State.RUNNING and self._can_decode(sequence)
+            if can_decode and self._make_room(sequence):
+                self._add_chunk(chunks, sequence, 1)
         return chunks
 
     def _can_decode(self, sequence: Sequence) -> bool:

@@ -236,6 +236,51 @@ async def test_preemption_waits_for_the_step_under_way(
     assert [sink.tokens[str(index)] for index in range(3)] == expected
 
 
+async def test_evicted_blocks_come_back_although_steps_are_launched_ahead(
+    tmp_path: Path, reports: list[Report]
+) -> None:
+    """Two prompts, of which the pool holds one: what one step copies, the next one reads."""
+    model = save_model(tmp_path, LlamaConfig(**{**SIZES, "num_hidden_layers": 1}))
+    prompts = random_prompts([18, 21])
+    expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
+    options = {"kv_cache_tokens": 32, "max_model_len": 32, "host_cache_bytes": 2**20}
+    async with running(model, max_num_batched_tokens=32, **options) as (engine, sink):
+        for turn in "ab":
+            names = [f"{turn}{index}" for index in range(2)]
+            for name, prompt in zip(names, prompts, strict=True):
+                engine.submit(request(name, prompt, greedy(NUM_TOKENS)))
+            await sink.finished(*names)
+            assert [sink.tokens[name] for name in names] == expected
+        assert engine.load().onloaded_blocks > 0
+    assert [sink.cached[f"b{index}"] for index in range(2)] == [16, 16]
+
+
+async def test_narrow_kv_is_written_and_read_by_the_kernels(
+    tmp_path: Path, reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the CPU path, whose KV is as narrow; cold, after a prefix, and while decoding."""
+    model = save_model(tmp_path, LlamaConfig(**{**SIZES, "num_hidden_layers": 1}))
+    [prompt] = random_prompts([13])
+    sampling = greedy(2, logprobs=20)
+
+    async def logprobs() -> list[dict[int, float]]:
+        async with running(model, kv_cache_dtype="bfloat16", max_num_batched_tokens=8) as both:
+            engine, sink = both
+            for name in ("cold", "again"):
+                engine.submit(request(name, prompt, sampling))
+                await sink.finished(name)
+            assert sink.cached["again"] == 8
+            return [dict(e.top) for name in ("cold", "again") for e in sink.logprobs[name]]
+
+    ours = await logprobs()
+    monkeypatch.undo()
+    for one, other in zip(ours, await logprobs(), strict=True):
+        shared = one.keys() & other.keys()
+        assert len(shared) >= 15
+        # Triton's interpreter truncates where the GPU and torch round.
+        assert max(abs(one[token] - other[token]) for token in shared) < 0.1
+
+
 def test_decode_attention_over_windows_softcaps_sinks_and_splits() -> None:
     """Against attention written out, one sequence at a time; a row of length 0 gives zeros."""
     generator = torch.Generator().manual_seed(0)

@@ -5,9 +5,9 @@ A block is free (nothing of value), cached (unreferenced, holds a hash, may be e
 sequence computes what another one has stored, it moves over to the stored block. Block 0 is
 never handed out: it stays zero and pads block tables.
 
-What is evicted may go on in a host tier, from which a later claim brings it back. Hashes on the
-device are closed under prefixes: a block is released after those that follow it, so that it is
-evicted after them. Where the device has no more of a prompt, the host tier may.
+What is evicted may go on in a host tier, from which a later claim brings it back. A block is
+released after those that follow it, so that it is evicted after them: where the device has no more
+of a prompt, only the host tier may have.
 """
 
 from __future__ import annotations
@@ -155,6 +155,11 @@ class BlockPool:
         """What changed in the cache since the last call, in order."""
         events, self._events = self._events, []
         return events
+
+    def num_arrived(self, blocks: Sequence[int]) -> int:
+        """Leading blocks whose content is there for anybody, not only for the coming steps."""
+        arriving = (i for i, block in enumerate(blocks) if self.host.is_arriving(block))
+        return next(arriving, len(blocks))
 
     def take_copies(self) -> Copies:
         """What the coming step must copy between the tiers before it computes."""

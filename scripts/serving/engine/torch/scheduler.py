@@ -115,7 +115,8 @@ class Scheduler:
         live = self._live.get(request_id)
         if live is None or live.request.phase != "prefill" or live.state is not State.RUNNING:
             return 0
-        return live.num_computed // self.limits.block_size
+        num_full = live.num_computed // self.limits.block_size
+        return self.pool.num_arrived(live.blocks[:num_full])
 
     def release_export(self, request_id: str) -> None:
         sequence = self.exported.pop(request_id, None)

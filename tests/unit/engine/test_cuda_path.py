@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="needs triton: pip install -e '.[test]'")
 from serving.engine.torch import cuda_runner, kernels, packed_linear
 from serving.engine.torch.engine import TorchEngine
 from serving.engine.torch.fusion import Report
+from serving.protocol import Guide, SamplingParams
 from transformers import (
     Gemma2Config,
     GptOssConfig,
@@ -35,6 +36,7 @@ from transformers import (
 from unit.engine import torch_rig
 from unit.engine.torch_rig import (
     SIZES,
+    Sink,
     generate,
     greedy,
     random_prompts,
@@ -42,6 +44,7 @@ from unit.engine.torch_rig import (
     running,
     save_model,
 )
+from unit.frontend.fakes import write_tokenizer
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="tests/gpu has the same on the GPU that is here"
@@ -184,6 +187,37 @@ async def test_penalties_see_every_token_although_steps_are_launched_ahead(
         engine.submit(request("r", prompt, sampling))
         await peer.finished("r")
     assert sink.tokens["r"] == peer.tokens["r"]
+
+
+async def test_guides_and_prompt_logprobs_beside_rows_that_run_ahead(
+    tmp_path: Path, reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same from the CPU path; chunks of one token are among those that are reported."""
+    write_tokenizer(tmp_path)
+    model = save_model(tmp_path, LlamaConfig(**{**SIZES, "vocab_size": 320}))
+    prompts = random_prompts([9, 14, 5])
+    asked = [
+        SamplingParams(30, seed=1, guide=Guide("regex", "[ab]{4}-[0-9]{3}"), stop_token_ids=(1,)),
+        greedy(5, prompt_logprobs=2),
+        SamplingParams(9, seed=2, top_p=0.9, logit_bias=((7, 2.0),), logprobs=1),
+    ]
+
+    async def answers() -> Sink:
+        async with running(model, max_num_batched_tokens=9) as (engine, sink):
+            for i, (prompt, sampling) in enumerate(zip(prompts, asked, strict=True)):
+                engine.submit(request(str(i), prompt, sampling))
+            await sink.finished("0", "1", "2")
+        return sink
+
+    ours = await answers()
+    monkeypatch.undo()
+    peer = await answers()
+    assert ours.tokens == peer.tokens
+    assert ours.last["0"].finish_reason == "stop"
+    told, expected = ours.prompt_logprobs["1"], peer.prompt_logprobs["1"]
+    assert [entry.token_id for entry in told] == prompts[1][1:]
+    for one, other in zip(told, expected, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
 async def test_preemption_waits_for_the_step_under_way(

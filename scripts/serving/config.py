@@ -77,8 +77,10 @@ class EngineConfig(_Section, frozen=True):
         Literal["auto", "cpu", "cuda"], Meta(description="`auto`: CUDA when there is a GPU.")
     ] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        Meta(description="Weights and KV. `auto`: float32 on CPU, bfloat16 on CUDA."),
+        Literal["auto", "float32", "bfloat16", "float16", "int8"],
+        Meta(
+            description="Weights and KV. `auto`: float32 on CPU, bfloat16 on CUDA. `int8`: weights only, on CPU; KV is float32."
+        ),
     ] = "auto"
     max_model_len: Annotated[
         Positive, Meta(description="Longest prompt plus completion, in tokens.")
@@ -361,6 +363,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
         raise _explain(str(exc), raw) from None
     _check_ports(config)
     _check_backend(config)
+    _check_dtype(config)
     return config
 
 
@@ -446,6 +449,17 @@ def _check_backend(config: Config) -> None:
             "workers.tensor_parallel",
             "the torch engine uses one GPU a worker",
             remedy="remove it, or set `engine.backend: tensorrt_llm`",
+        )
+
+
+def _check_dtype(config: Config) -> None:
+    engine = config.engine
+    if engine.dtype == "int8" and (engine.backend != "torch" or engine.device == "cuda"):
+        where = "CUDA" if engine.backend == "torch" else engine.backend
+        raise ConfigError(
+            "engine.dtype",
+            f"int8 is for the torch engine on CPU, and {where} has other formats",
+            remedy="set it to auto, or `engine.device: cpu`",
         )
 
 

@@ -24,7 +24,7 @@ from serving.deploy.fingerprint import resolve_dtype, resolve_source
 from serving.deploy.model_files import local_files
 from serving.engine.files import human
 
-PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 RUNTIME_BYTES = 600 * 10**6
 """Resident size of a worker without its weights: interpreter, torch, UCX (measured: 0.5 GB)."""
 MINIMUM_DISK_BYTES = 500 * 10**6

@@ -11,7 +11,7 @@ import psutil
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from serving.engine.torch import packed_linear
+from serving.engine.torch import int8_weights, lean_layers, packed_linear
 from serving.engine.torch.attention import (
     NAME,
     AttentionOptions,
@@ -25,7 +25,7 @@ from serving.engine.torch.kv_pool import KvPool
 from serving.engine.torch.sampler import Pending, Sampler
 from serving.engine.torch.sequence import Chunk
 from serving.errors import ModelError, OperatorError
-from serving.kv_layout import KvLayout
+from serving.kv_layout import WEIGHT_ONLY_DTYPES, KvLayout, kv_dtype
 from serving.protocol import TokenLogprob
 
 log = logging.getLogger(__name__)
@@ -70,21 +70,15 @@ class ModelRunner:
         self._memory_fraction = gpu_memory_fraction
         AttentionInterface.register(NAME, attend_paged)
         self.device = torch.device(device)
-        torch_dtype: torch.dtype = getattr(torch, dtype)
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
-            )
-        except Exception as exc:  # transformers and safetensors raise whatever they meet
-            raise ModelError(
-                f"{engine_dir} does not load: {exc}", remedy="rebuild the engine folder"
-            ) from exc
-        self._model = model.eval().to(self.device)
+        torch_dtype: torch.dtype = getattr(torch, kv_dtype(dtype))
+        self._model = _load(engine_dir, dtype).eval().to(self.device)
         config = self._model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         if packed_linear.can_pack(device, torch_dtype):
             log.info("packed %d linear layers", packed_linear.pack_linears(self._model))
+        if dtype in WEIGHT_ONLY_DTYPES:
+            log.info("%s", lean_layers.rewrite(self._model))
         self.layout = self._probe(block_size)
         self._sampler = Sampler(self.vocab_size, self.device)
         self.pool: KvPool
@@ -202,6 +196,22 @@ class ModelRunner:
             raise ModelError("keys and values differ in shape", remedy="choose another model")
         dtype = str(probe.dtype).removeprefix("torch.")
         return KvLayout(len(layers), key_heads, key_dim, block_size, dtype)
+
+
+def _load(engine_dir: Path, dtype: str) -> Any:
+    if dtype in WEIGHT_ONLY_DTYPES:
+        return int8_weights.load(engine_dir, attention=NAME)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            engine_dir,
+            dtype=getattr(torch, dtype),
+            attn_implementation=NAME,
+            local_files_only=True,
+        )
+    except Exception as exc:  # transformers and safetensors raise whatever they meet
+        raise ModelError(
+            f"{engine_dir} does not load: {exc}", remedy="rebuild the engine folder"
+        ) from exc
 
 
 class Probe:

@@ -9,5 +9,6 @@ rule download_model:
     params:
         # The name it is served under changes no file.
         model={key: config["model"][key] for key in config["model"] if key != "name"},
+        weights=config["engine"]["weights"],
     script:
         "../scripts/download_model.py"

@@ -12,4 +12,5 @@ with telling(snakemake.log[0]) as say:
     config = parse(snakemake.config)
     if resolve_source(config.model) != "hub":
         os.environ["HF_HUB_OFFLINE"] = "1"
-    fetch_model(config.model, Path(snakemake.output[0]).parent, progress=say)
+    out_dir = Path(snakemake.output[0]).parent
+    fetch_model(config.model, out_dir, weights=config.engine.weights, progress=say)

@@ -25,6 +25,7 @@ Count = Annotated[int, Meta(ge=0, le=4096)]
 Positive = Annotated[int, Meta(ge=1)]
 Policy = Literal["kv", "round_robin", "random", "least_loaded"]
 Topology = Literal["agg", "agg_router", "disagg", "disagg_router"]
+Weights = Literal["real", "dummy"]
 
 
 class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -58,6 +59,12 @@ class ModelConfig(_Section, frozen=True):
             description="Accept `.bin` weights, which can run code when loaded. Off: safetensors only."
         ),
     ] = False
+    tokenizer: Annotated[
+        str | None,
+        Meta(
+            description="With `engine.weights: dummy`, for a model without a tokenizer: a folder with `tokenizer.json`, a `.gguf` file, or `bundled` (the default model's)."
+        ),
+    ] = None
 
 
 class EngineConfig(_Section, frozen=True):
@@ -79,9 +86,15 @@ class EngineConfig(_Section, frozen=True):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "int8"],
         Meta(
-            description="Weights and KV. `auto`: float32 on CPU, bfloat16 on CUDA. `int8`: weights only, on CPU; KV is float32."
+            description="Weights, and KV unless `kv_cache_dtype` says otherwise. `auto`: float32 on CPU, bfloat16 on CUDA. `int8`: weights alone, on CPU; the rest is float32."
         ),
     ] = "auto"
+    weights: Annotated[
+        Weights,
+        Meta(
+            description="`dummy`: random ones, for load tests of a shape whose weights are not at hand; `config.json` and a tokenizer are enough, and answers are noise."
+        ),
+    ] = "real"
     max_model_len: Annotated[
         Positive, Meta(description="Longest prompt plus completion, in tokens.")
     ] = 2048
@@ -92,6 +105,16 @@ class EngineConfig(_Section, frozen=True):
         Positive | None,
         Meta(description="KV pool of each worker, in tokens. Default: sized from free memory."),
     ] = None
+    kv_cache_dtype: Annotated[
+        Literal["auto", "bfloat16", "float8_e4m3fn"],
+        Meta(
+            description="What the torch engine keeps KV in. `auto`: the dtype of the weights. `float8_e4m3fn` takes a quarter of float32's room and rounds to 3 bits."
+        ),
+    ] = "auto"
+    host_cache_bytes: Annotated[
+        Annotated[int, Meta(ge=0)],
+        Meta(description="Host memory of each worker for evicted KV blocks; 0: they are lost."),
+    ] = 0
     max_batch_size: Annotated[
         Positive, Meta(description="Requests one worker computes at the same time.")
     ] = 16
@@ -138,9 +161,6 @@ class TensorRtLlmConfig(_Section, frozen=True):
     kv_cache_dtype: Annotated[
         Literal["auto", "fp8", "nvfp4"], Meta(description="`auto`: that of the weights.")
     ] = "auto"
-    host_cache_bytes: Annotated[
-        Annotated[int, Meta(ge=0)], Meta(description="Host memory for evicted KV blocks.")
-    ] = 0
     event_buffer_max_size: Annotated[
         Positive,
         Meta(
@@ -213,7 +233,7 @@ class KvTransferConfig(_Section, frozen=True):
     transport: Annotated[
         Literal["ucx", "tcp", "nixl"],
         Meta(
-            description="`ucx` (production); `tcp`, plain and for the torch engine; `nixl`, for TensorRT-LLM."
+            description="`ucx` (production); `nixl` (with the torch engine, `pip install nixl-cu13`); `tcp`, plain and for the torch engine."
         ),
     ] = "ucx"
     connect_s: Annotated[Seconds, Meta(description="Deadline for reaching the prefill worker.")] = (
@@ -224,9 +244,18 @@ class KvTransferConfig(_Section, frozen=True):
         Seconds,
         Meta(description="A prefill worker frees blocks that nobody fetched after this time."),
     ] = 60.0
+    overlap: Annotated[
+        bool,
+        Meta(
+            description="Fetch the blocks of a prompt of several chunks while the rest is computed (torch engine)."
+        ),
+    ] = True
     chunk_bytes: Annotated[
-        Positive, Meta(description="Bytes per message; larger requests are pipelined.")
-    ] = 8 * 1024 * 1024
+        Positive | None,
+        Meta(
+            description="Largest message in bytes; larger requests are pipelined. Default: 8 MiB, between GPUs 128 MiB."
+        ),
+    ] = None
 
 
 class EtcdConfig(_Section, frozen=True):
@@ -364,6 +393,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
     _check_ports(config)
     _check_backend(config)
     _check_dtype(config)
+    _check_weights(config)
     return config
 
 
@@ -433,7 +463,7 @@ def _check_ports(config: Config) -> None:
 
 def _check_backend(config: Config) -> None:
     backend, transport = config.engine.backend, config.kv_transfer.transport
-    suits = {"torch": ("ucx", "tcp"), "tensorrt_llm": ("ucx", "nixl")}[backend]
+    suits = {"torch": ("ucx", "nixl", "tcp"), "tensorrt_llm": ("ucx", "nixl")}[backend]
     if transport not in suits:
         raise ConfigError(
             "kv_transfer.transport",
@@ -449,6 +479,27 @@ def _check_backend(config: Config) -> None:
             "workers.tensor_parallel",
             "the torch engine uses one GPU a worker",
             remedy="remove it, or set `engine.backend: tensorrt_llm`",
+        )
+    if backend == "tensorrt_llm" and config.engine.kv_cache_dtype != "auto":
+        raise ConfigError(
+            "engine.kv_cache_dtype",
+            "the tensorrt_llm engine names KV dtypes its own way",
+            remedy="remove it, and set `tensorrt_llm.kv_cache_dtype`",
+        )
+
+
+def _check_weights(config: Config) -> None:
+    if config.engine.weights == "real" and config.model.tokenizer is not None:
+        raise ConfigError(
+            "model.tokenizer",
+            "real weights come with the tokenizer that they were trained with",
+            remedy="remove it, or set `engine.weights: dummy`",
+        )
+    if config.engine.weights == "dummy" and config.engine.backend == "tensorrt_llm":
+        raise ConfigError(
+            "engine.weights",
+            "only the torch engine makes its own weights",
+            remedy="set `engine.backend: torch`, or `engine.weights: real`",
         )
 
 

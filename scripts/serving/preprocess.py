@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import Struct, field
 from tokenizers import Tokenizer
 
 from serving.chat_template import load_chat_template
 from serving.errors import InvalidRequest, ModelError
+from serving.model_folder import eos_token_ids, json_object, model_vocab_size
 from serving.protocol import ModelCard, SamplingParams
 
 THREAD_CHARS = 8192
@@ -30,10 +30,20 @@ class RequestTrace(Struct):
     overlap_blocks: int = 0
 
 
+class Siblings(Struct):
+    """Samples of one prompt: they go where the first one went, to share its blocks.
+
+    `instances` maps roles to where that was. Written by the pipeline.
+    """
+
+    instances: dict[str, str] = field(default_factory=dict)
+
+
 class PreparedRequest(Struct, frozen=True):
     """One sequence to generate: what the pipeline sends and what the detokenizer needs.
 
     `stop` holds strings, found by the detokenizer; token ids that stop are in `sampling`.
+    `prompt_only`: the one token that has to be generated is not wanted.
     """
 
     request_id: str
@@ -41,6 +51,8 @@ class PreparedRequest(Struct, frozen=True):
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
     skip_special_tokens: bool = True
+    prompt_only: bool = False
+    siblings: Siblings | None = None
     trace: RequestTrace = field(default_factory=RequestTrace)
 
 
@@ -60,20 +72,13 @@ class Preprocessor:
             ) from exc
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        tokenizer_config = _json_object(folder / "tokenizer_config.json")
-        model_config = _json_object(folder / "config.json")
-        self.chat_template = load_chat_template(folder, tokenizer_config)
-        self.eos_token_ids = _eos_token_ids(
-            self.tokenizer,
-            _json_object(folder / "generation_config.json"),
-            model_config,
-            tokenizer_config,
+        self.chat_template = load_chat_template(
+            folder, json_object(folder / "tokenizer_config.json")
         )
+        self.eos_token_ids = eos_token_ids(folder, self.tokenizer)
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         # The embedding may be padded beyond the tokenizer's vocabulary: such ids do run.
-        self.vocab_size = max(
-            1 + max(vocabulary.values()), _text_config(model_config).get("vocab_size") or 0
-        )
+        self.vocab_size = max(1 + max(vocabulary.values()), model_vocab_size(folder))
         self._longest_token_chars = max(map(len, vocabulary))
 
     @classmethod
@@ -170,38 +175,3 @@ class Preprocessor:
                 param=param,
                 code="context_length_exceeded",
             )
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    """Its content; empty when there is no such file. Raises ModelError."""
-    if not file.is_file():
-        return {}
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except (ValueError, OSError) as exc:
-        raise ModelError(f"{file} cannot be read: {exc}") from exc
-
-
-def _text_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where multi-modal models keep what concerns text."""
-    nested = model_config.get("text_config")
-    return nested if isinstance(nested, Mapping) else model_config
-
-
-def _eos_token_ids(
-    tokenizer: Tokenizer,
-    generation_config: Mapping[str, Any],
-    model_config: Mapping[str, Any],
-    tokenizer_config: Mapping[str, Any],
-) -> tuple[int, ...]:
-    """All ids that end a text: `generation_config.json` first, as `generate` takes them."""
-    for source in (generation_config, _text_config(model_config), model_config):
-        found = source.get("eos_token_id")
-        if isinstance(found, int):
-            return (found,)
-        if isinstance(found, list) and found:
-            return tuple(found)
-    token = tokenizer_config.get("eos_token")
-    text = token.get("content") if isinstance(token, Mapping) else token
-    token_id = tokenizer.token_to_id(text) if isinstance(text, str) else None
-    return () if token_id is None else (token_id,)

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 Role = Literal["agg", "prefill", "decode"]
 Phase = Literal["agg", "prefill", "decode"]
+Tier = Literal["device", "host"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 PROTOCOL_VERSION = 1
@@ -21,12 +22,22 @@ PROTOCOL_VERSION = 1
 # --- requests and tokens (direct connection, `rpc.py`) ------------------------------------------
 
 
+class Guide(Struct, frozen=True):
+    """What the output must be: JSON of a schema, a match of a regular expression, or a text of a
+    grammar. `text` is the schema (JSON), the expression (Rust's syntax, whole match) or the
+    grammar (Lark's syntax as llguidance has it)."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    text: str
+
+
 class SamplingParams(Struct, frozen=True, omit_defaults=True):
     """How to choose tokens. Names and meanings are OpenAI's, plus the common extensions.
 
     `temperature == 0` is greedy. `logprobs` is the number of alternatives to report beside the
-    chosen token (0: only the chosen one; None: none at all). Stop strings never reach a worker:
-    the frontend's detokenizer finds them and aborts.
+    chosen token (0: only the chosen one; None: none at all), and `prompt_logprobs` the same for
+    the prompt's tokens. Stop strings never reach a worker: the frontend's detokenizer finds them
+    and aborts.
     """
 
     max_tokens: int
@@ -42,6 +53,8 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()  # includes the model's EOS unless `ignore_eos`
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), no id twice
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    guide: Guide | None = None
 
 
 class KvTransferParams(Struct, frozen=True, tag="blocks"):
@@ -87,6 +100,8 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
 
     phase `agg`: prefill and decode here. `prefill`: compute the prompt, sample one token, hold
     the KV for a decode worker. `decode`: fetch the KV described by `kv_transfer_params`, go on.
+    With `follows_prefill`, the prefill is still going on, and the token that it will sample is not
+    among `token_ids` but comes with the KV.
     """
 
     request_id: str
@@ -96,13 +111,17 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
     phase: Phase = "agg"
     kv_transfer_params: TransferParams | None = None
     deadline_s: float = 600.0
+    follows_prefill: bool = False
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True):
-    """`logprob` of `token_id`, and the `top` alternatives as (token_id, logprob), best first."""
+    """`logprob` of `token_id`, and the `top` alternatives as (token_id, logprob), best first.
+
+    None stands for that of a prompt's first token, which nothing comes before.
+    """
 
     token_id: int
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]]
 
 
@@ -118,8 +137,10 @@ class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):
     """What one engine step produced for one request. `finish_reason` set means: the last one.
 
     `cached_tokens` (prompt tokens not computed because their KV was there or was fetched)
-    comes with the first output only. `stop_token_id` is the token that ended the request; it is
-    not part of `token_ids`.
+    comes with the first output only, and so do `prompt_logprobs`, of all prompt tokens but the
+    first. One without tokens and finish_reason, but with `kv_transfer_params`, says that a
+    prefill's KV can be fetched from now on. `stop_token_id` is the token that ended the request;
+    it is not part of `token_ids`.
     """
 
     request_id: str
@@ -130,6 +151,7 @@ class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):
     logprobs: list[TokenLogprob] | None = None
     kv_transfer_params: TransferParams | None = None
     error: ErrorInfo | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class Generate(Struct, frozen=True, tag="generate"):
@@ -189,6 +211,7 @@ class ModelCard(Struct, frozen=True):
     hash_salt: str
     engine_fingerprint: str
     created: int
+    dummy_weights: bool = False
 
 
 class InstanceInfo(Struct, frozen=True):
@@ -215,19 +238,26 @@ class InstanceInfo(Struct, frozen=True):
 # --- KV events and load (NATS, `events.py`) ----------------------------------------------------
 
 
-class BlocksStored(Struct, frozen=True, tag="stored", array_like=True):
-    """`block_hashes` are chained: the first one's parent is `parent_hash` (None: the root)."""
+class BlocksStored(Struct, frozen=True, tag="stored", array_like=True, omit_defaults=True):
+    """`block_hashes` are chained: the first one's parent is `parent_hash` (None: the root).
+
+    A block is stored in the `host` tier while the device still holds it, and may be in both.
+    """
 
     parent_hash: int | None
     block_hashes: list[int]
+    tier: Tier = "device"
 
 
-class BlocksRemoved(Struct, frozen=True, tag="removed", array_like=True):
+class BlocksRemoved(Struct, frozen=True, tag="removed", array_like=True, omit_defaults=True):
+    """Gone from this tier; the other one may hold them still."""
+
     block_hashes: list[int]
+    tier: Tier = "device"
 
 
 class BlocksCleared(Struct, frozen=True, tag="cleared", array_like=True):
-    pass
+    """No tier holds anything any more."""
 
 
 KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
@@ -242,8 +272,8 @@ class KvEventBatch(Struct, frozen=True, array_like=True):
     events: list[KvEvent]
 
 
-class KvSnapshotPart(Struct, frozen=True, array_like=True):
-    """A piece of the reply to a snapshot request: all block hashes held as of `seq`."""
+class KvSnapshotPart(Struct, frozen=True, array_like=True, omit_defaults=True):
+    """A piece of the reply to a snapshot request: all block hashes held as of `seq`, by tier."""
 
     instance_id: str
     epoch: int
@@ -251,13 +281,16 @@ class KvSnapshotPart(Struct, frozen=True, array_like=True):
     part: int
     num_parts: int
     block_hashes: list[int]
+    host_hashes: list[int] = []
 
 
 class LoadReport(Struct, frozen=True, array_like=True):
     """Published at most once per engine step and at least once a second.
 
     `queued_tokens`: prompt tokens waiting or partly computed. `active_blocks`: blocks held by
-    running requests. `cached_blocks`: evictable blocks kept for prefix hits.
+    running requests. `cached_blocks`: evictable blocks kept for prefix hits. `kv_route`: what
+    carried the latest KV that arrived (`cuda_ipc` from GPU to GPU, `tcp`). The host tier keeps
+    `host_cached_blocks` of at most `num_host_blocks`; blocks moved to and from it are totals.
     """
 
     instance_id: str
@@ -275,6 +308,11 @@ class LoadReport(Struct, frozen=True, array_like=True):
     kv_transport: str = ""
     local_prefill_fallbacks: int = 0
     preemptions: int = 0
+    kv_route: str = ""
+    host_cached_blocks: int = 0
+    num_host_blocks: int = 0
+    offloaded_blocks: int = 0
+    onloaded_blocks: int = 0
 
 
 msgpack_encode = msgspec.msgpack.encode

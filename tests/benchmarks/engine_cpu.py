@@ -5,7 +5,9 @@
 Both run in this process, in turns (A B A B), on the same fresh random prompts and with the same
 number of threads; medians are compared. Prefill is the time to one token of every prompt; decode
 is the time between two tokens of the whole batch. At batch 8 the prompts have mixed lengths,
-which `generate` pads on the left. Prints one JSON object a line.
+which `generate` pads on the left. The host tier's row is the time to the first token of a prompt
+whose KV was evicted to host memory, against the same prompt's when it was new. Prints one JSON
+object a line.
 """
 
 from __future__ import annotations
@@ -165,6 +167,67 @@ async def measure(ours: Ours, peer: Peer, batch: int, decode_tokens: int, repeat
     )
 
 
+async def measure_host_tier(engine_dir: Path, threads: int, repeats: int) -> None:
+    """Time to first token of a prompt: new, and again after another one has evicted it."""
+    length = 1024
+    engine = TorchEngine(
+        engine_dir,
+        max_model_len=length + BLOCK_SIZE,
+        block_size=BLOCK_SIZE,
+        kv_cache_tokens=length + BLOCK_SIZE,  # room for one of them
+        max_batch_size=1,
+        max_num_batched_tokens=512,
+        max_waiting=1,
+        host_cache_bytes=512 * 2**20,
+        num_threads=threads,
+        hash_salt="benchmark",
+        fingerprint="benchmark",
+    )
+    first: asyncio.Future[EngineOutput]
+
+    def receive(outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad) -> None:
+        del events, load
+        for output in outputs:
+            first.set_result(output)
+
+    async def first_token_s(request_id: str, prompt: list[int]) -> tuple[float, int]:
+        nonlocal first
+        first = asyncio.get_running_loop().create_future()
+        started = time.perf_counter()
+        sampling = SamplingParams(max_tokens=1, temperature=0)
+        engine.submit(EngineRequest(request_id, prompt, len(prompt), sampling))
+        output = await first
+        assert output.error is None, output.error
+        return time.perf_counter() - started, output.cached_tokens or 0
+
+    generator = torch.Generator().manual_seed(1024)
+    new_s, again_s, found = [], [], 0
+    await engine.start(receive)
+    try:
+        for repeat in range(repeats + 1):  # the first one warms up
+            prompt, other = torch.randint(10, 40_000, (2, length), generator=generator).tolist()
+            cold_s, _ = await first_token_s(f"new-{repeat}", prompt)
+            await first_token_s(f"other-{repeat}", other)
+            before = engine.load().onloaded_blocks
+            hit_s, found = await first_token_s(f"again-{repeat}", prompt)
+            assert engine.load().onloaded_blocks - before > 0.9 * found / BLOCK_SIZE
+            if repeat:
+                new_s.append(cold_s)
+                again_s.append(hit_s)
+    finally:
+        await engine.close()
+    ours, peer = statistics.median(again_s), statistics.median(new_s)
+    row = {
+        "name": "host tier hit ttft",
+        "ours": round(1e3 * ours, 1),
+        "peer": round(1e3 * peer, 1),
+        "peer_name": f"cold prefill of the same {length} tokens; {found} of them were found",
+        "unit": "ms",
+        "ratio": round(ours / peer, 3),
+    }
+    print(json.dumps(row), flush=True)
+
+
 def report(name: str, rates: dict[str, float]) -> None:
     row = {
         "name": name,
@@ -194,6 +257,7 @@ async def main() -> None:
             await measure(ours, peer, batch, decode_tokens, repeats)
     finally:
         await ours.close()
+    await measure_host_tier(engine_dir, args.threads, repeats)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """KV transfers against the prefill they follow, and against a plain socket.
 
     python tests/benchmarks/kv_transfer.py [--engine-dir DIR] [--rounds N] [--threads N]
+    python tests/benchmarks/kv_transfer.py --device cuda [--sweep]      (see kv_transfer_cuda.py)
 
 Source and puller are two processes, as in a deployment. Rows, one JSON object a line:
 
@@ -35,12 +36,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning st
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
+if __name__ == "__main__" and "cuda" in sys.argv:
+    # Before everything that this needs and the other does not: it runs without an engine.
+    from kv_transfer_cuda import main as main_cuda
+
+    main_cuda()
+    raise SystemExit
+
 import msgspec  # noqa: E402
 from engine_under_test import find_engine  # noqa: E402
 from kv_ends import Got, Held, params, pulling, random_blocks, serving  # noqa: E402
 from serving.engine.base import EngineLoad  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
 from serving.kv_layout import KvLayout  # noqa: E402
+from serving.kv_transfer.base import Progress  # noqa: E402
 from serving.protocol import (  # noqa: E402
     EngineOutput,
     EngineRequest,
@@ -228,6 +237,9 @@ class Exports:
         if not (held := self._kv.exported(request_id)):
             raise KeyError(request_id)
         return held
+
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
+        return Progress(self.open(request_id, nonce), 0)
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         self._kv.read(request_id, first, out)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from serving.engine.torch.kv_pool import KvPool
+from serving.kv_layout import KvLayout
 from serving.protocol import KvTransferParams
 from transformers import AutoModelForCausalLM
 from unit.engine.torch_rig import (
@@ -93,6 +95,54 @@ async def test_bfloat16_is_as_close_to_float32_as_transformers_is(model: Path) -
     error = max(abs(ours[token] - exact[token]) for token in ours)
     peer_error = max(abs(rounded[token] - exact[token]) for token in ours)
     assert error <= 2 * peer_error + 0.05
+
+
+async def test_evicted_blocks_come_back_from_pinned_memory(model: Path) -> None:
+    """The pool holds one or two of five prompts; copies run between the steps that need them."""
+    prompts = random_prompts([40, 70, 61, 33, 90])
+    expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
+    options = {"device": "cuda", "kv_cache_tokens": 128, "host_cache_bytes": 2**20}
+    async with running(model, **options) as (engine, sink):
+        for turn in "abc":
+            for i, prompt in enumerate(prompts):
+                engine.submit(request(f"{turn}{i}", prompt, greedy(NUM_TOKENS)))
+            await sink.finished(*(f"{turn}{i}" for i in range(len(prompts))))
+            assert [sink.tokens[f"{turn}{i}"] for i in range(len(prompts))] == expected
+        if engine.load().num_host_blocks == 0:
+            pytest.skip("this GPU computes the tiny model faster than it copies its blocks")
+        assert engine.load().onloaded_blocks > 0
+        assert [sink.cached[f"c{i}"] for i in range(len(prompts))] == [
+            (len(prompt) - 1) // 8 * 8 for prompt in prompts
+        ]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.15), ("float8_e4m3fn", 1.5)])
+async def test_narrow_kv_stays_close(model: Path, dtype: str, tolerance: float) -> None:
+    """Float32 weights; the log-probabilities after a prompt, cold and after a prefix hit."""
+    [prompt] = random_prompts([60], seed=2)
+    exact = next_logprobs(model, prompt, "float32")
+    async with running(model, device="cuda", kv_cache_dtype=dtype) as (engine, sink):
+        for name in ("cold", "again"):
+            engine.submit(request(name, prompt, greedy(NUM_TOKENS, logprobs=20)))
+            await sink.finished(name)
+            ours = dict(sink.logprobs[name][0].top)
+            assert max(abs(ours[token] - exact[token]) for token in ours) < tolerance
+        assert sink.cached["again"] == 56
+        assert engine.spec.kv_layout is not None
+        assert engine.spec.kv_layout.dtype == dtype
+
+
+def test_what_float8_cannot_hold_saturates() -> None:
+    from serving.engine.torch import kernels
+
+    pool = KvPool(KvLayout(1, 1, 16, 8, "float8_e4m3fn"), 2, "cuda")
+    qkv = torch.zeros(1, 3, 16, device="cuda", dtype=torch.bfloat16)  # query, key, value
+    qkv[0, 1], qkv[0, 2] = 1e4, -1e4
+    rows = torch.tensor([8], dtype=torch.int32, device="cuda")  # the first token of block 1
+    kernels.rotate_and_store(qkv, pool.tensor, rows, 0, num_q_heads=1)
+    written = pool.tensor[1, 0, :, 0].float().cpu()
+    assert written[0].unique().tolist() == [448.0]
+    assert written[1].unique().tolist() == [-448.0]
 
 
 def next_logprobs(model: Path, prompt: list[int], dtype: str) -> list[float]:

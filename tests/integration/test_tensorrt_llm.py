@@ -6,9 +6,14 @@ The stand-in has the library's classes, signatures and traps, and the torch engi
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import concurrent.futures
+import contextlib
+import json
 import os
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from typing import Any
 import httpx
 import pytest
 from integration.deployment import DEFAULT_MODEL, Deployment, running, share_results
+from integration.tiny_model import make
 from standin.install import install
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -29,6 +35,8 @@ PROMPTS = [
     "The following is a careful and detailed story about a lighthouse keeper. " * 8,
 ]
 NUM_ABORTS = 100
+BOOKS, SLOW_FETCH, SLOW_FETCH_S = "books", "slow-fetch", 0.3
+"""In a deployment's folder: where the stand-in writes what it holds, and how long a fetch waits."""
 
 
 def answers(service: Deployment) -> list[tuple[str, int]]:
@@ -56,12 +64,17 @@ def from_torch(
 
 
 @pytest.fixture(scope="module")
-def models(default_results: Path) -> Path:
-    """The downloaded model, without any engine."""
-    return default_results / "models"
+def checkpoint(default_results: Path) -> Path:
+    """The default model as a Hugging Face folder, which is how most models come: what the torch
+    engine made of it. TensorRT-LLM takes such a folder as it is."""
+    [engine] = (default_results / "engines").glob("*/engine.json")
+    return engine.parent
 
 
-def deployment_with(directory: Path, models: Path, version: str, **sections: Any) -> Deployment:
+def deployment_with(
+    directory: Path, version: str, model: Path | None = None, **sections: Any
+) -> Deployment:
+    """With the stand-in as `version`. `model`: a folder, else the default model is fetched."""
     engine = {
         "backend": "tensorrt_llm",
         "device": "cpu",
@@ -69,11 +82,14 @@ def deployment_with(directory: Path, models: Path, version: str, **sections: Any
         **sections.pop("engine", {}),
     }
     deployment = Deployment(directory, engine=engine, **sections)
-    share_results(models, directory / "results" / "models")
+    if model is not None:
+        deployment.config["model"] = {"id": str(model), "name": DEFAULT_MODEL}
     library = install(directory / "library", version)
     deployment.environment = {
         "PYTHONPATH": str(library),
         "PATH": os.pathsep.join([str(library / "bin"), os.environ["PATH"]]),
+        "STANDIN_TRTLLM_BOOKS": str(directory / BOOKS),
+        "STANDIN_TRTLLM_FAIL": f"slow_fetch@{directory / SLOW_FETCH}",
     }
     return deployment
 
@@ -85,27 +101,40 @@ def idle(state: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    ("target", "version"),
-    [("serve_agg", "1.0.0"), ("serve_disagg", "1.2.1")],
-)
-def test_topology_passes_the_smoke_test_with_the_tokens_of_torch(
-    target: str,
-    version: str,
-    tmp_path: Path,
-    models: Path,
-    from_torch: list[tuple[str, int]],
+def test_agg_serves_an_engine_that_trtllm_build_made_with_the_tokens_of_torch(
+    tmp_path: Path, checkpoint: Path, from_torch: list[tuple[str, int]]
 ) -> None:
-    deployment = deployment_with(tmp_path, models, version)
-    with running(deployment, target):
+    deployment = deployment_with(
+        tmp_path,
+        "1.0.0",
+        checkpoint,
+        engine={"flow": "trtllm-build"},
+        tensorrt_llm={"examples_dir": str(tmp_path / "library" / "examples")},
+    )
+    with running(deployment, "serve_agg"):
+        assert "smoke test passed" in deployment.snakemake("smoke_test").stdout
+        assert answers(deployment) == from_torch
+        answer = deployment.complete(PROMPTS[0], max_tokens=4, logprobs=2)["choices"][0]
+        assert len(answer["logprobs"]["token_logprobs"]) == 4
+        [rank] = (deployment.directory / "results" / "engines").glob("*/trtllm-*/rank0.engine")
+        assert rank.exists()
+
+
+def test_disagg_passes_the_smoke_test_with_the_tokens_of_torch(
+    tmp_path: Path, default_results: Path, from_torch: list[tuple[str, int]]
+) -> None:
+    """From the default model's own file, which is converted first."""
+    deployment = deployment_with(tmp_path, "1.2.1")
+    share_results(default_results / "models", tmp_path / "results" / "models")
+    with running(deployment, "serve_disagg"):
         assert "smoke test passed" in deployment.snakemake("smoke_test").stdout
         assert answers(deployment) == from_torch
 
 
 def test_agg_router_sends_a_prompt_where_it_is_cached(
-    tmp_path: Path, models: Path, from_torch: list[tuple[str, int]]
+    tmp_path: Path, checkpoint: Path, from_torch: list[tuple[str, int]]
 ) -> None:
-    deployment = deployment_with(tmp_path, models, "1.1.0", workers={"agg": 2})
+    deployment = deployment_with(tmp_path, "1.1.0", checkpoint, workers={"agg": 2})
     with running(deployment, "serve_agg_router"):
         assert "smoke test passed" in deployment.snakemake("smoke_test").stdout
         assert answers(deployment) == from_torch
@@ -120,9 +149,11 @@ def test_agg_router_sends_a_prompt_where_it_is_cached(
 
 
 @pytest.fixture(scope="module")
-def disagg_router(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Deployment]:
+def disagg_router(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Path
+) -> Iterator[Deployment]:
     directory = tmp_path_factory.mktemp("disagg-router")
-    deployment = deployment_with(directory, models, "1.3.0rc27", kv_transfer={"transfer_s": 8.0})
+    deployment = deployment_with(directory, "1.3.0rc27", checkpoint, kv_transfer={"hold_s": 600.0})
     with running(deployment, "serve_disagg_router"):
         yield deployment
 
@@ -136,34 +167,94 @@ def test_disagg_router_passes_the_smoke_test_with_the_tokens_of_torch(
     assert sum(row["local_prefill_fallbacks"] for row in state["instances"]) == 0
 
 
-def test_a_hundred_aborts_in_any_phase_leave_no_block_behind(disagg_router: Deployment) -> None:
-    chance = random.Random(7)
+def test_a_hundred_aborts_in_any_phase_leave_no_block_behind(
+    disagg_router: Deployment, from_torch: list[tuple[str, int]]
+) -> None:
+    """By our load reports, and by the library's own books. Nothing is freed by a time that is over:
+    `kv_transfer.hold_s` is longer than this test."""
     disagg_router.wait("idle", idle)
-    moments = [chance.uniform(0.0, 1.2) for _ in range(NUM_ABORTS)]
+    slow_fetch = disagg_router.directory / SLOW_FETCH
+    slow_fetch.write_text(str(SLOW_FETCH_S))
+    before = {role: books(disagg_router, role) for role in ("prefill", "decode")}
+    told = asyncio.run(leave_in_the_middle(disagg_router))
+    slow_fetch.unlink()
+    # The first token comes from the prefill, the second after the fetch.
+    phases = collections.Counter(("prefill", "transfer")[n] if n < 2 else "decode" for n in told)
+    assert sum(phases.values()) == NUM_ABORTS
+    assert all(phases[phase] >= 10 for phase in ("prefill", "transfer", "decode")), phases
 
-    def leave_after(number: int) -> None:
+    disagg_router.wait("every block free again", idle, deadline_s=30)
+    for role in ("prefill", "decode"):
+        found = settled_books(disagg_router, role)
+        assert found["trouble"] == ""
+        assert found["num_requests"] >= before[role]["num_requests"] + NUM_ABORTS // 2
+        left = {name: found[name] for name in ("active_blocks", "requests", "fetches", "contexts")}
+        assert not any(left.values()), (role, left)
+    # A prefill whose caller has left runs to its end and is fetched; a decode is aborted.
+    assert books(disagg_router, "decode")["aborted"]["generation_only"] >= NUM_ABORTS // 4
+    assert answers(disagg_router) == from_torch
+
+
+async def leave_in_the_middle(service: Deployment) -> list[int]:
+    """Ask `NUM_ABORTS` times, at most 8 at once, and go away at some moment of some phase; how many
+    tokens each had by then. What counts is progress, as time means little on a busy machine."""
+    chance, room = random.Random(7), asyncio.Semaphore(8)
+    began = time.monotonic()
+    service.complete(PROMPTS[0], max_tokens=1)
+    prefill_s = time.monotonic() - began
+
+    async def leave(number: int, client: httpx.AsyncClient) -> int:
         body = {
             "model": DEFAULT_MODEL,
-            "prompt": f"Story {number}: " + PROMPTS[-1][: chance.randrange(20, 400)],
-            "max_tokens": 64,
+            "prompt": f"Story {number}: " + PROMPTS[-1][: chance.randrange(20, 200)],
+            "max_tokens": 900,
             "ignore_eos": True,
             "stream": True,
         }
-        timeout = httpx.Timeout(30, read=max(0.01, moments[number]))
-        try:
-            with httpx.stream(
-                "POST", f"{disagg_router.url}/v1/completions", json=body, timeout=timeout
-            ) as response:
-                lines = response.iter_lines()
-                for _ in range(chance.randrange(1, 12)):
-                    next(lines, None)
-        except httpx.TimeoutException:
-            return  # left while it waited
+        num_tokens = 0
+        within_s, num_wanted, then_s = chance.choice(
+            [
+                (chance.uniform(0, prefill_s), 1, 0.0),
+                (60.0, 1, chance.uniform(0, SLOW_FETCH_S / 2)),
+                (60.0, chance.randrange(2, 9), 0.0),
+            ]
+        )
+        async with room:
+            with contextlib.suppress(TimeoutError):
+                async with (
+                    asyncio.timeout(within_s),
+                    client.stream("POST", "/v1/completions", json=body) as response,
+                ):
+                    assert response.status_code == 200
+                    async for line in response.aiter_lines():
+                        num_tokens += line.startswith("data: {")
+                        if num_tokens >= num_wanted:
+                            await asyncio.sleep(then_s)
+                            break
+        return num_tokens
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(leave_after, range(NUM_ABORTS)))
-    disagg_router.wait("every block free again", idle, deadline_s=60)
-    assert "smoke test passed" in disagg_router.snakemake("smoke_test").stdout
+    async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
+        return await asyncio.gather(*(leave(number, client) for number in range(NUM_ABORTS)))
+
+
+def books(service: Deployment, role: str) -> dict[str, Any]:
+    """What the library of `{role}-0` itself says that it holds, written after now."""
+    pid, now = service.pids()[f"worker-{role}-0"], time.time()
+    path = service.directory / BOOKS / f"{pid}.json"
+    while time.time() < now + 10:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found["written"] > now:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{path} is not kept up to date")
+
+
+def settled_books(service: Deployment, role: str) -> dict[str, Any]:
+    """The same once nothing moves any more: a load report can be a moment ahead of it."""
+    deadline = time.monotonic() + 10
+    while (found := books(service, role))["active_blocks"] and time.monotonic() < deadline:
+        pass
+    return found
 
 
 def test_second_serve_does_nothing_and_a_new_limit_rebuilds_and_restarts(
@@ -183,11 +274,55 @@ def test_second_serve_does_nothing_and_a_new_limit_rebuilds_and_restarts(
     assert disagg_router.complete("The capital of France is")["choices"][0]["text"]
 
 
-def test_library_that_is_missing_is_one_paragraph(tmp_path: Path, models: Path) -> None:
-    deployment = deployment_with(tmp_path, models, "1.3.0rc27")
-    deployment.environment = {}
-    done = deployment.snakemake("serve_disagg", check=False)
-    assert done.returncode != 0
-    assert "tensorrt_llm" in done.stdout
-    assert "Traceback" not in done.stdout
+# --- what a person reads when it does not start ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A model that is built in a second; nothing started."""
+    folder = tmp_path_factory.mktemp("tiny")
+    deployment = deployment_with(folder / "deployment", "1.3.0rc27", make(folder / "model"))
+    yield deployment
     deployment.stop()
+
+
+def test_library_that_is_missing_is_one_paragraph(tiny: Deployment) -> None:
+    whole, tiny.environment = tiny.environment, {}
+    done = tiny.snakemake("serve_agg", check=False)
+    tiny.environment = whole
+    assert done.returncode != 0
+    assert last_paragraph(done.stdout) == (
+        "TensorRT-LLM is not installed for the Python that would run the workers",
+        "set `container.runtime` and run in its image (`snakemake build_image`), or install it "
+        "(`pip install tensorrt_llm`), or set `engine.backend: torch`",
+    )
+
+
+def test_worker_that_runs_out_of_memory_is_one_paragraph(tiny: Deployment) -> None:
+    """From inside the library, through the worker's log, to the terminal."""
+    tiny.environment["STANDIN_TRTLLM_FAIL"] = "oom"
+    done = tiny.snakemake("serve_agg", check=False)
+    assert done.returncode != 0
+    said, remedy = last_paragraph(done.stdout)
+    assert said.startswith("worker-agg-0 could not start: TensorRT-LLM could not be started: ")
+    assert "the GPU's memory does not hold the weights, the KV blocks and one batch" in said
+    assert "lower `engine.max_batch_size`" in remedy
+
+
+def test_no_gpu_is_one_paragraph_before_anything_starts(tiny: Deployment) -> None:
+    tiny.config["engine"]["device"] = "cuda"
+    tiny.environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = tiny.snakemake("serve_agg", check=False)
+    tiny.config["engine"]["device"] = "cpu"
+    del tiny.environment["CUDA_VISIBLE_DEVICES"]
+    assert done.returncode != 0
+    said, remedy = last_paragraph(done.stdout)
+    assert "TensorRT-LLM runs on NVIDIA GPUs, and there is no GPU to use" in said
+    assert "`engine.backend: torch`" in remedy
+
+
+def last_paragraph(output: str) -> tuple[str, str]:
+    """What is wrong, and what to change, as the workflow says it at last."""
+    assert "Traceback" not in output
+    text, _, remedy = output.rpartition("\n  -> ")
+    return text.rpartition("\n\n")[2].strip(), remedy.partition("\n")[0].strip()

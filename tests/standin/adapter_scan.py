@@ -48,8 +48,14 @@ _CALLS = {
     "DisaggregatedParams": ("DisaggregatedParams",),
     "disaggregated_params": ("DisaggregatedParams",),
     "logprob": ("Logprob",),
+    "guided_decoding_params": ("GuidedDecodingParams",),
 }
-_KEYS = {"sampling.py": "SamplingParams", "stats.py": "stats", "kv_events.py": "kv_event"}
+_KEYS = {
+    "sampling.py": "SamplingParams",
+    "guided.py": "GuidedDecodingParams",
+    "stats.py": "stats",
+    "kv_events.py": "kv_event",
+}
 """Modules whose dictionary keys are the members of one structure."""
 _MERGED = {"disagg.py": "DisaggregatedParams"}
 """Modules in which what is merged into a dictionary (`| {...}`) are members."""

@@ -78,8 +78,12 @@ def rendered(version: str) -> list[Use]:
     found: list[Use] = []
     parsed = parse_version(version)
     raw: dict[str, Any] = {
-        "engine": {"backend": "tensorrt_llm", "block_size": 32, "kv_cache_tokens": 4096},
-        "tensorrt_llm": {"host_cache_bytes": 1 << 20},
+        "engine": {
+            "backend": "tensorrt_llm",
+            "block_size": 32,
+            "kv_cache_tokens": 4096,
+            "host_cache_bytes": 1 << 20,
+        },
         "kv_transfer": {"transport": "ucx"},
     }
     config = configs.parse(raw)

@@ -114,6 +114,7 @@ def test_bad_size_of_a_role_is_refused_by_its_key_and_value() -> None:
     [
         ({"kv_transfer": {"transport": "tcp"}}, "kv_transfer.transport"),
         ({"tensorrt_llm": {"kv_cache_dtype": "int8"}}, "tensorrt_llm.kv_cache_dtype"),
+        ({"engine-kv_cache_dtype": "bfloat16"}, "engine.kv_cache_dtype"),
     ],
 )
 def test_tensorrt_llm_has_no_such_choice(raw: dict[str, Any], key: str) -> None:
@@ -137,6 +138,19 @@ def test_message_is_one_line_and_its_remedy() -> None:
 def test_plain_data_parses_to_the_same_config() -> None:
     config = parse({"workers": {"gpus": [0, 1]}, "router": {"policy": "random"}})
     assert parse(as_plain(config)) == config
+
+
+def test_tokenizer_is_lent_to_dummy_weights_only() -> None:
+    error = refusal({"model": {"tokenizer": "bundled"}})
+    assert error.key == "model.tokenizer"
+    assert "engine.weights: dummy" in error.remedy
+    parse({"model": {"tokenizer": "bundled"}, "engine": {"weights": "dummy"}})
+
+
+def test_tensorrt_llm_has_no_dummy_weights() -> None:
+    assert refusal({"engine": {"backend": "tensorrt_llm", "weights": "dummy"}}).key == (
+        "engine.weights"
+    )
 
 
 def test_every_key_has_a_description() -> None:

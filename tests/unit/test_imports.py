@@ -11,11 +11,18 @@ PACKAGE = Path(__file__).parents[2] / "scripts" / "serving"
 LAYERS = [
     {"frontend", "worker", "deploy", "config_docs"},
     {"kv_router", "kv_transfer", "engine", "discovery", "events", "rpc", "text"},
-    {"block_hash", "kv_layout"},
+    {"block_hash", "kv_layout", "vocabulary"},
     {"protocol", "config", "process_config", "errors"},
 ]
-# One concept in several modules: a prompt's way in and its answer's way out.
-UNITS = {"preprocess": "text", "chat_template": "text", "detokenize": "text"}
+# One concept in several modules: a prompt's way in and its answer's way out; what the tokenizer of
+# a model decides.
+UNITS = {
+    "preprocess": "text",
+    "chat_template": "text",
+    "detokenize": "text",
+    "model_folder": "vocabulary",
+    "grammar": "vocabulary",
+}
 LAYER_OF = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 FORBIDDEN = {("frontend", "engine"), ("frontend", "kv_transfer"), ("worker", "kv_router")}
 VENDORS = {
@@ -23,6 +30,7 @@ VENDORS = {
     "nats": "events",
     "etcd3aio": "discovery",
     "tensorrt_llm": "engine",
+    "llguidance": "grammar",
 }
 INPUT_OUTPUT = {"asyncio", "socket", "subprocess", "httpx", "threading", "ssl", "selectors"}
 

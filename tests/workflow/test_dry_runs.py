@@ -42,6 +42,8 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_makes_a_plan_and_changes_nothing(example: Path, tmp_path: Path) -> None:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "models").symlink_to(ROOT / "config" / "models")
     done = snakemake(tmp_path, "-n", "--configfile", str(example))
     wanted = (yaml.safe_load(example.read_text()).get("workers") or {}).get("gpus") or []
     if "gpu" in example.stem and not set(wanted) | {0} <= set(existing_gpus()):

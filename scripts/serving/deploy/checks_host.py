@@ -23,6 +23,8 @@ from serving.deploy.checks import Finding
 from serving.deploy.fingerprint import resolve_dtype, resolve_source
 from serving.deploy.model_files import local_files
 from serving.engine.files import human
+from serving.kv_transfer.nixl import REMEDY as NIXL_REMEDY
+from serving.kv_transfer.nixl import nixl_module
 
 PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 RUNTIME_BYTES = 600 * 10**6
@@ -46,6 +48,7 @@ class HostFacts(Struct, frozen=True, kw_only=True):
     has_infiniband: bool
     unix_socket_error: str
     loopback_error: str
+    nixl: str = ""
 
 
 def observe(run_dir: Path) -> HostFacts:
@@ -62,6 +65,7 @@ def observe(run_dir: Path) -> HostFacts:
         disk_free=shutil.disk_usage(Path.cwd()).free,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         memlock=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        nixl=nixl_module(),
         has_infiniband=infiniband.is_dir() and any(infiniband.iterdir()),
         unix_socket_error=_try_unix_socket(run_dir),
         loopback_error=_try_loopback(),
@@ -104,9 +108,9 @@ def _try_loopback() -> str:
 def weight_bytes(config: Config) -> int | None:
     """Size of the loaded weights: a local model's files, else what `135M` in the name implies.
 
-    Raises ConfigError for a local model that is not there.
+    None where neither tells. Raises ConfigError for a local model that is not there.
     """
-    if resolve_source(config.model) == "local":
+    if resolve_source(config.model) == "local" and config.engine.weights == "real":
         found = local_files(config.model)
         return sum((found.folder / name).stat().st_size for name in found.names)
     match = re.search(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MBT])(?![A-Za-z])", config.model.id)
@@ -118,6 +122,7 @@ def weight_bytes(config: Config) -> int | None:
 def judge_host(config: Config, num_workers: int, device: str, facts: HostFacts) -> list[Finding]:
     """Everything about the machine that decides whether `num_workers` can run on it."""
     weights = weight_bytes(config)
+    stored = 0 if config.engine.weights == "dummy" else weights  # those exist in workers only
     return [
         Finding(
             "python",
@@ -138,10 +143,11 @@ def judge_host(config: Config, num_workers: int, device: str, facts: HostFacts) 
             "lower the counts under `workers`, or expect them to slow each other down",
             warning=True,
         ),
-        _memory(weights, num_workers, device, facts),
-        _disk(weights, facts),
+        _memory(stored if device == "cuda" else weights, num_workers, device, facts),
+        _disk(stored, facts),
         _open_files(config, facts),
         _memlock(config, facts),
+        *_nixl(config, facts),
         Finding(
             "unix sockets",
             not facts.unix_socket_error,
@@ -195,7 +201,7 @@ def _open_files(config: Config, facts: HostFacts) -> Finding:
 
 
 def _memlock(config: Config, facts: HostFacts) -> Finding:
-    if config.kv_transfer.transport != "ucx" or not facts.has_infiniband:
+    if config.kv_transfer.transport == "tcp" or not facts.has_infiniband:
         return Finding("locked memory", True, "not needed: no InfiniBand device in use")
     unlimited = facts.memlock == resource.RLIM_INFINITY
     return Finding(
@@ -205,3 +211,18 @@ def _memlock(config: Config, facts: HostFacts) -> Finding:
         "`ulimit -l unlimited`, or a memlock line in /etc/security/limits.conf",
         warning=True,
     )
+
+
+def _nixl(config: Config, facts: HostFacts) -> list[Finding]:
+    """TensorRT-LLM has its own; for the torch engine it is an option that must be installed."""
+    if (config.kv_transfer.transport, config.engine.backend) != ("nixl", "torch"):
+        return []
+    contained = config.container.runtime != "none"
+    return [
+        Finding(
+            "nixl",
+            bool(facts.nixl) or contained,
+            "expected in the image" if contained else facts.nixl or "not installed",
+            NIXL_REMEDY,
+        )
+    ]

@@ -90,8 +90,10 @@ class Deployment(Struct, frozen=True, kw_only=True):
         url = f"http://{address(self.config.frontend.host, self.config.frontend.port)}"
         model = self.config.model.name or self.config.model.id
         body = msgspec.json.encode({"model": model, "prompt": "Hello", "max_tokens": 16}).decode()
+        dummy = self.config.engine.weights == "dummy"
+        noise = " with dummy weights, so answers are noise," if dummy else ""
         return (
-            f"\nServing {model} ({self.plan.topology}) at {url}/v1. Try:\n"
+            f"\nServing {model} ({self.plan.topology}){noise} at {url}/v1. Try:\n"
             f"  curl -s {url}/v1/completions -H 'content-type: application/json' -d '{body}'"
         )
 
@@ -119,7 +121,7 @@ def prepare(raw: Mapping[str, Any], *, main: bool) -> Deployment:
         ),
         request=request,
         recorded=recorded,
-        model_key=model_key(config.model),
+        model_key=model_key(config.model, config.engine.weights),
     )
     if main and request.executes and _will_serve(deployment):
         _make_true(deployment)

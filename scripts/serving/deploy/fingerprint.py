@@ -17,9 +17,14 @@ from typing import Any, Literal
 
 from msgspec import to_builtins
 
-from serving.config import Config, ContainerConfig, ModelConfig
+from serving.config import Config, ContainerConfig, ModelConfig, Weights
 from serving.deploy.gpus import driver_version
-from serving.deploy.model_files import BUNDLED_ID, WeightFiles, local_files
+from serving.deploy.model_files import (
+    BUNDLED_ID,
+    WeightFiles,
+    local_files,
+    tokenizer_source,
+)
 from serving.deploy.topology import roles
 from serving.engine.manifest import ENGINE_FORMAT, ModelSource
 from serving.engine.trtllm.target import parallelism
@@ -40,7 +45,7 @@ def engine_fingerprint(config: Config) -> str:
     device = resolve_device(config)
     parts = {
         "format": ENGINE_FORMAT,
-        "model": _model_identity(config.model),
+        "model": _model_identity(config.model, config.engine.weights),
         "backend": config.engine.backend,
         "device": device,
         "dtype": resolve_dtype(config),
@@ -65,6 +70,7 @@ def _tensorrt_llm_parts(config: Config, device: Device) -> dict[str, Any]:
             engine.max_batch_size,
             engine.max_num_batched_tokens,
             engine.kv_cache_tokens,
+            engine.host_cache_bytes,
         ],
         "parallel": {role: str(spread) for role, spread in spreads.items()},
         "settings": to_builtins(config.tensorrt_llm),
@@ -97,9 +103,9 @@ def library_identity(container: ContainerConfig) -> list[Any]:
     return identity
 
 
-def model_key(config: ModelConfig) -> str:
+def model_key(config: ModelConfig, weights: Weights = "real") -> str:
     """A folder name for the model: readable, and different when the download would be."""
-    identity = json.dumps([_model_identity(config), config.allow_pickle], sort_keys=True)
+    identity = json.dumps([_model_identity(config, weights), config.allow_pickle], sort_keys=True)
     name = re.sub(r"[^\w.-]+", "--", config.id.strip("/~.")).strip("-") or "model"
     return f"{name[-80:]}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
@@ -188,13 +194,22 @@ def _version_of(package: str) -> str:
         return "missing"
 
 
-def _model_identity(config: ModelConfig) -> dict[str, Any]:
+def _model_identity(config: ModelConfig, weights: Weights) -> dict[str, Any]:
     source = resolve_source(config)
     identity: dict[str, Any] = {"source": source, "id": config.id, "revision": config.revision}
     if source == "local":
         # A changed local model must give another engine; stat is cheap enough at parse time.
-        found: WeightFiles = local_files(config)
-        stats = [(name, (found.folder / name).stat()) for name in found.names]
+        found: WeightFiles = local_files(config, weights=weights)
         identity["id"] = str(found.folder)
-        identity["files"] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        identity["files"] = [_file_identity(found.folder / name) for name in found.names]
+    if weights == "dummy":
+        identity |= {"weights": weights, "tokenizer": config.tokenizer}
+        if lent := tokenizer_source(config):
+            files = sorted(lent.glob("*token*")) if lent.is_dir() else [lent]
+            identity["tokenizer"] = [str(lent), *map(_file_identity, files)]
     return identity
+
+
+def _file_identity(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return path.name, stat.st_size, stat.st_mtime_ns

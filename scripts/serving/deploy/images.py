@@ -28,8 +28,8 @@ BASE_RECORD, SERVING_RECORD = "base.json", "serving.json"
 WORKER_PACKAGES = ("etcd3aio", "msgspec", "nats-py", "psutil", "uvloop", "xxhash")
 """What every worker imports. TensorRT-LLM's own image brings torch, transformers and the like."""
 TORCH_PACKAGES = (
-    *("accelerate", "gguf", "jinja2", "numpy", "safetensors"),
-    *("tokenizers", "torch", "transformers", "ucxx-cu13"),
+    *("accelerate", "gguf", "jinja2", "llguidance", "numpy"),
+    *("safetensors", "tokenizers", "torch", "transformers", "ucxx-cu13"),
 )
 
 

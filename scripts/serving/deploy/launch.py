@@ -39,6 +39,9 @@ TELL_EVERY_S = 5.0
 LAST_LINES = 15
 _PROBE_S = 0.1
 _LINE_HEAD = re.compile(r"^\S+ \S+ \S+ (?:INFO|WARNING|ERROR|CRITICAL|DEBUG) \S+: ")
+_OWN_HEAD = re.compile(r"^\S+ \S+ \S+ CRITICAL \S+: ")
+"""Our programs say only one thing at this level: the OperatorError that they end with."""
+_REMEDY = "  -> "
 
 
 def launch(program: Program, config: Config, say: Say) -> None:
@@ -133,8 +136,11 @@ def _wait_ready(
         current = supervisor.state().get(program.name)
         if current is None or not current.running or current.pid != info.pid:
             how = f"exit status {current.exit_status}" if current is not None else "it was stopped"
-            said = _new_lines(log, log_from)[-LAST_LINES:] or ["(nothing)"]
-            lines = "\n".join(f"  | {line}" for line in said)
+            said = _new_lines(log, log_from) or ["(nothing)"]
+            if paragraph := _own_words(said):
+                what, _, remedy = paragraph.partition(f"\n{_REMEDY}")
+                raise OperatorError(f"{program.name} could not start: {what}", remedy=remedy)
+            lines = "\n".join(f"  | {line}" for line in said[-LAST_LINES:])
             raise OperatorError(
                 f"{program.name} ended while it was starting ({how}). Its last words:\n{lines}",
                 remedy=f"mend what it complains about; the whole log is {log}",
@@ -149,6 +155,16 @@ def _wait_ready(
             doing = (_new_lines(log, log_from) or [missing])[-1]
             say(f"{program.name}: {_LINE_HEAD.sub('', doing)[:100]} ({now - started:.0f} s)")
         time.sleep(_PROBE_S)
+
+
+def _own_words(lines: list[str]) -> str:
+    """The paragraph that a program of ours ended with; empty when it ended otherwise."""
+    starts = [place for place, line in enumerate(lines) if _OWN_HEAD.match(line)]
+    if not starts:
+        return ""
+    rest = lines[starts[-1] :]
+    end = next((place for place, line in enumerate(rest) if line.startswith(_REMEDY)), 0)
+    return _OWN_HEAD.sub("", "\n".join(rest[: end + 1]))
 
 
 def _new_lines(log: Path, log_from: int) -> list[str]:

@@ -54,7 +54,7 @@ class LibraryRun:
     def __call__(
         self, argv: list[str], *, progress: Progress | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Raises OperatorError when the program cannot be started."""
+        """Raises OperatorError when the program cannot be started, or an earlier one not removed."""
         python = self._container.python if self._inside else sys.executable
         command = [python if part == PYTHON else part for part in argv]
         env, removal = dict(self._env), list[str]()
@@ -68,6 +68,7 @@ class LibraryRun:
                 writable=self._writable,
             )
             command, env, removal = contained.command, contained.env, contained.removal
+            remove(removal)  # of a build whose client was killed: its name is taken
         said = []
         try:
             with subprocess.Popen(

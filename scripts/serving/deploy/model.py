@@ -8,10 +8,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from serving.config import ModelConfig
+from serving.config import ModelConfig, Weights
 from serving.deploy.fingerprint import resolve_source
 from serving.deploy.model_bundled import fetch_bundled
-from serving.deploy.model_files import WeightFiles, check_shards, local_files
+from serving.deploy.model_files import (
+    WeightFiles,
+    check_shards,
+    local_files,
+    require_tokenizer,
+    tokenizer_source,
+)
 from serving.deploy.model_hub import fetch_from_hub
 from serving.engine.files import Progress, human, sha256_of
 from serving.engine.manifest import ModelFile, ModelManifest, load_model, write_json
@@ -20,11 +26,15 @@ from serving.errors import ModelError
 HASH_LOCAL_UP_TO_BYTES = 64 * 1024 * 1024
 
 
-def fetch_model(config: ModelConfig, out_dir: Path, *, progress: Progress) -> ModelManifest:
+def fetch_model(
+    config: ModelConfig, out_dir: Path, *, weights: Weights = "real", progress: Progress
+) -> ModelManifest:
     """Fetch the model into `out_dir/files` and write `out_dir/model.json`.
 
     A local model stays where it is and is only described. Whatever was fetched before and is
-    still right is not fetched again. Raises ModelError or ConfigError with a remedy.
+    still right is not fetched again. For dummy `weights` no weights are fetched, and a tokenizer
+    that is lent to the model is put into `out_dir/tokenizer`. Raises ModelError or ConfigError
+    with a remedy.
     """
     source = resolve_source(config)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -32,14 +42,17 @@ def fetch_model(config: ModelConfig, out_dir: Path, *, progress: Progress) -> Mo
     commit = None
     path = "files"
     if source == "local":
-        found = local_files(config)
+        found = local_files(config, weights=weights)
         files = _describe(found, progress)
         path = str(found.folder)
     elif source == "bundled":
         found, files = fetch_bundled(files_dir, progress=progress)
     else:
-        found, files, commit = fetch_from_hub(config, files_dir, progress=progress)
+        found, files, commit = fetch_from_hub(config, files_dir, weights=weights, progress=progress)
     check_shards(found.folder, found.names)
+    tokenizer = _lent_tokenizer(config, out_dir, progress)
+    if tokenizer is None:
+        require_tokenizer(found)
     manifest = ModelManifest(
         id=config.id,
         source=source,
@@ -49,11 +62,22 @@ def fetch_model(config: ModelConfig, out_dir: Path, *, progress: Progress) -> Mo
         files=files,
         path=path,
         created=int(time.time()),
+        tokenizer=tokenizer,
     )
     write_json(out_dir / "model.json", manifest)
     total = human(sum(file.size for file in files))
-    progress(f"{config.id}: {len(files)} files, {total}, {found.format}, from {source}")
+    without = ", no weights" if found.format == "config" else ""
+    progress(f"{config.id}: {len(files)} files, {total}, {found.format}, from {source}{without}")
     return load_model(out_dir / "model.json")
+
+
+def _lent_tokenizer(config: ModelConfig, out_dir: Path, progress: Progress) -> str | None:
+    """Where `model.tokenizer` is, relative to `out_dir` or absolute; None for the model's own."""
+    if config.tokenizer == "bundled":
+        found, _ = fetch_bundled(out_dir / "tokenizer", progress=progress)
+        return f"tokenizer/{found.names[0]}"
+    path = tokenizer_source(config)
+    return None if path is None else str(path)
 
 
 def _describe(found: WeightFiles, progress: Progress) -> list[ModelFile]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from serving.config import ModelConfig
+from serving.config import ModelConfig, Weights
 from serving.engine.manifest import ModelFormat
 from serving.errors import ConfigError, ModelError
 
@@ -29,6 +29,10 @@ _WEIGHTS: dict[ModelFormat, tuple[str, re.Pattern[str]]] = {
 }
 
 
+_TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
+"""Any one of these is enough to have a tokenizer."""
+
+
 class _Index(Struct, frozen=True):
     weight_map: dict[str, str]
 
@@ -42,23 +46,26 @@ class WeightFiles(Struct, frozen=True):
 
 
 def select(
-    names: Iterable[str], *, where: str, allow_pickle: bool
+    names: Iterable[str], *, where: str, allow_pickle: bool, weights: Weights = "real"
 ) -> tuple[ModelFormat, list[str]]:
     """The files to use out of all that a repository or folder holds.
 
     Takes what transformers would load and leaves training state, other formats and other
-    frameworks' weights behind. Raises ModelError that says what is missing.
+    frameworks' weights behind, and with dummy `weights` all of them. Raises ModelError that says
+    what is missing.
     """
     present = set(names)
     if "config.json" not in present:
         raise ModelError(f"{where} has no config.json, so it is no model", remedy=_hint(present))
     companions = [name for name in present if _COMPANIONS.fullmatch(name)]
+    if weights == "dummy":
+        return "config", sorted(companions)
     for kind, (single, shard) in _WEIGHTS.items():
         index = f"{single}.index.json"
         if single in present:
-            weights = [single]
+            files = [single]
         elif index in present and (shards := [name for name in present if shard.fullmatch(name)]):
-            weights = [index, *shards]
+            files = [index, *shards]
         else:
             continue
         if kind == "pickle" and not allow_pickle:
@@ -67,7 +74,7 @@ def select(
                 remedy="choose a model with safetensors, or trust this one: "
                 "`model.allow_pickle: true`",
             )
-        return kind, sorted([*companions, *weights])
+        return kind, sorted([*companions, *files])
     raise ModelError(f"{where} has no model.safetensors", remedy=_hint(present))
 
 
@@ -76,6 +83,8 @@ def _hint(present: set[str]) -> str:
         return "set `model.id` to the path of one of its `.gguf` files, downloaded by you"
     if any(name.startswith("adapter_") for name in present):
         return "this is an adapter: merge it into its base model first, and serve the result"
+    if "config.json" in present:
+        return "add the weights, or try this shape with random ones: `engine.weights: dummy`"
     return "check `model.id`: a folder or repository in Hugging Face layout is needed"
 
 
@@ -96,7 +105,33 @@ def check_shards(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def local_files(config: ModelConfig) -> WeightFiles:
+def require_tokenizer(found: WeightFiles) -> None:
+    """Raises ModelError when a model without weights has no tokenizer either."""
+    if found.format == "config" and not _TOKENIZERS & set(found.names):
+        raise ModelError(
+            f"{found.folder} has no tokenizer.json",
+            remedy="add one, or lend it another model's: `model.tokenizer: bundled`, or a path",
+        )
+
+
+def tokenizer_source(config: ModelConfig) -> Path | None:
+    """The folder or GGUF file that `model.tokenizer` means; None where it is not a path.
+
+    Raises ConfigError when it does not exist or has no tokenizer.
+    """
+    if config.tokenizer in (None, "bundled"):
+        return None
+    path = Path(str(config.tokenizer)).expanduser().absolute()
+    if not (path.is_file() and path.suffix == ".gguf") and not (path / "tokenizer.json").is_file():
+        raise ConfigError(
+            "model.tokenizer",
+            f"{path} is no `.gguf` file, and no folder with a tokenizer.json",
+            remedy="give one of these, or `bundled`",
+        )
+    return path
+
+
+def local_files(config: ModelConfig, *, weights: Weights = "real") -> WeightFiles:
     """The model in the person's own folder or GGUF file. Reads names only.
 
     Raises ConfigError when the path does not exist, ModelError when it holds no model.
@@ -121,5 +156,5 @@ def local_files(config: ModelConfig) -> WeightFiles:
     ggufs = [name for name in names if name.endswith(".gguf")]
     if "config.json" not in names and len(ggufs) == 1:
         return WeightFiles(path, "gguf", ggufs)
-    kind, chosen = select(names, where=str(path), allow_pickle=config.allow_pickle)
+    kind, chosen = select(names, where=str(path), allow_pickle=config.allow_pickle, weights=weights)
     return WeightFiles(path, kind, chosen)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import httpx
 import msgspec
 
-from serving.config import ModelConfig
+from serving.config import ModelConfig, Weights
 from serving.deploy.hub_download import HubDownload, HubFile, size_of
 from serving.deploy.hub_errors import explain
 from serving.deploy.model_files import WeightFiles, select
@@ -28,7 +28,12 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 
 
 def fetch_from_hub(
-    config: ModelConfig, files_dir: Path, *, progress: Progress, retry_after_s: float = 1.0
+    config: ModelConfig,
+    files_dir: Path,
+    *,
+    weights: Weights = "real",
+    progress: Progress,
+    retry_after_s: float = 1.0,
 ) -> tuple[WeightFiles, list[ModelFile], str]:
     """Bring the needed files of `config.id` into `files_dir`; returns them and the commit.
 
@@ -38,7 +43,8 @@ def fetch_from_hub(
     """
     api = _connect(config)
     commit, listed = _list_files(api, config)
-    kind, names = select(listed, where=f"{config.id} on the hub", allow_pickle=config.allow_pickle)
+    where = f"{config.id} on the hub"
+    kind, names = select(listed, where=where, allow_pickle=config.allow_pickle, weights=weights)
     wanted = [listed[name] for name in names]
     files_dir.mkdir(parents=True, exist_ok=True)
     pinned = msgspec.structs.replace(config, revision=commit)

@@ -165,7 +165,7 @@ def require_room(
 def _too_few(role: Role, size: int, gpus: Sequence[int]) -> ConfigError:
     return ConfigError(
         "workers.tensor_parallel",
-        f"a {role} worker needs {size} GPUs (tensor times pipeline parallel), but "
+        f"each {role} worker needs {size} GPUs (tensor times pipeline parallel), but "
         f"{len(gpus)} can be handed out",
         remedy=f"lower `workers.tensor_parallel` or `workers.pipeline_parallel` of {role} until "
         f"their product is at most {len(gpus)}, or name more GPUs in `workers.gpus`",

@@ -63,7 +63,8 @@ class Smoke:
             raise ServiceFailed(f"not ready: {state.get('reason') or 'no reason given'}")
         self._before = _by_instance(state)
         names = ", ".join(self._before)
-        return f"{state['topology']}, policy {state['policy']}: {names}"
+        noise = "; dummy weights: answers are noise" if state.get("dummy_weights") else ""
+        return f"{state['topology']}, policy {state['policy']}: {names}{noise}"
 
     async def models(self) -> str:
         return await self._service.first_model()
@@ -149,7 +150,9 @@ class Smoke:
             raise ServiceFailed(f"/metrics counts no bytes with transport {wanted}")
         if failures or fallbacks:
             raise ServiceFailed(f"{failures} transfers failed, {fallbacks} local prefills")
-        return f"{num_bytes / 1e6:.1f} MB in {transfers} transfers over {wanted}"
+        routes = {row["kv_route"] for row in state["instances"] if row["kv_bytes_received"]}
+        carried = f" ({', '.join(sorted(routes))})" if any(routes) else ""
+        return f"{num_bytes / 1e6:.1f} MB in {transfers} transfers over {wanted}{carried}"
 
     async def at_once(self) -> str:
         answers = await asyncio.gather(

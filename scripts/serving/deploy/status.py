@@ -64,7 +64,12 @@ def report(config: Config) -> list[str]:
     model = str(ready.get("model") or config.model.name or config.model.id)
     topology = str(ready.get("topology") or (record.topology if record else "unknown"))
     verdict = "ready" if ready.get("ready") else f"not ready: {ready.get('reason') or 'no answer'}"
-    lines += ["", f"model     {model}", f"topology  {topology}, router: {ready.get('policy', '-')}"]
+    noise = " (dummy weights: answers are noise)" if ready.get("dummy_weights") else ""
+    lines += [
+        "",
+        f"model     {model}{noise}",
+        f"topology  {topology}, router: {ready.get('policy', '-')}",
+    ]
     lines += [f"URL       http://{where}/v1 ({verdict})", ""]
     instances = [row for row in ready.get("instances") or [] if isinstance(row, dict)]
     if instances:

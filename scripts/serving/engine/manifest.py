@@ -19,7 +19,8 @@ ENGINE_FORMAT = 2
 """Raised whenever a built engine would come out differently: older ones are then rebuilt."""
 
 ModelSource = Literal["hub", "local", "bundled"]
-ModelFormat = Literal["safetensors", "gguf", "pickle"]
+ModelFormat = Literal["safetensors", "gguf", "pickle", "config"]
+"""`config` is a model without weights: a shape, to be filled with dummy ones."""
 Flow = Literal["pytorch", "trtllm-build"]
 
 
@@ -40,7 +41,9 @@ class ModelManifest(Struct, frozen=True, kw_only=True):
     """`model.json`. `revision` is what was asked for, `commit` what the hub made of it.
 
     `path` is the folder that holds `files`: a person's own for a local model, which is never
-    copied; else `files` beside model.json (absolute once read). `created` is Unix time.
+    copied; else `files` beside model.json (absolute once read). `tokenizer` is a folder with
+    tokenizer.json or a `.gguf` file (absolute once read), where it is not the model's own.
+    `created` is Unix time.
     """
 
     id: str
@@ -51,6 +54,14 @@ class ModelManifest(Struct, frozen=True, kw_only=True):
     files: list[ModelFile]
     path: str
     created: int
+    tokenizer: str | None = None
+
+
+class DummyWeights(Struct, frozen=True):
+    """Random weights that workers make themselves. Equal seeds give equal ones on equal devices."""
+
+    seed: int
+    num_weights: int
 
 
 class BuildCheck(Struct, frozen=True, kw_only=True):
@@ -60,9 +71,10 @@ class BuildCheck(Struct, frozen=True, kw_only=True):
     all logits, `tolerance` is what `max_abs_diff` had to stay under. `same_files`: the weights are
     the source's own files, byte for byte, so that only their sanity was tested. `checkpoint`: they
     are those files too, and were held against what the engine's library can load; nothing was run.
+    `none`: there is no source, since the weights are dummies.
     """
 
-    kind: Literal["logits", "same_files", "checkpoint"]
+    kind: Literal["logits", "same_files", "checkpoint", "none"]
     num_positions: int
     max_abs_diff: float
     argmax_agreement: float
@@ -74,7 +86,7 @@ class EngineManifest(Struct, frozen=True, kw_only=True):
 
     `model_max_len` is the model's own limit in tokens. `hash_salt` is equal on all workers that
     serve equal weights. `weights` maps file names to sha256, or to size and time of a person's own
-    large files; `created` is Unix time.
+    large files; it is empty where there are `dummy_weights`. `created` is Unix time.
 
     Only TensorRT-LLM: `flow` is how the engine came to be; `llm_args` maps each role to the YAML
     file, beside engine.json, with the arguments of its `LLM`; `stamp` says what the engine was
@@ -104,6 +116,7 @@ class EngineManifest(Struct, frozen=True, kw_only=True):
     flow: Flow | None = None
     stamp: dict[str, str] = {}
     llm_args: dict[Role, str] = {}
+    dummy_weights: DummyWeights | None = None
 
 
 def load_manifest(engine_dir: Path) -> EngineManifest:
@@ -131,8 +144,10 @@ def check_max_model_len(max_model_len: int, model_max_len: int, model_id: str) -
 def load_model(path: Path) -> ModelManifest:
     """Read `model.json`. Raises ModelError when it is missing or not one of ours."""
     manifest = _read(Path(path), ModelManifest, "download_model")
-    folder = (Path(path).parent / manifest.path).resolve()
-    return msgspec.structs.replace(manifest, path=str(folder))
+    here = Path(path).parent
+    tokenizer = manifest.tokenizer and str((here / manifest.tokenizer).resolve())
+    folder = str((here / manifest.path).resolve())
+    return msgspec.structs.replace(manifest, path=folder, tokenizer=tokenizer)
 
 
 def write_json(path: Path, content: Struct) -> None:

@@ -41,7 +41,7 @@ from serving.engine.trtllm.stats import EngineStats, parse_stats
 from serving.engine.trtllm.threads import in_thread
 from serving.engine.trtllm.versions import LAST_WITH_TENSORRT, Version, parse_version
 from serving.errors import EngineFailed, OperatorError
-from serving.protocol import EngineRequest, Role
+from serving.protocol import EngineRequest, Role, Tier
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +158,7 @@ class TensorRtLlmEngine(TransferringEngine):
             instance_id=self._instance_id,
             limits=config,
             vocabulary=self._vocabulary,
+            guide_backend=arguments.values.get("guided_decoding_backend"),
             fetch_s=timeout_ms / 1000 if timeout_ms else FETCH_S,
             transfers=self.transfers,
             num_cached=self._num_cached,
@@ -228,7 +229,11 @@ class TensorRtLlmEngine(TransferringEngine):
         except (ImportError, AttributeError):
             logprob = None
         return Runtime(
-            self._llm, library.top.SamplingParams, library.llmapi.DisaggregatedParams, logprob
+            self._llm,
+            library.top.SamplingParams,
+            library.llmapi.DisaggregatedParams,
+            logprob,
+            library.llmapi.GuidedDecodingParams,
         )
 
     async def close(self) -> None:
@@ -261,8 +266,9 @@ class TensorRtLlmEngine(TransferringEngine):
     def abort(self, request_id: str) -> None:
         self._requests.abort(request_id)
 
-    def snapshot(self) -> list[int]:
-        return list(self._outbox.delivered)
+    def snapshot(self, tier: Tier = "device") -> list[int]:
+        # Its events do not tell the tiers apart: a block can be reused from either.
+        return list(self._outbox.delivered) if tier == "device" else []
 
     def load(self) -> EngineLoad:
         """Requests by our own count, corrected by the library's queue where that is news.

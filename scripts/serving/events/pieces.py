@@ -16,12 +16,13 @@ _ENVELOPE_BYTES = 512
 
 
 class KvSnapshot(Struct, frozen=True):
-    """All block hashes that an instance held when it had published `seq`."""
+    """All block hashes that an instance held when it had published `seq`, by tier."""
 
     instance_id: str
     epoch: int
     seq: int
     block_hashes: list[int]
+    host_hashes: list[int] = []
 
 
 def split_events(events: Sequence[KvEvent], max_payload: int) -> list[list[KvEvent]]:
@@ -56,25 +57,25 @@ def _cut(event: KvEvent, at: int) -> tuple[KvEvent, KvEvent | None]:
         return event, None
     if isinstance(event, BlocksStored):
         head = event.block_hashes[:at]
-        return BlocksStored(event.parent_hash, head), BlocksStored(
-            head[-1], event.block_hashes[at:]
-        )
+        rest = BlocksStored(head[-1], event.block_hashes[at:], event.tier)
+        return BlocksStored(event.parent_hash, head, event.tier), rest
     assert isinstance(event, BlocksRemoved), "only events with hashes are cut"
-    return BlocksRemoved(event.block_hashes[:at]), BlocksRemoved(event.block_hashes[at:])
+    head, tail = event.block_hashes[:at], event.block_hashes[at:]
+    return BlocksRemoved(head, event.tier), BlocksRemoved(tail, event.tier)
 
 
-def snapshot_parts(
-    instance_id: str, epoch: int, seq: int, block_hashes: list[int], max_payload: int
-) -> list[KvSnapshotPart]:
+def snapshot_parts(snapshot: KvSnapshot, max_payload: int) -> list[KvSnapshotPart]:
     """At least one part, each small enough for one message of `max_payload` bytes."""
     size = (max_payload - _ENVELOPE_BYTES) // _HASH_BYTES
-    num_parts = max(1, -(-len(block_hashes) // size))
-    return [
-        KvSnapshotPart(
-            instance_id, epoch, seq, part, num_parts, block_hashes[part * size : (part + 1) * size]
-        )
-        for part in range(num_parts)
-    ]
+    device, host = snapshot.block_hashes, snapshot.host_hashes
+    num_parts = max(1, -(-(len(device) + len(host)) // size))
+    parts = []
+    for part in range(num_parts):
+        first, end = part * size, (part + 1) * size
+        on_host = host[max(0, first - len(device)) : max(0, end - len(device))]
+        head = (snapshot.instance_id, snapshot.epoch, snapshot.seq, part, num_parts)
+        parts.append(KvSnapshotPart(*head, device[first:end], on_host))
+    return parts
 
 
 class SnapshotParts:
@@ -83,7 +84,7 @@ class SnapshotParts:
     def __init__(self, answer: asyncio.Future[KvSnapshot]) -> None:
         self._answer = answer
         self._version = (-1, -1)
-        self._parts: dict[int, list[int]] = {}
+        self._parts: dict[int, KvSnapshotPart] = {}
 
     def add(self, part: KvSnapshotPart) -> None:
         version = (part.epoch, part.seq)
@@ -91,10 +92,12 @@ class SnapshotParts:
             self._version, self._parts = version, {}
         if version != self._version or self._answer.done():
             return
-        self._parts[part.part] = part.block_hashes
+        self._parts[part.part] = part
         if len(self._parts) == part.num_parts:
-            hashes = [one for number in sorted(self._parts) for one in self._parts[number]]
-            self._answer.set_result(KvSnapshot(part.instance_id, *version, hashes))
+            parts = [self._parts[number] for number in sorted(self._parts)]
+            hashes = [one for each in parts for one in each.block_hashes]
+            on_host = [one for each in parts for one in each.host_hashes]
+            self._answer.set_result(KvSnapshot(part.instance_id, *version, hashes, on_host))
 
     def fail(self, error: Exception) -> None:
         if not self._answer.done():

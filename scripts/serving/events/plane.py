@@ -101,19 +101,24 @@ class EventPlane:
     # --- worker side ---------------------------------------------------------------------------
 
     async def serve_snapshots(
-        self, instance_id: str, epoch: int, block_hashes: Callable[[], Collection[int]]
+        self,
+        instance_id: str,
+        epoch: int,
+        block_hashes: Callable[[], Collection[int]],
+        host_hashes: Callable[[], Collection[int]] = tuple,
     ) -> None:
         """Publish as this instance from now on, and answer snapshot requests.
 
-        `block_hashes()` must agree with the events handed to `publish_kv` so far.
+        `block_hashes()`, on the device, and `host_hashes()` must agree with the events handed to
+        `publish_kv` so far.
         """
         self._identity = (instance_id, epoch)
         self._seq = 0
 
         async def answer(request: Msg) -> None:
-            for part in snapshot_parts(
-                instance_id, epoch, self._seq, list(block_hashes()), self._max_payload
-            ):
+            held = list(block_hashes()), list(host_hashes())
+            snapshot = KvSnapshot(instance_id, epoch, self._seq, *held)
+            for part in snapshot_parts(snapshot, self._max_payload):
                 await request.respond(msgpack_encode(part))
 
         await self._listen(f"{self._namespace}.snapshot.{instance_id}", answer)

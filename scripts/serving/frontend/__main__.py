@@ -101,7 +101,7 @@ def main() -> None:
         uvloop.run(run(process))
     except* OperatorError as group:  # a task group wraps what is raised in it
         for exc in group.exceptions:
-            log.error("%s", exc)
+            log.critical("%s", exc)  # `deploy.launch` looks for it
         sys.exit(1)
 
 

@@ -21,7 +21,7 @@ from serving.errors import EngineFailed
 from serving.frontend.metrics import Metrics
 from serving.frontend.openai.response import Plan, Usage
 from serving.preprocess import PreparedRequest
-from serving.protocol import EngineOutput, ModelCard
+from serving.protocol import EngineOutput, ModelCard, TokenLogprob
 
 
 class Pipeline(Protocol):
@@ -158,7 +158,9 @@ class Generation:
                         metrics.queued.dec()
                         metrics.time_to_first_token.observe(sequence.ttft_s)
                         if self.plan.preludes:
-                            self.deltas.put(index, Delta(self.plan.preludes[index]))
+                            entries = _prompt_entries(prepared, output)
+                            prelude = Delta(self.plan.preludes[index], logprobs=entries)
+                            self.deltas.put(index, prelude)
                     elif output.token_ids:
                         gap_s = (now - previous) / len(output.token_ids)
                         metrics.inter_token_latency.observe(gap_s)
@@ -181,6 +183,10 @@ class Generation:
             raise EngineFailed(f"{sequence.prepared.request_id} was not finished: {why}")
         if output.cached_tokens is not None:
             sequence.cached_tokens = output.cached_tokens
+        if sequence.prepared.prompt_only:
+            sequence.finish_reason = "length"
+            self.deltas.put(index, Delta(finish_reason="length"))
+            return
         delta = detokenizer.feed(output)
         sequence.completion_tokens = detokenizer.num_tokens
         sequence.finish_reason = detokenizer.finish_reason
@@ -210,3 +216,10 @@ class Generation:
         """All that worked on it, in order."""
         visited = (name for s in self.sequences for name in s.prepared.trace.instances)
         return list(dict.fromkeys(visited))
+
+
+def _prompt_entries(prepared: PreparedRequest, output: EngineOutput) -> list[TokenLogprob] | None:
+    """Of all prompt tokens, if they were asked for."""
+    if output.prompt_logprobs is None:
+        return None
+    return [TokenLogprob(prepared.token_ids[0], None, []), *output.prompt_logprobs]

@@ -95,6 +95,8 @@ class Instances:
             if info.kv_by_engine:
                 await warm_up(client, self._kv_peers(info))
             self._router.add_instance(info)
+            if self.card is None and info.model.dummy_weights:
+                log.warning("%s has dummy weights: answers are noise", info.model.name)
             self.card = self.card or info.model
             self._clients[info.instance_id] = client
         self._unsynchronised.set()
@@ -148,7 +150,11 @@ class Instances:
                     continue
                 self._metrics.observe_index(instance_id, "snapshot")
                 self._router.on_snapshot(
-                    instance_id, snapshot.epoch, snapshot.seq, snapshot.block_hashes
+                    instance_id,
+                    snapshot.epoch,
+                    snapshot.seq,
+                    snapshot.block_hashes,
+                    snapshot.host_hashes,
                 )
             if self._router.needs_snapshot():
                 self._unsynchronised.set()
@@ -176,6 +182,7 @@ class Instances:
                     "cached_blocks": report.cached_blocks if report else 0,
                     "num_blocks": info.num_blocks,
                     "kv_transport": report.kv_transport if report else "",
+                    "kv_route": report.kv_route if report else "",
                     "kv_bytes_received": report.kv_bytes_received if report else 0,
                     "kv_transfers": report.kv_transfers if report else 0,
                     "kv_transfer_failures": report.kv_transfer_failures if report else 0,

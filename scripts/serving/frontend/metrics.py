@@ -175,6 +175,8 @@ class _Totals(Struct):
     kv_transfer_seconds: float = 0
     local_prefill_fallbacks: float = 0
     preemptions: float = 0
+    offloaded_blocks: float = 0
+    onloaded_blocks: float = 0
 
     def plus(self, report: LoadReport) -> _Totals:
         return _Totals(
@@ -184,6 +186,8 @@ class _Totals(Struct):
             self.kv_transfer_seconds + report.kv_transfer_seconds,
             self.local_prefill_fallbacks + report.local_prefill_fallbacks,
             self.preemptions + report.preemptions,
+            self.offloaded_blocks + report.offloaded_blocks,
+            self.onloaded_blocks + report.onloaded_blocks,
         )
 
 
@@ -194,6 +198,11 @@ _TRANSFER_COUNTERS = {
     "kv_transfer_seconds": "Time spent in KV transfers.",
     "local_prefill_fallbacks": "Prompts computed again because their KV could not be fetched.",
 }
+_ENGINE_COUNTERS = {
+    "preemptions": "Requests preempted for want of blocks.",
+    "offloaded_blocks": "Evicted KV blocks copied to host memory.",
+    "onloaded_blocks": "KV blocks copied back from host memory for a prefix hit.",
+}
 _GAUGES = {
     "num_running": "Requests in the engine's batch.",
     "num_waiting": "Requests queued in the engine.",
@@ -201,6 +210,8 @@ _GAUGES = {
     "active_blocks": "KV blocks held by running requests.",
     "cached_blocks": "Evictable KV blocks kept for prefix hits.",
     "num_blocks": "KV blocks in all.",
+    "host_cached_blocks": "Evicted KV blocks kept in host memory.",
+    "num_host_blocks": "KV blocks that host memory has room for.",
 }
 
 
@@ -246,9 +257,8 @@ class _Reports(Collector):
                 transport = self._latest[instance_id].kv_transport
                 family.add_metric([instance_id, transport], getattr(total, name))
             yield family
-        preemptions = CounterMetricFamily(
-            "serving_preemptions", "Requests preempted for want of blocks.", labels=["instance"]
-        )
-        for instance_id, total in totals.items():
-            preemptions.add_metric([instance_id], total.preemptions)
-        yield preemptions
+        for name, text in _ENGINE_COUNTERS.items():
+            family = CounterMetricFamily(f"serving_{name}", text, labels=["instance"])
+            for instance_id, total in totals.items():
+                family.add_metric([instance_id], getattr(total, name))
+            yield family

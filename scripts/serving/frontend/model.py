@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from msgspec import Struct
 
 from serving.detokenize import TokenText
 from serving.errors import NoInstances
+from serving.grammar import Grammars
 from serving.preprocess import Preprocessor
-from serving.protocol import ModelCard
+from serving.protocol import Guide, ModelCard
 
 
 class LoadedModel(Struct, frozen=True):
@@ -17,6 +19,11 @@ class LoadedModel(Struct, frozen=True):
 
     preprocessor: Preprocessor
     token_text: TokenText
+    grammars: Grammars
+
+    async def check_guide(self, guide: Guide, param: str) -> None:
+        """On a thread. Raises InvalidRequest, which names `param`, when it does not compile."""
+        await asyncio.to_thread(self.grammars.matcher, guide, param=param)
 
     @property
     def card(self) -> ModelCard:
@@ -39,5 +46,9 @@ class ModelLoader:
         async with self._lock:
             if self._loaded is None or self._loaded.card != card:
                 preprocessor = await Preprocessor.load(card)
-                self._loaded = LoadedModel(preprocessor, TokenText(preprocessor.tokenizer))
+                self._loaded = LoadedModel(
+                    preprocessor,
+                    TokenText(preprocessor.tokenizer),
+                    Grammars(Path(card.tokenizer_dir)),
+                )
             return self._loaded

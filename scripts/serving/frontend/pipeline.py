@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from serving.errors import DeadlineExceeded, InstanceLost, NoInstances, Overloaded
+from serving.errors import DeadlineExceeded, EngineFailed, InstanceLost, NoInstances, Overloaded
+from serving.frontend.early_decode import EarlyDecode
 from serving.frontend.engine_handover import EngineHandovers
 from serving.frontend.instances import Instances
 from serving.frontend.metrics import Metrics
@@ -28,6 +29,7 @@ from serving.protocol import (
     EngineTransferParams,
     ModelCard,
     Phase,
+    TransferParams,
 )
 from serving.rpc import RpcClient
 
@@ -57,7 +59,7 @@ class Sequence:
     def request(self, phase: Phase, left_s: float, **more: Any) -> EngineRequest:
         return EngineRequest(
             request_id=self.prepared.request_id,
-            token_ids=self.token_ids,
+            token_ids=more.pop("token_ids", self.token_ids),
             num_prompt_tokens=len(self.prepared.token_ids),
             sampling=self.prepared.sampling,
             phase=phase,
@@ -127,10 +129,20 @@ class Pipeline:
                     yield output
 
     async def _disaggregated(self, sequence: Sequence) -> AsyncGenerator[EngineOutput, None]:
+        async with (
+            EarlyDecode() as early,
+            aclosing(self._handed_over(sequence, early)) as outputs,
+        ):
+            async for output in outputs:
+                yield output
+
+    async def _handed_over(
+        self, sequence: Sequence, early: EarlyDecode
+    ) -> AsyncGenerator[EngineOutput, None]:
         with self._route(sequence, "prefill") as source:
             prompt = sequence.request("prefill", self._deadlines.total_s)
             prompt = msgspec.structs.replace(prompt, token_ids=list(prompt.token_ids))
-            compute = self._prefill(sequence, source)
+            compute = self._prefill(sequence, source, early)
             if self._instances.client(source.instance_id).info.kv_by_engine:
                 first = await self._handovers.prefill(prompt, compute)
             else:
@@ -142,33 +154,70 @@ class Pipeline:
         fetched = False
         try:
             yield msgspec.structs.replace(first, finish_reason=None, kv_transfer_params=None)
-            with self._route(sequence, "decode") as route:
-                stream = self._stream(sequence, route, "decode", kv_transfer_params=params)
-                async with aclosing(stream) as outputs:
-                    try:
-                        async for output in outputs:
-                            fetched = True
-                            yield output
-                    except (asyncio.CancelledError, GeneratorExit, DeadlineExceeded):
-                        # An engine that moves KV itself fetches it once asked, aborted or not.
-                        fetched = fetched or isinstance(params, EngineTransferParams)
-                        raise
+            async with aclosing(self._decode(sequence, early, params)) as outputs:
+                try:
+                    async for output in outputs:
+                        fetched = True
+                        yield output
+                except (asyncio.CancelledError, GeneratorExit, DeadlineExceeded):
+                    # An engine that moves KV itself fetches it once asked, aborted or not.
+                    fetched = fetched or isinstance(params, EngineTransferParams)
+                    raise
         finally:
             if not fetched:  # the prefill instance still holds the blocks
                 self._let_go(source.instance_id, prompt, first)
 
-    async def _prefill(self, sequence: Sequence, source: Route) -> EngineOutput:
+    async def _prefill(self, sequence: Sequence, source: Route, early: EarlyDecode) -> EngineOutput:
         async with aclosing(self._stream(sequence, source, "prefill")) as outputs:
-            return await anext(outputs)
+            async for output in outputs:
+                if output.finish_reason is not None:
+                    return output
+                params, token_ids = output.kv_transfer_params, list(sequence.token_ids)
+                early.start(self._follow(sequence, token_ids, params))
+        raise AssertionError("a stream ends with a finish_reason or raises")
+
+    async def _follow(
+        self, sequence: Sequence, token_ids: list[int], params: TransferParams | None
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """The decode of a prefill of `token_ids` that is going on."""
+        more = {"kv_transfer_params": params, "follows_prefill": True}
+        with self._route(sequence, "decode") as route:
+            stream = self._stream(sequence, route, "decode", token_ids=token_ids, **more)
+            async with aclosing(stream) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def _decode(
+        self, sequence: Sequence, early: EarlyDecode, params: TransferParams
+    ) -> AsyncGenerator[EngineOutput, None]:
+        if early.started:
+            begun = False
+            try:
+                async with aclosing(early.outputs()) as outputs:
+                    async for output in outputs:
+                        begun = True
+                        yield output
+                return
+            except (InstanceLost, Overloaded, EngineFailed) as exc:
+                if begun or not self._router.instances("decode", exclude=sequence.tried):
+                    raise
+                log.info("%s is decoded after all: %s", sequence.prepared.request_id, exc)
+        with self._route(sequence, "decode") as route:
+            stream = self._stream(sequence, route, "decode", kv_transfer_params=params)
+            async with aclosing(stream) as outputs:
+                async for output in outputs:
+                    yield output
 
     def _route(self, sequence: Sequence, role: Phase) -> Route:
         prepared = sequence.prepared
         route = self._router.route(
             self._router.hash(sequence.token_ids),
             role,
-            exclude=sequence.tried,
+            exclude=self._excluded(sequence, role),
             request_id=prepared.request_id,
         )
+        if prepared.siblings is not None:
+            prepared.siblings.instances[role] = route.instance_id
         prepared.trace.instances.append(route.instance_id)
         prepared.trace.overlap_blocks = max(prepared.trace.overlap_blocks, route.overlap_blocks)
         self._metrics.observe_routed(
@@ -180,6 +229,15 @@ class Pipeline:
         )
         return route
 
+    def _excluded(self, sequence: Sequence, role: Phase) -> set[str]:
+        """Where it must not go: where it was tried, and where its siblings are not."""
+        siblings = sequence.prepared.siblings
+        home = siblings.instances.get(role) if siblings is not None else None
+        if home is None:
+            return sequence.tried
+        left = {one.instance_id for one in self._router.instances(role, exclude=sequence.tried)}
+        return sequence.tried | (left - {home}) if home in left else sequence.tried
+
     async def _stream(
         self, sequence: Sequence, route: Route, phase: Phase, **more: Any
     ) -> AsyncGenerator[EngineOutput, None]:
@@ -190,9 +248,12 @@ class Pipeline:
             request = sequence.request(phase, sequence.deadline - loop.time(), **more)
             async with self._instances.client(instance_id).generate(request) as outputs:
                 wait_s, waiting_for = self._deadlines.prefill_s, "prefill"
+                until = loop.time() + wait_s
                 while True:
+                    if waiting_for == "token":  # the caller may have taken its time meanwhile
+                        until = loop.time() + wait_s
                     try:
-                        async with asyncio.timeout_at(min(loop.time() + wait_s, sequence.deadline)):
+                        async with asyncio.timeout_at(min(until, sequence.deadline)):
                             output = await anext(outputs)
                     except TimeoutError:
                         if loop.time() >= sequence.deadline:
@@ -200,6 +261,9 @@ class Pipeline:
                         if waiting_for == "prefill":
                             raise DeadlineExceeded(waiting_for, wait_s) from None
                         raise InstanceLost(instance_id, f"silent for {wait_s:g} s") from None
+                    if output.kv_transfer_params is not None and output.finish_reason is None:
+                        yield output  # the prefill goes on, and so does its deadline
+                        continue
                     if waiting_for == "prefill":
                         route.first_output()
                         wait_s, waiting_for = self._deadlines.token_s, "token"
@@ -252,6 +316,7 @@ class Pipeline:
         return {
             "topology": self._process.topology,
             "model": self._process.model_name,
+            "dummy_weights": self.card is not None and self.card.dummy_weights,
             "policy": self._process.router.policy,
             "instances": self._instances.describe(),
             "refused": dict(self._router.refused),

@@ -173,15 +173,22 @@ class KvRouter:
         known.events.on_batch(batch)
         return not known.events.synchronised
 
-    def on_snapshot(self, instance_id: str, epoch: int, seq: int, block_hashes: list[int]) -> bool:
-        """Take over all that an instance held as of `seq`; True: it needs another snapshot,
-        because batches after this one are missing too."""
+    def on_snapshot(
+        self,
+        instance_id: str,
+        epoch: int,
+        seq: int,
+        block_hashes: Sequence[int],
+        host_hashes: Sequence[int] = (),
+    ) -> bool:
+        """Take over all that an instance held as of `seq`, by tier; True: it needs another
+        snapshot, because batches after this one are missing too."""
         if not self.uses_index:
             return False
         known = self._of_epoch(instance_id, epoch)
         if known is None:
             return False
-        known.events.on_snapshot(seq, block_hashes)
+        known.events.on_snapshot(seq, block_hashes, host_hashes)
         return not known.events.synchronised
 
     def needs_snapshot(self) -> list[str]:

@@ -7,9 +7,12 @@ missing batch or a snapshot arrives; until then the index keeps what it had, sli
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec import Struct
 
 from serving.kv_router.prefix_index import PrefixIndex
+from serving.kv_router.tiers import InstanceTiers
 from serving.protocol import BlocksRemoved, BlocksStored, KvEventBatch
 
 MAX_BUFFERED_BLOCKS = 65_536
@@ -44,7 +47,7 @@ class EventSequence:
     def __init__(self, index: PrefixIndex, instance_id: str, counters: IndexCounters) -> None:
         self.last_seq = 0
         self.synchronised = False
-        self._index, self._instance_id, self._counters = index, instance_id, counters
+        self._held, self._counters = InstanceTiers(index, instance_id), counters
         self._buffer: dict[int, KvEventBatch] = {}
         self._buffered_blocks = 0
 
@@ -62,13 +65,15 @@ class EventSequence:
             self.synchronised = False
             self._keep(batch)
 
-    def on_snapshot(self, seq: int, block_hashes: list[int]) -> None:
-        """The instance held exactly `block_hashes` after its batch number `seq`."""
+    def on_snapshot(
+        self, seq: int, block_hashes: Sequence[int], host_hashes: Sequence[int] = ()
+    ) -> None:
+        """The instance held exactly these, on its device and its host, after batch number `seq`."""
         if seq < self.last_seq:
             self._counters.duplicates += 1
             return
         self._counters.snapshots += 1
-        self._index.replace(self._instance_id, block_hashes)
+        self._held.replace(block_hashes, host_hashes)
         self.last_seq = seq
         for old in [number for number in self._buffer if number <= seq]:
             self._take(old)
@@ -85,12 +90,7 @@ class EventSequence:
 
     def _apply(self, batch: KvEventBatch) -> None:
         for event in batch.events:
-            if isinstance(event, BlocksStored):
-                self._index.store(self._instance_id, event.block_hashes)
-            elif isinstance(event, BlocksRemoved):
-                self._index.remove(self._instance_id, event.block_hashes)
-            else:
-                self._index.clear(self._instance_id)
+            self._held.apply(event)
         self.last_seq = batch.seq
 
     def _keep(self, batch: KvEventBatch) -> None:

@@ -66,7 +66,9 @@ async def run(process: WorkerProcess) -> None:
         stack.push_async_callback(worker.handover.close)
         addresses = await worker.rpc.start(process.host, process.unix_socket)
         stack.push_async_callback(worker.rpc.close)
-        await events.serve_snapshots(process.instance_id, epoch, engine.snapshot)
+        await events.serve_snapshots(
+            process.instance_id, epoch, engine.snapshot, lambda: engine.snapshot("host")
+        )
         reports = tasks.create_task(worker.report_forever(), name="load-reports")
         stack.callback(reports.cancel)
 
@@ -113,7 +115,7 @@ def main() -> None:
         uvloop.run(run(process))
     except* OperatorError as group:  # a task group wraps what is raised in it
         for exc in group.exceptions:
-            log.error("%s", exc)
+            log.critical("%s", exc)  # `deploy.launch` looks for it
         sys.exit(1)
 
 

@@ -30,6 +30,7 @@ def load_engine(process: WorkerProcess) -> tuple[BlockEngine | TransferringEngin
         hash_salt=manifest.hash_salt,
         engine_fingerprint=manifest.fingerprint,
         created=int(manifest.created),
+        dummy_weights=manifest.dummy_weights is not None,
     )
     if config.backend == "tensorrt_llm":
         return _tensorrt_llm(process, manifest), card
@@ -50,6 +51,8 @@ def _torch(process: WorkerProcess, manifest: EngineManifest) -> BlockEngine:
         max_waiting=config.max_waiting,
         device=process.device,
         dtype=process.dtype,
+        kv_cache_dtype=config.kv_cache_dtype,
+        host_cache_bytes=config.host_cache_bytes,
         num_threads=config.num_threads,
         hash_salt=manifest.hash_salt,
         fingerprint=manifest.fingerprint,

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +19,7 @@ from serving.engine.base import EngineLoad
 from serving.errors import ServingError
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams
 
-from tensorrt_llm import _contract, _failures, _handover
+from tensorrt_llm import _books, _contract, _failures, _handover
 from tensorrt_llm._engine import Engine
 from tensorrt_llm._request import Job, now
 from tensorrt_llm._settings import Settings
@@ -45,6 +45,7 @@ class Executor:
         self._waiting_stats: deque[str] = deque(maxlen=settings.max_stats)
         self._contexts: _handover.Contexts | None = None
         self._num_requests = 0
+        self._aborted: Counter[str] = Counter()
         self.stats_result: IterationResult | None = None
         self.events_result: IterationResult | None = None
         self.is_shut_down = False
@@ -89,6 +90,25 @@ class Executor:
     def load(self) -> EngineLoad:
         """For tests: what the engine holds now."""
         return self._engine.load()
+
+    def _held(self) -> dict[str, Any]:
+        """For tests: everything that a request could leave behind. `aborted` counts since the start."""
+        load, trouble = self._engine.load(), ""
+        try:
+            self._engine.check_integrity()
+        except AssertionError as exc:
+            trouble = str(exc) or "the books do not agree"
+        return {
+            "active_blocks": load.active_blocks,
+            "num_running": load.num_running,
+            "num_waiting": load.num_waiting,
+            "requests": len(self._jobs),
+            "fetches": len(self._fetching),
+            "contexts": 0 if self._contexts is None else self._contexts.num_held,
+            "trouble": trouble,
+            "num_requests": self._num_requests,
+            "aborted": dict(self._aborted),
+        }
 
     def _call(self, function: Callable[..., object], *args: Any) -> None:
         if not self._loop.is_closed():
@@ -135,8 +155,11 @@ class Executor:
                 assert layout is not None
                 self._contexts = _handover.Contexts(engine.kv, layout, s.transport)
                 await self._contexts.start()
+            books = asyncio.create_task(_books.keep(self._held)) if _books.PATH else None
             self._ready.set()
             await self._stop.wait()
+            if books is not None:
+                books.cancel()
         finally:
             for task in list(self._fetching.values()):
                 task.cancel()
@@ -219,7 +242,9 @@ class Executor:
         """Without effect on what is finished: a context that waits to be fetched goes on waiting."""
         job = self._jobs.get(key)
         if job is None:
+            self._aborted["finished"] += 1
             return
+        self._aborted[job.request_type] += 1
         task = self._fetching.get(key)
         if task is None:
             self._engine.abort(key)

@@ -5,6 +5,8 @@ no_gpu     no GPU is there: the constructor raises
 fetch      every fetch of a context's KV fails
 hang       after the first request nothing comes any more; `hang:N` after N requests,
            `hang@FILE` while FILE exists
+slow_fetch@FILE
+           while FILE exists, each fetch waits as many seconds as it says
 """
 
 from __future__ import annotations
@@ -44,6 +46,13 @@ def hangs(num_requests: int) -> bool:
     if kind.startswith("hang"):
         return num_requests >= int(kind.partition(":")[2] or 1)
     return False
+
+
+def fetch_s() -> float:
+    """Seconds to wait before a fetch."""
+    kind = wanted()
+    file = Path(kind.removeprefix("slow_fetch@"))
+    return float(file.read_text()) if kind.startswith("slow_fetch@") and file.exists() else 0.0
 
 
 def num_gpus() -> int:

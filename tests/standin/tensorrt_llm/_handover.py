@@ -65,6 +65,10 @@ class Contexts:
         )
         self._held: dict[str, tuple[str, asyncio.TimerHandle | None]] = {}
 
+    @property
+    def num_held(self) -> int:
+        return len(self._held)
+
     async def start(self) -> None:
         await self._transfer.serve(self)
 
@@ -95,6 +99,7 @@ class Contexts:
         """Fill the reservation; returns bytes. Raises KvTransferFailed."""
         if _failures.wanted() == "fetch":
             raise KvTransferFailed(state.request_id, state.address, "told to fail")
+        await asyncio.sleep(_failures.fetch_s())
         params = as_params(state)
         return await self._transfer.pull(
             params, reservation.first_block, reservation.num_blocks, reservation.write

@@ -86,6 +86,21 @@ def test_program_that_dies_is_reported_at_once_with_its_last_words(here: Path) -
     assert not (here / "run" / "tool.up").exists()
 
 
+def test_program_that_explains_its_end_is_quoted_with_its_own_remedy(here: Path) -> None:
+    source = (
+        "import logging, sys\n"
+        "logging.basicConfig(format='%(asctime)s x %(levelname)s %(name)s: %(message)s')\n"
+        "print('noise')\n"
+        "logging.critical('no memory is left\\nfor this model\\n  -> lower `a.b`')\n"
+        "print('noise of an exit')\n"
+        "sys.exit(1)\n"
+    )
+    with pytest.raises(OperatorError) as caught:
+        launched(program(source))
+    assert caught.value.what == "tool could not start: no memory is left\nfor this model"
+    assert caught.value.remedy == "lower `a.b`"
+
+
 def test_program_that_never_becomes_ready_is_stopped(here: Path) -> None:
     with pytest.raises(OperatorError, match="not ready after 1 s") as caught:
         launched(program("import time; time.sleep(600)", start_s=1.0))

@@ -60,5 +60,41 @@ def test_container_is_entered_when_workers_run_in_one(
     assert asked["argv"] == ["/opt/python", "tool"]
     assert asked["env"]["CUDA_VISIBLE_DEVICES"] == "1"
     assert asked["writable"] == [tmp_path]
+
+
+def test_container_of_a_killed_build_is_removed_before_the_next_one_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+
+    def wrap(container: Any, argv: list[str], **given: Any) -> Contained:
+        say = ["sh", "-c", 'echo "$0" >> "$1"']
+        return Contained(
+            command=[*say, "start", str(told)], env={}, removal=[*say, "remove", str(told)]
+        )
+
+    monkeypatch.setattr(library_run, "wrap", wrap)
+    inside = run(tmp_path, runtime="podman", image="x")
+    inside(["tool"])
+    assert told.read_text().split() == ["remove", "start"]
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        library_run,
+        "wrap",
+        lambda *_, **given: Contained(
+            command=["sh", "-c", "echo working; exec sleep 60"],
+            env={},
+            removal=wrap(None, []).removal,
+        ),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        inside(["tool"], progress=interrupt)
+    assert told.read_text().split() == ["remove", "start", "remove", "remove"]
+
+
+def test_roles_outside_build_outside(tmp_path: Path) -> None:
     outside = run(tmp_path, runtime="podman", image="x", roles=["agg"])
     assert outside(["echo", "here"]).stdout == "here\n"

@@ -164,6 +164,25 @@ def test_changes_with_a_local_models_files(tmp_path: Path) -> None:
     assert model_key(ModelConfig(id=str(tmp_path))) != key
 
 
+def test_dummy_weights_need_no_weights_and_give_another_engine(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    model, dummy = {"id": str(tmp_path)}, {"weights": "dummy"}
+    real, before = of(model=model), of(model=model, engine=dummy)
+    assert before != real
+    weights.unlink()
+    assert of(model=model, engine=dummy) == before
+    tokenizer = tmp_path / "lent" / "tokenizer.json"
+    tokenizer.parent.mkdir()
+    tokenizer.write_text("{}")
+    lent = model | {"tokenizer": str(tokenizer.parent)}
+    with_lent = of(model=lent, engine=dummy)
+    assert with_lent != before
+    os.utime(tokenizer, ns=(1, 1))
+    assert of(model=lent, engine=dummy) != with_lent
+
+
 def test_key_is_a_readable_folder_name() -> None:
     assert model_key(ModelConfig()).startswith("HuggingFaceTB--SmolLM2-135M-Instruct-")
     assert "/" not in model_key(ModelConfig(id="a/b", source="hub"))

@@ -89,7 +89,7 @@ def test_too_large_a_worker_names_the_key_and_the_bound() -> None:
     with pytest.raises(ConfigError) as caught:
         places([0, 1], tensor_parallel={"decode": 4})
     assert caught.value.key == "workers.tensor_parallel"
-    assert "a decode worker needs 4 GPUs" in caught.value.what
+    assert "each decode worker needs 4 GPUs" in caught.value.what
     assert "at most 2" in caught.value.remedy
 
 

@@ -235,13 +235,13 @@ async def test_failing_step_ends_its_requests_and_the_engine_goes_on(
     prompt = random_prompts([20])[0]
     async with running(model) as (engine, sink):
         runner = engine._runner
-        original = runner.execute
+        original = runner.launch
 
         def fail_once(chunks: Any) -> Any:
-            monkeypatch.setattr(runner, "execute", original)
+            monkeypatch.setattr(runner, "launch", original)
             raise RuntimeError("out of luck")
 
-        monkeypatch.setattr(runner, "execute", fail_once)
+        monkeypatch.setattr(runner, "launch", fail_once)
         engine.submit(request("a", prompt, greedy(4)))
         await sink.finished("a")
         assert sink.last["a"].finish_reason == "error"

@@ -18,6 +18,7 @@ from serving.protocol import (
     EngineRequest,
     KvEvent,
     SamplingParams,
+    Tier,
     TokenLogprob,
 )
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -90,8 +91,9 @@ class Sink:
         self.logprobs: dict[str, list[TokenLogprob]] = {}
         self.last: dict[str, EngineOutput] = {}
         self.cached: dict[str, int] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprob]] = {}
         self.events: list[KvEvent] = []
-        self.stored: set[int] = set()
+        self.held: dict[Tier, set[int]] = {"device": set(), "host": set()}  # as events say
         self.load: EngineLoad | None = None
         self.num_steps = 0
         self._news = asyncio.Event()
@@ -108,6 +110,9 @@ class Sink:
             if output.cached_tokens is not None:
                 assert output.request_id not in self.cached, "cached_tokens told twice"
                 self.cached[output.request_id] = output.cached_tokens
+            if output.prompt_logprobs is not None:
+                assert output.request_id not in self.prompt_logprobs, "told twice"
+                self.prompt_logprobs[output.request_id] = output.prompt_logprobs
             if output.finish_reason is not None:
                 self.last[output.request_id] = output
         for event in events:
@@ -115,14 +120,22 @@ class Sink:
         self.events += events
         self._news.set()
 
+    @property
+    def stored(self) -> set[int]:
+        """What is on the device."""
+        return self.held["device"]
+
     def _apply(self, event: KvEvent) -> None:
         if isinstance(event, BlocksStored):
+            hashes, held = set(event.block_hashes), self.held[event.tier]
             assert event.parent_hash is None or event.parent_hash in self.stored
-            assert not self.stored & set(event.block_hashes), "stored twice"
-            self.stored |= set(event.block_hashes)
+            assert not held & hashes, "stored twice"
+            held |= hashes
+            assert self.stored >= hashes, "on the host before it was on the device"
         elif isinstance(event, BlocksRemoved):
-            assert self.stored >= set(event.block_hashes), "removed what was not stored"
-            self.stored -= set(event.block_hashes)
+            hashes, held = set(event.block_hashes), self.held[event.tier]
+            assert held >= hashes, "removed what was not stored"
+            held -= hashes
 
     async def finished(self, *request_ids: str) -> None:
         async with asyncio.timeout(DEADLINE_S):
@@ -159,7 +172,8 @@ async def running(folder: Path, **options: Any) -> AsyncIterator[tuple[TorchEngi
         yield engine, sink
         await settled(engine)
         engine.check_integrity()
-        assert set(engine.snapshot()) == sink.stored
+        for tier, hashes in sink.held.items():
+            assert set(engine.snapshot(tier)) == hashes
     finally:
         await engine.close()
     engine.check_integrity()

@@ -119,6 +119,9 @@ class FakePipeline:
                 finish_reason=cut if last else None,
                 cached_tokens=self.cached_tokens if step == 0 else None,
                 logprobs=_logprobs(some, prepared.sampling.logprobs),
+                prompt_logprobs=_logprobs(prepared.token_ids[1:], prepared.sampling.prompt_logprobs)
+                if step == 0
+                else None,
             )
             if last:
                 return

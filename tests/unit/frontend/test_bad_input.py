@@ -98,15 +98,41 @@ async def test_malformed_json_is_refused(client: httpx.AsyncClient, path: str, b
         ("ignore_eos", "yes"),
         ("stream", "yes"),
         ("stream_options", {"include_usage": True}),  # without stream
-        ("logit_bias", {"5": 1}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": "x"}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"-5": 1}),
+        ("logit_bias", {"٣": 1}),
+        ("logit_bias", {"1000": 1}),
+        ("logit_bias", {"9" * 5000: 1}),
+        ("logit_bias", [5]),
+        ("response_format", "json"),
+        ("response_format", {"type": "json_schema"}),
+        ("guided_json", 5),
+        ("guided_json", '{"type":'),
+        ("guided_json", {"type": "strin"}),
+        ("guided_json", {"type": "object", "properties": 5}),
+        ("guided_json", {"$ref": "#/$defs/none"}),
+        ("guided_json", {"type": "array", "uniqueItems": True}),
+        ("guided_regex", ""),
+        ("guided_regex", "(a"),
+        ("guided_regex", "(?=a)b"),
+        ("guided_choice", []),
+        ("guided_choice", [""]),
+        ("guided_choice", "yes"),
+        ("guided_grammar", 'root ::= "a"'),
+        ("guided_grammar", "start: missing"),
         ("user", 5),
     ],
 )
 async def test_value_out_of_range_or_of_the_wrong_type_names_its_field(
-    client: httpx.AsyncClient, path: str, field: str, value: Any
+    client: httpx.AsyncClient, pipeline: FakePipeline, path: str, field: str, value: Any
 ) -> None:
     body = {**(CHAT if "chat" in path else COMPLETION), "max_tokens": 100, field: value}
-    await refuse(client, path, body, field)
+    error = check_error(await client.post(path, json=body))
+    assert error["type"] == "invalid_request_error"
+    assert error["param"].split(".")[0].split("[")[0] == field
+    assert not pipeline.seen
 
 
 @pytest.mark.parametrize(
@@ -136,7 +162,24 @@ async def test_value_out_of_range_or_of_the_wrong_type_names_its_field(
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "nothing"}},
+                }
+            },
+            "response_format",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "guided_regex": "a"},
+            "guided_regex",
+        ),
         ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
@@ -171,7 +214,8 @@ async def test_bad_chat_field_is_named(
         ({"prompt": ["a"] * 9}, "n"),
         ({"logprobs": 6}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"echo": True, "logprobs": 1}, "logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens"),
         ({"best_of": 3}, "best_of"),
         ({"suffix": "end"}, "suffix"),
         ({"foo": 1}, "foo"),
@@ -182,6 +226,20 @@ async def test_bad_completion_field_is_named(
     client: httpx.AsyncClient, fields: dict[str, Any], param: str
 ) -> None:
     await refuse(client, "/v1/completions", {**COMPLETION, **fields}, param)
+
+
+async def test_a_guide_that_does_not_compile_is_told_with_the_reason(
+    client: httpx.AsyncClient,
+) -> None:
+    for fields, reason in (
+        ({"guided_regex": "(a"}, "unclosed group"),
+        ({"guided_json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"guided_grammar": "start: missing"}, "unknown name"),
+    ):
+        error = check_error(await client.post(PATHS[0], json={**CHAT, **fields}))
+        assert error["code"] == "invalid_grammar"
+        assert reason in error["message"]
+        assert "<state>" not in error["message"]
 
 
 async def test_missing_fields_are_named(client: httpx.AsyncClient) -> None:

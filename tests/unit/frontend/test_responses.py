@@ -133,6 +133,87 @@ async def test_echo_repeats_the_prompt_first(client: httpx.AsyncClient) -> None:
     assert "".join(c["choices"][0]["text"] for c in events(response.text)) == "so: " + TEXT
 
 
+async def test_echo_with_logprobs_covers_the_prompt_too(client: httpx.AsyncClient) -> None:
+    """As evaluation harnesses read it: parallel lists over prompt and output."""
+    ask: dict[str, Any] = {"prompt": "so: hello", "echo": True, "logprobs": 1, "max_tokens": 99}
+    body = (await post(client, "completions", **ask)).json()
+    choice = body["choices"][0]
+    logprobs, num_prompt = choice["logprobs"], body["usage"]["prompt_tokens"]
+    assert choice["text"] == "so: hello" + TEXT
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["top_logprobs"][0] is None
+    assert logprobs["token_logprobs"][1:] == [-0.5] * (len(logprobs["tokens"]) - 1)
+    assert len(logprobs["tokens"]) == num_prompt + body["usage"]["completion_tokens"]
+    for offset, token in zip(logprobs["text_offset"], logprobs["tokens"], strict=True):
+        assert choice["text"][offset:].startswith(token)
+    streamed = events((await post(client, "completions", stream=True, **ask)).text)
+    pieces = [chunk["choices"][0]["logprobs"] for chunk in streamed]
+    for name, whole in logprobs.items():
+        assert [entry for piece in pieces for entry in piece[name]] == whole
+
+
+async def test_echo_without_a_token_to_generate_returns_the_prompt_alone(
+    client: httpx.AsyncClient, pipeline: FakePipeline
+) -> None:
+    for prompt in ("so: hello", [5, 6, 7]):
+        body = (
+            await post(client, "completions", prompt=prompt, echo=True, logprobs=0, max_tokens=0)
+        ).json()
+        (choice,) = body["choices"]
+        assert choice["finish_reason"] == "length"
+        assert body["usage"]["completion_tokens"] == 0
+        assert len(choice["logprobs"]["tokens"]) == body["usage"]["prompt_tokens"]
+        assert choice["text"] == "".join(choice["logprobs"]["tokens"])
+    assert {prepared.sampling.max_tokens for prepared in pipeline.seen} == {1}
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize(
+    ("fields", "guide"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, ("json_schema", '{"type":"object"}')),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {
+                        "name": "age",
+                        "strict": True,
+                        "schema": {"type": "object", "properties": {"b": {}, "a": {}}},
+                    },
+                }
+            },
+            ("json_schema", '{"type":"object","properties":{"b":{},"a":{}}}'),
+        ),
+        ({"guided_json": {"type": "null"}}, ("json_schema", '{"type":"null"}')),
+        ({"guided_json": ' {"type": "null"}'}, ("json_schema", '{"type":"null"}')),
+        ({"guided_regex": r"\d+"}, ("regex", r"\d+")),
+        ({"guided_choice": ["a|b", "1.5 (x)"]}, ("regex", r"(?:a\|b)|(?:1\.5 \(x\))")),
+        ({"guided_grammar": 'start: "a"'}, ("grammar", 'start: "a"')),
+    ],
+)
+async def test_what_the_answer_must_be_reaches_the_engine(
+    client: httpx.AsyncClient,
+    pipeline: FakePipeline,
+    path: str,
+    fields: dict[str, Any],
+    guide: tuple[str, str] | None,
+) -> None:
+    prompt = {"messages": USER} if "chat" in path else {"prompt": "a"}
+    await post(client, path, **prompt, **fields)
+    found = pipeline.seen[0].sampling.guide
+    assert (found and (found.kind, found.text)) == guide
+
+
+async def test_biases_reach_the_engine_by_token(
+    client: httpx.AsyncClient, pipeline: FakePipeline
+) -> None:
+    await post(client, "completions", prompt="a", logit_bias={"5": -100, "007": 1.5})
+    assert pipeline.seen[0].sampling.logit_bias == ((5, -100.0), (7, 1.5))
+
+
 async def test_samples_of_one_prompt_stream_side_by_side_with_their_own_seeds(
     client: httpx.AsyncClient, pipeline: FakePipeline
 ) -> None:

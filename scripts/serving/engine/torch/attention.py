@@ -126,10 +126,12 @@ class PagedStep:
         value: torch.Tensor,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        pool_rows = self._pool.token_rows
-        rows = self._writes[layer]
-        pool_rows.index_copy_(0, rows[0], key.transpose(0, 1))
-        pool_rows.index_copy_(0, rows[1], value.transpose(0, 1))
+        pool, rows = self._pool, self._writes[layer]
+        kept = pool.rounded(key), pool.rounded(value)
+        pool.write_tokens(rows[0], kept[0].transpose(0, 1))
+        pool.write_tokens(rows[1], kept[1].transpose(0, 1))
+        # A chunk attends to its own tokens as later ones will, or outputs would depend on chunking.
+        key, value = (each.to(query.dtype) for each in kept)
         outputs = []
         for index, part in enumerate(self._parts):
             part_query = query[:, part.tokens]
@@ -171,10 +173,12 @@ class PagedStep:
             _Part(tokens, len(spans), lengths, int(lengths.max()), spans[0].start, device_rows)
         )
 
-    def _gather(self, layer: int, part: _Part) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(
+        self, layer: int, part: _Part, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the part's sequences: `[B, Hkv, S, D]` each, S the longest."""
         layout = self._layout
-        rows = self._pool.block_rows.index_select(0, part.rows[layer])
+        rows = self._pool.read_blocks(part.rows[layer], dtype)
         shape = (2, part.num_sequences, -1, layout.num_kv_heads, layout.head_dim)
         kv = rows.view(shape)[:, :, : part.longest].transpose(2, 3)
         return kv[0], kv[1]
@@ -186,7 +190,7 @@ class PagedStep:
     ) -> torch.Tensor:
         """One query token per sequence. Grouped heads become query rows: K, V are not expanded."""
         part = self._parts[index]
-        key, value = self._gather(layer, part)
+        key, value = self._gather(layer, part, query.dtype)
         num_heads, num_sequences, dim = query.shape
         grouped = query.transpose(0, 1).reshape(num_sequences, key.shape[1], -1, dim)
         mask = self._mask(index, options.window, query.dtype)
@@ -216,7 +220,7 @@ class PagedStep:
     def _prefill_after_prefix(
         self, layer: int, index: int, query: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
-        key, value = self._gather(layer, self._parts[index])
+        key, value = self._gather(layer, self._parts[index], query.dtype)
         return self._masked_prefill(index, query, key, value, options)
 
     def _masked_prefill(

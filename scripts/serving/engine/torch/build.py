@@ -1,5 +1,7 @@
 """Build an engine: a downloaded model, packed in one dtype, checked against its source.
 
+With dummy weights there is nothing to pack or to check: workers make them from the config.
+
 The result is a Hugging Face folder (config.json, safetensors, tokenizer.json, ...) and
 `engine.json`. It is built beside its final place and moved there when it is complete, so that a
 killed build leaves nothing that looks finished.
@@ -25,6 +27,7 @@ from serving.engine.manifest import (
     write_json,
 )
 from serving.engine.manifest import load_manifest as load_manifest  # workers look for it here
+from serving.engine.torch.dummy_weights import UNCHECKED, describe_dummy
 from serving.engine.torch.source import Source
 from serving.engine.torch.supported import model_class_of, require_supported
 from serving.engine.torch.weights import pack_weights
@@ -86,10 +89,16 @@ def _build(
     check_max_model_len(engine.max_model_len, model_max_len, manifest.id)
     layout = kv_layout(config, engine.block_size, kv_dtype(engine.dtype))
     source.save_tokenizer(staging)
-    check = pack_weights(source, staging, engine.dtype, layout, progress)
+    check, dummy = UNCHECKED, None
+    if engine.weights == "dummy":
+        source.save_config(staging)
+        dummy = describe_dummy(config, staging, layout, progress)
+    else:
+        check = pack_weights(source, staging, engine.dtype, layout, progress)
     eos_token_ids = write_generation_config(source, staging)
     weights = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
-    content = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:16]
+    identity = f"{dummy} {sha256_of(staging / 'config.json')}" if dummy else json.dumps(weights)
+    content = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return EngineManifest(
         format=ENGINE_FORMAT,
         fingerprint=fingerprint,
@@ -113,6 +122,7 @@ def _build(
         },
         check=check,
         created=int(time.time()),
+        dummy_weights=dummy,
     )
 
 

@@ -16,8 +16,16 @@ import numpy as np
 import torch
 
 from serving.engine.torch import kernels
+from serving.engine.torch.attention import AttentionOptions
 from serving.engine.torch.cuda_inputs import Packer, Slots
-from serving.engine.torch.cuda_step import Chunks, CudaStep, Decodes
+from serving.engine.torch.cuda_step import (
+    CUDNN_TOKENS,
+    Chunks,
+    CudaStep,
+    Decodes,
+    cudnn_causal,
+    flash_varlen,
+)
 from serving.engine.torch.fusion import Report, Rotation, fuse
 from serving.engine.torch.model_runner import Launched, ModelRunner, Probe
 from serving.engine.torch.sequence import UNKNOWN_TOKEN, Chunk, Sequence
@@ -75,6 +83,7 @@ class CudaRunner(ModelRunner):
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._last_tokens = torch.zeros(shape[0], dtype=torch.int32, device=self.device)
         started = time.monotonic()
+        self._has_cudnn = self._try_cudnn()
         for start in (0, self.layout.block_size):
             self._warm_chunk(start, max(2, num_tokens))
         try:
@@ -105,12 +114,12 @@ class CudaRunner(ModelRunner):
             logits, slots = self._replay(self._graphs[size], decodes)
         else:
             logits, slots = self._compute(decodes, prefills)
-        sequences = [chunk.sequence for chunk in ordered if chunk.samples]
-        if not sequences:
-            return Launched(ordered, None)
-        pending = self._sampler.sample(logits, sequences)
-        self._last_tokens[slots.long()] = pending.tokens.int()
-        return Launched(ordered, pending)
+        launched = self._choose(ordered, logits)
+        if launched.pending is not None:
+            self._last_tokens[slots.long()] = launched.pending.tokens.int()
+        else:
+            launched.end = self.pool.mark_step()
+        return launched
 
     # --- decode by graph -----------------------------------------------------------------------
 
@@ -135,7 +144,8 @@ class CudaRunner(ModelRunner):
         for i, chunk in enumerate(decodes):
             sequence, start = chunk.sequence, chunk.start
             row = sequence.blocks[start // block_size] * block_size + start % block_size
-            table[:, i] = (sequence.tokens[start], start, row, sequence.slot, start + 1)
+            slot = sequence.slot or 0
+            table[:, i] = (sequence.tokens[start], start, row, slot, start + 1)
         return list(table)
 
     def _update_tables(self, at: torch.Tensor, blocks: torch.Tensor) -> None:
@@ -146,7 +156,7 @@ class CudaRunner(ModelRunner):
     def _compute(
         self, decodes: list[Chunk], prefills: list[Chunk]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the rows that sample, and their slots."""
+        """Logits of the rows that sample, then of those that are reported; slots of the former."""
         ids, positions, rows, slots, lengths = self._decode_vectors(decodes, len(decodes))
         spans = [_Span(chunk, self.layout.block_size) for chunk in prefills]
         ids = np.concatenate([ids, *(span.ids for span in spans)])
@@ -155,17 +165,24 @@ class CudaRunner(ModelRunner):
         ends = len(decodes) + np.cumsum([0, *(chunk.length for chunk in prefills)])
         samples = [i for i, chunk in enumerate(decodes) if chunk.samples]
         samples += [int(ends[i + 1]) - 1 for i, c in enumerate(prefills) if c.samples]
+        reported = [i for i, chunk in enumerate(decodes) if chunk.num_reported]
+        for i, chunk in enumerate(prefills):
+            reported += range(int(ends[i]), int(ends[i]) + chunk.num_reported)
         owners = [c.sequence.slot for c in [*decodes, *prefills] if c.samples]
         has_prefix = any(chunk.start for chunk in prefills)
         kv_rows = [span.kv_rows() for span in spans] if has_prefix else []
+        cu_queries, num_cudnn = ends - len(decodes), 0
+        if len(prefills) == 1 and not has_prefix and self._has_cudnn:
+            num_cudnn = prefills[0].length // CUDNN_TOKENS * CUDNN_TOKENS
+            cu_queries = np.asarray([0, prefills[0].length - num_cudnn])
         cu_keys = np.cumsum([0, *(chunk.start + chunk.length for chunk in prefills)])
         at, blocks = self._slots.changes(chunk.sequence for chunk in decodes)
         packed = self._packer.pack(
             [
                 ids, positions, rows, slots, lengths,
-                (ends - len(decodes)).astype(np.int32), cu_keys.astype(np.int32),
+                cu_queries.astype(np.int32), cu_keys.astype(np.int32),
                 np.concatenate(kv_rows) if kv_rows else np.empty(0, np.int32),
-                np.asarray(samples, np.int32), np.asarray(owners, np.int32), at, blocks,
+                np.asarray(samples + reported, np.int32), np.asarray(owners, np.int32), at, blocks,
             ]
         )  # fmt: skip
         if len(at):
@@ -180,6 +197,7 @@ class CudaRunner(ModelRunner):
                 packed[5],
                 packed[6],
                 packed[7] if has_prefix else None,
+                num_cudnn,
             )
             if prefills
             else None,
@@ -200,6 +218,35 @@ class CudaRunner(ModelRunner):
             count, self.layout.num_kv_heads, self._max_model_len, self._processors
         )
         return Decodes(count, slots, lengths, self._tables, splits)
+
+    def _try_cudnn(self) -> bool:
+        """Whether cuDNN's attention runs and says what FlashAttention says; prepares its plans."""
+        layout = self.layout
+        lengths = range(CUDNN_TOKENS, self._max_tokens + 1, CUDNN_TOKENS)
+        if self.pool.tensor.dtype not in (torch.bfloat16, torch.float16) or not lengths:
+            return False
+        num_heads = self._model.config.get_text_config().num_attention_heads + (
+            2 * layout.num_kv_heads
+        )
+        shape = (lengths[-1], num_heads, layout.head_dim)
+        qkv = torch.randn(shape, dtype=self.pool.tensor.dtype, device=self.device)
+        sizes = [num_heads - 2 * layout.num_kv_heads, layout.num_kv_heads, layout.num_kv_heads]
+        query, key, value = torch.split(qkv, sizes, dim=1)
+        options = AttentionOptions(layout.head_dim**-0.5, None, None, None)
+        (cu,) = self._packer.pack([np.asarray([0, lengths[0]], dtype=np.int32)])
+        first = slice(0, lengths[0])
+        whole = Chunks([0], [lengths[0]], cu, cu)
+        expected = flash_varlen(query[first], key[first], value[first], whole, options)
+        try:
+            for length in lengths:
+                out = cudnn_causal(query[:length], key[:length], value[:length], options.scaling)
+                if length == lengths[0] and not torch.allclose(out, expected, atol=0.03):
+                    log.warning("cuDNN's attention differs from FlashAttention's and is not used")
+                    return False
+        except RuntimeError as exc:
+            log.info("no cuDNN attention: %s", str(exc).splitlines()[0])
+            return False
+        return True
 
     def _warm_chunk(self, start: int, length: int) -> None:
         """A prefill chunk after `start` tokens, on blocks that nobody has yet."""

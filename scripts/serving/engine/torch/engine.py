@@ -13,6 +13,8 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +22,9 @@ import torch
 from serving import block_hash
 from serving.engine.base import BlockEngine, EngineLoad, EngineSpec, StepSink
 from serving.engine.torch.block_pool import BlockPool
+from serving.engine.torch.guidance import Guides
+from serving.engine.torch.host_blocks import HostBlocks, open_host_blocks
+from serving.engine.torch.host_tier import Copies, HostTier
 from serving.engine.torch.kv_access import TorchKvBlocks
 from serving.engine.torch.model_runner import Launched, ModelRunner
 from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
@@ -30,7 +35,9 @@ from serving.protocol import (
     BlocksStored,
     EngineOutput,
     EngineRequest,
+    ErrorInfo,
     KvEvent,
+    Tier,
 )
 
 log = logging.getLogger(__name__)
@@ -39,6 +46,15 @@ log = logging.getLogger(__name__)
 _IDLE_S = 60.0
 # How long `close` waits for the step that is being computed.
 _CLOSE_S = 30.0
+
+
+@dataclass
+class _Step:
+    """A step under way: copies between the tiers, then what is computed. Either may be nothing."""
+
+    launched: Launched
+    copies: Copies
+    wait_for_copies: Callable[[], None] = lambda: None
 
 
 class TorchEngine(BlockEngine):
@@ -58,18 +74,22 @@ class TorchEngine(BlockEngine):
         max_waiting: int,
         device: str = "cpu",
         dtype: str = "float32",
+        kv_cache_dtype: str = "auto",
+        host_cache_bytes: int = 0,
         num_threads: int | None = None,
         gpu_memory_fraction: float = 0.9,
         hash_salt: str,
         fingerprint: str,
     ) -> None:
         """`kv_cache_tokens` None sizes the pool from free memory; `num_threads` is for CPU,
-        `gpu_memory_fraction` for CUDA."""
+        `gpu_memory_fraction` for CUDA. `kv_cache_dtype` `auto` keeps KV in `dtype`;
+        `host_cache_bytes` 0 means no host tier."""
         self._engine_dir = engine_dir
         self._limits = SchedulerLimits(
             block_size, max_model_len, max_batch_size, max_num_batched_tokens, max_waiting
         )
-        self._kv_cache_tokens = kv_cache_tokens
+        self._kv_cache_tokens, self._kv_cache_dtype = kv_cache_tokens, kv_cache_dtype
+        self._host_cache_bytes = host_cache_bytes
         self._device, self._dtype, self._num_threads = device, dtype, num_threads
         self._gpu_memory_fraction = gpu_memory_fraction
         self._hash_salt, self._fingerprint = hash_salt, fingerprint
@@ -80,11 +100,14 @@ class TorchEngine(BlockEngine):
         self._closing = False
         self._broken = ""
         self._thread: threading.Thread | None = None
+        self._guides = Guides(engine_dir)
         self._outbox: list[tuple[list[EngineOutput], list[KvEvent]]] = []
-        self._delivered: set[int] = set()  # hashes, as the sink has been told
+        # Hashes, as the sink has been told.
+        self._delivered: dict[Tier, set[int]] = {"device": set(), "host": set()}
         self._loop: asyncio.AbstractEventLoop
         self._sink: StepSink
         self._runner: ModelRunner
+        self._host: HostBlocks | None = None
         self._scheduler: Scheduler
 
     # --- life ----------------------------------------------------------------------------------
@@ -111,6 +134,7 @@ class TorchEngine(BlockEngine):
         self.kv = TorchKvBlocks(self, self._scheduler, self._runner.pool)
 
     async def close(self) -> None:
+        await asyncio.to_thread(self._guides.close)
         if self._thread is None:
             return
         with self._work:
@@ -119,6 +143,8 @@ class TorchEngine(BlockEngine):
         await asyncio.to_thread(self._thread.join, _CLOSE_S)
         if self._thread.is_alive():
             log.error("the compute thread is still busy after %.0f s", _CLOSE_S)
+        elif self._host is not None:
+            self._host.close()
         self._thread = None
         if hasattr(self, "kv"):
             self.kv.cancel_all()
@@ -139,8 +165,8 @@ class TorchEngine(BlockEngine):
         with self._lock:
             return self._scheduler.load()
 
-    def snapshot(self) -> list[int]:
-        return list(self._delivered)
+    def snapshot(self, tier: Tier = "device") -> list[int]:
+        return list(self._delivered[tier])
 
     def check_integrity(self) -> None:
         """For tests: every block is free, cached or held, and the books agree."""
@@ -152,7 +178,19 @@ class TorchEngine(BlockEngine):
         if self._broken or self._closing:
             raise EngineFailed(self._broken or "the engine is closing")
         self._check(request)
-        return Sequence(request, next(self._arrivals), self._root, self._limits.block_size)
+        sequence = Sequence(request, next(self._arrivals), self._root, self._limits.block_size)
+        self._guides.begin(sequence, lambda: self.on_loop(lambda: self._compiled(sequence)))
+        return sequence
+
+    def _compiled(self, sequence: Sequence) -> None:
+        """Its grammar is there, or it has none that can be used."""
+        guidance = sequence.guidance
+        if guidance is not None and guidance.error:
+            error = ErrorInfo("InvalidRequest", guidance.error)
+            self.change(lambda: self._scheduler.refuse(sequence, error))
+            return
+        with self._work:
+            self._work.notify_all()
 
     def change(self, action: Callable[[], None]) -> None:
         """Run a change of the books under the lock, let the step loop see it, deliver results."""
@@ -163,6 +201,10 @@ class TorchEngine(BlockEngine):
             self._work.notify_all()
         # Not delivered from here: a sink may be what called us.
         self._loop.call_soon(self._deliver)
+
+    def locked(self) -> AbstractContextManager[object]:
+        """The lock of the books, for a look at them or a change that nobody has to be told."""
+        return self._lock
 
     def on_loop(self, callback: Callable[[], object]) -> None:
         """Run `callback` on the event loop soon; may be called from the compute thread."""
@@ -229,7 +271,11 @@ class TorchEngine(BlockEngine):
         num_blocks = runner.allocate_pool(self._kv_cache_tokens)
         runner.warm_up(min(limits.max_num_batched_tokens, limits.max_model_len, 64))
         self._runner = runner
-        self._scheduler = Scheduler(BlockPool(num_blocks), limits)
+        num_tokens = min(limits.max_num_batched_tokens, limits.max_model_len)
+        if self._host_cache_bytes:
+            self._host = open_host_blocks(runner, self._host_cache_bytes, num_tokens)
+        tier = HostTier(self._host.num_blocks if self._host else 0)
+        self._scheduler = Scheduler(BlockPool(num_blocks, tier), limits)
         log.info(
             "%s on %s: %s, %d threads, KV pool of %d blocks of %d tokens (%d tokens, %.0f MiB)",
             self._engine_dir.name,
@@ -243,67 +289,90 @@ class TorchEngine(BlockEngine):
         )
 
     def _make_runner(self) -> ModelRunner:
-        make = ModelRunner
-        if torch.device(self._device).type == "cuda":
-            from serving.engine.torch.cuda_runner import CudaRunner
-
+        runner, device = self._runner_class(), self._device
+        if torch.device(device).type == "cuda":
             # The thread's device: streams and kernels follow it.
-            torch.cuda.set_device(torch.device(self._device))
-            make = CudaRunner
+            device = f"cuda:{torch.device(device).index or 0}"
+            torch.cuda.set_device(torch.device(device))
         limits = self._limits
-        return make(
+        return runner(
             self._engine_dir,
-            device=self._device,
+            device=device,
             dtype=self._dtype,
             block_size=limits.block_size,
             max_model_len=limits.max_model_len,
             max_batch_size=limits.max_batch_size,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             gpu_memory_fraction=self._gpu_memory_fraction,
+            kv_cache_dtype=self._kv_cache_dtype,
         )
+
+    def _runner_class(self) -> type[ModelRunner]:
+        if torch.device(self._device).type != "cuda":
+            return ModelRunner
+        # Triton comes with CUDA builds of torch only.
+        from serving.engine.torch.cuda_runner import CudaRunner
+
+        return CudaRunner
 
     def _run_steps(self) -> None:
         """Launch a step, and while it runs the next one, until the engine closes."""
-        under_way: deque[Launched] = deque()
-        while (chunks := self._next_step(is_ahead=bool(under_way))) is not None:
-            if chunks and (launched := self._launch(chunks)):
-                under_way.append(launched)
-            if under_way and (not chunks or len(under_way) >= self._runner.depth):
+        under_way: deque[_Step] = deque()
+        while (planned := self._next_step(is_ahead=bool(under_way))) is not None:
+            step = self._launch(*planned)
+            if step is not None:
+                under_way.append(step)
+            if under_way and (step is None or len(under_way) >= self._runner.depth):
                 self._complete(under_way.popleft())
                 self.on_loop(self._deliver)
         while under_way:
             self._complete(under_way.popleft())
 
-    def _next_step(self, *, is_ahead: bool) -> list[Chunk] | None:
-        """What to compute next; waits for it unless a step is under way. None when closing."""
+    def _next_step(self, *, is_ahead: bool) -> tuple[list[Chunk], Copies] | None:
+        """What to compute next, and to copy before; waits for it unless a step is under way.
+
+        None when closing.
+        """
         with self._work:
             while not self._closing:
                 chunks = self._scheduler.schedule(is_ahead=is_ahead)
-                if chunks or is_ahead:
-                    return chunks
+                copies = self._scheduler.pool.take_copies()
+                if chunks or copies or is_ahead:
+                    return chunks, copies
                 if self._post():  # nothing to compute, yet evictions or admissions happened
                     self.on_loop(self._deliver)
                 self._work.wait(_IDLE_S)
             return None
 
-    def _launch(self, chunks: list[Chunk]) -> Launched | None:
+    def _launch(self, chunks: list[Chunk], copies: Copies) -> _Step | None:
+        """None where nothing is under way: nothing was to be done, or it failed at once."""
+        step = _Step(Launched([], None), copies)
+        if copies:
+            # Nobody catches what it raises: blocks that were not copied would be wrong for good.
+            assert self._host is not None, "there are no copies without a host tier"
+            step.wait_for_copies = self._host.run(copies)
+        if chunks:
+            try:
+                step.launched = self._runner.launch(chunks)
+            except Exception as exc:
+                self._fail(chunks, exc)
+            with self._lock:
+                self._scheduler.launched(step.launched.chunks)
+        return step if copies or step.launched.chunks else None
+
+    def _complete(self, step: _Step) -> None:
+        if step.copies:
+            step.wait_for_copies()
+            with self._lock:
+                self._scheduler.pool.copied(step.copies)
+        chunks = step.launched.chunks
         try:
-            launched = self._runner.launch(chunks)
+            tokens, logprobs = step.launched.result()
         except Exception as exc:
             self._fail(chunks, exc)
-            return None
-        with self._lock:
-            self._scheduler.launched(launched.chunks)
-        return launched
-
-    def _complete(self, step: Launched) -> None:
-        try:
-            tokens, logprobs = step.result()
-        except Exception as exc:
-            self._fail(step.chunks, exc)
             return
         with self._lock:
-            self._scheduler.complete(step.chunks, tokens, logprobs)
+            self._scheduler.complete(chunks, tokens, logprobs)
             self._after_step()
 
     def _fail(self, chunks: list[Chunk], exc: Exception) -> None:
@@ -346,7 +415,7 @@ class TorchEngine(BlockEngine):
         events = [event for _, batch in posted for event in batch]
         for event in events:
             if isinstance(event, BlocksStored):
-                self._delivered.update(event.block_hashes)
+                self._delivered[event.tier].update(event.block_hashes)
             elif isinstance(event, BlocksRemoved):
-                self._delivered.difference_update(event.block_hashes)
+                self._delivered[event.tier].difference_update(event.block_hashes)
         self._sink(outputs, events, load)

@@ -81,9 +81,9 @@ def quantize(model: nn.Module) -> float:
             at = child.weight.data_ptr()
             made.setdefault(at, quantize_rows(child.weight))
             setattr(parent, name, Int8Linear(*made[at], child.bias))
-        for parent, name, child in list(_embeddings(model)):
-            if child.weight.data_ptr() in made:
-                setattr(parent, name, Int8Embedding(*made[child.weight.data_ptr()]))
+        for parent, name, table in list(_embeddings(model)):
+            if table.weight.data_ptr() in made:
+                setattr(parent, name, Int8Embedding(*made[table.weight.data_ptr()]))
     if not made:
         raise ModelError(
             "the model has no linear layers that could be stored as int8",

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm
 
 from serving.engine.torch.attention import AttentionOptions
 from serving.engine.torch.packed_linear import SiblingLinear, Siblings
@@ -112,9 +111,10 @@ class _Layer:
         query, key = heads[:, :num_q].transpose(0, 1), heads[:, num_q:].transpose(0, 1)
         value = joint[:, num_rotating:].transpose(0, 1)
         attended = kv_step.attend(self._index, query, key, value, self._options)
-        out = self._o_proj(attended.reshape(1, num_tokens, -1)).add_(hidden_states)
-        gate, up = self._gate_up(self._norms[1](out)).split(self._width, dim=-1)
-        return out + self._down(self._activation(gate).mul_(up))
+        out: torch.Tensor = self._o_proj(attended.reshape(1, num_tokens, -1)).add_(hidden_states)
+        joint = self._gate_up(self._norms[1](out))
+        gate, up = joint[..., : self._width], joint[..., self._width :]
+        return out.add_(self._down(self._activation(gate).mul_(up)))
 
 
 def _rewrite_layer(layer: Any, shared: _Rotation) -> None:
@@ -129,7 +129,10 @@ def _rewrite_layer(layer: Any, shared: _Rotation) -> None:
     angle = torch.linspace(0.1, 3.0, attention.head_dim // 2)
     angle = angle * torch.arange(1, _TEST_TOKENS + 1)[:, None]
     angle = torch.cat((angle, angle), dim=-1)[None]
-    arguments = {"position_embeddings": (angle.cos(), angle.sin()), "attention_mask": None}
+    arguments: dict[str, Any] = {
+        "position_embeddings": (angle.cos(), angle.sin()),
+        "attention_mask": None,
+    }
     theirs, ours = _Witness(), _Witness()
     expected = layer(x, **arguments, kv_step=theirs)
     if not isinstance(expected, torch.Tensor) or theirs.options is None:
@@ -187,5 +190,13 @@ def _norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     if not type(module).__name__.endswith("RMSNorm"):
         raise Unlike(f"its norm is a {type(module).__name__}")
     eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
-    shape, weight = tuple(module.weight.shape), module.weight.detach()
-    return lambda x: rms_norm(x, shape, weight, eps)
+    weight = module.weight.detach()
+    share, epsilon = 1 / weight.shape[0], torch.tensor(eps)
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        # Half the time of torch's rms_norm, which is as many operations and several more.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        factor = torch.addcmul(epsilon, length, length, value=share).rsqrt_()
+        return torch.mul(x, factor).mul_(weight)
+
+    return norm

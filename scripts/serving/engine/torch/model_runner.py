@@ -11,7 +11,13 @@ import psutil
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from serving.engine.torch import int8_weights, lean_layers, packed_linear
+from serving.engine.torch import (
+    dummy_weights,
+    int8_kernel,
+    int8_weights,
+    lean_layers,
+    packed_linear,
+)
 from serving.engine.torch.attention import (
     NAME,
     AttentionOptions,
@@ -22,7 +28,7 @@ from serving.engine.torch.attention import (
     order_decodes,
 )
 from serving.engine.torch.kv_pool import KvPool
-from serving.engine.torch.sampler import Pending, Sampler
+from serving.engine.torch.sampler import Pending, Sampler, report_tokens
 from serving.engine.torch.sequence import Chunk
 from serving.errors import ModelError, OperatorError
 from serving.kv_layout import WEIGHT_ONLY_DTYPES, KvLayout, kv_dtype
@@ -36,13 +42,34 @@ _CPU_SHARE = 0.25
 
 @dataclass
 class Launched:
-    """A step under way. `chunks` are in the order in which they are computed."""
+    """A step under way. `chunks` are in the order in which they are computed.
+
+    `end` is an event behind a step that chooses nothing, on a device that computes by itself.
+    """
 
     chunks: list[Chunk]
     pending: Pending | None
+    # Of the prompts' own tokens, chunk by chunk, where that was asked for.
+    prompt_report: Pending | None = None
+    end: Any = None
 
     def result(self) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Wait for the step; the tokens of the chunks that sample, in their order."""
+        """Wait for the step; the tokens of the chunks that sample, in their order.
+
+        What was reported of prompts is in their sequences then. The books never run ahead of the
+        device: what they call computed can be exported, and what they free can be filled by a
+        transfer, neither of which waits for the engine's stream.
+        """
+        if self.end is not None:
+            self.end.synchronize()
+        if self.prompt_report is not None:
+            entries = self.prompt_report.result()[1]
+            for chunk in self.chunks:
+                own, entries = entries[: chunk.num_reported], entries[chunk.num_reported :]
+                if own:
+                    # From `start` on: a preempted prompt is computed and reported again.
+                    known = chunk.sequence.prompt_logprobs
+                    known[chunk.start :] = [entry for entry in own if entry is not None]
         return ([], []) if self.pending is None else self.pending.result()
 
 
@@ -63,23 +90,49 @@ class ModelRunner:
         max_batch_size: int,
         max_num_batched_tokens: int,
         gpu_memory_fraction: float,
+        kv_cache_dtype: str = "auto",
     ) -> None:
-        """Raises ModelError when the folder does not load or attention is not what we page."""
+        """Raises ModelError when the folder does not load or attention is not what we page.
+
+        `kv_cache_dtype` is torch's name of what keys and values are kept in, or `auto` for what
+        the model computes in.
+        """
         self._max_model_len, self._max_batch = max_model_len, max_batch_size
         self._max_tokens = max_num_batched_tokens
         self._memory_fraction = gpu_memory_fraction
         AttentionInterface.register(NAME, attend_paged)
         self.device = torch.device(device)
         torch_dtype: torch.dtype = getattr(torch, kv_dtype(dtype))
-        self._model = _load(engine_dir, dtype).eval().to(self.device)
+        model: Any
+        try:
+            if dummy := dummy_weights.of_engine(engine_dir):
+                model = dummy_weights.make_model(
+                    engine_dir, dummy.seed, self.device, torch_dtype, attention=NAME
+                )
+                if dtype in WEIGHT_ONLY_DTYPES:
+                    int8_weights.quantize(model)
+            elif dtype in WEIGHT_ONLY_DTYPES:
+                model = int8_weights.load(engine_dir, attention=NAME)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
+                )
+        except OperatorError:
+            raise
+        except Exception as exc:  # transformers and safetensors raise whatever they meet
+            raise ModelError(
+                f"{engine_dir} does not load: {exc}", remedy="rebuild the engine folder"
+            ) from exc
+        self._model = model.eval().to(self.device)
         config = self._model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         if packed_linear.can_pack(device, torch_dtype):
-            log.info("packed %d linear layers", packed_linear.pack_linears(self._model))
+            kernel = int8_kernel.load(engine_dir) if dtype in WEIGHT_ONLY_DTYPES else None
+            log.info("packed %d linear layers", packed_linear.pack_linears(self._model, kernel))
         if dtype in WEIGHT_ONLY_DTYPES:
             log.info("%s", lean_layers.rewrite(self._model))
-        self.layout = self._probe(block_size)
+        self.layout = self._probe(block_size, kv_cache_dtype)
         self._sampler = Sampler(self.vocab_size, self.device)
         self.pool: KvPool
 
@@ -132,15 +185,31 @@ class ModelRunner:
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
+        reported: list[int] = []
         for chunk in ordered:
             end = chunk.start + chunk.length
+            reported += range(len(ids), len(ids) + chunk.num_reported)
             ids += chunk.sequence.tokens[chunk.start : end]
             positions += range(chunk.start, end)
             if chunk.samples:
                 rows.append(len(ids) - 1)
-        logits = self._compute_rows(ids, positions, rows, step)
-        sequences = [chunk.sequence for chunk in ordered if chunk.samples]
-        return Launched(ordered, self._sampler.sample(logits, sequences) if sequences else None)
+        logits = self._compute_rows(ids, positions, rows + reported, step)
+        return self._choose(ordered, logits)
+
+    def _choose(self, chunks: list[Chunk], logits: torch.Tensor) -> Launched:
+        """Sample from the first rows of `logits`; the others are for what chunks report."""
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        count = len(sequences)
+        pending = self._sampler.sample(logits[:count], sequences) if sequences else None
+        tokens: list[int] = []
+        widths: list[int] = []
+        for chunk in chunks:
+            if num_reported := chunk.num_reported:
+                first = chunk.start + 1
+                tokens += chunk.sequence.tokens[first : first + num_reported]
+                widths += [chunk.sequence.sampling.prompt_logprobs or 0] * num_reported
+        report = report_tokens(logits[count:], tokens, widths) if tokens else None
+        return Launched(chunks, pending, report)
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a prefill and a decode step on blocks that nobody has yet, then wipe them."""
@@ -156,9 +225,10 @@ class ModelRunner:
     def _compute_rows(
         self, ids: list[int], positions: list[int], rows: list[int], step: AttentionStep
     ) -> torch.Tensor:
-        inputs = torch.tensor([ids, positions, rows + [0] * (len(ids) - len(rows))])
-        inputs = inputs.to(self.device)
-        return self._forward(inputs[0], inputs[1], inputs[2, : len(rows)], step)
+        inputs = torch.tensor([ids, positions]).to(self.device)
+        return self._forward(
+            inputs[0], inputs[1], torch.tensor(rows, dtype=torch.long).to(self.device), step
+        )
 
     def _forward(
         self,
@@ -178,7 +248,7 @@ class ModelRunner:
         logits: torch.Tensor = out.logits[0]
         return logits.float()
 
-    def _probe(self, block_size: int) -> KvLayout:
+    def _probe(self, block_size: int, kv_cache_dtype: str) -> KvLayout:
         """Learn the shape of KV from one forward pass: config fields differ between models."""
         probe = Probe()
         with torch.inference_mode():
@@ -194,24 +264,10 @@ class ModelRunner:
         (key_heads, key_dim), value_shape = shapes.pop()
         if (key_heads, key_dim) != value_shape:
             raise ModelError("keys and values differ in shape", remedy="choose another model")
-        dtype = str(probe.dtype).removeprefix("torch.")
+        dtype = kv_cache_dtype
+        if dtype == "auto":
+            dtype = str(probe.dtype).removeprefix("torch.")
         return KvLayout(len(layers), key_heads, key_dim, block_size, dtype)
-
-
-def _load(engine_dir: Path, dtype: str) -> Any:
-    if dtype in WEIGHT_ONLY_DTYPES:
-        return int8_weights.load(engine_dir, attention=NAME)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            engine_dir,
-            dtype=getattr(torch, dtype),
-            attn_implementation=NAME,
-            local_files_only=True,
-        )
-    except Exception as exc:  # transformers and safetensors raise whatever they meet
-        raise ModelError(
-            f"{engine_dir} does not load: {exc}", remedy="rebuild the engine folder"
-        ) from exc
 
 
 class Probe:

@@ -4,19 +4,25 @@ A plain `nn.Linear` on CPU repacks its weight in every call, which dominates whe
 it. Packing once (oneDNN's own blocked order) removes that. For a single token even that has a
 noticeable cost per call, and a column-major copy is read faster (1.4x of plain, 1.2x of packed);
 it is made where memory is plentiful. Layers that read the same input are joined. The plain weight
-goes, except where a tied embedding still needs it. Int8 weights are packed in FBGEMM's order.
+goes, except where a tied embedding still needs it.
+
+Int8 weights stay as they are where the engine has its compiled kernel; without it they are packed in
+FBGEMM's order, and where there is no FBGEMM either, widened to float32.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
+from typing import TypeGuard
 
 import psutil
 import torch
 from torch import nn
 from torch.nn.functional import linear as plain_linear
 
+from serving.engine.torch.int8_kernel import Int8Kernel, KernelLinear
 from serving.engine.torch.int8_weights import Int8Linear
 
 log = logging.getLogger(__name__)
@@ -35,6 +41,8 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _HALF_RANGE = 63
 _ZERO_POINT = 64
 _TINY = 1e-30
+
+Pack = Callable[[list[nn.Linear | Int8Linear]], nn.Module]
 
 
 class PackedLinear(nn.Module):
@@ -112,8 +120,8 @@ class PackedInt8Linear(nn.Module):
 class Siblings:
     """Several linears packed as one; the outputs for one input are computed once and split."""
 
-    def __init__(self, linears: list[nn.Linear] | list[Int8Linear], *, copies: bool) -> None:
-        self.joint = _packed(linears, copies=copies)
+    def __init__(self, linears: list[nn.Linear | Int8Linear], pack: Pack) -> None:
+        self.joint = pack(linears)
         self._sizes = [linear.out_features for linear in linears]
         self._input: torch.Tensor | None = None
         self._parts: dict[int, torch.Tensor] = {}
@@ -155,10 +163,13 @@ def can_pack_int8() -> bool:
     )
 
 
-def pack_linears(model: nn.Module) -> int:
-    """Replace every plain `nn.Linear` and `Int8Linear` in place; returns how many there were."""
+def pack_linears(model: nn.Module, kernel: Int8Kernel | None = None) -> int:
+    """Replace every plain `nn.Linear` and `Int8Linear` in place; returns how many there were.
+
+    `kernel` multiplies int8 weights; without it torch's libraries do.
+    """
     linears = [module for module in model.modules() if _is_plain(module)]
-    if any(type(module) is Int8Linear for module in linears):
+    if kernel is None and any(type(module) is Int8Linear for module in linears):
         if can_pack_int8():
             # FBGEMM's packing reads it; other engines here cannot multiply float32 by int8.
             torch.backends.quantized.engine = "fbgemm"
@@ -166,39 +177,48 @@ def pack_linears(model: nn.Module) -> int:
             log.warning("this CPU has no FBGEMM: int8 weights are widened to float32")
     num_bytes = sum(linear.weight.nbytes for linear in linears)
     copies = num_bytes < psutil.virtual_memory().available * _COPY_SHARE
+
+    def pack(linears: list[nn.Linear | Int8Linear]) -> nn.Module:
+        return _packed(linears, kernel, copies=copies)
+
     for parent in list(model.modules()):
         for names in _SIBLINGS:
             children = [getattr(parent, name, None) for name in names]
             plain = [child for child in children if _is_plain(child)]
             if len(plain) == len(names) and _are_joinable(plain):
-                siblings = Siblings(plain, copies=copies)
+                siblings = Siblings(plain, pack)
                 for index, name in enumerate(names):
                     linear = SiblingLinear(siblings, index, plain[index].out_features)
                     setattr(parent, name, linear)
         for name, child in list(parent.named_children()):
             if _is_plain(child):
-                setattr(parent, name, _packed([child], copies=copies))
+                setattr(parent, name, pack([child]))
     return len(linears)
 
 
-def _is_plain(module: object) -> bool:
+def _is_plain(module: object) -> TypeGuard[nn.Linear | Int8Linear]:
     return type(module) in (nn.Linear, Int8Linear)
 
 
 def _packed(
-    linears: list[nn.Linear] | list[Int8Linear], *, copies: bool
-) -> PackedLinear | PackedInt8Linear:
+    linears: list[nn.Linear | Int8Linear], kernel: Int8Kernel | None, *, copies: bool
+) -> nn.Module:
     """One layer with the outputs of all, one after the other."""
     biases: list[torch.Tensor] = [x.bias for x in linears if x.bias is not None]
     bias = torch.cat(biases) if biases else None
-    if type(linears[0]) is Int8Linear and can_pack_int8():
-        weight = torch.cat([linear.weight for linear in linears])
-        return PackedInt8Linear(weight, torch.cat([x.scale for x in linears]), bias)
+    int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
+    if int8 and (kernel is not None or can_pack_int8()):
+        # A lone layer keeps its tensor, which a tied embedding may share.
+        weight = torch.cat([x.weight for x in int8]) if len(int8) > 1 else int8[0].weight
+        scale = torch.cat([linear.scale for linear in int8])
+        if kernel is not None:
+            return KernelLinear(kernel, weight, scale, bias)
+        return PackedInt8Linear(weight, scale, bias)
     weights = [x.plain_weight() if isinstance(x, Int8Linear) else x.weight for x in linears]
     return PackedLinear(torch.cat(weights), bias, for_single_rows=copies)
 
 
-def _are_joinable(linears: list[nn.Linear] | list[Int8Linear]) -> bool:
+def _are_joinable(linears: list[nn.Linear | Int8Linear]) -> bool:
     same_kind = len({type(linear) for linear in linears}) == 1
     same_input = len({linear.in_features for linear in linears}) == 1
     same_bias = len({linear.bias is None for linear in linears}) == 1

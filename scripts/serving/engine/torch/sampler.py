@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
+import numpy as np
 import torch
 
 from serving.engine.torch import nucleus
+from serving.engine.torch.guidance import Masks
 from serving.engine.torch.penalties import Penalties
 from serving.engine.torch.sampling_batch import Filters, SamplingBatch
 from serving.engine.torch.sequence import Sequence
+from serving.engine.torch.upload import upload
 from serving.protocol import TokenLogprob
 
 
@@ -51,6 +54,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._device = device
         self._penalties = Penalties(vocab_size, device)
+        self._masks = Masks(device)
         self._batch: SamplingBatch | None = None
 
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> Pending:
@@ -88,6 +92,11 @@ class Sampler:
             at = batch.forbidden
             never = torch.full((), -torch.inf, device=own.device)
             own = own.index_put((at[0], at[1]), never)
+        if batch.guided is not None:
+            rows = batch.guided
+            guided = [batch.sequences[i] for i in rows.host]
+            forbidden = self._masks.forbidden(guided, own.shape[-1])
+            own = rows.put(own, rows.take(own).masked_fill(forbidden, -torch.inf))
         return own
 
     def _draw(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
@@ -119,6 +128,12 @@ def _filter(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
         threshold = filters.min_p[:, None] * probs.amax(dim=-1, keepdim=True)
         probs = probs * (probs >= threshold)
     return probs
+
+
+def report_tokens(logits: torch.Tensor, tokens: list[int], widths: list[int]) -> Pending:
+    """Log-probabilities of `tokens` that are there already, a row of `logits` for each."""
+    (given,) = upload([np.array(tokens, dtype=np.int64)], logits.device)
+    return Pending(given, Report(logits, given, list(range(len(tokens))), widths))
 
 
 class Report:

@@ -102,6 +102,8 @@ class SamplingBatch:
         uploads.rows("reported", reported, len(params))
         penalized = [row for row, s in enumerate(self.sequences) if s.is_penalized]
         uploads.rows("penalized", penalized, len(params))
+        guided = [row for row, s in enumerate(self.sequences) if s.guidance is not None]
+        uploads.rows("guided", guided, len(params))
         self._add_biases(uploads)
         self._add_forbidden(uploads, vocab_size)
 
@@ -127,6 +129,7 @@ class SamplingBatch:
         self.reported = rows("reported", reported)
         self.widths = [params[i].logprobs or 0 for i in reported]
         self.penalized = rows("penalized", penalized)
+        self.guided = rows("guided", guided)
         at, values = sent["bias_at"], sent["bias"]
         self.biases = (at, values.float()) if values.numel() else None
         self.forbidden = sent["forbidden_at"] if sent["forbidden_at"].numel() else None
@@ -147,11 +150,11 @@ class SamplingBatch:
         uploads.floats("bias", [bias for _, _, bias in pairs])
 
     def _add_forbidden(self, uploads: _Uploads, vocab_size: int) -> None:
-        """Until `min_tokens`, no token may end the request."""
+        """Until `min_tokens`, no token may end the request. Guided ones see to it themselves."""
         pairs: list[tuple[int, int]] = []
         for row, (sequence, output) in enumerate(zip(self.sequences, self._outputs, strict=True)):
             num_left = sequence.sampling.min_tokens - output
-            if num_left > 0:
+            if num_left > 0 and sequence.guidance is None:
                 stops = sequence.sampling.stop_token_ids
                 pairs += [(row, token) for token in stops if token < vocab_size]
                 self._num_steps = min(self._num_steps, num_left)

@@ -20,6 +20,9 @@ from serving.engine.torch.sequence import UNKNOWN_TOKEN, Chunk, Sequence, State
 from serving.errors import InvalidRequest, Overloaded
 from serving.protocol import EngineOutput, ErrorInfo, FinishReason, KvEvent, TokenLogprob
 
+# Prompt tokens in a step whose log-probabilities are told: each needs a row of logits.
+_MAX_REPORTED = 256
+
 
 @dataclass(frozen=True)
 class SchedulerLimits:
@@ -42,11 +45,13 @@ class Scheduler:
     running: list[Sequence] = field(default_factory=list)  # by arrival
     reserved: dict[str, Sequence] = field(default_factory=dict)
     exported: dict[str, Sequence] = field(default_factory=dict)
+    lent: list[list[int]] = field(default_factory=list)  # to copies under way
     preemptions: int = 0
     _live: dict[str, Sequence] = field(default_factory=dict)  # waiting, running or reserved
     _zombies: list[Sequence] = field(default_factory=list)  # aborted in flight
     _computing: dict[int, Sequence] = field(default_factory=dict)  # block hash -> who computes it
     _outputs: list[EngineOutput] = field(default_factory=list)
+    _num_reportable: int = 0  # of `_MAX_REPORTED`, left in the step being scheduled
 
     # --- requests ------------------------------------------------------------------------------
 
@@ -73,15 +78,59 @@ class Scheduler:
         if self._live.get(sequence.request_id) is sequence:
             self._finish(sequence, None)
 
+    def refuse(self, sequence: Sequence, error: ErrorInfo) -> None:
+        """End it with an error that is its own."""
+        if self._live.get(sequence.request_id) is sequence:
+            self._finish(sequence, EngineOutput(sequence.request_id, [], "error", error=error))
+
+    def lend(self, request_id: str, first: int, count: int) -> list[int]:
+        """Blocks of a prefill, held until `take_back` whatever becomes of the request.
+
+        Raises KeyError when it has not computed them (any more), ValueError when it never will.
+        """
+        sequence = self.exported.get(request_id) or self._live.get(request_id)
+        if sequence is None:
+            raise KeyError(request_id)
+        if first < 0 or 0 < len(sequence.blocks) < first + count:
+            raise ValueError(
+                f"{count} blocks from block {first} do not match {len(sequence.blocks)} blocks"
+            )
+        if first + count > self.num_exportable(request_id):
+            raise KeyError(request_id)
+        blocks = sequence.blocks[first : first + count]
+        self.pool.hold(blocks)
+        self.lent.append(blocks)
+        return blocks
+
+    def take_back(self, blocks: list[int]) -> None:
+        """End of a `lend`; `blocks` is what it returned."""
+        self.lent = [other for other in self.lent if other is not blocks]
+        self.pool.release(blocks)
+
+    def num_exportable(self, request_id: str) -> int:
+        """Leading blocks of a prefill whose KV is complete: full ones while it is being computed,
+        all when it is finished, 0 for a request that is unknown or none."""
+        if sequence := self.exported.get(request_id):
+            return len(sequence.blocks)
+        live = self._live.get(request_id)
+        if live is None or live.request.phase != "prefill" or live.state is not State.RUNNING:
+            return 0
+        return live.num_computed // self.limits.block_size
+
     def release_export(self, request_id: str) -> None:
         sequence = self.exported.pop(request_id, None)
         if sequence is not None:
             sequence.state = State.DONE
             self._free(sequence)
 
-    def commit(self, sequence: Sequence) -> None:
-        """A reservation's blocks are filled: store them and let it decode."""
+    def commit(self, sequence: Sequence, token: int | None = None) -> None:
+        """A reservation's blocks are filled: store them and let it decode.
+
+        `token` is its last one, where that was not known when it was reserved.
+        """
         assert sequence.state is State.RESERVED
+        if token is not None:
+            sequence.tokens[-1] = token
         del self.reserved[sequence.request_id]
         sequence.num_computed = len(sequence.request.token_ids) - 1
         sequence.num_scheduled = sequence.num_computed
@@ -101,6 +150,7 @@ class Scheduler:
         """
         if is_ahead and not self._has_room_for_decodes():
             return []
+        self._num_reportable = _MAX_REPORTED
         chunks = self._schedule_decodes()
         # Prefill never starves, even where decodes alone fill the budget.
         budget = max(self.limits.block_size, self.limits.max_num_batched_tokens - len(chunks))
@@ -110,6 +160,8 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget <= 0:
                 break
+            if not sequence.is_ready:
+                continue  # its grammar is being compiled
             if self._is_being_computed(sequence):
                 continue  # the leading blocks come for free when the other one has them
             if not self._admit(sequence):
@@ -146,6 +198,8 @@ class Scheduler:
             self._store_full_blocks(sequence)
             if outcome is not None:
                 self._append(sequence, *outcome)
+            elif sequence.request.phase == "prefill":  # its blocks so far may be exported
+                self._outputs.append(EngineOutput(sequence.request_id, []))
         self._bury_zombies()
 
     def fail(self, chunks: list[Chunk], message: str) -> None:
@@ -188,12 +242,16 @@ class Scheduler:
             cached_blocks=self.pool.num_cached,
             num_blocks=self.pool.num_blocks,
             preemptions=self.preemptions,
+            host_cached_blocks=len(self.pool.host),
+            num_host_blocks=self.pool.host.num_blocks,
+            offloaded_blocks=self.pool.host.num_offloaded,
+            onloaded_blocks=self.pool.host.num_onloaded,
         )
 
     def check_integrity(self) -> None:
         """For tests: blocks, references, states and collections agree."""
         holders = [*self._live.values(), *self.exported.values(), *self._zombies]
-        self.pool.check_integrity(s.blocks for s in holders)
+        self.pool.check_integrity([*(s.blocks for s in holders), *self.lent])
         live = {id(s) for s in [*self.waiting, *self.running, *self.reserved.values()]}
         assert live == {id(s) for s in self._live.values()}, "a live request is in no collection"
         assert all(not s.blocks for s in self.waiting), "a waiting request holds blocks"
@@ -204,11 +262,11 @@ class Scheduler:
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
         """Whether a running request is about to store the next block that this one needs."""
-        if not self._computing or sequence.is_reservation:
+        if not self._computing or sequence.is_reservation or sequence.wants_prompt_logprobs:
             return False
         hashes = sequence.block_hashes((len(sequence.tokens) - 1) // self.limits.block_size)
-        num_matched = len(self.pool.match(hashes))
-        return num_matched < len(hashes) and hashes[num_matched] in self._computing
+        num_stored = self.pool.num_stored(hashes)
+        return num_stored < len(hashes) and hashes[num_stored] in self._computing
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give it its blocks if there is room; it then runs, or is reserved."""
@@ -218,27 +276,27 @@ class Scheduler:
         # reservation brings that token along and needs the KV of the others only.
         num_kv = len(sequence.tokens) - 1
         hashes = sequence.block_hashes(num_kv // self.limits.block_size)
-        matched = self.pool.match(hashes)
+        # Of a prompt that is to be computed whole, nothing counts as known.
+        known = [] if sequence.wants_prompt_logprobs else hashes
+        matched = self.pool.match(known)
         num_blocks = self._num_blocks(num_kv if sequence.is_reservation else num_kv + 1)
         num_new = num_blocks - len(matched)
         # Room for each running sequence to grow, so that an admission does not preempt at once.
         if not self.pool.fits(matched, num_new + len(self.running)):
             return False
         self.waiting.remove(sequence)
-        self.pool.hold(matched)
-        sequence.blocks = matched + self.pool.allocate(num_new)
-        sequence.num_stored = len(matched)
-        sequence.num_computed = len(matched) * self.limits.block_size
+        sequence.blocks, sequence.num_stored = self.pool.claim(matched, known, num_new)
+        sequence.num_computed = sequence.num_stored * self.limits.block_size
         sequence.num_scheduled = sequence.num_computed
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
         if sequence.on_settled is not None:
             sequence.state = State.RESERVED
             self.reserved[sequence.request_id] = sequence
-            sequence.on_settled()
+            self.pool.host.when_copied(sequence.on_settled)  # a transfer writes at any time
             return True
         sequence.state = State.RUNNING
-        for value in hashes[len(matched) :]:
+        for value in hashes[sequence.num_stored :]:
             self._computing.setdefault(value, sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.arrival)
         return True
@@ -247,9 +305,9 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in list(self.running):
             # Some may have been preempted by an earlier one just now.
-            if sequence.state is State.RUNNING and self._can_decode(sequence):
-                if self._make_room(sequence):
-                    self._add_chunk(chunks, sequence, 1)
+            can_decode = sequence.state is State.RUNNING and self._can_decode(sequence)
+            if can_decode and self._make_room(sequence):
+                self._add_chunk(chunks, sequence, 1)
         return chunks
 
     def _can_decode(self, sequence: Sequence) -> bool:
@@ -302,6 +360,11 @@ class Scheduler:
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
         length = min(sequence.remaining, budget)
+        if sequence.wants_prompt_logprobs and sequence.num_scheduled < sequence.num_prompt - 1:
+            length = min(length, self._num_reportable)
+            self._num_reportable -= length
+            if length == 0:
+                return 0
         samples = length == sequence.remaining
         chunks.append(Chunk(sequence, sequence.num_scheduled, length, samples))
         sequence.num_scheduled += length
@@ -331,8 +394,11 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         """Account for a sampled token: tell it, and finish where the request says so."""
-        cached = None
+        cached: int | None = None
+        prompt: list[TokenLogprob] | None = None
         if not sequence.told_cached and sequence.num_cached is not None:
+            if sequence.wants_prompt_logprobs:
+                prompt, sequence.wants_prompt_logprobs = sequence.prompt_logprobs, False
             cached, sequence.told_cached = min(sequence.num_cached, sequence.num_prompt), True
         request_id, sampling = sequence.request_id, sequence.sampling
         place = len(sequence.tokens) - sequence.num_unknown
@@ -340,14 +406,26 @@ class Scheduler:
         if token in sampling.stop_token_ids:
             # A later step may have been scheduled for it: that one is dropped as it completes.
             del sequence.tokens[place:]
-            self._finish(sequence, EngineOutput(request_id, [], "stop", cached, token))
+            self._finish(
+                sequence,
+                EngineOutput(request_id, [], "stop", cached, token, prompt_logprobs=prompt),
+            )
             return
         sequence.tokens[place] = token
         is_full = sequence.num_unknown == 0 and self._is_full(sequence)
-        logprobs = None if logprob is None else [logprob]
         reason: FinishReason | None = "length" if is_full else None
-        output = EngineOutput(request_id, [token], reason, cached, logprobs=logprobs)
-        if is_full:
+        if sequence.guidance is not None:
+            sequence.guidance.accept(token)
+            if why := sequence.guidance.error:
+                self.refuse(sequence, ErrorInfo("EngineFailed", f"guided decoding: {why}"))
+                return
+            if sequence.guidance.is_complete:
+                reason = "stop"
+        logprobs = None if logprob is None else [logprob]
+        output = EngineOutput(
+            request_id, [token], reason, cached, logprobs=logprobs, prompt_logprobs=prompt
+        )
+        if reason is not None:
             self._finish(sequence, output)
         else:
             self._outputs.append(output)
@@ -374,8 +452,8 @@ class Scheduler:
             self._free(sequence)
         if output is not None:
             self._outputs.append(output)
-        if was is State.WAITING and sequence.on_settled is not None:
-            sequence.on_settled()
+        if was in (State.WAITING, State.RESERVED) and sequence.on_settled is not None:
+            sequence.on_settled()  # does nothing if it was called before
 
     def _stop_computing(self, sequence: Sequence) -> None:
         for value in sequence.hashes[sequence.num_stored :]:

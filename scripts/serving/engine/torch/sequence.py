@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from serving import block_hash
-from serving.protocol import EngineRequest, SamplingParams
-
+from serving.protocol import EngineRequest, SamplingParams, TokenLogprob
 
 # Stands in `Sequence.tokens` for a token that a step under way is choosing.
 UNKNOWN_TOKEN = -1
@@ -22,6 +22,29 @@ class State(Enum):
     RUNNING = "running"
     EXPORTED = "exported"  # finished prefill, blocks held for a decode worker
     DONE = "done"
+
+
+class Guidance(ABC):
+    """What keeps a sequence to its grammar, as far as the scheduler has to know."""
+
+    @property
+    @abstractmethod
+    def is_ready(self) -> bool:
+        """Whether it is compiled. What else it is asked waits until then."""
+
+    @property
+    @abstractmethod
+    def error(self) -> str:
+        """Why it cannot go on; empty while it can."""
+
+    @property
+    @abstractmethod
+    def is_complete(self) -> bool:
+        """Whether nothing can follow."""
+
+    @abstractmethod
+    def accept(self, token: int) -> None:
+        """The output goes on by `token`."""
 
 
 @dataclass(eq=False)
@@ -40,6 +63,10 @@ class Sequence:
     block_size: int
     tokens: list[int] = field(init=False)
     seed: int = field(init=False)
+    is_penalized: bool = field(init=False)  # tokens seen so far change the choice of the next one
+    # The whole prompt is to be computed for its log-probabilities, cached or not. They are told
+    # with the first token, and not again by a worker that continues the request.
+    wants_prompt_logprobs: bool = field(init=False)
     state: State = State.WAITING
     blocks: list[int] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
@@ -53,7 +80,11 @@ class Sequence:
     # Where a CUDA runner keeps its block table, and how many of its blocks are in there.
     slot: int | None = None
     num_tabled: int = 0
-    # A reservation's waiter: called when it leaves the queue, admitted or aborted.
+    guidance: Guidance | None = None
+    # Of the prompt's tokens from the second on, as far as they are computed, if they are wanted.
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    # A reservation's waiter: called when its blocks may be written to, or when it was aborted. What
+    # it does, it does once, however often it is called.
     on_settled: Callable[[], None] | None = None
     # Held while a transfer copies blocks, and while they are taken away from it.
     transfer_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -61,8 +92,13 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
         # An unseeded request draws its seed once, so that preemption does not change its output.
-        seed = self.request.sampling.seed
-        self.seed = secrets.randbits(64) if seed is None else seed & (2**64 - 1)
+        p = self.request.sampling
+        self.seed = secrets.randbits(64) if p.seed is None else p.seed & (2**64 - 1)
+        self.is_penalized = bool(
+            p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
+        )
+        is_new = len(self.tokens) == self.num_prompt
+        self.wants_prompt_logprobs = is_new and p.prompt_logprobs is not None
 
     @property
     def request_id(self) -> str:
@@ -77,15 +113,14 @@ class Sequence:
         return self.request.sampling
 
     @property
-    def is_penalized(self) -> bool:
-        """Whether the tokens seen so far change the choice of the next one."""
-        p = self.sampling
-        return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
-
-    @property
     def needs_token_values(self) -> bool:
         """Whether the next token cannot be chosen before the values of all others are known."""
-        return self.is_penalized
+        return self.is_penalized or self.guidance is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it may be admitted as far as it is concerned."""
+        return self.guidance is None or self.guidance.is_ready
 
     @property
     def num_prompt(self) -> int:
@@ -121,3 +156,10 @@ class Chunk:
     start: int
     length: int
     samples: bool
+
+    @property
+    def num_reported(self) -> int:
+        """So many of its leading tokens are followed by one whose log-probability is wanted."""
+        if not self.sequence.wants_prompt_logprobs:
+            return 0
+        return max(0, min(self.length, self.sequence.num_prompt - 1 - self.start))

@@ -1,5 +1,7 @@
 """A downloaded model as transformers reads it: a Hugging Face folder, or one GGUF file.
 
+The tokenizer may be another model's, lent to one that has no weights of its own.
+
 Nothing here reaches the network, and no code that came with a model is run.
 """
 
@@ -59,30 +61,27 @@ class Source:
         how = self._how if self.metadata else self._how | weights
         return load_model(self.folder, self.config, dtype, **how)
 
+    def save_config(self, target: Path) -> None:
+        """Write config.json: the model's own, or what its GGUF file implies."""
+        if self.metadata:
+            self.config.save_pretrained(target)
+        else:
+            shutil.copyfile(self.folder / "config.json", target / "config.json")
+
     def save_tokenizer(self, target: Path) -> None:
         """Write tokenizer.json and its companions. Raises ModelError."""
-        from transformers import AutoTokenizer
-
-        if (self.folder / "tokenizer.json").exists() and not self.metadata:
-            for name in _TOKENIZER_FILES:
-                if (self.folder / name).exists():
-                    shutil.copyfile(self.folder / name, target / name)
-            return
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, **self._how)
-        except (OSError, ValueError, KeyError, ImportError) as exc:
-            raise ModelError(
-                f"the tokenizer cannot be read: {first_line(exc)}",
-                remedy="add a tokenizer.json to the model",
-            ) from exc
-        if self.metadata:
-            gguf_tokenizer.repair(tokenizer, self.metadata, self.config.max_position_embeddings)
-        tokenizer.save_pretrained(target)
-        if not (target / "tokenizer.json").exists():
-            raise ModelError(
-                "the model's tokenizer cannot be written as a tokenizer.json",
-                remedy="choose a model that comes with one",
-            )
+        max_len = self.config.max_position_embeddings
+        if lent := self.manifest.tokenizer:
+            path = Path(lent)
+            if path.is_file():
+                metadata = gguf_tokenizer.read_metadata(path)
+                gguf_tokenizer.require_exact(metadata)
+                how = {"local_files_only": True, "gguf_file": path.name}
+                save_tokenizer(path.parent, metadata, target, max_len, **how)
+            else:
+                save_tokenizer(path, {}, target, max_len)
+        else:
+            save_tokenizer(self.folder, self.metadata, target, max_len, **self._how)
 
     def generation_config(self) -> dict[str, Any]:
         """What generation_config.json says, or nothing."""
@@ -92,6 +91,37 @@ class Source:
         except ValueError as exc:
             raise ModelError(f"{path} is damaged: {exc}", remedy="repair or remove it") from exc
         return found
+
+
+def save_tokenizer(
+    folder: Path, metadata: gguf_tokenizer.Metadata, target: Path, max_len: int, **how: Any
+) -> None:
+    """Write the tokenizer of `folder`, or of a GGUF file in it, to `target`. Raises ModelError.
+
+    `how` is for transformers; `metadata` is the GGUF file's own, empty where there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if (folder / "tokenizer.json").exists() and not metadata:
+        for name in _TOKENIZER_FILES:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, target / name)
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+    except (OSError, ValueError, KeyError, ImportError) as exc:
+        raise ModelError(
+            f"the tokenizer cannot be read: {first_line(exc)}",
+            remedy="add a tokenizer.json to the model",
+        ) from exc
+    if metadata:
+        gguf_tokenizer.repair(tokenizer, metadata, max_len)
+    tokenizer.save_pretrained(target)
+    if not (target / "tokenizer.json").exists():
+        raise ModelError(
+            "the model's tokenizer cannot be written as a tokenizer.json",
+            remedy="choose a model that comes with one",
+        )
 
 
 def load_model(

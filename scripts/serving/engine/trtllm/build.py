@@ -192,25 +192,26 @@ def _stage_checkpoint(
             _link(folder / file.path, staging / file.path)
         else:  # small, and some are written anew below: a person's own must not change
             shutil.copyfile(folder / file.path, staging / file.path)
+    _add_older_names(staging / "config.json")
     source = Source(manifest)
     source.save_tokenizer(staging)
     return _CHECKED_ONLY, None, write_generation_config(source, staging)
 
 
 def _add_older_names(path: Path) -> None:
-    """config.json was written by transformers 5; TensorRT-LLM up to 1.2 reads it with 4.x.
+    """config.json may be written by transformers 5; TensorRT-LLM up to 1.2 reads it with 4.x.
 
     That would take rotary positions for the default ones, since they moved to `rope_parameters`,
     and answer with nonsense. Version 5 reads both names.
     """
     config = json.loads(path.read_text())
     rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
+    if "rope_theta" in rope and "rope_theta" not in config:
         config["rope_theta"] = rope["rope_theta"]
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         config["rope_scaling"] = scaling if scaling.get("rope_type") != "default" else None
     if "dtype" in config:
-        config["torch_dtype"] = config["dtype"]
+        config.setdefault("torch_dtype", config["dtype"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -89,6 +89,8 @@ _REASONS: Mapping[str, str] = {
     "held forever. The longer of kv_transfer.hold_s and .transfer_s.",
     "enable_iter_perf_stats": "Load reports are made of these.",
     "return_perf_metrics": "Says how long a transfer took, and how many bytes it had.",
+    "gather_generation_logits": "Without it this backend refuses requests for log-probabilities, "
+    "whatever the engine was built with.",
     "enable_mixed_sampler": "Without it this version samples every request greedily.",
 }
 
@@ -170,6 +172,8 @@ def arguments(
             "max_input_len": engine.max_model_len,
             "max_num_tokens": max(engine.max_num_batched_tokens, engine.max_batch_size),
         }
+    else:
+        everything["gather_generation_logits"] = True
     if role == "prefill":
         everything |= {"disable_overlap_scheduler": True, "cuda_graph_config": None}
     if role != "agg":
@@ -200,8 +204,8 @@ def _kv_cache(config: Config, version: Version, flow: Flow) -> Arguments:
         del kv["tokens_per_block"]  # it is built into the engine
     if engine.kv_cache_tokens is not None:
         kv["max_tokens"] = engine.kv_cache_tokens
-    if own.host_cache_bytes:
-        kv["host_cache_size"] = own.host_cache_bytes
+    if engine.host_cache_bytes:
+        kv["host_cache_size"] = engine.host_cache_bytes
     if own.kv_cache_dtype != "auto":
         if flow == "trtllm-build":
             raise ConfigError(

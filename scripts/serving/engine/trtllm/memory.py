@@ -7,7 +7,8 @@ passes may still be tight. Where its numbers come from:
 * KV of a token: what config.json says, times the KV dtype;
 * activations: the widest moment of one layer for `max_num_batched_tokens` tokens, which is the
   residual, its normed copy, and the gate and up projections (or queries, keys and values);
-* logits: float32, for each request of a batch, with a copy for sampling;
+* logits: float32, for each request of a batch, with a copy for sampling; with `trtllm-build` also
+  those of `GENERATION_LOGITS_BUFFER_LENGTH` steps, of which log-probabilities are made;
 * transfer buffers: the transceiver allocates `max_tokens_in_buffer` tokens to send and as many to
   receive, outside the KV pool;
 * CUDA graphs: the library's argument `cuda_graph_config` says up to 200 MB each, and by default one
@@ -32,6 +33,8 @@ from serving.protocol import Role
 RUNTIME_BYTES = 1_000_000_000
 CUDA_GRAPH_BYTES = 200_000_000
 LARGEST_GRAPH_BATCH = 128
+GATHERED_STEPS = 8
+"""`GENERATION_LOGITS_BUFFER_LENGTH` in its runtimeBuffers.h."""
 _KV_BYTES = {"fp8": 1.0, "nvfp4": 0.5625}  # 4 bits, and a byte of scale for each 16
 
 
@@ -85,12 +88,13 @@ def estimate(
     )
     batch = engine.max_batch_size
     tokens = max(engine.max_num_batched_tokens, batch)
+    logits = 2 + (GATHERED_STEPS if engine.flow == "trtllm-build" else 0)
     return Estimate(
         role=role,
         weights=checkpoint.weight_bytes_as(dtype) // spread.num_gpus,
         kv_token=kv_token,
         buffer_token=0.0 if role == "agg" else 2 * kv_token,
-        activations=tokens * widest * width + 2 * 4 * batch * checkpoint.vocab_size,
+        activations=tokens * widest * width + logits * 4 * batch * checkpoint.vocab_size,
         graphs=0 if role == "prefill" else CUDA_GRAPH_BYTES * num_graphs(batch),
     )
 
@@ -159,7 +163,7 @@ def _require_fit(found: Estimate, config: Config, spread: Parallelism, memory_by
         return
     block = config.engine.block_size
     what = (
-        f"a {found.role} worker needs about {human(found.needed(length))} on each GPU, which has "
+        f"each {found.role} worker needs about {human(found.needed(length))} on each GPU, which has "
         f"{human(memory_bytes)}: {human(found.weights)} of weights, "
         f"{human(found.activations + found.runtime)} for activations and runtime, and "
         f"{human((found.kv_token + found.buffer_token) * length)} for one request of {length} "

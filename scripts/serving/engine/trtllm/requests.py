@@ -24,6 +24,7 @@ from serving.engine.trtllm.disagg import (
     read_handover,
 )
 from serving.engine.trtllm.generation import Generation
+from serving.engine.trtllm.guided import check_supported, guide_arguments
 from serving.engine.trtllm.outbox import Outbox
 from serving.engine.trtllm.running import Running, Runtime
 from serving.engine.trtllm.sampling import Vocabulary, num_to_generate, sampling_arguments
@@ -54,15 +55,17 @@ class Requests:
         instance_id: str,
         limits: EngineConfig,
         vocabulary: Vocabulary,
+        guide_backend: str | None,
         fetch_s: float,
         transfers: TransferStats,
         num_cached: Callable[[list[int]], int],
         suspect: Callable[[], None],
     ) -> None:
-        """`fetch_s`: after this time a fetch counts as over. `num_cached`: of a prompt, where the
+        """`guide_backend`: what enforces guides, None: nothing. `fetch_s`: after this time a fetch counts as over. `num_cached`: of a prompt, where the
         library does not tell. `suspect` is called when it does not behave."""
         self._runtime, self._outbox = runtime, outbox
         self._instance_id, self._limits, self._vocabulary = instance_id, limits, vocabulary
+        self._guide_backend = guide_backend
         self._fetch_s, self._transfers = fetch_s, transfers
         self._estimate_cached, self._suspect = num_cached, suspect
         self._loop = asyncio.get_running_loop()
@@ -148,6 +151,7 @@ class Requests:
                 f"token ids must be below {self._vocabulary.size}", code="invalid_token"
             )
         num_to_generate(request, len(tokens), max_model_len)
+        check_supported(request, self._guide_backend)
         if request.request_id in self._open:
             raise InvalidRequest(f"{request.request_id} is already running", code="duplicate_id")
 
@@ -190,6 +194,7 @@ class Requests:
             max_tokens=1 if is_prefill else max_tokens,
             vocabulary=self._vocabulary,
         )
+        arguments |= self._guided(request, num_prompt)
         await self._follow(
             running,
             Generation(request, num_prompt),
@@ -213,6 +218,7 @@ class Requests:
                 max_tokens=num_to_generate(request, num_prompt, self._limits.max_model_len),
                 vocabulary=self._vocabulary,
             )
+            arguments |= self._guided(request, num_prompt)
             await self._follow(
                 running,
                 Generation(request, num_prompt),
@@ -232,6 +238,13 @@ class Requests:
             self.queued_tokens += running.num_queued
             return False
         return True
+
+    def _guided(self, request: EngineRequest, num_prompt: int) -> dict[str, Any]:
+        """The keyword argument of `SamplingParams`, if any. Raises EngineFailed."""
+        said = guide_arguments(request, num_prompt)
+        if not said:
+            return {}
+        return {"guided_decoding": self._runtime.guided_decoding_params(**said)}
 
     async def _follow(self, running: Running, generation: Generation, **call: Any) -> None:
         """Run one call of `generate_async` to its end, telling what is to be told."""

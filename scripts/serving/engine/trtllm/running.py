@@ -18,6 +18,7 @@ class Runtime(Struct):
     sampling_params: Any
     disaggregated_params: Any
     logprob: Any  # None in versions without
+    guided_decoding_params: Any
 
 
 class Running:

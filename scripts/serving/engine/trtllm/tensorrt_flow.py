@@ -105,6 +105,8 @@ def build_command(
         # Without these two no block is reused, and no prompt is prefilled in chunks.
         *("--context_fmha", "enable"),
         *("--use_paged_context_fmha", "enable"),
+        # Any request may ask for log-probabilities, and this backend makes them of logits.
+        "--gather_generation_logits",
         *("--workers", str(spread.num_gpus)),
     ]
 

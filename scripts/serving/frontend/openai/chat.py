@@ -21,7 +21,7 @@ from serving.frontend.openai.fields import (
 )
 from serving.frontend.openai.logprobs import chat_logprobs
 from serving.frontend.openai.response import Identity, Plan, Writer
-from serving.preprocess import PreparedRequest
+from serving.preprocess import PreparedRequest, Siblings
 
 NAME = "chat.completions"
 ID_PREFIX = "chatcmpl-"
@@ -119,7 +119,6 @@ class ChatRequest(GenerationFields, kw_only=True):
     prompt_cache_options: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
-    response_format: Any = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None
@@ -132,7 +131,6 @@ class ChatRequest(GenerationFields, kw_only=True):
 
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "response_format": (None, {"type": "text"}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
@@ -142,7 +140,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (None,),
     "moderation": (None,),
     "web_search_options": (None,),
-    "logit_bias": (None, {}),
 }
 
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -164,6 +161,7 @@ async def prepare(request: ChatRequest, model: LoadedModel, request_id: str) -> 
     """Raises InvalidRequest."""
     preprocessor = model.preprocessor
     stop = request.stop_strings()
+    guide = await request.checked_guide(model)
     token_ids = await preprocessor.encode_chat(
         [message.for_template(index) for index, message in enumerate(request.messages)],
         add_generation_prompt=request.add_generation_prompt is not False,
@@ -176,8 +174,10 @@ async def prepare(request: ChatRequest, model: LoadedModel, request_id: str) -> 
             len(token_ids), asked, default=None, param="messages"
         ),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        guide=guide,
     )
     num_samples = request.n or 1
+    siblings = Siblings() if num_samples > 1 else None
     samples = [
         PreparedRequest(
             request_id=request_id if num_samples == 1 else f"{request_id}-{sample}",
@@ -185,6 +185,7 @@ async def prepare(request: ChatRequest, model: LoadedModel, request_id: str) -> 
             sampling=sample_seed(sampling, sample),
             stop=stop,
             skip_special_tokens=request.skip_special_tokens is not False,
+            siblings=siblings,
         )
         for sample in range(num_samples)
     ]

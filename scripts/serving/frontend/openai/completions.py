@@ -13,6 +13,7 @@ from serving.detokenize import Delta, TokenText
 from serving.errors import InvalidRequest
 from serving.frontend.model import LoadedModel
 from serving.frontend.openai.fields import (
+    INT32_MAX,
     GenerationFields,
     check_text,
     decode_request,
@@ -21,7 +22,7 @@ from serving.frontend.openai.fields import (
 )
 from serving.frontend.openai.logprobs import completion_logprobs
 from serving.frontend.openai.response import Identity, Plan, Writer
-from serving.preprocess import PreparedRequest, Preprocessor
+from serving.preprocess import PreparedRequest, Preprocessor, Siblings
 
 NAME = "completions"
 ID_PREFIX = "cmpl-"
@@ -33,9 +34,11 @@ Prompt = str | list[int]
 
 
 class CompletionRequest(GenerationFields, kw_only=True):
-    """The body. `prompt`: one text, token ids, or a list of either."""
+    """The body. `prompt`: one text, token ids, or a list of either. `max_tokens` may be 0 with
+    `echo`, for the prompt and nothing else."""
 
     prompt: str | list[str | int | list[int]]
+    max_tokens: Annotated[int, Meta(ge=0, le=INT32_MAX)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     echo: bool | None = None
     best_of: int | None = None
@@ -64,7 +67,6 @@ def parse(body: bytes) -> CompletionRequest:
     neutral: dict[str, tuple[Any, ...]] = {
         "best_of": (None, num_samples),
         "suffix": (None, ""),
-        "logit_bias": (None, {}),
     }
     refuse_unsupported(request, neutral)
     request.check_stream_options()
@@ -73,12 +75,8 @@ def parse(body: bytes) -> CompletionRequest:
         raise InvalidRequest(
             f"{num_choices} completions were asked for; {MAX_CHOICES} is the most", param="prompt"
         )
-    if request.echo and request.logprobs is not None:
-        raise InvalidRequest(
-            "`echo` cannot be combined with `logprobs`: the prompt's are not computed",
-            param="logprobs",
-            code="unsupported_parameter",
-        )
+    if request.max_tokens == 0 and not request.echo:
+        raise InvalidRequest("`max_tokens` 0 needs `echo` to be true", param="max_tokens")
     return request
 
 
@@ -86,6 +84,7 @@ async def prepare(request: CompletionRequest, model: LoadedModel, request_id: st
     """Raises InvalidRequest."""
     preprocessor = model.preprocessor
     stop = request.stop_strings()
+    guide = await request.checked_guide(model)
     prompts = request.prompts()
     num_samples = request.n or 1
     alone = len(prompts) * num_samples == 1
@@ -94,10 +93,21 @@ async def prepare(request: CompletionRequest, model: LoadedModel, request_id: st
     for prompt in prompts:
         await asyncio.sleep(0)  # many prompts must not hold up the streams of others
         token_ids = await _encode(prompt, preprocessor)
+        prompt_only = request.max_tokens == 0
         max_tokens = preprocessor.resolve_max_tokens(
-            len(token_ids), request.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt"
+            len(token_ids),
+            1 if prompt_only else request.max_tokens,
+            default=DEFAULT_MAX_TOKENS,
+            param="prompt",
         )
-        sampling = request.sampling(preprocessor, max_tokens=max_tokens, logprobs=request.logprobs)
+        sampling = request.sampling(
+            preprocessor,
+            max_tokens=max_tokens,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.logprobs if request.echo else None,
+            guide=guide,
+        )
+        siblings = Siblings() if num_samples > 1 else None
         for sample in range(num_samples):
             samples.append(
                 PreparedRequest(
@@ -106,6 +116,8 @@ async def prepare(request: CompletionRequest, model: LoadedModel, request_id: st
                     sampling=sample_seed(sampling, sample),
                     stop=stop,
                     skip_special_tokens=request.skip_special_tokens is not False,
+                    prompt_only=prompt_only,
+                    siblings=siblings,
                 )
             )
             if request.echo:

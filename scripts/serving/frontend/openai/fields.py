@@ -14,8 +14,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from serving.errors import InvalidRequest
+from serving.frontend.model import LoadedModel
+from serving.frontend.openai.guides import GuideFields
 from serving.preprocess import Preprocessor
-from serving.protocol import SamplingParams
+from serving.protocol import Guide, SamplingParams
 
 INT32_MAX = 2**31 - 1
 GREEDY_BELOW = 1e-4
@@ -35,7 +37,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
-class GenerationFields(Struct, kw_only=True, forbid_unknown_fields=True):
+class GenerationFields(GuideFields, kw_only=True, forbid_unknown_fields=True):
     """As in OpenAI's specification, where null means the default; then the usual extensions."""
 
     model: str
@@ -50,7 +52,7 @@ class GenerationFields(Struct, kw_only=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[StopString] | None = None
     user: str | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
 
     top_k: Annotated[int, Meta(ge=-1, le=INT32_MAX)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -82,10 +84,24 @@ class GenerationFields(Struct, kw_only=True, forbid_unknown_fields=True):
                 "`stream_options` needs `stream` to be true", param="stream_options"
             )
 
+    async def checked_guide(self, model: LoadedModel) -> Guide | None:
+        """What the answer has to be. Raises InvalidRequest when that does not compile."""
+        named = self.guide()
+        if named is None:
+            return None
+        await model.check_guide(named.guide, named.param)
+        return named.guide
+
     def sampling(
-        self, preprocessor: Preprocessor, *, max_tokens: int, logprobs: int | None
+        self,
+        preprocessor: Preprocessor,
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        guide: Guide | None = None,
     ) -> SamplingParams:
-        """Raises InvalidRequest when `min_tokens` exceeds `max_tokens`."""
+        """Raises InvalidRequest when `min_tokens` exceeds `max_tokens`, and for unknown tokens."""
         min_tokens = self.min_tokens or 0
         if min_tokens > max_tokens:
             raise InvalidRequest(
@@ -106,8 +122,24 @@ class GenerationFields(Struct, kw_only=True, forbid_unknown_fields=True):
             repetition_penalty=_default(self.repetition_penalty, 1.0),
             seed=self.seed,
             stop_token_ids=(*eos, *(self.stop_token_ids or ())),
+            logit_bias=self._biases(preprocessor),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            guide=guide,
         )
+
+    def _biases(self, preprocessor: Preprocessor) -> tuple[tuple[int, float], ...]:
+        biases: dict[int, float] = {}
+        for key, bias in (self.logit_bias or {}).items():
+            # Digits only: `int` also takes signs, spaces and digits of other scripts.
+            if not (key.isascii() and key.isdigit() and int(key[:12]) < preprocessor.vocab_size):
+                raise InvalidRequest(
+                    f"`logit_bias` maps token ids from 0 to {preprocessor.vocab_size - 1} to "
+                    f"biases; {key[:40]!r} is none",
+                    param="logit_bias",
+                )
+            biases[int(key)] = bias
+        return tuple(biases.items())
 
 
 def _default(value: float | None, default: float) -> float:

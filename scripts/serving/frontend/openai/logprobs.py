@@ -12,14 +12,14 @@ FLOOR = -9999.0
 """Stands for minus infinity, which JSON lacks; the value is OpenAI's."""
 
 
-def _finite(logprob: float) -> float:
-    return logprob if logprob > FLOOR else FLOOR  # NaN too
+def _finite(logprob: float | None) -> float:
+    return logprob if logprob is not None and logprob > FLOOR else FLOOR  # NaN too
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob], token_text: TokenText) -> dict[str, Any]:
     """`{"content": [...], "refusal": null}`."""
 
-    def token(token_id: int, logprob: float) -> dict[str, Any]:
+    def token(token_id: int, logprob: float | None) -> dict[str, Any]:
         text, data = token_text(token_id)
         return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
 
@@ -36,15 +36,25 @@ def chat_logprobs(entries: Sequence[TokenLogprob], token_text: TokenText) -> dic
 def completion_logprobs(
     entries: Sequence[TokenLogprob], token_text: TokenText, first_offset: int
 ) -> tuple[dict[str, Any], int]:
-    """The parallel lists, and the text offset (in characters) of the token after them."""
-    tokens, token_logprobs, top_logprobs, offsets = [], [], [], []
+    """The parallel lists, and the text offset (in characters) of the token after them.
+
+    A prompt's first token has null for its log-probabilities.
+    """
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    offsets: list[int] = []
     for entry in entries:
         text, _ = token_text(entry.token_id)
-        chosen = _finite(entry.logprob)
-        top = {token_text(token_id)[0]: _finite(value) for token_id, value in entry.top}
         tokens.append(text)
-        token_logprobs.append(chosen)
-        top_logprobs.append({**top, text: chosen})
+        if entry.logprob is None:
+            token_logprobs.append(None)
+            top_logprobs.append(None)
+        else:
+            chosen = _finite(entry.logprob)
+            top = {token_text(token_id)[0]: _finite(value) for token_id, value in entry.top}
+            token_logprobs.append(chosen)
+            top_logprobs.append({**top, text: chosen})
         offsets.append(first_offset)
         first_offset += len(text)
     return {

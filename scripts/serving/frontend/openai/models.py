@@ -18,6 +18,8 @@ def describe_model(name: str, card: ModelCard | None, started: int) -> dict[str,
     }
     if card:
         model["max_model_len"] = card.max_model_len
+        if card.dummy_weights:
+            model["dummy_weights"] = True  # answers are noise
     return model
 
 

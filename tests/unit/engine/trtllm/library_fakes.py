@@ -35,9 +35,15 @@ class FakeRun:
 
 
 def flags(argv: list[str]) -> dict[str, str]:
-    """`--name value` pairs."""
-    start = next(i for i, part in enumerate(argv) if part.startswith("--"))
-    return dict(zip(argv[start::2], argv[start + 1 :: 2], strict=True))
+    """`--name value` pairs; the value of a switch is empty."""
+    found, name = {}, ""
+    for part in argv:
+        if part.startswith("--"):
+            name, found[part] = part, ""
+        elif name:
+            assert not found[name], f"{name} has two values"
+            found[name] = part
+    return found
 
 
 def tools(argv: list[str]) -> tuple[int, str]:

@@ -179,9 +179,10 @@ async def test_built_engine_serves_where_its_backend_exists(
     manifest = rig.make_manifest(flow="trtllm-build")
     with rig.standin(monkeypatch, version):
         async with running(tmp_path, manifest=manifest) as (engine, sink):
-            engine.submit(request("r", [5, 6, 7], greedy(3)))
+            engine.submit(request("r", [5, 6, 7], greedy(3, logprobs=2)))
             await sink.finished("r")
             assert sink.tokens["r"] == generate(tmp_path, [5, 6, 7], 3)
+            assert [row.token_id for row in sink.logprobs["r"]] == sink.tokens["r"]
 
 
 # --- what an answer is -------------------------------------------------------------------------------

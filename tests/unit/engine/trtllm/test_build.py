@@ -166,6 +166,25 @@ def test_other_formats_are_converted_and_compared(model: Path, tmp_path: Path) -
     }
 
 
+def test_linked_config_has_the_names_of_older_transformers_too(model: Path, tmp_path: Path) -> None:
+    own = json.loads((model / "config.json").read_text())
+    assert "rope_theta" not in own, "saved by transformers 5"
+    built(model, tmp_path / "engine")
+    content = json.loads((tmp_path / "engine" / "config.json").read_text())
+    assert content["rope_theta"] == own["rope_parameters"]["rope_theta"]
+    assert json.loads((model / "config.json").read_text()) == own
+
+
+def test_config_with_the_older_names_keeps_them(tmp_path: Path) -> None:
+    from serving.engine.trtllm.build import _add_older_names
+
+    path = tmp_path / "config.json"
+    old = {"rope_theta": 10.0, "rope_scaling": {"rope_type": "yarn"}, "torch_dtype": "float16"}
+    path.write_text(json.dumps(old))
+    _add_older_names(path)
+    assert json.loads(path.read_text()) == old
+
+
 def test_converted_config_has_the_names_of_older_transformers(model: Path, tmp_path: Path) -> None:
     from serving.engine.trtllm.build import _add_older_names
 
@@ -216,7 +235,7 @@ def test_trtllm_build_with_a_later_version_is_refused(model: Path, tmp_path: Pat
 
 def test_too_little_memory_is_told_before_anything_is_loaded(model: Path, tmp_path: Path) -> None:
     small = Host(gpus=[Gpu("NVIDIA small", 90, 10**9)])
-    with pytest.raises(OperatorError, match="a prefill worker needs about"):
+    with pytest.raises(OperatorError, match="each prefill worker needs about"):
         built(model, tmp_path / "engine", host=small)
 
 

@@ -66,10 +66,8 @@ def test_every_argument_exists_in_the_version(version: str, role: str, flow: str
     if args_class not in classes:
         assert version.startswith("1.3")
         return
-    full = {"kv_cache_tokens": 4096}
-    content = rendered(
-        role, version, flow=flow, engine=full, tensorrt_llm={"host_cache_bytes": 10**9}
-    )
+    full = {"kv_cache_tokens": 4096, "host_cache_bytes": 10**9}
+    content = rendered(role, version, flow=flow, engine=full)
     for name in dotted(content):
         section, _, key = name.partition(".")
         assert section in classes[args_class], name
@@ -166,8 +164,8 @@ def test_kv_pool_takes_its_limits() -> None:
     plain = rendered()["kv_cache_config"]
     assert not {"max_tokens", "host_cache_size", "dtype"} & set(plain)
     kv = rendered(
-        engine={"kv_cache_tokens": 4096},
-        tensorrt_llm={"host_cache_bytes": 7, "kv_cache_dtype": "fp8"},
+        engine={"kv_cache_tokens": 4096, "host_cache_bytes": 7},
+        tensorrt_llm={"kv_cache_dtype": "fp8"},
     )["kv_cache_config"]
     assert (kv["max_tokens"], kv["host_cache_size"], kv["dtype"]) == (4096, 7, "fp8")
 
@@ -186,6 +184,11 @@ def test_built_engine_is_not_told_what_it_has_inside() -> None:
     assert content["model"] == "trtllm-tp1-pp1"
     assert not {"dtype", "max_seq_len", "max_batch_size", "enable_iter_perf_stats"} & set(content)
     assert "tokens_per_block" not in content["kv_cache_config"]
+
+
+def test_backend_that_makes_logprobs_of_logits_keeps_them() -> None:
+    assert rendered("agg", "1.2.1", flow="trtllm-build")["gather_generation_logits"] is True
+    assert "gather_generation_logits" not in rendered("agg", "1.2.1")
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,17 @@ def test_roles_that_move_kv_have_buffers_and_prefill_no_graphs() -> None:
     assert roles["prefill"].graphs == 0 < roles["decode"].graphs
 
 
+def test_built_engines_keep_logits_of_some_steps() -> None:
+    """525 MB for 128 requests and this vocabulary: a user of a small GPU has to know."""
+    plain, built = (
+        estimate(
+            checkpoint(), config(flow=flow, max_batch_size=128), "agg", Parallelism(), "bfloat16"
+        )
+        for flow in ("pytorch", "trtllm-build")
+    )
+    assert built.activations - plain.activations == 8 * 128 * 128256 * 4
+
+
 def test_graphs_are_those_of_the_default_batch_sizes() -> None:
     assert [num_graphs(n) for n in (1, 4, 8, 64, 500)] == [1, 3, 4, 11, 19]
 

@@ -13,12 +13,13 @@ import pytest
 from serving.config import EngineConfig
 from serving.engine.base import EngineLoad, TransferStats
 from serving.engine.trtllm import requests as module
+from serving.engine.trtllm.guided import check_supported
 from serving.engine.trtllm.outbox import Outbox
 from serving.engine.trtllm.requests import Requests
 from serving.engine.trtllm.running import Runtime
 from serving.engine.trtllm.sampling import Vocabulary
-from serving.errors import EngineFailed
-from serving.protocol import EngineOutput, EngineTransferParams
+from serving.errors import EngineFailed, InvalidRequest
+from serving.protocol import EngineOutput, EngineTransferParams, Guide
 from unit.engine.torch_rig import Sink, greedy, request
 from unit.engine.trtllm_rig import until
 
@@ -125,7 +126,7 @@ class Rig:
     def submit(self, name: str, phase: str = "agg", **sampling: Any) -> None:
         self.requests.submit(request(name, PROMPT, greedy(8, **sampling), phase=phase))
 
-    def submit_decode(self, name: str, stop_token_id: int | None = None) -> None:
+    def submit_decode(self, name: str, stop_token_id: int | None = None, **sampling: Any) -> None:
         state = {
             "params": {"ctx_request_id": 1, "opaque_state": b"x", "first_gen_tokens": [9]},
             "num_tokens": len(PROMPT),
@@ -136,7 +137,7 @@ class Rig:
             request(
                 name,
                 PROMPT + told,
-                greedy(8),
+                greedy(8, **sampling),
                 num_prompt_tokens=len(PROMPT),
                 phase="decode",
                 kv_transfer_params=EngineTransferParams("prefill-0", 0, name, state),
@@ -149,11 +150,12 @@ async def rig(fetch_s: float = 60.0) -> AsyncIterator[Rig]:
     library, sink, stats = Library(), Sink(), TransferStats()
     suspicions: list[None] = []
     requests = Requests(
-        Runtime(library, dict, Params, None),
+        Runtime(library, dict, Params, None, dict),
         Outbox(sink, lambda: EngineLoad(0, 0, 0, 0, 0, 0)),
         instance_id="here",
         limits=EngineConfig(max_model_len=64, max_batch_size=2, max_waiting=1),
         vocabulary=Vocabulary(100, (2,), 0),
+        guide_backend="xgrammar",
         fetch_s=fetch_s,
         transfers=stats,
         num_cached=len,
@@ -429,3 +431,53 @@ async def test_broken_library_ends_everything_at_once() -> None:
         with pytest.raises(EngineFailed, match="stuck"):
             here.submit("c")
         await here.gone()
+
+
+async def test_a_guide_goes_along_with_a_prompt_and_with_a_fetch() -> None:
+    guide = Guide("json_schema", "{}")
+    async with rig() as here:
+        here.submit("r", guide=guide)
+        here.submit_decode("fetched", guide=guide)
+        for result in [await here.library.called(n) for n in (1, 2)]:
+            assert result.call["inputs"] == PROMPT
+            assert result.call["sampling_params"]["guided_decoding"] == {"json": "{}"}
+            result.say(10, reason="length")
+        await here.sink.finished("r", "fetched")
+
+
+async def test_a_guided_request_is_not_begun_again_after_its_first_token() -> None:
+    """When its fetch fails, the grammar would start anew in the middle of the text."""
+    async with rig() as here:
+        here.submit_decode("r", guide=Guide("regex", "a+"))
+        result = await here.library.called()
+        result.fail(RuntimeError("gone"))
+        await here.sink.finished("r")
+        error = last(here.sink, "r").error
+        assert error is not None
+        assert "cannot continue a guided request" in error.message
+        assert len(here.library.results) == 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "param"),
+    [
+        ({"logit_bias": ((5, 1.0),)}, "logit_bias"),
+        ({"prompt_logprobs": 0}, "logprobs"),
+        ({"guide": Guide("grammar", "start: /a/")}, "guided_grammar"),
+    ],
+)
+async def test_what_the_library_cannot_do_is_refused_by_name(
+    sampling: dict[str, Any], param: str
+) -> None:
+    async with rig() as here:
+        with pytest.raises(InvalidRequest) as caught:
+            here.submit("r", **sampling)
+        assert caught.value.param == param
+
+
+async def test_guides_need_a_backend_and_grammars_the_one_that_reads_them() -> None:
+    lark, schema = Guide("grammar", "start: /a/"), Guide("json_schema", "{}")
+    check_supported(request("r", PROMPT, greedy(1, guide=lark)), "llguidance")
+    check_supported(request("r", PROMPT, greedy(1, guide=schema)), "xgrammar")
+    with pytest.raises(InvalidRequest, match="guided_decoding"):
+        check_supported(request("r", PROMPT, greedy(1, guide=schema)), None)

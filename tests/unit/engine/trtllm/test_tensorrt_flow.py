@@ -71,6 +71,7 @@ def test_flags_come_from_the_config(staging: Path) -> None:
         "--tokens_per_block": "64",
         "--context_fmha": "enable",
         "--use_paged_context_fmha": "enable",
+        "--gather_generation_logits": "",
         "--workers": "4",
     }
 

@@ -1,0 +1,48 @@
+"""What the small files of a model's folder say that more than one part has to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from serving.errors import ModelError
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """Its content; empty when there is no such file. Raises ModelError."""
+    if not file.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+    except (ValueError, OSError) as exc:
+        raise ModelError(f"{file} cannot be read: {exc}") from exc
+
+
+def model_vocab_size(folder: Path) -> int:
+    """Rows of the embedding, which may be more than the tokenizer has tokens; 0 if untold."""
+    return _text_config(json_object(folder / "config.json")).get("vocab_size") or 0
+
+
+def eos_token_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """All ids that end a text: `generation_config.json` first, as `generate` takes them."""
+    config = json_object(folder / "config.json")
+    for source in (json_object(folder / "generation_config.json"), _text_config(config), config):
+        found = source.get("eos_token_id")
+        if isinstance(found, int):
+            return (found,)
+        if isinstance(found, list) and found:
+            return tuple(found)
+    token = json_object(folder / "tokenizer_config.json").get("eos_token")
+    text = token.get("content") if isinstance(token, Mapping) else token
+    token_id = tokenizer.token_to_id(text) if isinstance(text, str) else None
+    return () if token_id is None else (token_id,)
+
+
+def _text_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where multi-modal models keep what concerns text."""
+    nested = model_config.get("text_config")
+    return nested if isinstance(nested, Mapping) else model_config

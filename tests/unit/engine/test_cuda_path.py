@@ -1,0 +1,248 @@
+"""The CUDA path's kernels, fusion and bookkeeping, with Triton's interpreter in place of a GPU.
+
+What only a GPU can show (graphs, streams, FlashAttention, speed) is in `tests/gpu`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
+pytest.importorskip("triton", reason="needs triton: pip install -e '.[test]'")
+
+from serving.engine.torch import cuda_runner, kernels, packed_linear
+from serving.engine.torch.engine import TorchEngine
+from serving.engine.torch.fusion import Report
+from transformers import (
+    Gemma2Config,
+    GptOssConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
+from unit.engine import torch_rig
+from unit.engine.torch_rig import (
+    SIZES,
+    generate,
+    greedy,
+    random_prompts,
+    request,
+    running,
+    save_model,
+)
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="tests/gpu has the same on the GPU that is here"
+)
+
+NUM_TOKENS = 3
+HEAD_DIM = {"head_dim": 16}
+ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+# (config, modules fused of each kind); what is missing there runs as transformers wrote it.
+MODELS: dict[str, tuple[Any, dict[str, int]]] = {
+    "llama": (LlamaConfig(**SIZES), {"norms": 5, "attentions": 2, "MLPs": 2, "layers": 2}),
+    "qwen2": (Qwen2Config(**SIZES), {"norms": 5, "attentions": 2, "MLPs": 2, "layers": 2}),
+    "qwen3": (
+        Qwen3Config(**SIZES, **HEAD_DIM),
+        {"norms": 9, "attentions": 2, "MLPs": 2, "layers": 2},
+    ),
+    "mistral": (
+        MistralConfig(**SIZES, sliding_window=8),
+        {"norms": 5, "attentions": 2, "MLPs": 2, "layers": 2},
+    ),
+    "gemma2": (
+        Gemma2Config(**SIZES, **HEAD_DIM, **ALTERNATING),
+        {"norms": 9, "attentions": 2, "MLPs": 2},
+    ),
+    "granite scales its residual": (
+        GraniteConfig(**SIZES, residual_multiplier=0.5),
+        {"norms": 5, "attentions": 2, "MLPs": 2},
+    ),
+    "smollm3 rotates not every layer": (
+        SmolLM3Config(**{**SIZES, "num_hidden_layers": 4}),
+        {"norms": 9, "attentions": 3, "MLPs": 4, "layers": 4},
+    ),
+    "phi": (PhiConfig(**SIZES), {}),
+    "olmo2 normalises all heads together": (Olmo2Config(**SIZES), {"norms": 9, "MLPs": 2}),
+    "qwen3_moe": (
+        Qwen3MoeConfig(
+            **SIZES, **HEAD_DIM, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        ),
+        {"norms": 9, "attentions": 2, "layers": 2},
+    ),
+    "gpt_oss has sinks": (
+        GptOssConfig(
+            **SIZES,
+            **HEAD_DIM,
+            **ALTERNATING,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        {"norms": 5},
+    ),
+}
+
+
+class InterpretedGraph:
+    """A graph that computes its step anew each time; everything around it is the product's."""
+
+    def __init__(self, size: int, step: Any) -> None:
+        self.logits = step().clone()
+        self._step = step
+
+    def replay(self) -> None:
+        self.logits.copy_(self._step())
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[Report]:
+    """Engines run `CudaRunner` on the CPU; returns what was fused in each."""
+    found: list[Report] = []
+    fuse = cuda_runner.fuse
+    monkeypatch.setattr(torch_rig, "DEADLINE_S", 120.0)
+    monkeypatch.setattr(packed_linear, "can_pack", lambda *_: False)
+    monkeypatch.setattr(cuda_runner, "fuse", lambda *given: found.append(fuse(*given)) or found[-1])
+    nothing = {name: lambda *_: None for name in ("synchronize", "empty_cache")}
+    for name, fake in nothing.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    processors = SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processors)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+
+    def capture(self: Any, memory: Any) -> None:
+        self.graph = InterpretedGraph(self.size, self._step)
+        self.logits = self.graph.logits
+
+    monkeypatch.setattr(cuda_runner._Graph, "capture", capture)
+    monkeypatch.setattr(cuda_runner._Graph, "memory", None)
+    monkeypatch.setattr(cuda_runner, "_graph_sizes", lambda _: [4, 2])
+
+    monkeypatch.setattr(TorchEngine, "_runner_class", lambda _: cuda_runner.CudaRunner)
+    return found
+
+
+@pytest.mark.parametrize(("config", "fused"), MODELS.values(), ids=MODELS.keys())
+async def test_tokens_are_those_of_generate_whatever_was_fused(
+    config: Any, fused: dict[str, int], tmp_path: Path, reports: list[Report]
+) -> None:
+    """Chunks, a prefix hit, and decodes beside prefill."""
+    model = save_model(tmp_path, config)
+    prompts = random_prompts([19, 5])
+    expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
+    async with running(model, max_num_batched_tokens=12) as (engine, sink):
+        for index, prompt in enumerate(prompts):
+            engine.submit(request(f"a{index}", prompt, greedy(NUM_TOKENS)))
+        await sink.finished("a0", "a1")
+        engine.submit(request("b0", prompts[0], greedy(NUM_TOKENS)))
+        await sink.finished("b0")
+    assert [sink.tokens["a0"], sink.tokens["a1"]] == expected
+    assert (sink.tokens["b0"], sink.cached["b0"]) == (expected[0], 16)
+    assert dict(reports[0].fused) == fused
+
+
+async def test_a_stop_token_drops_the_step_that_was_launched_ahead(
+    tmp_path: Path, reports: list[Report]
+) -> None:
+    model = save_model(tmp_path)
+    [prompt] = random_prompts([9])
+    tokens = generate(model, prompt, 8)
+    stop = next(i for i in range(3, 8) if tokens[i] not in tokens[:i])
+    sampling = greedy(8, stop_token_ids=(tokens[stop],))
+    async with running(model) as (engine, sink):
+        engine.submit(request("stops", prompt, sampling))
+        engine.submit(request("goes on", prompt, greedy(8)))
+        await sink.finished("stops", "goes on")
+    assert (sink.tokens["stops"], sink.last["stops"].finish_reason) == (tokens[:stop], "stop")
+    assert sink.tokens["goes on"] == tokens
+
+
+async def test_penalties_see_every_token_although_steps_are_launched_ahead(
+    tmp_path: Path, reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path)
+    [prompt] = random_prompts([9])
+    sampling = greedy(8, frequency_penalty=1.5)
+    async with running(model) as (engine, sink):
+        engine.submit(request("r", prompt, sampling))
+        engine.submit(request("beside", prompt[:5], greedy(8)))
+        await sink.finished("r", "beside")
+    monkeypatch.undo()
+    async with running(model) as (engine, peer):
+        engine.submit(request("r", prompt, sampling))
+        await peer.finished("r")
+    assert sink.tokens["r"] == peer.tokens["r"]
+
+
+async def test_preemption_waits_for_the_step_under_way(
+    tmp_path: Path, reports: list[Report]
+) -> None:
+    """Three sequences grow beyond a pool that holds two of them whole."""
+    model = save_model(tmp_path)
+    prompts = random_prompts([14, 14, 14])
+    expected = [generate(model, prompt, 17) for prompt in prompts]
+    options = {"kv_cache_tokens": 72, "max_model_len": 32, "max_num_batched_tokens": 48}
+    async with running(model, **options) as (engine, sink):
+        for index, prompt in enumerate(prompts):
+            engine.submit(request(str(index), prompt, greedy(17)))
+        await sink.finished("0", "1", "2")
+        assert engine.load().preemptions > 0
+    assert [sink.tokens[str(index)] for index in range(3)] == expected
+
+
+def test_decode_attention_over_windows_softcaps_sinks_and_splits() -> None:
+    """Against attention written out, one sequence at a time; a row of length 0 gives zeros."""
+    generator = torch.Generator().manual_seed(0)
+    num_blocks, layers, size, kv_heads, heads, dim = 20, 2, 8, 2, 6, 24
+    pool = torch.randn((num_blocks, layers, 2, size, kv_heads, dim), generator=generator)
+    lengths, slots = [37, 1, 0, 100], [3, 0, 1, 5]
+    tables = torch.zeros((6, 14), dtype=torch.int32)
+    for slot in slots:
+        tables[slot] = torch.randperm(num_blocks - 1, generator=generator)[:14].int() + 1
+    query = torch.randn((4, heads, dim), generator=generator)
+    sinks = torch.randn(heads, generator=generator)
+    cases: list[tuple[int | None, float | None, torch.Tensor | None, int]] = [
+        (None, None, None, 1),
+        (20, None, None, 3),
+        (None, 5.0, sinks, 8),
+        (7, None, sinks, 3),
+    ]
+    for window, softcap, sink, splits in cases:
+        out = kernels.paged_decode(
+            query,
+            pool,
+            1,
+            tables,
+            torch.tensor(slots, dtype=torch.int32),
+            torch.tensor(lengths, dtype=torch.int32),
+            splits=splits,
+            scale=0.2,
+            window=window,
+            softcap=softcap,
+            sinks=sink,
+        )
+        for row, length in enumerate(lengths):
+            kv = pool[tables[slots[row]].long(), 1].transpose(0, 1).reshape(2, -1, kv_heads, dim)
+            key, value = kv[:, :length].repeat_interleave(heads // kv_heads, dim=2)
+            scores = torch.einsum("hd,nhd->hn", query[row], key) * 0.2
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            if window is not None:
+                scores[:, : max(0, length - window)] = -torch.inf
+            if sink is not None:
+                scores = torch.cat([scores, sink[:, None]], dim=1)
+            weights = scores.softmax(-1)[:, :length] if length else scores[:, :0]
+            expected = torch.einsum("hn,nhd->hd", weights, value)
+            torch.testing.assert_close(out[row], expected, atol=1e-5, rtol=1e-4)

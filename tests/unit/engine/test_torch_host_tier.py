@@ -1,0 +1,350 @@
+"""Where evicted blocks go and how they come back: the books, and copies that keep to them."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from serving.engine.torch.block_pool import BlockPool
+from serving.engine.torch.host_blocks import HostBlocks
+from serving.engine.torch.host_tier import Copies, HostTier
+from serving.engine.torch.kv_pool import KvPool
+from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
+from serving.engine.torch.sequence import Chunk, Sequence, State
+from serving.errors import OperatorError
+from serving.kv_layout import KvLayout
+from serving.protocol import BlocksRemoved, BlocksStored, EngineRequest, KvEvent, SamplingParams
+
+
+def cache(pool: BlockPool, hashes: list[int]) -> list[int]:
+    """Compute and release a prompt."""
+    blocks = pool.allocate(len(hashes))
+    pool.store(blocks, hashes, None)
+    pool.release(blocks)
+    return blocks
+
+
+def copy(pool: BlockPool) -> Copies:
+    copies = pool.take_copies()
+    pool.copied(copies)
+    return copies
+
+
+def test_evicted_blocks_go_to_the_host_and_come_back() -> None:
+    pool = BlockPool(3, HostTier(4))
+    old = cache(pool, [1, 2])
+    pool.take_events()
+    assert not pool.take_copies()
+    held = pool.allocate(3)
+    assert pool.take_events() == [
+        BlocksStored(None, [1, 2], "host"),
+        BlocksRemoved([2, 1]),
+    ]
+    assert [block for block, _ in copy(pool).offloads] == old[::-1]
+    assert pool.match([1, 2]) == []
+    assert pool.num_stored([1, 2, 3]) == 2
+    pool.release(held)
+    blocks, num_stored = pool.claim([], [1, 2, 3], 3)
+    assert num_stored == 2
+    assert pool.take_events() == [BlocksStored(None, [1, 2])]
+    assert [block for _, block in copy(pool).onloads] == blocks[:2]
+    assert pool.match([1, 2, 3]) == blocks[:2]
+    pool.check_integrity([blocks])
+
+
+def test_what_came_back_is_not_copied_again_and_is_the_first_to_go() -> None:
+    host = HostTier(3)
+    pool = BlockPool(3, host)
+    cache(pool, [1, 2])
+    pool.release(pool.allocate(3))
+    copy(pool)
+    blocks, _ = pool.claim([], [1, 2], 2)
+    copy(pool)
+    pool.release(blocks)
+    pool.release(pool.allocate(3))  # evicted once more: the host has it
+    assert not copy(pool).offloads
+    blocks, _ = pool.claim([], [1], 1)
+    copy(pool)
+    other = pool.allocate(2)
+    pool.store(other, [8, 9], None)
+    pool.release(other)
+    pool.allocate(2)
+    copy(pool)
+    assert host.stored_hashes() == {2, 8, 9}  # 1 is on the device
+    pool.check_integrity([blocks, other])
+
+
+def test_least_recently_evicted_leaves_the_host_first() -> None:
+    pool = BlockPool(2, HostTier(3))
+    for hashes in ([1, 2], [3, 4], [5, 6]):
+        cache(pool, hashes)
+        copy(pool)
+    pool.take_events()
+    pool.allocate(2)
+    assert pool.take_events() == [
+        BlocksRemoved([1, 4], "host"),
+        BlocksStored(None, [5, 6], "host"),
+        BlocksRemoved([6, 5]),
+    ]
+    assert pool.host.stored_hashes() == {3, 5, 6}
+
+
+def test_a_block_that_a_copy_uses_is_not_given_to_another() -> None:
+    pool = BlockPool(4, HostTier(2))
+    cache(pool, [1, 2])
+    cache(pool, [3, 4])
+    held = pool.allocate(4)  # two of four find room; those are pinned
+    assert len(pool.take_copies().offloads) == 2
+    assert pool.host.stored_hashes() == {1, 2}
+    pool.check_integrity([held])
+
+
+def test_what_is_claimed_is_not_evicted_for_it() -> None:
+    pool = BlockPool(2, HostTier(2))
+    cache(pool, [1, 2])
+    cache(pool, [3, 4])  # 1 and 2 go to the host
+    copy(pool)
+    blocks, num_stored = pool.claim([], [1, 2], 2)  # for which 3 and 4 are evicted
+    assert num_stored == 2
+    copies = copy(pool)
+    assert len(copies.onloads) == 2
+    assert copies.offloads == []  # no room for them: 1 and 2 were pinned
+    pool.check_integrity([blocks])
+
+
+def test_an_onload_that_was_not_made_yet_is_cancelled_by_an_eviction() -> None:
+    pool = BlockPool(2, HostTier(2))
+    cache(pool, [1, 2])
+    pool.release(pool.allocate(2))
+    copy(pool)
+    blocks, _ = pool.claim([], [1, 2], 2)
+    pool.release(blocks)  # aborted
+    held = pool.allocate(2)
+    assert not pool.take_copies()
+    assert pool.num_stored([1, 2]) == 2
+    pool.check_integrity([held])
+
+
+def test_a_sequence_does_not_move_over_to_a_block_that_is_not_copied_yet() -> None:
+    pool = BlockPool(4, HostTier(2))
+    cache(pool, [1])
+    pool.release(pool.allocate(4))
+    copy(pool)
+    mine = pool.allocate(1)
+    theirs, _ = pool.claim([], [1], 1)
+    copies = pool.take_copies()
+    assert pool.store(mine, [1], None) == mine
+    pool.copied(copies)
+    again = pool.allocate(1)
+    assert pool.store(again, [1], None) == theirs
+    pool.check_integrity([mine, theirs, theirs])
+
+
+def test_callbacks_wait_for_all_copies_planned_before() -> None:
+    pool, called = BlockPool(2, HostTier(8)), []
+    pool.host.when_copied(lambda: called.append("none"))
+    cache(pool, [1])
+    pool.allocate(2)
+    pool.host.when_copied(lambda: called.append("first"))
+    first = pool.take_copies()
+    pool.release([1])
+    cache(pool, [2])
+    pool.allocate(1)
+    pool.host.when_copied(lambda: called.append("second"))
+    second = pool.take_copies()
+    assert called == ["none"]
+    pool.copied(first)
+    assert called == ["none", "first"]
+    pool.copied(second)
+    assert called == ["none", "first", "second"]
+
+
+# --- with content --------------------------------------------------------------------------------
+
+LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=4, block_size=8, dtype="float32")
+
+
+class Rig:
+    """A pool whose blocks hold their hash as content, and a router that hears of it."""
+
+    def __init__(self, num_blocks: int, num_host_blocks: int) -> None:
+        self.pool = BlockPool(num_blocks, HostTier(num_host_blocks))
+        self.kv = KvPool(LAYOUT, num_blocks, "cpu")
+        self.host = HostBlocks(self.kv, num_host_blocks * LAYOUT.block_bytes)
+        self.told: dict[str, set[int]] = {"device": set(), "host": set()}
+
+    def hear(self) -> None:
+        for event in self.pool.take_events():
+            self._apply(event)
+        assert self.told["device"] == self.pool.stored_hashes()
+        assert self.told["host"] == self.pool.host.stored_hashes()
+
+    def _apply(self, event: KvEvent) -> None:
+        assert isinstance(event, BlocksStored | BlocksRemoved)
+        hashes, told = set(event.block_hashes), self.told[event.tier]
+        if isinstance(event, BlocksStored):
+            assert not told & hashes
+            chain = [event.parent_hash, *event.block_hashes]
+            for parent, value in pairwise(chain):
+                assert value is not None
+                assert parent == (value - 1 if value % 10 else None)
+            told |= hashes
+            assert self.told["device"] >= hashes
+        else:
+            assert told >= hashes
+            told -= hashes
+
+    def content(self, block: int) -> set[float]:
+        return set(self.kv.tensor[block].flatten().tolist())
+
+
+@pytest.mark.parametrize("num_host_blocks", [1, 5, 40])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_use_keeps_content_events_and_books(num_host_blocks: int, seed: int) -> None:
+    """Plans are carried out up to two steps after they were made, as an engine does that looks
+    ahead; whatever a step reads is then what its hash says."""
+    rng = random.Random(seed)
+    rig, num_found = Rig(14, num_host_blocks), 0
+    pool = rig.pool
+    # (copies, blocks to read with their hashes, blocks to fill and store from which index on)
+    steps: list[tuple[Copies, list[int], list[int], int]] = []
+    held: list[list[int]] = []
+
+    def finish() -> None:
+        copies, blocks, hashes, num_stored = steps.pop(0)
+        rig.host.run(copies)
+        for block, value in zip(blocks[:num_stored], hashes, strict=False):
+            assert rig.content(block) == {float(value)}
+        for block, value in zip(blocks[num_stored:], hashes[num_stored:], strict=False):
+            rig.kv.tensor[block] = value
+        pool.copied(copies)
+        parent = hashes[num_stored - 1] if num_stored else None
+        new = slice(num_stored, len(hashes))
+        blocks[new] = pool.store(blocks[new], hashes[new], parent)
+        held.append(blocks)
+
+    for _ in range(1500):
+        busy = sum(len(blocks) for _, blocks, _, _ in steps)
+        if len(steps) == 2 or (steps and rng.random() < 0.3):
+            finish()
+        elif held and (pool.num_available < 6 or rng.random() < 0.4):
+            pool.release(held.pop(rng.randrange(len(held))))
+        elif pool.num_available >= 6:
+            stem = rng.randrange(1, 8)
+            hashes = [stem * 10 + depth for depth in range(rng.randrange(1, 5))]
+            matched = pool.match(hashes)
+            num_new = len(hashes) - len(matched) + 1
+            assert pool.fits(matched, num_new)
+            if rng.random() < 0.1:  # aborted before its step
+                blocks, _ = pool.claim(matched, hashes, num_new)
+                pool.release(blocks)
+            else:
+                blocks, num_stored = pool.claim(matched, hashes, num_new)
+                num_found += num_stored - len(matched)
+                steps.append((pool.take_copies(), blocks, hashes, num_stored))
+        rig.hear()
+        pool.check_integrity([*held, *(blocks for _, blocks, _, _ in steps)])
+        assert busy <= 14
+    assert num_found > 20
+
+
+def test_too_little_memory_is_refused_with_the_size_that_is_needed() -> None:
+    kv = KvPool(LAYOUT, 2, "cpu")
+    with pytest.raises(OperatorError, match=f"set it to {LAYOUT.block_bytes} or more"):
+        HostBlocks(kv, LAYOUT.block_bytes - 1)
+    with pytest.raises(OperatorError, match="set it to less"):
+        HostBlocks(kv, 2**60)
+
+
+def test_measuring_leaves_the_padding_block_zero() -> None:
+    kv = KvPool(LAYOUT, 2, "cpu")
+    assert HostBlocks(kv, 3 * LAYOUT.block_bytes).onload_s() > 0
+    assert not kv.tensor.any()
+
+
+# --- with a scheduler ----------------------------------------------------------------------------
+
+
+def scheduler(num_blocks: int, num_host_blocks: int) -> Scheduler:
+    limits = SchedulerLimits(
+        block_size=4, max_model_len=64, max_batch_size=8, max_num_batched_tokens=32, max_waiting=8
+    )
+    return Scheduler(BlockPool(num_blocks, HostTier(num_host_blocks)), limits)
+
+
+def sequence(name: str, tokens: list[int], arrival: int, **more: Any) -> Sequence:
+    sampling = SamplingParams(max_tokens=1, temperature=0)
+    return Sequence(EngineRequest(name, tokens, len(tokens), sampling, **more), arrival, 1, 4)
+
+
+def step(books: Scheduler) -> list[Chunk]:
+    chunks = books.schedule()
+    copies = books.pool.take_copies()
+    books.launched(chunks)
+    books.pool.copied(copies)
+    num_samples = sum(chunk.samples for chunk in chunks)
+    books.complete(chunks, [7] * num_samples, [None] * num_samples)
+    books.admit_reservations()
+    books.check_integrity()
+    return chunks
+
+
+def test_a_prompt_found_on_the_host_is_computed_from_there_on() -> None:
+    books = scheduler(6, 8)
+    books.add(sequence("a", list(range(20)), 1))
+    step(books)
+    books.add(sequence("b", list(range(100, 121)), 2))
+    step(books)
+    assert books.load().host_cached_blocks == 5
+    again = sequence("c", list(range(20)), 3)
+    books.add(again)
+    [chunk] = step(books)
+    assert (chunk.start, chunk.length) == (16, 4)
+    assert again.num_cached == 16
+    assert books.load().onloaded_blocks == 4
+
+
+def test_a_reservation_is_filled_only_when_what_it_evicts_was_copied() -> None:
+    books = scheduler(5, 8)
+    books.add(sequence("a", list(range(17)), 1))
+    step(books)
+    settled: list[str] = []
+    fetched = sequence("b", list(range(100, 117)), 2, phase="decode")
+    fetched.on_settled = lambda: settled.append("b")
+    books.add(fetched)
+    books.admit_reservations()
+    assert fetched.state is State.RESERVED
+    assert settled == []
+    assert step(books) == []  # a step of copies only
+    assert settled == ["b"]
+    books.discard(fetched)
+    books.check_integrity()
+
+
+def test_an_abort_reaches_a_reservation_that_waits_for_copies() -> None:
+    books = scheduler(5, 8)
+    books.add(sequence("a", list(range(17)), 1))
+    step(books)
+    settled: list[str] = []
+    fetched = sequence("b", list(range(100, 117)), 2, phase="decode")
+    fetched.on_settled = lambda: settled.append("b")
+    books.add(fetched)
+    books.admit_reservations()
+    books.abort("b")
+    assert settled == ["b"]
+    assert fetched.state is State.DONE
+    step(books)
+    books.check_integrity()
+
+
+def test_copies_are_bytes_whatever_the_dtype() -> None:
+    layout = KvLayout(1, 1, 4, 8, "float8_e4m3fn")
+    kv = KvPool(layout, 2, "cpu")
+    host = HostBlocks(kv, 2 * layout.block_bytes)
+    values = torch.arange(64, dtype=torch.float32).view(1, 2, 8, 1, 4).to(torch.float8_e4m3fn)
+    kv.tensor[1].copy_(values)
+    host.run(Copies(1, [(1, 0)], [(0, 2)], [1]))()
+    assert torch.equal(kv.tensor[2].float(), values.float())

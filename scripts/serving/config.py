@@ -84,9 +84,9 @@ class EngineConfig(_Section, frozen=True):
         Literal["auto", "cpu", "cuda"], Meta(description="`auto`: CUDA when there is a GPU.")
     ] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+        Literal["auto", "float32", "bfloat16", "float16", "int8"],
         Meta(
-            description="Weights, and KV unless `kv_cache_dtype` says otherwise. `auto`: float32 on CPU, bfloat16 on CUDA."
+            description="Weights, and KV unless `kv_cache_dtype` says otherwise. `auto`: float32 on CPU, bfloat16 on CUDA. `int8`: weights alone, on CPU; the rest is float32."
         ),
     ] = "auto"
     weights: Annotated[
@@ -412,6 +412,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
         raise _explain(str(exc), raw) from None
     _check_ports(config)
     _check_backend(config)
+    _check_dtype(config)
     _check_weights(config)
     return config
 
@@ -519,6 +520,17 @@ def _check_weights(config: Config) -> None:
             "engine.weights",
             "only the torch engine makes its own weights",
             remedy="set `engine.backend: torch`, or `engine.weights: real`",
+        )
+
+
+def _check_dtype(config: Config) -> None:
+    engine = config.engine
+    if engine.dtype == "int8" and (engine.backend != "torch" or engine.device == "cuda"):
+        where = "CUDA" if engine.backend == "torch" else engine.backend
+        raise ConfigError(
+            "engine.dtype",
+            f"int8 is for the torch engine on CPU, and {where} has other formats",
+            remedy="set it to auto, or `engine.device: cpu`",
         )
 
 

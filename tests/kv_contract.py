@@ -31,7 +31,7 @@ from kv_ends import (
     until,
 )
 from serving.errors import KvTransferFailed
-from serving.kv_transfer.base import KvTransfer
+from serving.kv_transfer.base import KvTransfer, Progress
 from serving.kv_transfer.wire import WIRE_VERSION, Hello, Pull
 
 BLOCK = LAYOUT.block_bytes
@@ -101,6 +101,10 @@ def frame(message: Any) -> bytes:
 
 class TransferContract:
     name: str
+    scheme: str
+
+    def __init_subclass__(cls) -> None:
+        cls.scheme = cls.name.split("-")[0]
 
     @pytest.mark.parametrize(
         ("num_blocks", "chunk_bytes"),
@@ -176,6 +180,57 @@ class TransferContract:
             pulling(self.name, chunk_bytes=8 << 20) as end,
         ):
             await pull_all(end, source.address, "a", blocks)
+
+    async def test_a_prefill_is_followed_block_by_block(self) -> None:
+        blocks = random_blocks(40)
+        held = Held(a=blocks)
+        held.computed["a"] = Progress(10)
+        async with serving(self.name, held) as source, pulling(self.name) as end:
+            wanted = params(source.address, "a", 40)
+            got = Got(blocks)
+            assert await end.progress(wanted, 0, 5.0) == (10, None)
+            await end.pull(wanted, 0, 10, got, more_follows=True)
+            waiting = asyncio.create_task(end.progress(wanted, 10, 5.0))
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            held.computed["a"] = Progress(33)
+            assert await waiting == (33, None)
+            await end.pull(wanted, 10, 23, got, more_follows=True)
+            held.computed["a"] = Progress(40, 123)
+            assert await end.progress(wanted, 33, 5.0) == (40, 123)
+            assert not held.done_with
+            await end.pull(wanted, 33, 7, got)
+            await until(lambda: held.done_with == ["a"])
+        assert np.array_equal(got.blocks, blocks)
+
+    async def test_following_ends_with_the_prefill_the_deadline_and_the_caller(self) -> None:
+        blocks = random_blocks(4)
+        held = Held(a=blocks)
+        held.computed["a"] = Progress(0)
+        async with serving(self.name, held) as source, pulling(self.name) as end:
+            wanted = params(source.address, "a", 4)
+            guess = msgspec.structs.replace(wanted, nonce="guess")
+            with pytest.raises(KvTransferFailed, match="wrong nonce"):
+                await end.progress(guess, 0, 5.0)
+            with pytest.raises(KvTransferFailed, match=r"within 0\.1 s"):
+                await end.progress(wanted, 0, 0.1)
+            task = asyncio.create_task(end.progress(wanted, 0, 5.0))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            task = asyncio.create_task(end.progress(wanted, 0, 5.0))
+            await asyncio.sleep(0.05)
+            held.requests.clear()
+            with pytest.raises(KvTransferFailed, match="not held"):
+                await task
+            held.requests["a"] = blocks
+            await pull_all(end, source.address, "a", blocks)
+            task = asyncio.create_task(end.progress(wanted, 0, 5.0))
+            await asyncio.sleep(0.05)
+            await end.close()
+            with pytest.raises(KvTransferFailed, match="closed"):
+                await task
 
     @pytest.mark.parametrize(
         ("changes", "reason"),
@@ -302,13 +357,13 @@ class TransferContract:
             started = time.monotonic()
             with pytest.raises(KvTransferFailed, match="not reached"):
                 await end.pull(
-                    params(f"{self.name}://127.0.0.1:{port}", "a", 4), 0, 4, Got(random_blocks(4))
+                    params(f"{self.scheme}://127.0.0.1:{port}", "a", 4), 0, 4, Got(random_blocks(4))
                 )
             assert time.monotonic() - started < 3  # UCX itself starts in this time
 
     async def test_listener_that_says_nothing_runs_into_the_connect_deadline(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            address = f"{self.name}://127.0.0.1:{silent.getsockname()[1]}"
+            address = f"{self.scheme}://127.0.0.1:{silent.getsockname()[1]}"
             async with pulling(self.name, connect_s=0.2) as end:
                 with pytest.raises(KvTransferFailed, match=r"nothing within 0\.2 s"):
                     await end.pull(params(address, "a", 4), 0, 4, Got(random_blocks(4)))
@@ -337,7 +392,7 @@ class TransferContract:
         blocks = random_blocks(20)
         held = Held(a=blocks)
         junk = np.random.default_rng(4).bytes(4096)
-        hello = frame(Hello(WIRE_VERSION, self.name, junk[:200]))
+        hello = frame(Hello(WIRE_VERSION, self.scheme, junk[:200]))
         unasked = frame(Pull("a", "guess", LAYOUT.fingerprint, 0, 4, 4, 0))
         huge = frame(Pull("a", "n-a", LAYOUT.fingerprint, 0, 1 << 62, 1 << 62, -1))
         async with serving(self.name, held) as source, pulling(self.name) as end:
@@ -346,7 +401,7 @@ class TransferContract:
                 (b"\xff" * 4,),
                 (b"\x00" * 64,),
                 (b"GET / HTTP/1.1\r\n\r\n",),
-                (frame(Hello(99, self.name)),),
+                (frame(Hello(99, self.scheme)),),
                 (frame(Hello(WIRE_VERSION, "pigeon")),),
                 (unasked,),
                 (hello, unasked),

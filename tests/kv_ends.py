@@ -8,6 +8,7 @@ and serves until its input closes. `... pull ucx|tcp ADDRESS` pulls everything, 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import subprocess
 import sys
@@ -27,7 +28,10 @@ if __name__ == "__main__":
 
 from serving.kv_layout import KvLayout  # noqa: E402
 from serving.kv_transfer import make_transfer  # noqa: E402
-from serving.kv_transfer.base import KvTransfer  # noqa: E402
+from serving.kv_transfer.base import KvTransfer, Progress  # noqa: E402
+from serving.kv_transfer.gpu_memory import HANDLE_BYTES, CudaError, Gpu, GpuBuffer  # noqa: E402
+from serving.kv_transfer.link import Carrier  # noqa: E402
+from serving.kv_transfer.staging import host_pages  # noqa: E402
 from serving.protocol import KvTransferParams  # noqa: E402
 
 # 64 KiB a block.
@@ -47,6 +51,7 @@ class Held:
 
     def __init__(self, **requests: Blocks) -> None:
         self.requests = requests
+        self.computed: dict[str, Progress] = {}
         self.done_with: list[str] = []
         self.pause_s = 0.0
         self.error: Exception | None = None
@@ -59,6 +64,15 @@ class Held:
             raise PermissionError(nonce)
         return len(self.requests[request_id])
 
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
+        """What `computed` says, as soon as that is more than `beyond`; else everything."""
+        while True:
+            held = self.open(request_id, nonce)
+            found = self.computed.get(request_id, Progress(held, 7))
+            if found.token is not None or found.num_blocks > beyond:
+                return found
+            await asyncio.sleep(0.002)
+
     def read(self, request_id: str, first: int, out: Any) -> None:
         assert threading.current_thread() is not threading.main_thread()
         self.reading.set()
@@ -66,7 +80,7 @@ class Held:
         if self.error:
             raise self.error
         blocks = self.requests[request_id]
-        target = np.frombuffer(out, dtype=np.uint8).reshape(-1, blocks.shape[1])
+        target = host_view(out).reshape(-1, blocks.shape[1])
         target[:] = blocks[first : first + len(target)]
 
     def done(self, request_id: str) -> None:
@@ -81,13 +95,15 @@ class Got:
         self.calls: list[tuple[int, int]] = []
         self.pause_s = 0.0
         self.error: Exception | None = None
+        self.on_gpu = False
         self.started, self.ended = threading.Event(), threading.Event()
 
     def __call__(self, first: int, data: Any) -> None:
         assert threading.current_thread() is not threading.main_thread()
         self.ended.clear()
         self.started.set()
-        piece = np.frombuffer(data, dtype=np.uint8).reshape(-1, self.blocks.shape[1])
+        self.on_gpu = isinstance(data, GpuBuffer)
+        piece = host_view(data).reshape(-1, self.blocks.shape[1])
         time.sleep(self.pause_s)
         if self.error:
             raise self.error
@@ -96,9 +112,60 @@ class Got:
         self.ended.set()
 
 
+def host_view(buffer: Any) -> Blocks:
+    """The bytes of a staging buffer; those of the stand-in for a GPU lie in host memory."""
+    if isinstance(buffer, GpuBuffer):
+        buffer = (ctypes.c_uint8 * buffer.nbytes).from_address(buffer.address)
+    return np.frombuffer(buffer, dtype=np.uint8)
+
+
+class GpuInHostMemory(Gpu):
+    """Stands in for a GPU: everything but the driver is real."""
+
+    def __init__(self) -> None:
+        self.ordinal = 0
+        self.maps = True
+        self._pages: list[Any] = []
+
+    def allocate(self, nbytes: int) -> GpuBuffer:
+        self._pages.append(host_pages(nbytes))
+        return GpuBuffer(self._pages[-1].ctypes.data, nbytes, 0)
+
+    def export(self, buffer: GpuBuffer) -> bytes:
+        return os.urandom(HANDLE_BYTES)
+
+    def try_to_map(self, handle: bytes) -> None:
+        if not self.maps:
+            raise CudaError("no peer access")
+
+    def pin(self, pages: Any) -> None:
+        """It is as near as it can be."""
+
+
 def transfer(name: Any, layout: KvLayout = LAYOUT, **changed: Any) -> KvTransfer:
+    """`ucx-gpu` is UCX between two stand-ins for a GPU."""
     options = {"host": "127.0.0.1", "chunk_bytes": 1 << 20, "connect_s": 5.0, "transfer_s": 20.0}
-    return make_transfer(name, layout, **{**options, **changed})
+    options.update(changed)
+    if name != "ucx-gpu":
+        return make_transfer(name, layout, **options)
+    from serving.kv_transfer.ucx import UcxCarrier, UcxTransfer
+
+    class ReachingCarrier(UcxCarrier):
+        async def start(self) -> bytes:
+            address = await super().start()
+            self.reaches_gpus = True
+            return address
+
+    class StandIn(UcxTransfer):
+        gpu = GpuInHostMemory()
+
+        def _carrier(self) -> Carrier:
+            return ReachingCarrier(self.host, on_gpu=False)
+
+        def _gpu(self) -> Gpu:
+            return self.gpu
+
+    return StandIn(layout, **options)
 
 
 def params(
@@ -151,15 +218,21 @@ REMOTE_BLOCKS = 256  # 16 MiB
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """This file as a process; killed at the end unless it ended by itself when its input closed."""
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+def process(
+    *arguments: str, file: str = __file__, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    """This file (or another) as a process; killed at the end unless it ended by itself when its
+    input closed."""
+    path = [str(SCRIPTS), environment.pop("PYTHONPATH", os.environ.get("PYTHONPATH", ""))]
+    # UCX would warn on the standard output, which is for answers.
+    inherited = {"UCX_LOG_FILE": "stderr", **os.environ}
+    inherited["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     with subprocess.Popen(
-        [sys.executable, __file__, *arguments],
+        [sys.executable, file, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**inherited, **environment},
     ) as child:
         try:
             yield child

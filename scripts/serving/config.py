@@ -84,9 +84,9 @@ class EngineConfig(_Section, frozen=True):
         Literal["auto", "cpu", "cuda"], Meta(description="`auto`: CUDA when there is a GPU.")
     ] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+        Literal["auto", "float32", "bfloat16", "float16", "int8"],
         Meta(
-            description="Weights, and KV unless `kv_cache_dtype` says otherwise. `auto`: float32 on CPU, bfloat16 on CUDA."
+            description="Weights, and KV unless `kv_cache_dtype` says otherwise. `auto`: float32 on CPU, bfloat16 on CUDA. `int8`: weights alone, on CPU; the rest is float32."
         ),
     ] = "auto"
     weights: Annotated[
@@ -115,13 +115,21 @@ class EngineConfig(_Section, frozen=True):
         Annotated[int, Meta(ge=0)],
         Meta(description="Host memory of each worker for evicted KV blocks; 0: they are lost."),
     ] = 0
+    gpu_memory_fraction: Annotated[
+        Annotated[float, Meta(gt=0, le=1)],
+        Meta(
+            description="Share of a GPU's memory that a torch worker may use; what its weights and steps leave is the KV pool."
+        ),
+    ] = 0.9
     max_batch_size: Annotated[
         Positive, Meta(description="Requests one worker computes at the same time.")
     ] = 16
     max_num_batched_tokens: Annotated[
-        Positive,
-        Meta(description="Tokens in one engine step; longer prompts are prefilled in chunks."),
-    ] = 512
+        Positive | None,
+        Meta(
+            description="Tokens in one engine step; longer prompts are prefilled in chunks. Fewer keep decode beside them quicker. Default: 512 on CPU; on CUDA 2048, 8192 where nothing decodes; 8192 for TensorRT-LLM."
+        ),
+    ] = None
     max_waiting: Annotated[
         Positive, Meta(description="Requests that may queue in one worker before 503.")
     ] = 256
@@ -129,6 +137,18 @@ class EngineConfig(_Section, frozen=True):
         Positive | None,
         Meta(description="CPU threads of each worker. Default: cores over workers, at least one."),
     ] = None
+
+    def step_tokens(self, device: str = "cuda", role: Role = "agg") -> int:
+        """`max_num_batched_tokens`, or what it is by itself for a worker of `role` on `device`.
+
+        On CUDA a step of 2048 tokens computes at about the full rate already, and more only make
+        those wait who decode beside it.
+        """
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        if self.backend == "torch" and not device.startswith("cuda"):
+            return 512
+        return 8192 if self.backend == "tensorrt_llm" or role == "prefill" else 2048
 
 
 class WorkersConfig(_Section, frozen=True):
@@ -265,7 +285,7 @@ class KvTransferConfig(_Section, frozen=True):
     transport: Annotated[
         Literal["ucx", "tcp", "nixl"],
         Meta(
-            description="`ucx` (production); `tcp`, plain and for the torch engine; `nixl`, for TensorRT-LLM."
+            description="`ucx` (production); `nixl` (with the torch engine, `pip install nixl-cu13`); `tcp`, plain and for the torch engine."
         ),
     ] = "ucx"
     connect_s: Annotated[Seconds, Meta(description="Deadline for reaching the prefill worker.")] = (
@@ -276,9 +296,18 @@ class KvTransferConfig(_Section, frozen=True):
         Seconds,
         Meta(description="A prefill worker frees blocks that nobody fetched after this time."),
     ] = 60.0
+    overlap: Annotated[
+        bool,
+        Meta(
+            description="Fetch the blocks of a prompt of several chunks while the rest is computed (torch engine)."
+        ),
+    ] = True
     chunk_bytes: Annotated[
-        Positive, Meta(description="Bytes per message; larger requests are pipelined.")
-    ] = 8 * 1024 * 1024
+        Positive | None,
+        Meta(
+            description="Largest message in bytes; larger requests are pipelined. Default: 8 MiB, between GPUs 128 MiB."
+        ),
+    ] = None
 
 
 class EtcdConfig(_Section, frozen=True):
@@ -451,6 +480,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
         raise _explain(str(exc), raw) from None
     _check_ports(config)
     _check_backend(config)
+    _check_dtype(config)
     _check_weights(config)
     return config
 
@@ -521,7 +551,7 @@ def _check_ports(config: Config) -> None:
 
 def _check_backend(config: Config) -> None:
     backend, transport = config.engine.backend, config.kv_transfer.transport
-    suits = {"torch": ("ucx", "tcp"), "tensorrt_llm": ("ucx", "nixl")}[backend]
+    suits = {"torch": ("ucx", "nixl", "tcp"), "tensorrt_llm": ("ucx", "nixl")}[backend]
     if transport not in suits:
         raise ConfigError(
             "kv_transfer.transport",
@@ -558,6 +588,17 @@ def _check_weights(config: Config) -> None:
             "engine.weights",
             "only the torch engine makes its own weights",
             remedy="set `engine.backend: torch`, or `engine.weights: real`",
+        )
+
+
+def _check_dtype(config: Config) -> None:
+    engine = config.engine
+    if engine.dtype == "int8" and (engine.backend != "torch" or engine.device == "cuda"):
+        where = "CUDA" if engine.backend == "torch" else engine.backend
+        raise ConfigError(
+            "engine.dtype",
+            f"int8 is for the torch engine on CPU, and {where} has other formats",
+            remedy="set it to auto, or `engine.device: cpu`",
         )
 
 

@@ -101,6 +101,8 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
 
     phase `agg`: prefill and decode here. `prefill`: compute the prompt, sample one token, hold
     the KV for a decode worker. `decode`: fetch the KV described by `kv_transfer_params`, go on.
+    With `follows_prefill`, the prefill is still going on, and the token that it will sample is not
+    among `token_ids` but comes with the KV.
     """
 
     request_id: str
@@ -110,6 +112,7 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
     phase: Phase = "agg"
     kv_transfer_params: TransferParams | None = None
     deadline_s: float = 600.0
+    follows_prefill: bool = False
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True):
@@ -136,7 +139,9 @@ class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):
 
     `cached_tokens` (prompt tokens not computed because their KV was there or was fetched)
     comes with the first output only, and so do `prompt_logprobs`, of all prompt tokens but the
-    first. `stop_token_id` is the token that ended the request; it is not part of `token_ids`.
+    first. One without tokens and finish_reason, but with `kv_transfer_params`, says that a
+    prefill's KV can be fetched from now on. `stop_token_id` is the token that ended the request;
+    it is not part of `token_ids`.
     """
 
     request_id: str
@@ -284,7 +289,8 @@ class LoadReport(Struct, frozen=True, array_like=True):
     """Published at most once per engine step and at least once a second.
 
     `queued_tokens`: prompt tokens waiting or partly computed. `active_blocks`: blocks held by
-    running requests. `cached_blocks`: evictable blocks kept for prefix hits. The host tier keeps
+    running requests. `cached_blocks`: evictable blocks kept for prefix hits. `kv_route`: what
+    carried the latest KV that arrived (`cuda_ipc` from GPU to GPU, `tcp`). The host tier keeps
     `host_cached_blocks` of at most `num_host_blocks`; blocks moved to and from it are totals.
     """
 
@@ -303,6 +309,7 @@ class LoadReport(Struct, frozen=True, array_like=True):
     kv_transport: str = ""
     local_prefill_fallbacks: int = 0
     preemptions: int = 0
+    kv_route: str = ""
     host_cached_blocks: int = 0
     num_host_blocks: int = 0
     offloaded_blocks: int = 0

@@ -26,6 +26,7 @@ class Run:
 
     def __init__(self, request_ids: Sequence[str]) -> None:
         self.request_ids = list(request_ids)
+        self._ids = set(request_ids)
         self.started = time.perf_counter()
         self.finished: set[str] = set()
         self._tokens: Counter[str] = Counter()
@@ -70,6 +71,10 @@ class Run:
 
     def receive(self, outputs: list[EngineOutput]) -> None:
         """What the engine's sink was given."""
+        # Requests of an earlier run that was ended may still have something to say.
+        outputs = [output for output in outputs if output.request_id in self._ids]
+        if not outputs:
+            return
         now = time.perf_counter()
         self._last_s = now - self.started
         for output in outputs:

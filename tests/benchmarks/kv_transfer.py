@@ -1,6 +1,7 @@
 """KV transfers against the prefill they follow, and against a plain socket.
 
     python tests/benchmarks/kv_transfer.py [--engine-dir DIR] [--rounds N] [--threads N]
+    python tests/benchmarks/kv_transfer.py --device cuda [--sweep]      (see kv_transfer_cuda.py)
 
 Source and puller are two processes, as in a deployment. Rows, one JSON object a line:
 
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning st
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
+if __name__ == "__main__" and "cuda" in sys.argv:
+    # Before everything that this needs and the other does not: it runs without an engine.
+    from kv_transfer_cuda import main as main_cuda
+
+    main_cuda()
+    raise SystemExit
+
 import msgspec  # noqa: E402
 from engine_under_test import find_engine  # noqa: E402
 from kv_ends import Got, Held, params, pulling, random_blocks, serving  # noqa: E402
 from serving.engine.base import EngineLoad  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
 from serving.kv_layout import KvLayout  # noqa: E402
+from serving.kv_transfer.base import Progress  # noqa: E402
 from serving.protocol import (  # noqa: E402
     EngineOutput,
     EngineRequest,
@@ -84,9 +93,9 @@ class Peer:
 
 
 @contextmanager
-def peer(*arguments: str) -> Iterator[Peer]:
+def peer(*arguments: str, file: str = __file__) -> Iterator[Peer]:
     with subprocess.Popen(
-        [sys.executable, __file__, *arguments],
+        [sys.executable, file, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -184,20 +193,27 @@ async def compare_transports(rounds: int) -> None:
 class Worker:
     """A torch engine and what came out of it, by request."""
 
-    def __init__(self, engine_dir: Path, threads: int) -> None:
+    def __init__(
+        self,
+        engine_dir: Path,
+        threads: int,
+        prompt_tokens: int = PROMPT_TOKENS,
+        chunk_tokens: int = PROMPT_TOKENS,
+    ) -> None:
         self.engine = TorchEngine(
             engine_dir,
-            max_model_len=2 * PROMPT_TOKENS,
+            max_model_len=2 * prompt_tokens,
             block_size=SMOLLM2.block_size,
-            kv_cache_tokens=8 * PROMPT_TOKENS,
+            kv_cache_tokens=8 * prompt_tokens,
             max_batch_size=8,
-            max_num_batched_tokens=PROMPT_TOKENS,
+            max_num_batched_tokens=chunk_tokens,
             max_waiting=64,
             num_threads=threads,
             hash_salt="benchmark",
             fingerprint="benchmark",
         )
         self._finished: dict[str, asyncio.Future[EngineOutput]] = {}
+        self.on_output: Callable[[EngineOutput], None] = lambda _: None
 
     async def start(self) -> None:
         await self.engine.start(self._receive)
@@ -212,6 +228,7 @@ class Worker:
     ) -> None:
         del events, load
         for output in outputs:
+            self.on_output(output)
             if output.finish_reason and output.request_id in self._finished:
                 self._finished.pop(output.request_id).set_result(output)
 
@@ -228,6 +245,9 @@ class Exports:
         if not (held := self._kv.exported(request_id)):
             raise KeyError(request_id)
         return held
+
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
+        return Progress(self.open(request_id, nonce), 0)
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         self._kv.read(request_id, first, out)

@@ -27,7 +27,9 @@ from serving.config import parse
 from serving.deploy import images
 from serving.deploy.contained import wrap
 from serving.deploy.image_build import build_serving, read_base
+from serving.deploy.library_run import PROGRAM, LibraryRun
 from serving.deploy.source_digest import SCRIPTS
+from serving.engine.trtllm.library import PYTHON
 from standin.install import install
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -242,6 +244,22 @@ def test_signals_and_exit_codes_pass_through(
         client.terminate()
         assert client.wait(timeout=30) == 5
     assert not [name for name in containers() if name.endswith("-x")]
+
+
+def test_build_goes_on_after_one_whose_client_was_killed(
+    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parse({"container": deployment.config["container"]})
+    lost = wrap(config.container, [sys.executable, "-c", LISTENING], name=PROGRAM, env={})
+    with subprocess.Popen(lost.command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "listening\n"
+        client.kill()
+    assert [name for name in containers() if name.endswith(PROGRAM)]
+    done = LibraryRun(config, gpus=[], writable=[tmp_path])([PYTHON, "-c", "print('built')"])
+    assert (done.returncode, done.stdout) == (0, "built\n")
+    assert not [name for name in containers() if name.endswith(PROGRAM)]
 
 
 def test_what_is_written_inside_is_ours_and_the_code_cannot_be_changed(

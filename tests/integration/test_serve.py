@@ -127,6 +127,53 @@ def test_stream_equals_the_whole_answer(service: Deployment) -> None:
     assert usage == whole["usage"] | {"prompt_tokens_details": usage["prompt_tokens_details"]}
 
 
+def test_guided_samples_fit_their_schema_and_share_the_prompt(service: Deployment) -> None:
+    """Through prefill, hand-over and decode: the matcher goes on where the first token left it."""
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    cached = total(service, "serving_cached_tokens_total")
+    body = {
+        "model": DEFAULT_MODEL,
+        "messages": [{"role": "user", "content": f"{LONG}Who is the keeper, and how old?"}],
+        "n": 3,
+        "seed": 1,
+        "max_tokens": 200,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "keeper", "schema": schema, "strict": True},
+        },
+    }
+    answer = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    for choice in answer["choices"]:
+        assert set(json.loads(choice["message"]["content"])) == {"name", "age"}
+        assert choice["finish_reason"] == "stop"
+    prompt_tokens = answer["usage"]["prompt_tokens"]
+    assert prompt_tokens > 128
+    # Two of three found all full blocks of the prompt (of 32 tokens at most) computed.
+    gained = total(service, "serving_cached_tokens_total") - cached
+    assert gained >= 2 * (prompt_tokens - 32)
+
+
+def test_logprobs_of_a_prompt_are_those_of_the_model(service: Deployment, reference: Any) -> None:
+    """What the model itself says greedily is its likeliest continuation, token by token."""
+    continuation = reference(PROMPTS[0], 8)
+    text = PROMPTS[0] + continuation
+    alone = service.complete(PROMPTS[0], max_tokens=1)["usage"]["prompt_tokens"]
+    answer = service.complete(text, max_tokens=0, echo=True, logprobs=1)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert answer["choices"][0]["text"] == text
+    assert logprobs["token_logprobs"][0] is None
+    pairs = list(zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))
+    assert len(pairs) == answer["usage"]["prompt_tokens"] == alone + 8
+    for own, top in pairs[alone:]:
+        assert own == max(top.values())
+
+
 def test_disconnect_frees_every_block(service: Deployment) -> None:
     body = {"model": DEFAULT_MODEL, "prompt": "Count: one, two,", "max_tokens": 800}
     body |= {"stream": True, "ignore_eos": True}
@@ -157,6 +204,7 @@ BAD: list[tuple[bytes, int]] = [
     (b'{"model": "M", "messages": [{"role": "user", "content": "\\u0000"}]}', 400),
     (b'{"model": "M", "messages": [{"role": "user", "content": "\xff\xfe"}]}', 400),
     (b'{"model": "M", "messages": [{"role": "user", "content": "x"}], "bogus": 1}', 400),
+    (b'{"model": "M", "messages": [{"role": "user", "content": "x"}], "guided_regex": "("}', 400),
     (b'{"model": "nobody", "messages": [{"role": "user", "content": "x"}]}', 404),
     (b'{"model": "M", "messages": [{"role": "user", "content": "' + b"long " * 3000 + b'"}]}', 400),
     (
@@ -203,6 +251,12 @@ def tree(directory: Path) -> dict[str, float]:
 
 def text_of(answer: dict[str, Any]) -> str:
     return str(answer["choices"][0]["text"])
+
+
+def total(service: Deployment, metric: str) -> float:
+    page = httpx.get(f"{service.url}/metrics", timeout=30).text
+    [line] = [line for line in page.splitlines() if line.startswith(f"{metric} ")]
+    return float(line.split()[1])
 
 
 def kv_bytes(service: Deployment) -> int:

@@ -29,13 +29,11 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):",
-    "Once upon a time, in a small village by the sea,",
-    "Q: What is 7 times 8?\nA:",
     "Les trois mousquetaires sont",
     "The following is a careful and detailed story about a lighthouse keeper. " * 8,
 ]
 NUM_ABORTS = 100
-BOOKS, SLOW_FETCH = "books", "slow-fetch"
+BOOKS, SLOW_FETCH, SLOW_FETCH_S = "books", "slow-fetch", 0.3
 """In a deployment's folder: where the stand-in writes what it holds, and how long a fetch waits."""
 
 
@@ -43,7 +41,7 @@ def answers(service: Deployment) -> list[tuple[str, int]]:
     """Greedy text and number of tokens for each prompt, first alone, then all at once."""
 
     def ask(prompt: str) -> tuple[str, int]:
-        answer = service.complete(prompt, max_tokens=24)
+        answer = service.complete(prompt, max_tokens=16)
         return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
     alone = [ask(prompt) for prompt in PROMPTS]
@@ -174,7 +172,7 @@ def test_a_hundred_aborts_in_any_phase_leave_no_block_behind(
     `kv_transfer.hold_s` is longer than this test."""
     disagg_router.wait("idle", idle)
     slow_fetch = disagg_router.directory / SLOW_FETCH
-    slow_fetch.write_text("0.3")
+    slow_fetch.write_text(str(SLOW_FETCH_S))
     before = {role: books(disagg_router, role) for role in ("prefill", "decode")}
     told = asyncio.run(leave_in_the_middle(disagg_router))
     slow_fetch.unlink()
@@ -187,36 +185,50 @@ def test_a_hundred_aborts_in_any_phase_leave_no_block_behind(
     for role in ("prefill", "decode"):
         found = settled_books(disagg_router, role)
         assert found["trouble"] == ""
-        assert found["num_requests"] > before[role]["num_requests"]
+        assert found["num_requests"] >= before[role]["num_requests"] + NUM_ABORTS // 2
         left = {name: found[name] for name in ("active_blocks", "requests", "fetches", "contexts")}
         assert not any(left.values()), (role, left)
-    assert books(disagg_router, "prefill")["aborted"]["context_only"] >= 5
-    assert books(disagg_router, "decode")["aborted"]["generation_only"] >= 20
+    # A prefill whose caller has left runs to its end and is fetched; a decode is aborted.
+    assert books(disagg_router, "decode")["aborted"]["generation_only"] >= NUM_ABORTS // 4
     assert answers(disagg_router) == from_torch
 
 
 async def leave_in_the_middle(service: Deployment) -> list[int]:
-    """Ask `NUM_ABORTS` times, at most 8 at once, and go away; how many tokens each had by then."""
+    """Ask `NUM_ABORTS` times, at most 8 at once, and go away at some moment of some phase; how many
+    tokens each had by then. What counts is progress, as time means little on a busy machine."""
     chance, room = random.Random(7), asyncio.Semaphore(8)
+    began = time.monotonic()
+    service.complete(PROMPTS[0], max_tokens=1)
+    prefill_s = time.monotonic() - began
 
     async def leave(number: int, client: httpx.AsyncClient) -> int:
         body = {
             "model": DEFAULT_MODEL,
-            "prompt": f"Story {number}: " + PROMPTS[-1][: chance.randrange(20, 400)],
+            "prompt": f"Story {number}: " + PROMPTS[-1][: chance.randrange(20, 200)],
             "max_tokens": 900,
             "ignore_eos": True,
             "stream": True,
         }
-        num_tokens, moment_s = 0, chance.uniform(0.0, 1.5)
+        num_tokens = 0
+        within_s, num_wanted, then_s = chance.choice(
+            [
+                (chance.uniform(0, prefill_s), 1, 0.0),
+                (60.0, 1, chance.uniform(0, SLOW_FETCH_S / 2)),
+                (60.0, chance.randrange(2, 9), 0.0),
+            ]
+        )
         async with room:
             with contextlib.suppress(TimeoutError):
                 async with (
-                    asyncio.timeout(moment_s),
+                    asyncio.timeout(within_s),
                     client.stream("POST", "/v1/completions", json=body) as response,
                 ):
                     assert response.status_code == 200
                     async for line in response.aiter_lines():
                         num_tokens += line.startswith("data: {")
+                        if num_tokens >= num_wanted:
+                            await asyncio.sleep(then_s)
+                            break
         return num_tokens
 
     async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:

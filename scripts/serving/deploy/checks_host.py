@@ -23,8 +23,10 @@ from serving.deploy.checks import Finding
 from serving.deploy.fingerprint import resolve_dtype, resolve_source
 from serving.deploy.model_files import local_files
 from serving.engine.files import human
+from serving.kv_transfer.nixl import REMEDY as NIXL_REMEDY
+from serving.kv_transfer.nixl import nixl_module
 
-PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 RUNTIME_BYTES = 600 * 10**6
 """Resident size of a worker without its weights: interpreter, torch, UCX (measured: 0.5 GB)."""
 MINIMUM_DISK_BYTES = 500 * 10**6
@@ -46,6 +48,7 @@ class HostFacts(Struct, frozen=True, kw_only=True):
     has_infiniband: bool
     unix_socket_error: str
     loopback_error: str
+    nixl: str = ""
 
 
 def observe(run_dir: Path) -> HostFacts:
@@ -62,6 +65,7 @@ def observe(run_dir: Path) -> HostFacts:
         disk_free=shutil.disk_usage(Path.cwd()).free,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         memlock=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        nixl=nixl_module(),
         has_infiniband=infiniband.is_dir() and any(infiniband.iterdir()),
         unix_socket_error=_try_unix_socket(run_dir),
         loopback_error=_try_loopback(),
@@ -143,6 +147,7 @@ def judge_host(config: Config, num_workers: int, device: str, facts: HostFacts) 
         _disk(stored, facts),
         _open_files(config, facts),
         _memlock(config, facts),
+        *_nixl(config, facts),
         Finding(
             "unix sockets",
             not facts.unix_socket_error,
@@ -196,7 +201,7 @@ def _open_files(config: Config, facts: HostFacts) -> Finding:
 
 
 def _memlock(config: Config, facts: HostFacts) -> Finding:
-    if config.kv_transfer.transport != "ucx" or not facts.has_infiniband:
+    if config.kv_transfer.transport == "tcp" or not facts.has_infiniband:
         return Finding("locked memory", True, "not needed: no InfiniBand device in use")
     unlimited = facts.memlock == resource.RLIM_INFINITY
     return Finding(
@@ -206,3 +211,18 @@ def _memlock(config: Config, facts: HostFacts) -> Finding:
         "`ulimit -l unlimited`, or a memlock line in /etc/security/limits.conf",
         warning=True,
     )
+
+
+def _nixl(config: Config, facts: HostFacts) -> list[Finding]:
+    """TensorRT-LLM has its own; for the torch engine it is an option that must be installed."""
+    if (config.kv_transfer.transport, config.engine.backend) != ("nixl", "torch"):
+        return []
+    contained = config.container.runtime != "none"
+    return [
+        Finding(
+            "nixl",
+            bool(facts.nixl) or contained,
+            "expected in the image" if contained else facts.nixl or "not installed",
+            NIXL_REMEDY,
+        )
+    ]

@@ -188,12 +188,16 @@ def _transfers(evidence: Evidence) -> Iterable[Finding]:
             yield Finding(
                 f"{row['instance_id']} kv transfer",
                 not failures,
-                f"{transfers} over {row['kv_transport']}, {failures} failed "
+                f"{transfers} over {row['kv_transport']}{_by(row['kv_route'])}, {failures} failed "
                 f"({row['local_prefill_fallbacks']} prompts prefilled locally)",
                 f"logs/worker-{row['instance_id']}.log names the cause; `snakemake check_ucx` "
                 "tries UCX alone",
                 warning=True,
             )
+
+
+def _by(route: str) -> str:
+    return f" ({route})" if route else ""
 
 
 def judge_routing(policy: str, cold: int, warm: int, known: float, block_size: int) -> Finding:

@@ -31,7 +31,7 @@ from serving.engine.trtllm.target import parallelism
 from serving.errors import ConfigError
 
 Device = Literal["cpu", "cuda"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -68,7 +68,7 @@ def _tensorrt_llm_parts(config: Config, device: Device) -> dict[str, Any]:
         "limits": [
             engine.max_model_len,
             engine.max_batch_size,
-            engine.max_num_batched_tokens,
+            engine.step_tokens(),
             engine.kv_cache_tokens,
             engine.host_cache_bytes,
         ],
@@ -153,7 +153,16 @@ def resolve_device(config: Config) -> Device:
 
 
 def resolve_dtype(config: Config) -> Dtype:
-    """`auto` is float32 on CPU (exactly the source's weights) and bfloat16 on CUDA."""
+    """`auto` is float32 on CPU (exactly the source's weights) and bfloat16 on CUDA.
+
+    Raises ConfigError for int8 where `engine.device: auto` means CUDA.
+    """
+    if config.engine.dtype == "int8" and resolve_device(config) == "cuda":
+        raise ConfigError(
+            "engine.dtype",
+            "int8 is for CPUs, and this machine has a GPU that would be used",
+            remedy="set it to auto, or `engine.device: cpu`",
+        )
     if config.engine.dtype != "auto":
         return config.engine.dtype
     return "bfloat16" if resolve_device(config) == "cuda" else "float32"

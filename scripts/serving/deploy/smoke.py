@@ -150,7 +150,9 @@ class Smoke:
             raise ServiceFailed(f"/metrics counts no bytes with transport {wanted}")
         if failures or fallbacks:
             raise ServiceFailed(f"{failures} transfers failed, {fallbacks} local prefills")
-        return f"{num_bytes / 1e6:.1f} MB in {transfers} transfers over {wanted}"
+        routes = {row["kv_route"] for row in state["instances"] if row["kv_bytes_received"]}
+        carried = f" ({', '.join(sorted(routes))})" if any(routes) else ""
+        return f"{num_bytes / 1e6:.1f} MB in {transfers} transfers over {wanted}{carried}"
 
     async def at_once(self) -> str:
         answers = await asyncio.gather(

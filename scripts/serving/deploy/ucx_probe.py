@@ -18,7 +18,7 @@ import numpy as np
 from serving.errors import OperatorError, ServingError
 from serving.kv_layout import KvLayout
 from serving.kv_transfer import make_transfer
-from serving.kv_transfer.base import KvTransfer
+from serving.kv_transfer.base import KvTransfer, Progress
 from serving.protocol import KvTransferParams
 
 LAYOUT = KvLayout(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="float32")
@@ -44,6 +44,9 @@ class Held:
         if (request_id, nonce) != (REQUEST_ID, NONCE):
             raise PermissionError(request_id)
         return NUM_BLOCKS
+
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
+        return Progress(self.open(request_id, nonce), 0)
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         target = np.frombuffer(out, dtype=np.uint8)

@@ -56,6 +56,7 @@ class TransferStats(Struct):
     failures: int = 0
     seconds: float = 0.0
     local_prefills: int = 0
+    route: str = ""
 
 
 class StepSink(Protocol):
@@ -79,8 +80,8 @@ class Engine(ABC):
     def submit(self, request: EngineRequest) -> None:
         """Queue a request of phase `agg` or `prefill`; outputs arrive at the sink.
 
-        Raises InvalidRequest (it can never run) or Overloaded (`max_waiting` reached). A
-        `prefill` request ends with its first token and `finish_reason="length"` or `"stop"`;
+        Raises InvalidRequest (it can never run) or Overloaded (`max_waiting` reached). An output
+        without tokens and finish_reason says that a `prefill` got further. It ends with its first token and `finish_reason="length"` or `"stop"`;
         its blocks stay held (see KvBlocks.exported) until released.
         """
 
@@ -118,8 +119,11 @@ class KvReservation(Protocol):
         """Scatter fetched blocks. `first` is relative to the prompt's block 0; `data` is a
         buffer of whole blocks in wire order (`kv_layout`). May be called from any thread."""
 
-    def commit(self) -> None:
-        """All of it is written: register the blocks for prefix hits and start decoding."""
+    def commit(self, token: int | None = None) -> None:
+        """All of it is written: register the blocks for prefix hits and start decoding.
+
+        `token` replaces the request's last one, where that was not known yet.
+        """
 
 
 class KvBlocks(Protocol):
@@ -128,10 +132,15 @@ class KvBlocks(Protocol):
     def exported(self, request_id: str) -> int:
         """Number of blocks held for a finished prefill; 0 when unknown or already released."""
 
-    def read(self, request_id: str, first: int, out: Any, /) -> None:
-        """Gather held blocks into `out` (a writable buffer of whole blocks, wire order).
+    def computed(self, request_id: str) -> int:
+        """Number of leading blocks of a prefill that can be read already: full ones while it is
+        being computed (this may go back to 0 when it is preempted), all when it is finished."""
 
-        Safe from any thread: held blocks are immutable. Raises KeyError when not held.
+    def read(self, request_id: str, first: int, out: Any, /) -> None:
+        """Gather computed blocks into `out` (a writable buffer of whole blocks, wire order).
+
+        Safe from any thread: they are immutable, and kept until this returns. Raises KeyError when
+        they are not there (any more).
         """
 
     def release(self, request_id: str) -> None:

@@ -182,6 +182,7 @@ class Instances:
                     "cached_blocks": report.cached_blocks if report else 0,
                     "num_blocks": info.num_blocks,
                     "kv_transport": report.kv_transport if report else "",
+                    "kv_route": report.kv_route if report else "",
                     "kv_bytes_received": report.kv_bytes_received if report else 0,
                     "kv_transfers": report.kv_transfers if report else 0,
                     "kv_transfer_failures": report.kv_transfer_failures if report else 0,

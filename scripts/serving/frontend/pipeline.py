@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from serving.errors import DeadlineExceeded, InstanceLost, NoInstances, Overloaded
+from serving.errors import DeadlineExceeded, EngineFailed, InstanceLost, NoInstances, Overloaded
+from serving.frontend.early_decode import EarlyDecode
 from serving.frontend.engine_handover import EngineHandovers
 from serving.frontend.instances import Instances
 from serving.frontend.metrics import Metrics
@@ -28,6 +29,7 @@ from serving.protocol import (
     EngineTransferParams,
     ModelCard,
     Phase,
+    TransferParams,
 )
 from serving.rpc import RpcClient
 
@@ -64,7 +66,7 @@ class Sequence:
     def request(self, phase: Phase, left_s: float, **more: Any) -> EngineRequest:
         return EngineRequest(
             request_id=self.prepared.request_id,
-            token_ids=self.token_ids,
+            token_ids=more.pop("token_ids", self.token_ids),
             num_prompt_tokens=len(self.prepared.token_ids),
             sampling=self.prepared.sampling,
             phase=phase,
@@ -148,10 +150,20 @@ class Pipeline:
                 async for output in outputs:
                     yield output
             return
+        async with (
+            EarlyDecode() as early,
+            aclosing(self._handed_over(sequence, early)) as outputs,
+        ):
+            async for output in outputs:
+                yield output
+
+    async def _handed_over(
+        self, sequence: Sequence, early: EarlyDecode
+    ) -> AsyncGenerator[EngineOutput, None]:
         with self._route(sequence, "prefill") as source:
             prompt = sequence.request("prefill", self._deadlines.total_s)
             prompt = msgspec.structs.replace(prompt, token_ids=list(prompt.token_ids))
-            compute = self._prefill(sequence, source)
+            compute = self._prefill(sequence, source, early)
             if self._instances.client(source.instance_id).info.kv_by_engine:
                 first = await self._handovers.prefill(prompt, compute)
             else:
@@ -163,24 +175,59 @@ class Pipeline:
         fetched = False
         try:
             yield msgspec.structs.replace(first, finish_reason=None, kv_transfer_params=None)
-            with self._route(sequence, "decode") as route:
-                stream = self._stream(sequence, route, "decode", kv_transfer_params=params)
-                async with aclosing(stream) as outputs:
-                    try:
-                        async for output in outputs:
-                            fetched = True
-                            yield output
-                    except (asyncio.CancelledError, GeneratorExit, DeadlineExceeded):
-                        # An engine that moves KV itself fetches it once asked, aborted or not.
-                        fetched = fetched or isinstance(params, EngineTransferParams)
-                        raise
+            async with aclosing(self._decode(sequence, early, params)) as outputs:
+                try:
+                    async for output in outputs:
+                        fetched = True
+                        yield output
+                except (asyncio.CancelledError, GeneratorExit, DeadlineExceeded):
+                    # An engine that moves KV itself fetches it once asked, aborted or not.
+                    fetched = fetched or isinstance(params, EngineTransferParams)
+                    raise
         finally:
             if not fetched:  # the prefill instance still holds the blocks
                 self._let_go(source.instance_id, prompt, first)
 
-    async def _prefill(self, sequence: Sequence, source: Route) -> EngineOutput:
+    async def _prefill(self, sequence: Sequence, source: Route, early: EarlyDecode) -> EngineOutput:
         async with aclosing(self._stream(sequence, source, "prefill")) as outputs:
-            return await anext(outputs)
+            async for output in outputs:
+                if output.finish_reason is not None:
+                    return output
+                params, token_ids = output.kv_transfer_params, list(sequence.token_ids)
+                early.start(self._follow(sequence, token_ids, params))
+        raise AssertionError("a stream ends with a finish_reason or raises")
+
+    async def _follow(
+        self, sequence: Sequence, token_ids: list[int], params: TransferParams | None
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """The decode of a prefill of `token_ids` that is going on."""
+        more = {"kv_transfer_params": params, "follows_prefill": True}
+        with self._route(sequence, "decode") as route:
+            stream = self._stream(sequence, route, "decode", token_ids=token_ids, **more)
+            async with aclosing(stream) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def _decode(
+        self, sequence: Sequence, early: EarlyDecode, params: TransferParams
+    ) -> AsyncGenerator[EngineOutput, None]:
+        if early.started:
+            begun = False
+            try:
+                async with aclosing(early.outputs()) as outputs:
+                    async for output in outputs:
+                        begun = True
+                        yield output
+                return
+            except (InstanceLost, Overloaded, EngineFailed) as exc:
+                if begun or not self._router.instances("decode", exclude=sequence.tried):
+                    raise
+                log.info("%s is decoded after all: %s", sequence.prepared.request_id, exc)
+        with self._route(sequence, "decode") as route:
+            stream = self._stream(sequence, route, "decode", kv_transfer_params=params)
+            async with aclosing(stream) as outputs:
+                async for output in outputs:
+                    yield output
 
     async def _take_turn(self, sequence: Sequence) -> None:
         """In a burst, let the frontends before us decide first."""
@@ -241,9 +288,12 @@ class Pipeline:
             request = sequence.request(phase, sequence.deadline - loop.time(), **more)
             async with self._instances.client(instance_id).generate(request) as outputs:
                 wait_s, waiting_for = self._deadlines.prefill_s, "prefill"
+                until = loop.time() + wait_s
                 while True:
+                    if waiting_for == "token":  # the caller may have taken its time meanwhile
+                        until = loop.time() + wait_s
                     try:
-                        async with asyncio.timeout_at(min(loop.time() + wait_s, sequence.deadline)):
+                        async with asyncio.timeout_at(min(until, sequence.deadline)):
                             output = await anext(outputs)
                     except TimeoutError:
                         if loop.time() >= sequence.deadline:
@@ -251,6 +301,9 @@ class Pipeline:
                         if waiting_for == "prefill":
                             raise DeadlineExceeded(waiting_for, wait_s) from None
                         raise InstanceLost(instance_id, f"silent for {wait_s:g} s") from None
+                    if output.kv_transfer_params is not None and output.finish_reason is None:
+                        yield output  # the prefill goes on, and so does its deadline
+                        continue
                     if waiting_for == "prefill":
                         route.first_output()
                         wait_s, waiting_for = self._deadlines.token_s, "token"

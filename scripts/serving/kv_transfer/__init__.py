@@ -1,10 +1,9 @@
-"""Moving KV blocks between workers, over UCX or plain TCP."""
+"""Moving KV blocks between workers, over UCX, NIXL or plain TCP."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from serving.errors import ConfigError
 from serving.kv_layout import KvLayout
 from serving.kv_transfer.base import KvTransfer
 
@@ -14,20 +13,27 @@ def make_transfer(
     layout: KvLayout,
     *,
     host: str,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
     connect_s: float,
     transfer_s: float,
+    device: str = "cpu",
 ) -> KvTransfer:
-    """The transport called `name` (`kv_transfer.transport`). UCX itself loads in `serve`."""
+    """The transport called `name` (`kv_transfer.transport`); its library loads in `serve`.
+
+    See `KvTransfer` for `chunk_bytes` and `device`.
+    """
     transport: type[KvTransfer]
     if name == "nixl":
-        raise ConfigError(
-            "kv_transfer.transport", "only TensorRT-LLM moves KV over NIXL", remedy="set `ucx`"
-        )
-    if name == "ucx":
+        from serving.kv_transfer.nixl import NixlTransfer as transport
+    elif name == "ucx":
         from serving.kv_transfer.ucx import UcxTransfer as transport
     else:
         from serving.kv_transfer.tcp import TcpTransfer as transport
     return transport(
-        layout, host=host, chunk_bytes=chunk_bytes, connect_s=connect_s, transfer_s=transfer_s
+        layout,
+        host=host,
+        chunk_bytes=chunk_bytes,
+        connect_s=connect_s,
+        transfer_s=transfer_s,
+        device=device,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from serving.kv_layout import KvLayout
 from serving.protocol import KvTransferParams
@@ -18,11 +18,23 @@ ChunkSink = Callable[[int, Any], None]
 Called off the event loop's thread."""
 
 
+class Progress(NamedTuple):
+    """How far a prefill is: `num_blocks` can be pulled; with `token`, its first one, it is over."""
+
+    num_blocks: int
+    token: int | None = None
+
+
 class BlockSource(Protocol):
     """Where the prefill side gets the bytes: checks the nonce, gathers, releases."""
 
     def open(self, request_id: str, nonce: str) -> int:
-        """Number of blocks held. Raises PermissionError for a wrong nonce, KeyError if not held."""
+        """Number of blocks that are or will be held. Raises PermissionError for a wrong nonce,
+        KeyError if not held."""
+
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
+        """Waits until more than `beyond` blocks are computed, or the prefill is over. Raises like
+        `open`, also when the prefill ends in any other way."""
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         """Gather whole blocks into the writable buffer `out`. Called off the event loop's thread."""
@@ -39,30 +51,49 @@ class KvTransfer(ABC):
         layout: KvLayout,
         *,
         host: str,
-        chunk_bytes: int,
+        chunk_bytes: int | None,
         connect_s: float,
         transfer_s: float,
+        device: str = "cpu",
     ) -> None:
+        """`chunk_bytes` None: what suits the memory. `device` is where the engine's blocks are
+        (`cpu`, `cuda`, `cuda:1`)."""
         self.layout = layout
         self.host = host
+        self.chunk_bytes, self.device = chunk_bytes, device
         self.connect_s, self.transfer_s = connect_s, transfer_s
-        self.chunk_blocks = max(1, chunk_bytes // layout.block_bytes)
 
     address: str
-    """What peers connect to, once serving: `ucx://host:port` or `tcp://host:port`."""
+    """What peers connect to, once serving: `ucx://host:port`, for example."""
+
+    route = ""
+    """What carried the blocks of the latest pull, for people: `cuda_ipc`, or `tcp`."""
 
     @abstractmethod
     async def serve(self, source: BlockSource) -> None:
         """Listen (on an ephemeral port of `host`) and answer pulls until `close`."""
 
     @abstractmethod
+    async def progress(self, params: KvTransferParams, beyond: int, within_s: float) -> Progress:
+        """Wait for a prefill that is going on; see `BlockSource.progress`.
+
+        Raises KvTransferFailed, also when nothing happened `within_s`. Cancellable.
+        """
+
+    @abstractmethod
     async def pull(
-        self, params: KvTransferParams, first_block: int, num_blocks: int, sink: ChunkSink
+        self,
+        params: KvTransferParams,
+        first_block: int,
+        num_blocks: int,
+        sink: ChunkSink,
+        *,
+        more_follows: bool = False,
     ) -> int:
         """Fetch `num_blocks` from `first_block` on; returns bytes received.
 
         Gather, transport and scatter of consecutive chunks overlap. With `num_blocks == 0` only
-        tells the source that it is done. Raises KvTransferFailed on refusal, loss, or when
+        tells the source that it is done, which is told after any pull unless `more_follows`. Raises KvTransferFailed on refusal, loss, or when
         `connect_s` or `transfer_s` ran out; `sink` is not called again after that. Cancellable.
         """
 

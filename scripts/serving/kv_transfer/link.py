@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from serving.kv_layout import KvLayout
-from serving.kv_transfer.staging import Buffer, StagingPool, Unsettled
+from serving.kv_transfer.gpu_memory import Gpu
+from serving.kv_transfer.memory import Staging
+from serving.kv_transfer.staging import Buffer, Unsettled
 from serving.kv_transfer.wire import Connection, Hello
 
 T = TypeVar("T")
 
 SETTLE_S = 1.0  # what messages under way get to end after a transfer failed
-DEPTH = 2  # chunks staged per transfer: one is copied while the other travels
-STAGING_BUFFERS = 8 * DEPTH  # of a chunk each, per direction; more transfers wait for their turn
 
 
 class Link(ABC):
@@ -33,12 +33,19 @@ class Link(ABC):
     in place of a chunk is a Refusal; after either, only `close` makes sense.
     """
 
+    on_gpu = False
+    """Whether the two ends' GPU memory is within reach of each other."""
+
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
     @abstractmethod
     async def open(self) -> None:
         """Make ready to send. Called before each pull, and only once the peer is entitled."""
+
+    @abstractmethod
+    def route(self, on_gpu: bool) -> str:
+        """What carries the blocks, for people to read. For the source, once it is open."""
 
     @abstractmethod
     async def send(self, tag: int, index: int, data: Buffer) -> None:
@@ -68,11 +75,16 @@ class Carrier(ABC):
     """One transport of one worker: makes links."""
 
     scheme: str
+    reaches_gpus = False
+    """Whether it moves GPU memory to another GPU of the host. Known when started."""
 
     @abstractmethod
     async def start(self) -> bytes:
         """Prepare; returns the address of this side's data endpoint, sent in Hello. Raises
         OperatorError when the transport cannot work here."""
+
+    def register(self, memory: Buffer) -> None:  # noqa: B027, most need not know it
+        """Staging memory, before any of it is sent or received."""
 
     @abstractmethod
     def link(self, connection: Connection, peer: Hello) -> Link: ...
@@ -89,14 +101,19 @@ class Side:
     carrier: Carrier
     endpoint: bytes
     layout: KvLayout
-    chunk_blocks: int
+    chunk_bytes: int | None
+    gpu: Gpu | None  # where the engine's blocks are; None: in host memory
     threads: ThreadPoolExecutor
     connect_s: float
     transfer_s: float
 
-    def staging(self) -> StagingPool:
-        """Each half has its own: two workers that pull from each other must not wait in a ring."""
-        return StagingPool(self.chunk_blocks * self.layout.block_bytes, STAGING_BUFFERS)
+    def staging(self) -> Staging:
+        return Staging(self.layout, self.chunk_bytes, self.gpu, self.carrier.register)
+
+    @property
+    def shared_gpu(self) -> Gpu | None:
+        """The GPU, where the transport can reach it."""
+        return self.gpu if self.carrier.reaches_gpus else None
 
 
 async def finish(work: Awaitable[T]) -> T:

@@ -7,15 +7,22 @@ import functools
 import itertools
 import secrets
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
+import msgspec
+
 from serving.errors import KvTransferFailed
-from serving.kv_transfer.base import ChunkSink
-from serving.kv_transfer.link import DEPTH, Link, Side, finish, stop
+from serving.kv_transfer.base import ChunkSink, Progress
+from serving.kv_transfer.link import Link, Side, finish, stop
+from serving.kv_transfer.memory import Reach
 from serving.kv_transfer.staging import Buffer, Lease
 from serving.kv_transfer.wire import (
     WIRE_VERSION,
+    Computed,
     Connection,
+    Follow,
     Granted,
     Hello,
     Message,
@@ -37,6 +44,8 @@ class Puller:
     def __init__(self, side: Side) -> None:
         self._side = side
         self._staging = side.staging()
+        self._reach = Reach(side.shared_gpu, self._staging)
+        self.route = ""
         self._idle: dict[str, list[Link]] = {}
         self._running: set[asyncio.Timeout] = set()
         self._none_running = asyncio.Event()
@@ -46,32 +55,67 @@ class Puller:
         # for a chunk of this one.
         self._tags = itertools.count(secrets.randbits(39) << 24, 1 << 24)
 
+    async def progress(self, params: KvTransferParams, beyond: int, within_s: float) -> Progress:
+        """See `KvTransfer.progress`."""
+        follow = Follow(params.request_id, params.nonce, beyond)
+        async with self._bounded(params, within_s):
+            while True:
+                link, reused = await self._take(params.address)
+                try:
+                    reply = await self._exchange(link, follow, within_s)
+                except BaseException as exc:
+                    await finish(self._discard(link))
+                    if reused and isinstance(exc, ConnectionError):
+                        continue  # it ended while idle
+                    raise
+                break
+            self._keep(params.address, link)
+            if isinstance(reply, Computed):
+                return Progress(reply.num_blocks, reply.token)
+            if isinstance(reply, Refused):
+                raise Refusal(reply.reason)
+            raise ProtocolError("neither computed nor refused")
+
     async def pull(
-        self, params: KvTransferParams, first_block: int, num_blocks: int, sink: ChunkSink
+        self,
+        params: KvTransferParams,
+        first_block: int,
+        num_blocks: int,
+        sink: ChunkSink,
+        *,
+        more_follows: bool,
     ) -> int:
         """See `KvTransfer.pull`."""
-        failed = functools.partial(KvTransferFailed, params.request_id, params.source_instance)
-        if self._closed:
-            raise failed("this side is closed")
-        if params.layout != self._side.layout.fingerprint:
-            raise failed(f"its layout is {params.layout}, ours {self._side.layout.fingerprint}")
         request = Pull(
             request_id=params.request_id,
             nonce=params.nonce,
             layout=self._side.layout.fingerprint,
             first_block=first_block,
             num_blocks=num_blocks,
-            chunk_blocks=self._side.chunk_blocks,
+            chunk_blocks=1,
             tag=next(self._tags),
+            more_follows=more_follows,
         )
-        deadline = asyncio.timeout(self._side.transfer_s)
+        async with self._bounded(params, self._side.transfer_s):
+            await self._pull(params.address, request, sink)
+        return num_blocks * self._side.layout.block_bytes
+
+    @asynccontextmanager
+    async def _bounded(self, params: KvTransferParams, within_s: float) -> AsyncIterator[None]:
+        """Something asked of a peer: ends in time, when this side closes, and fails in one way."""
+        failed = functools.partial(KvTransferFailed, params.request_id, params.source_instance)
+        if self._closed:
+            raise failed("this side is closed")
+        if params.layout != self._side.layout.fingerprint:
+            raise failed(f"its layout is {params.layout}, ours {self._side.layout.fingerprint}")
+        deadline = asyncio.timeout(within_s)
         self._running.add(deadline)
         self._none_running.clear()
         try:
             async with deadline:
-                await self._pull(params.address, request, sink)
+                yield
         except TimeoutError as exc:
-            why = f"not complete within {self._side.transfer_s:g} s"
+            why = f"not complete within {within_s:g} s"
             if self._closed:
                 why = "this side was closed"
             elif not deadline.expired():
@@ -83,7 +127,6 @@ class Puller:
             self._running.discard(deadline)
             if not self._running:
                 self._none_running.set()
-        return num_blocks * self._side.layout.block_bytes
 
     async def close(self) -> None:
         """Fail what is under way, then close every link."""
@@ -98,9 +141,13 @@ class Puller:
         self._idle.clear()
 
     async def _pull(self, address: str, request: Pull, sink: ChunkSink) -> None:
-        depth = min(DEPTH, -(-request.num_blocks // self._side.chunk_blocks))
-        async with self._staging.lease(depth) as lease:
+        on_gpu = await self._is_within_reach(address)
+        chunk_blocks = self._staging.chunk_blocks(on_gpu, request.num_blocks)
+        request = msgspec.structs.replace(request, chunk_blocks=chunk_blocks, on_gpu=on_gpu)
+        depth = min(self._staging.depth(on_gpu), -(-request.num_blocks // chunk_blocks))
+        async with self._staging.pool(on_gpu).lease(depth) as lease:
             link, granted = await self._ask(address, request, lease)
+            self.route = granted.route
             try:
                 await self._fetch(link, request, granted, lease.buffers, sink)
                 await link.connection.send(Received())
@@ -120,7 +167,7 @@ class Puller:
         self, link: Link, request: Pull, granted: Granted, buffers: list[Buffer], sink: ChunkSink
     ) -> None:
         """Scatter chunk k while chunk k + 1 arrives."""
-        if not 1 <= granted.chunk_blocks <= self._side.chunk_blocks:
+        if not 1 <= granted.chunk_blocks <= request.chunk_blocks:
             raise ProtocolError(f"chunks of {granted.chunk_blocks} blocks")
         chunks = chunk_ranges(request.first_block, request.num_blocks, granted.chunk_blocks)
         loop = asyncio.get_running_loop()
@@ -151,7 +198,12 @@ class Puller:
         """A link on which the peer granted the request. Raises Refusal or OSError."""
         while True:
             link, reused = await self._take(address)
-            asking = asyncio.create_task(self._exchange(link, request), name="kv-ask")
+            if link.on_gpu < request.on_gpu:
+                self._keep(address, link)
+                raise ConnectionError("another peer, whose GPU is out of reach, took its place")
+            asking = asyncio.create_task(
+                self._exchange(link, request, self._side.connect_s), name="kv-ask"
+            )
             try:
                 reply = await finish(asking)
             except asyncio.CancelledError:
@@ -173,13 +225,21 @@ class Puller:
             await self._discard(link)
             raise ProtocolError("neither granted nor refused")
 
-    async def _exchange(self, link: Link, request: Pull) -> Message:
+    async def _exchange(self, link: Link, request: Message, within_s: float) -> Message:
         try:
-            async with asyncio.timeout(self._side.connect_s):
+            async with asyncio.timeout(within_s):
                 await link.connection.send(request)
                 return await link.connection.receive()
         except TimeoutError as exc:
-            raise TimeoutError(f"no answer within {self._side.connect_s:g} s") from exc
+            raise TimeoutError(f"no answer within {within_s:g} s") from exc
+
+    async def _is_within_reach(self, address: str) -> bool:
+        """Whether the peer's GPU is; a link to it knows."""
+        if self._side.shared_gpu is None:
+            return False
+        link, _ = await self._take(address)
+        self._keep(address, link)
+        return link.on_gpu
 
     async def _take(self, address: str) -> tuple[Link, bool]:
         """A link to the peer, and whether it was used before."""
@@ -197,15 +257,16 @@ class Puller:
     async def _connect(self, address: str) -> Link:
         connection = await Connection.open(*self._host_and_port(address))
         try:
-            await connection.send(
-                Hello(WIRE_VERSION, self._side.carrier.scheme, self._side.endpoint)
-            )
+            carrier, memory = self._side.carrier, self._reach.mine
+            await connection.send(Hello(WIRE_VERSION, carrier.scheme, self._side.endpoint, memory))
             hello = await connection.receive()
             if not isinstance(hello, Hello):
                 raise ProtocolError("no hello")
-            if (hello.version, hello.transport) != (WIRE_VERSION, self._side.carrier.scheme):
+            if (hello.version, hello.transport) != (WIRE_VERSION, carrier.scheme):
                 raise ProtocolError(f"it speaks {hello.transport} version {hello.version}")
-            return self._side.carrier.link(connection, hello)
+            link = carrier.link(connection, hello)
+            link.on_gpu = await self._reach.includes(address, hello.memory)
+            return link
         except BaseException:
             connection.close()
             raise

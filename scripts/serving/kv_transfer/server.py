@@ -6,14 +6,18 @@ import asyncio
 import functools
 import logging
 import socket
+from collections import deque
 
 from serving.kv_transfer.base import BlockSource
-from serving.kv_transfer.link import DEPTH, SETTLE_S, Link, Side, all_of, finish, stop
+from serving.kv_transfer.link import SETTLE_S, Link, Side, all_of, finish, stop
+from serving.kv_transfer.memory import offer
 from serving.kv_transfer.staging import Buffer
 from serving.kv_transfer.wire import (
     MAX_CHUNKS,
     WIRE_VERSION,
+    Computed,
     Connection,
+    Follow,
     Granted,
     Hello,
     Message,
@@ -99,6 +103,9 @@ class BlockServer:
             while True:
                 # Between pulls a connection may idle for as long as the peer keeps it.
                 request = await connection.receive()
+                if isinstance(request, Follow):
+                    await self._tell_progress(request, link)
+                    continue
                 async with asyncio.timeout(self._side.transfer_s):
                     await self._answer(request, link)
         except TimeoutError:
@@ -115,11 +122,21 @@ class BlockServer:
         hello = await connection.receive()
         if not isinstance(hello, Hello):
             raise ProtocolError("no hello")
-        mine = Hello(WIRE_VERSION, self._side.carrier.scheme, self._side.endpoint)
+        memory = await offer(self._side.shared_gpu, self._staging, hello.memory)
+        mine = Hello(WIRE_VERSION, self._side.carrier.scheme, self._side.endpoint, memory)
         await connection.send(mine)
         if (hello.version, hello.transport) != (mine.version, mine.transport):
             raise ProtocolError(f"the peer speaks {hello.transport} version {hello.version}")
         return self._side.carrier.link(connection, hello)
+
+    async def _tell_progress(self, follow: Follow, link: Link) -> None:
+        """Waits for as long as the prefill takes: its end, whatever it is, ends this too."""
+        try:
+            progress = await self._source.progress(follow.request_id, follow.nonce, follow.beyond)
+        except (PermissionError, KeyError) as exc:
+            await link.connection.send(Refused(_why(exc)))
+            return
+        await link.connection.send(Computed(*progress))
 
     async def _answer(self, pull: Message, link: Link) -> None:
         if not isinstance(pull, Pull):
@@ -130,12 +147,13 @@ class BlockServer:
             await link.connection.send(Refused(str(refusal)))
             return
         await link.open()
-        await link.connection.send(Granted(chunk_blocks))
+        await link.connection.send(Granted(chunk_blocks, link.route(pull.on_gpu)))
         chunks = chunk_ranges(pull.first_block, pull.num_blocks, chunk_blocks)
         # From before the wait for memory on: who left meanwhile is not sent anything.
         listening = asyncio.create_task(link.connection.receive(), name="kv-reply")
         try:
-            async with self._staging.lease(min(DEPTH, len(chunks))) as lease:
+            depth = min(self._staging.depth(pull.on_gpu), len(chunks))
+            async with self._staging.pool(pull.on_gpu).lease(depth) as lease:
                 try:
                     received = await self._deliver(pull, chunks, lease.buffers, link, listening)
                 except BaseException:
@@ -143,7 +161,7 @@ class BlockServer:
                     raise
         finally:
             await stop([listening])
-        if received:
+        if received and not pull.more_follows:
             self._source.done(pull.request_id)
 
     async def _deliver(
@@ -186,15 +204,16 @@ class BlockServer:
             raise Refusal(f"layout {pull.layout} asked for, {self._side.layout.fingerprint} held")
         try:
             held = self._source.open(pull.request_id, pull.nonce)
-        except PermissionError:
-            raise Refusal("wrong nonce") from None
-        except KeyError:
-            raise Refusal("not held here (any more)") from None
+        except (PermissionError, KeyError) as exc:
+            raise Refusal(_why(exc)) from None
         if not 0 <= pull.first_block <= pull.first_block + pull.num_blocks <= held:
             raise Refusal(
                 f"{pull.num_blocks} blocks from {pull.first_block} on asked for, {held} held"
             )
-        chunk_blocks = min(pull.chunk_blocks, self._side.chunk_blocks)
+        if pull.on_gpu and not self._staging.has_gpu:
+            raise Refusal("no GPU memory was offered here")
+        mine = self._staging.chunk_blocks(pull.on_gpu, pull.num_blocks)
+        chunk_blocks = min(pull.chunk_blocks, mine)
         if chunk_blocks < 1 or pull.num_blocks > chunk_blocks * MAX_CHUNKS:
             raise Refusal(f"chunks of {chunk_blocks} blocks")
         return chunk_blocks
@@ -207,18 +226,34 @@ class BlockServer:
         link: Link,
         sends: list[asyncio.Task[None]],
     ) -> None:
-        """Gather chunk k + 1 while chunk k travels; `sends` grows by a task for each."""
-        for index, (first, count) in enumerate(chunks):
-            if index >= len(buffers):
-                await all_of([sends[index - len(buffers)]])
-            data = buffers[index % len(buffers)][: count * self._side.layout.block_bytes]
-            try:
-                await self._gather(pull.request_id, first, data)
-            except Refusal as refusal:
-                await all_of(sends)  # the refusal comes in the place of the next chunk
-                await link.connection.send(Refused(str(refusal)))
-                raise
-            sends.append(asyncio.create_task(link.send(pull.tag, index, data), name="kv-chunk"))
+        """Gather into whatever buffers are free while chunks travel, and send in order; `sends`
+        grows by a task for each chunk."""
+        gathers: deque[tuple[asyncio.Task[None], Buffer]] = deque()
+        try:
+            for index in range(len(chunks)):
+                ahead = index + len(gathers)
+                while ahead < min(len(chunks), index + len(buffers)):
+                    if ahead >= len(buffers):
+                        sent = sends[ahead - len(buffers)]
+                        if gathers and not sent.done():
+                            break
+                        await all_of([sent])
+                    first, count = chunks[ahead]
+                    data = buffers[ahead % len(buffers)][: count * self._side.layout.block_bytes]
+                    gather = self._gather(pull.request_id, first, data)
+                    gathers.append((asyncio.create_task(gather, name="kv-gather"), data))
+                    ahead += 1
+                gathered, data = gathers[0]
+                try:
+                    await gathered
+                except Refusal as refusal:
+                    await all_of(sends)  # the refusal comes in the place of the next chunk
+                    await link.connection.send(Refused(str(refusal)))
+                    raise
+                gathers.popleft()
+                sends.append(asyncio.create_task(link.send(pull.tag, index, data), name="kv-chunk"))
+        finally:
+            await stop(gathered for gathered, _ in gathers)
         await all_of(sends)
 
     async def _gather(self, request_id: str, first: int, data: Buffer) -> None:
@@ -231,3 +266,7 @@ class BlockServer:
         except Exception as exc:
             log.exception("cannot read the blocks of %s", request_id)
             raise Refusal(f"cannot read the blocks: {exc}") from exc
+
+
+def _why(exc: PermissionError | KeyError) -> str:
+    return "wrong nonce" if isinstance(exc, PermissionError) else "not held here (any more)"

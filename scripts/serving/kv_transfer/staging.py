@@ -10,16 +10,25 @@ import asyncio
 import logging
 import mmap
 from collections import deque
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
 
+from serving.kv_transfer.gpu_memory import GpuBuffer
+
 log = logging.getLogger(__name__)
 
-Buffer = np.ndarray[Any, np.dtype[np.uint8]]
+HostBuffer = np.ndarray[Any, np.dtype[np.uint8]]
+Buffer = HostBuffer | GpuBuffer
 Unsettled = Collection[asyncio.Future[Any]]
+
+
+def host_pages(num_bytes: int) -> HostBuffer:
+    """Private pages: aligned, made when first touched, returned to the system when dropped."""
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype=np.uint8)
 
 
 class Lease:
@@ -37,8 +46,14 @@ class Lease:
 class StagingPool:
     """At most `capacity` buffers of `buffer_bytes`, made when first needed and then kept."""
 
-    def __init__(self, buffer_bytes: int, capacity: int) -> None:
+    def __init__(
+        self,
+        buffer_bytes: int,
+        capacity: int,
+        make: Callable[[int], Buffer] = host_pages,
+    ) -> None:
         self.buffer_bytes, self.capacity = buffer_bytes, capacity
+        self._make_buffer = make
         self._free: list[Buffer] = []
         self._num_made = 0
         self._waiting: deque[tuple[int, asyncio.Future[list[Buffer]]]] = deque()
@@ -89,9 +104,7 @@ class StagingPool:
 
     def _make(self) -> Buffer:
         self._num_made += 1
-        # Private pages: aligned, made when first touched, returned to the system when dropped.
-        pages = mmap.mmap(-1, self.buffer_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return np.frombuffer(pages, dtype=np.uint8)
+        return self._make_buffer(self.buffer_bytes)
 
     def _give_back(self, buffers: list[Buffer]) -> None:
         self._free.extend(buffers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from serving.kv_transfer.gpu_memory import GpuBuffer
 from serving.kv_transfer.link import Carrier, Link
 from serving.kv_transfer.staging import Buffer, Unsettled
 from serving.kv_transfer.transfer import LinkedTransfer
@@ -20,9 +21,13 @@ class TcpLink(Link):
     async def open(self) -> None:
         """The connection is the way."""
 
+    def route(self, on_gpu: bool) -> str:
+        return "tcp"
+
     async def send(self, tag: int, index: int, data: Buffer) -> None:
         async with self._sending:
             await self.connection.send(Chunk(index))
+            assert not isinstance(data, GpuBuffer), "a carrier that reaches no GPU"
             await self.connection.send_bytes(data.data)
 
     async def receive(self, tag: int, index: int, data: Buffer) -> None:
@@ -32,6 +37,7 @@ class TcpLink(Link):
                 raise Refusal(message.reason)
             if message != Chunk(index):
                 raise ProtocolError(f"{message} instead of chunk {index}")
+            assert not isinstance(data, GpuBuffer), "a carrier that reaches no GPU"
             await self.connection.receive_into(data.data)
 
     async def finished(self) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 
 from serving.errors import KvTransferFailed, OperatorError
 from serving.kv_layout import KvLayout
-from serving.kv_transfer.base import BlockSource, ChunkSink, KvTransfer
+from serving.kv_transfer.base import BlockSource, ChunkSink, KvTransfer, Progress
+from serving.kv_transfer.gpu_memory import CudaError, Gpu
 from serving.kv_transfer.link import Carrier, Side
 from serving.kv_transfer.pull import Puller
 from serving.kv_transfer.server import BlockServer
 from serving.protocol import KvTransferParams
+
+log = logging.getLogger(__name__)
 
 MAX_THREADS = 4  # gather and scatter are copies: a few threads saturate the memory
 
@@ -26,12 +30,18 @@ class LinkedTransfer(KvTransfer):
         layout: KvLayout,
         *,
         host: str,
-        chunk_bytes: int,
+        chunk_bytes: int | None,
         connect_s: float,
         transfer_s: float,
+        device: str = "cpu",
     ) -> None:
         super().__init__(
-            layout, host=host, chunk_bytes=chunk_bytes, connect_s=connect_s, transfer_s=transfer_s
+            layout,
+            host=host,
+            chunk_bytes=chunk_bytes,
+            connect_s=connect_s,
+            transfer_s=transfer_s,
+            device=device,
         )
         self._changing = asyncio.Lock()  # starting and closing exclude each other
         self._side: Side | None = None
@@ -55,9 +65,27 @@ class LinkedTransfer(KvTransfer):
             host = f"[{self.host}]" if ":" in self.host else self.host
             self.address = f"{side.carrier.scheme}://{host}:{port}"
 
+    async def progress(self, params: KvTransferParams, beyond: int, within_s: float) -> Progress:
+        puller = await self._started(params)
+        return await puller.progress(params, beyond, within_s)
+
     async def pull(
-        self, params: KvTransferParams, first_block: int, num_blocks: int, sink: ChunkSink
+        self,
+        params: KvTransferParams,
+        first_block: int,
+        num_blocks: int,
+        sink: ChunkSink,
+        *,
+        more_follows: bool = False,
     ) -> int:
+        puller = await self._started(params)
+        num_bytes = await puller.pull(
+            params, first_block, num_blocks, sink, more_follows=more_follows
+        )
+        self.route = puller.route
+        return num_bytes
+
+    async def _started(self, params: KvTransferParams) -> Puller:
         if self._puller is None:
             async with self._changing:
                 try:
@@ -67,7 +95,7 @@ class LinkedTransfer(KvTransfer):
                         params.request_id, params.source_instance, str(exc)
                     ) from exc
         assert self._puller
-        return await self._puller.pull(params, first_block, num_blocks, sink)
+        return self._puller
 
     async def close(self) -> None:
         self._closed = True
@@ -85,12 +113,14 @@ class LinkedTransfer(KvTransfer):
         if self._closed:
             raise RuntimeError("this side is closed")
         if self._side is None:
+            gpu = self._gpu()  # before the carrier starts: its library looks for a device
             carrier = self._carrier()
             self._side = Side(
                 carrier=carrier,
                 endpoint=await carrier.start(),
                 layout=self.layout,
-                chunk_blocks=self.chunk_blocks,
+                chunk_bytes=self.chunk_bytes,
+                gpu=gpu,
                 threads=ThreadPoolExecutor(
                     min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="kv-transfer"
                 ),
@@ -99,3 +129,15 @@ class LinkedTransfer(KvTransfer):
             )
             self._puller = Puller(self._side)
         return self._side
+
+    def _gpu(self) -> Gpu | None:
+        kind, _, ordinal = self.device.partition(":")
+        if kind != "cuda":
+            return None
+        try:
+            gpu = Gpu(int(ordinal or 0))
+            gpu.use()
+        except CudaError as exc:
+            log.warning("KV travels through host memory that is not pinned: %s", exc)
+            return None
+        return gpu

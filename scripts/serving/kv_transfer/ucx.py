@@ -26,6 +26,7 @@ from serving.errors import OperatorError
 from serving.kv_transfer.link import SETTLE_S, Carrier, Link, finish, stop
 from serving.kv_transfer.staging import Buffer, Unsettled
 from serving.kv_transfer.transfer import LinkedTransfer
+from serving.kv_transfer.ucx_lanes import lanes
 from serving.kv_transfer.wire import (
     Connection,
     Hello,
@@ -43,18 +44,24 @@ CLOSE_NS = 10**9
 
 InFlight = asyncio.Task[Any]  # a UCX message that was posted
 
-# Read when UCX loads. What the person set stays, here and below.
-ENVIRONMENT = {
-    "UCX_RNDV_FRAG_MEM_TYPE": "host",  # staging is host memory; ucxx's `cuda` needs a GPU
-    "UCX_WARN_UNUSED_ENV_VARS": "n",  # ucxx sets some that a build without CUDA does not know
-}
+GPU_TRANSPORTS = {"cuda_ipc", "cuda_copy"}  # both: the way, and what UCX needs to touch memory
+
+
+def ucx_environment(on_gpu: bool) -> dict[str, str]:
+    """Read when UCX loads. What the person set stays, here and below."""
+    return {
+        # Of bounce buffers, where a message cannot go straight. ucxx's own default needs a GPU.
+        "UCX_RNDV_FRAG_MEM_TYPE": "cuda" if on_gpu else "host",
+        "UCX_WARN_UNUSED_ENV_VARS": "n",  # ucxx sets some that a build without CUDA does not know
+    }
 
 
 def ucx_options(host: str) -> dict[str, str]:
     """UCX options for a worker that listens on `host`."""
     options = {
         # An endpoint that survives its peer's death cannot use shared memory (without that
-        # promise UCX ends the process when the peer is gone), so no segments are made.
+        # promise UCX ends the process when the peer is gone), so no segments are made. All others
+        # stay: network, `cuda_copy` and `cuda_ipc`.
         "TLS": "^sm",
         # The default of 8 KiB halves the speed. Sending must not exceed receiving.
         "TCP_TX_SEG_SIZE": "256k",
@@ -87,8 +94,8 @@ class UcxContext:
         self.ucxx: Any = None
 
     @classmethod
-    async def acquire(cls, host: str) -> UcxContext:
-        """The context, running; the first user's host decides the options. Pair with `release`."""
+    async def acquire(cls, host: str, on_gpu: bool) -> UcxContext:
+        """The context, running; the first user decides the options. Pair with `release`."""
         loop = asyncio.get_running_loop()
         if cls.current is None or cls.current._loop is not loop:
             if cls.current and cls.current._num_users:
@@ -97,7 +104,7 @@ class UcxContext:
         context = cls.current
         async with context._changing:
             if context._num_users == 0:
-                await context._start(host)
+                await context._start(host, on_gpu)
             context._num_users += 1
         return context
 
@@ -138,9 +145,14 @@ class UcxContext:
         if not filler.cancelled() and (error := filler.exception()):
             log.warning("a UCX receive stays open: %s", error)
 
-    async def _start(self, host: str) -> None:
+    @property
+    def transports(self) -> set[str]:
+        """What this build of UCX can use here."""
+        return set(self.ucxx.get_active_transports())
+
+    async def _start(self, host: str, on_gpu: bool) -> None:
         options = ucx_options(host)
-        for name, value in ENVIRONMENT.items():
+        for name, value in ucx_environment(on_gpu).items():
             os.environ.setdefault(name, value)
         try:
             self.ucxx = await finish(asyncio.to_thread(importlib.import_module, "ucxx"))
@@ -171,6 +183,12 @@ class UcxLink(Link):
 
     async def open(self) -> None:
         self._endpoint = await self._carrier.endpoint(self._peer)
+
+    def route(self, on_gpu: bool) -> str:
+        names = {lane.split("/")[0] for lane in lanes(self._endpoint.ucp_endpoint)}
+        if on_gpu and "cuda_ipc" in names:
+            return "cuda_ipc"
+        return ",".join(sorted(names - GPU_TRANSPORTS - {"self"} or names)) or "ucx"
 
     async def send(self, tag: int, index: int, data: Buffer) -> None:
         endpoint = self._endpoint
@@ -271,14 +289,23 @@ class UcxCarrier(Carrier):
     scheme = "ucx"
     context: UcxContext
 
-    def __init__(self, host: str) -> None:
-        self._host = host
+    def __init__(self, host: str, on_gpu: bool) -> None:
+        self._host, self._on_gpu = host, on_gpu
         self._endpoints: dict[bytes, Any] = {}
         self._opening = asyncio.Lock()
         self._strays: set[InFlight] = set()
 
     async def start(self) -> bytes:
-        self.context = await UcxContext.acquire(self._host)
+        self.context = await UcxContext.acquire(self._host, self._on_gpu)
+        if self._on_gpu:
+            missing = GPU_TRANSPORTS - self.context.transports
+            self.reaches_gpus = not missing
+            if missing:
+                log.warning(
+                    "KV travels through host memory: UCX has no %s here (of %s)",
+                    " and no ".join(sorted(missing)),
+                    ", ".join(sorted(self.context.transports)),
+                )
         return self.context.address
 
     def link(self, connection: Connection, peer: Hello) -> Link:
@@ -317,4 +344,4 @@ class UcxTransfer(LinkedTransfer):
     """See `KvTransfer`."""
 
     def _carrier(self) -> Carrier:
-        return UcxCarrier(self.host)
+        return UcxCarrier(self.host, self.device != "cpu")

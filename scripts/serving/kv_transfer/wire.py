@@ -4,6 +4,7 @@ A frame is a little-endian u32 length and that many bytes of msgpack. The pullin
 first; one connection carries one pull at a time and is kept for the next one:
 
     -> Hello   <- Hello                      once, both with the address of their data endpoint
+    -> Follow  <- Computed | Refused         waits for the prefill to get further
     -> Pull    <- Granted | Refused          Refused leaves the connection usable
        blocks, in chunks, as the transport moves them (a Refused now means: no more will come)
     -> Received                              everything is where it belongs
@@ -20,23 +21,53 @@ import socket
 import msgspec
 from msgspec import Struct
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_FRAME_BYTES = 64 * 1024
 MAX_CHUNKS = 1 << 24  # a tag is 40 bits of pull and 24 bits of chunk
 
 
+class SharedMemory(Struct, frozen=True):
+    """Staging memory on a GPU of `host`, which another process there may map by `handle`."""
+
+    host: str
+    process: str
+    handle: bytes
+
+
 class Hello(Struct, frozen=True, tag="hello"):
-    """`endpoint` is the transport's own address of where blocks go; empty where there is none."""
+    """`endpoint` is the transport's own address of where blocks go; empty where there is none.
+
+    `memory`: the puller says that its blocks are on a GPU (without a handle), and the source
+    answers with its own memory where the two may meet.
+    """
 
     version: int
     transport: str
     endpoint: bytes = b""
+    memory: SharedMemory | None = None
+
+
+class Follow(Struct, frozen=True, tag="follow"):
+    """Answered when more than `beyond` blocks are computed, or the prefill is over."""
+
+    request_id: str
+    nonce: str
+    beyond: int
+
+
+class Computed(Struct, frozen=True, tag="computed"):
+    """The first `num_blocks` can be pulled; `token` is known when these are all there will be."""
+
+    num_blocks: int
+    token: int | None = None
 
 
 class Pull(Struct, frozen=True, tag="pull"):
     """Blocks `first_block .. first_block + num_blocks`, at most `chunk_blocks` at a time.
 
-    `tag` is unique to this pull on the pulling side; chunk `i` travels under `tag + i`.
+    `tag` is unique to this pull on the pulling side; chunk `i` travels under `tag + i`. With
+    `on_gpu`, both ends stage in the memory that they told each other of. With `more_follows`, the
+    source keeps the blocks when these have arrived.
     """
 
     request_id: str
@@ -46,12 +77,15 @@ class Pull(Struct, frozen=True, tag="pull"):
     num_blocks: int
     chunk_blocks: int
     tag: int
+    on_gpu: bool = False
+    more_follows: bool = False
 
 
 class Granted(Struct, frozen=True, tag="granted"):
-    """`chunk_blocks` is what both sides can stage."""
+    """`chunk_blocks` is what both sides can stage; `route` names what carries the blocks."""
 
     chunk_blocks: int
+    route: str = ""
 
 
 class Refused(Struct, frozen=True, tag="refused"):
@@ -62,6 +96,17 @@ class Chunk(Struct, frozen=True, tag="chunk"):
     """The bytes of chunk `index` follow on this very connection (TCP only)."""
 
     index: int
+
+
+class ChunkAt(Struct, frozen=True, tag="chunk-at"):
+    """Chunk `index` lies at `address` of `device` (-1: host memory), to be read from there (NIXL
+    only). `agent` describes the source's memory, when the peer does not know all of it yet."""
+
+    index: int
+    address: int
+    num_bytes: int
+    device: int
+    agent: bytes = b""
 
 
 class Received(Struct, frozen=True, tag="received"):
@@ -78,7 +123,19 @@ class Stopped(Struct, frozen=True, tag="stopped"):
     num_chunks: int
 
 
-Message = Hello | Pull | Granted | Refused | Chunk | Received | Stop | Stopped
+Message = (
+    Hello
+    | Follow
+    | Computed
+    | Pull
+    | Granted
+    | Refused
+    | Chunk
+    | ChunkAt
+    | Received
+    | Stop
+    | Stopped
+)
 _decoder = msgspec.msgpack.Decoder(Message)
 
 

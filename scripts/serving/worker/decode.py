@@ -1,7 +1,8 @@
 """The decode endpoint: fetches a prompt's KV, then lets the engine go on from it.
 
 A transfer that fails is never the caller's problem: the prompt is prefilled here instead, and
-counted.
+counted. One that began while the prompt was being computed is given back to the frontend instead,
+which has the first token or gets it, and asks again with it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from serving.engine.base import BlockEngine, TransferStats
+from serving.engine.base import BlockEngine, KvReservation, TransferStats
 from serving.errors import KvTransferFailed, ServingError
 from serving.kv_transfer.base import KvTransfer
 from serving.protocol import EngineOutput, EngineRequest, ErrorInfo, KvTransferParams
@@ -58,8 +59,10 @@ class DecodeEndpoint:
             try:
                 await self._fetch(request)
             except KvTransferFailed as exc:
-                log.warning("%s; prefilling here instead", exc)
                 self.stats.failures += 1
+                if request.follows_prefill:
+                    raise
+                log.warning("%s; prefilling here instead", exc)
                 self.stats.local_prefills += 1
                 self._engine.submit(msgspec.structs.replace(request, kv_transfer_params=None))
         except ServingError as exc:
@@ -72,12 +75,49 @@ class DecodeEndpoint:
         params = request.kv_transfer_params
         if not isinstance(params, KvTransferParams):
             raise KvTransferFailed(request.request_id, "another engine", "it moves KV by itself")
+        if request.follows_prefill:
+            # Room for the token that the prefill will end with; its value does not matter yet.
+            token_ids = [*request.token_ids, request.token_ids[-1]]
+            request = msgspec.structs.replace(request, token_ids=token_ids)
         async with self._engine.kv.reserve(request) as reservation:
-            started = time.monotonic()
-            num_bytes = await self._transfer.pull(
-                params, reservation.first_block, reservation.num_blocks, reservation.write
-            )
-            reservation.commit()
+            end = reservation.first_block + reservation.num_blocks
+            if request.follows_prefill:
+                token, first = await self._follow(request, params, reservation)
+            else:
+                token, first = None, reservation.first_block
+            await self._pull(params, first, end - first, reservation, more_follows=False)
+            reservation.commit(token)
         self.stats.transfers += 1
-        self.stats.bytes_received += num_bytes
+        self.stats.route = self._transfer.route
+
+    async def _follow(
+        self, request: EngineRequest, params: KvTransferParams, reservation: KvReservation
+    ) -> tuple[int, int]:
+        """Fetch blocks as they are computed. Returns when the prefill is over: its token, and the
+        first block that is still to be fetched."""
+        first = reservation.first_block
+        end = first + reservation.num_blocks
+        while True:
+            progress = await self._transfer.progress(params, first, request.deadline_s)
+            if progress.token is not None:
+                return progress.token, first
+            count = min(progress.num_blocks, end) - first
+            if count <= 0:
+                raise KvTransferFailed(request.request_id, params.source_instance, "no progress")
+            await self._pull(params, first, count, reservation, more_follows=True)
+            first += count
+
+    async def _pull(
+        self,
+        params: KvTransferParams,
+        first: int,
+        count: int,
+        reservation: KvReservation,
+        *,
+        more_follows: bool,
+    ) -> None:
+        started = time.monotonic()
+        self.stats.bytes_received += await self._transfer.pull(
+            params, first, count, reservation.write, more_follows=more_follows
+        )
         self.stats.seconds += time.monotonic() - started

@@ -30,8 +30,8 @@ class Handover(ABC):
     def submit(self, request: EngineRequest) -> None:
         """Raises what `Engine.submit` raises."""
 
-    def finish(self, output: EngineOutput) -> EngineOutput:
-        """Every output of the engine passes here on its way to the frontend."""
+    def finish(self, output: EngineOutput) -> EngineOutput | None:
+        """Every output of the engine passes here on its way to the frontend, or ends here."""
         return output
 
     def abort(self, request_id: str) -> None:  # noqa: B027, nothing to forget is an answer
@@ -66,12 +66,14 @@ class BlockHandover(Handover):
             chunk_bytes=settings.chunk_bytes,
             connect_s=settings.connect_s,
             transfer_s=settings.transfer_s,
+            device=engine.spec.device,
         )
         self._prefill = PrefillEndpoint(
             engine,
             instance_id=process.instance_id,
             epoch=epoch,
             hold_s=settings.hold_s,
+            overlap=settings.overlap,
             address=lambda: self._transfer.address,
         )
         self._decode = DecodeEndpoint(engine, self._transfer, tasks, send)
@@ -95,7 +97,7 @@ class BlockHandover(Handover):
         else:
             self._engine.submit(request)
 
-    def finish(self, output: EngineOutput) -> EngineOutput:
+    def finish(self, output: EngineOutput) -> EngineOutput | None:
         return self._prefill.finish(output)
 
     def abort(self, request_id: str) -> None:

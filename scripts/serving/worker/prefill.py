@@ -1,8 +1,9 @@
 """The prefill endpoint: hands computed prompts over to decode workers.
 
 The engine holds the blocks of a finished prefill; this module knows who may fetch them (a nonce
-per request) and for how long. Every held request ends here exactly once: fetched, aborted, or
-expired after `hold_s`.
+per request) and for how long. A prompt of several chunks is offered after its first one, so that
+its blocks travel while the rest is computed. Every offer ends here exactly once: fetched, aborted,
+over with its prefill, or expired `hold_s` after it.
 """
 
 from __future__ import annotations
@@ -12,18 +13,35 @@ import hmac
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from serving.engine.base import BlockEngine
+from serving.kv_transfer.base import Progress
 from serving.protocol import EngineOutput, EngineRequest, KvTransferParams
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class Offer:
+    """A prompt that may be fetched. `token` is the first one after it, once that is known."""
+
+    params: KvTransferParams
+    token: int | None = None
+    expiry: asyncio.TimerHandle | None = None
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self) -> None:
+        """Wake everybody who waits for the prefill to get further."""
+        self.news.set()
+        self.news = asyncio.Event()
+
+
 class PrefillEndpoint:
-    """Implements `kv_transfer.base.BlockSource` over an engine's held blocks."""
+    """Implements `kv_transfer.base.BlockSource` over an engine's blocks."""
 
     def __init__(
         self,
@@ -32,36 +50,56 @@ class PrefillEndpoint:
         instance_id: str,
         epoch: int,
         hold_s: float,
+        overlap: bool,
         address: Callable[[], str],
     ) -> None:
         self._engine = engine
         self._instance_id, self._epoch = instance_id, epoch
-        self._hold_s, self._address = hold_s, address
+        self._hold_s, self._overlap, self._address = hold_s, overlap, address
         self._running: dict[str, EngineRequest] = {}
-        self._held: dict[str, tuple[str, asyncio.TimerHandle]] = {}
+        self._offers: dict[str, Offer] = {}
         self.num_expired = 0
 
     @property
     def num_held(self) -> int:
-        """Requests whose blocks wait for a decode worker."""
-        return len(self._held)
+        """Requests whose blocks wait for a decode worker, or are on their way to it."""
+        return len(self._offers)
 
     def submit(self, request: EngineRequest) -> None:
         """Raises what `Engine.submit` raises."""
         self._engine.submit(request)
         self._running[request.request_id] = request
 
-    def finish(self, output: EngineOutput) -> EngineOutput:
-        """Called with every output of the engine: adds the transfer params to a finished prefill."""
-        if output.finish_reason is None:
-            return output
-        request = self._running.pop(output.request_id, None)
+    def finish(self, output: EngineOutput) -> EngineOutput | None:
+        """Called with every output of the engine: adds the transfer params to a prefill that is
+        finished or has got to its second chunk. None: nobody has to be told."""
+        request = self._running.get(output.request_id)
         if request is None:
             return output
+        if output.finish_reason is None:
+            return output if output.token_ids else self._got_further(request)
+        del self._running[output.request_id]
         if output.finish_reason != "length" or not self._decode_follows(request):
+            self._withdraw(output.request_id)
             self._engine.kv.release(output.request_id)
             return output
-        return msgspec.structs.replace(output, kv_transfer_params=self._hold(request))
+        offer = self._offers.get(output.request_id) or self._offer(request)
+        [offer.token] = output.token_ids
+        loop = asyncio.get_running_loop()
+        offer.expiry = loop.call_later(self._hold_s, self._expire, request.request_id)
+        offer.tell()
+        return msgspec.structs.replace(output, kv_transfer_params=offer.params)
+
+    def _got_further(self, request: EngineRequest) -> EngineOutput | None:
+        if offer := self._offers.get(request.request_id):
+            offer.tell()
+            return None
+        # A guide is followed from the first token on, which a decode that starts now does not have.
+        is_guided = request.sampling.guide is not None
+        if not self._overlap or is_guided or not self._decode_follows(request):
+            return None
+        offer = self._offer(request)
+        return EngineOutput(request.request_id, [], kv_transfer_params=offer.params)
 
     def _decode_follows(self, request: EngineRequest) -> bool:
         num_tokens = len(request.token_ids) + 1  # with the token just sampled
@@ -70,23 +108,22 @@ class PrefillEndpoint:
             generated < request.sampling.max_tokens and num_tokens < self._engine.spec.max_model_len
         )
 
-    def _hold(self, request: EngineRequest) -> KvTransferParams:
+    def _offer(self, request: EngineRequest) -> Offer:
         layout = self._engine.spec.kv_layout
         assert layout is not None, "a block engine has a layout"
-        nonce = secrets.token_hex(16)
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._hold_s, self._expire, request.request_id)
-        self._held[request.request_id] = (nonce, timer)
-        return KvTransferParams(
-            source_instance=self._instance_id,
-            source_epoch=self._epoch,
-            address=self._address(),
-            request_id=request.request_id,
-            nonce=nonce,
-            num_tokens=len(request.token_ids),
-            num_blocks=self._engine.kv.exported(request.request_id),
-            layout=layout.fingerprint,
+        offer = self._offers[request.request_id] = Offer(
+            KvTransferParams(
+                source_instance=self._instance_id,
+                source_epoch=self._epoch,
+                address=self._address(),
+                request_id=request.request_id,
+                nonce=secrets.token_hex(16),
+                num_tokens=len(request.token_ids),
+                num_blocks=layout.num_blocks(len(request.token_ids)),
+                layout=layout.fingerprint,
+            )
         )
+        return offer
 
     def _expire(self, request_id: str) -> None:
         log.warning("%s: nobody fetched its KV within %g s; freed", request_id, self._hold_s)
@@ -98,21 +135,40 @@ class PrefillEndpoint:
         self._running.pop(request_id, None)
         self.done(request_id)
 
+    def _withdraw(self, request_id: str) -> bool:
+        offer = self._offers.pop(request_id, None)
+        if offer is None:
+            return False
+        if offer.expiry is not None:
+            offer.expiry.cancel()
+        offer.tell()
+        return True
+
     # --- BlockSource ---------------------------------------------------------------------------
 
     def open(self, request_id: str, nonce: str) -> int:
-        held = self._held.get(request_id)
-        if held is None:
+        return self._entitled(request_id, nonce).params.num_blocks
+
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
+        while True:
+            offer = self._entitled(request_id, nonce)
+            if offer.token is not None:
+                return Progress(offer.params.num_blocks, offer.token)
+            if (computed := self._engine.kv.computed(request_id)) > beyond:
+                return Progress(computed)
+            await offer.news.wait()
+
+    def _entitled(self, request_id: str, nonce: str) -> Offer:
+        offer = self._offers.get(request_id)
+        if offer is None:
             raise KeyError(request_id)
-        if not hmac.compare_digest(held[0].encode(), nonce.encode()):
+        if not hmac.compare_digest(offer.params.nonce.encode(), nonce.encode()):
             raise PermissionError("wrong nonce")
-        return self._engine.kv.exported(request_id)
+        return offer
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         self._engine.kv.read(request_id, first, out)
 
     def done(self, request_id: str) -> None:
-        held = self._held.pop(request_id, None)
-        if held is not None:
-            held[1].cancel()
+        if self._withdraw(request_id):
             self._engine.kv.release(request_id)

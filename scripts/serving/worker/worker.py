@@ -65,7 +65,8 @@ class Worker:
 
     def on_step(self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad) -> None:
         if outputs:
-            self.rpc.send([self.handover.finish(output) for output in outputs])
+            finished = map(self.handover.finish, outputs)
+            self.rpc.send([output for output in finished if output is not None])
         if events:
             self._events.publish_kv(events)
         self._events.publish_load(self._report(load))
@@ -88,6 +89,7 @@ class Worker:
             kv_transport=self.handover.transport,
             local_prefill_fallbacks=stats.local_prefills,
             preemptions=load.preemptions,
+            kv_route=stats.route,
             host_cached_blocks=load.host_cached_blocks,
             num_host_blocks=load.num_host_blocks,
             offloaded_blocks=load.offloaded_blocks,

@@ -52,6 +52,7 @@ class FakeService:
             "kv_transfers": 0,
             "kv_transfer_failures": 0,
             "local_prefill_fallbacks": 0,
+            "kv_route": "tcp",
             "kv_transport": "tcp" if "transport" in self.broken else "ucx",
             **more,
         }

@@ -134,6 +134,15 @@ def test_each_shortage_is_found_and_has_a_remedy(
     assert found[name].remedy
 
 
+def test_nixl_is_only_needed_by_a_torch_deployment_that_uses_it() -> None:
+    config = parse({"kv_transfer": {"transport": "nixl"}})
+    assert not wrong(host(HOST))
+    assert not wrong(host(msgspec.structs.replace(HOST, nixl="nixl_cu13"), config))
+    found = wrong(host(HOST, config))["nixl"]
+    assert found.blocks
+    assert "pip install nixl-cu13" in found.remedy
+
+
 def test_folder_that_refuses_sockets_is_told(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
     assert "File exists" in checks_host._try_unix_socket(tmp_path / "run")

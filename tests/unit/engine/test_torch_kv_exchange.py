@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,4 +220,61 @@ async def test_an_aborted_id_can_be_reserved_again_before_its_first_context_ends
         async with engine.kv.reserve(follow) as second:
             await first.__aexit__(None, None, None)
             assert engine.load().active_blocks == second.num_blocks == 3
+        assert engine.load().active_blocks == 0
+
+
+async def test_blocks_of_a_prefill_can_be_read_while_it_goes_on(model: Path) -> None:
+    prompt = random_prompts([60])[0]
+    async with running(model, max_num_batched_tokens=16) as (engine, sink):
+        layout = engine.spec.kv_layout
+        assert layout is not None
+        early: dict[int, bytes] = {}
+        counts = []
+        launch = engine._runner.launch
+
+        def look_before(chunks: Any) -> Any:
+            count = engine.kv.computed("a")
+            counts.append(count)
+            if count:
+                out = bytearray(count * layout.block_bytes)
+                engine.kv.read("a", 0, out)
+                early[count] = bytes(out)
+            with pytest.raises(KeyError):
+                engine.kv.read("a", 0, bytearray((count + 1) * layout.block_bytes))
+            return launch(chunks)
+
+        engine._runner.launch = look_before  # type: ignore[method-assign]
+        engine.submit(request("a", prompt, greedy(4), phase="prefill"))
+        await sink.finished("a")
+        assert counts == [0, 2, 4, 6]
+        whole = bytearray(engine.kv.computed("a") * layout.block_bytes)
+        engine.kv.read("a", 0, whole)
+        assert all(whole.startswith(part) for part in early.values())
+        engine.kv.release("a")
+        assert engine.kv.computed("a") == 0
+
+
+async def test_blocks_outlive_their_request_for_as_long_as_they_are_copied(model: Path) -> None:
+    prompt = random_prompts([60])[0]
+    async with running(model) as (engine, sink):
+        layout = engine.spec.kv_layout
+        assert layout is not None
+        engine.submit(request("a", prompt, greedy(4), phase="prefill"))
+        await sink.finished("a")
+        started, go_on = threading.Event(), threading.Event()
+        gather = engine._runner.pool.gather
+
+        def slow_gather(blocks: Any, out: Any) -> None:
+            started.set()
+            assert go_on.wait(10)
+            gather(blocks, out)
+
+        engine._runner.pool.gather = slow_gather  # type: ignore[method-assign]
+        out = bytearray(3 * layout.block_bytes)
+        reading = asyncio.create_task(asyncio.to_thread(engine.kv.read, "a", 2, out))
+        await asyncio.to_thread(started.wait, 10)
+        engine.abort("a")
+        assert engine.load().active_blocks == 3
+        go_on.set()
+        await reading
         assert engine.load().active_blocks == 0

@@ -90,3 +90,21 @@ async def test_preempted_prompt_is_reported_whole(model: Path) -> None:
         assert engine.load().preemptions > 0
     for i, prompt in enumerate(prompts):
         check(model, prompt, sink.prompt_logprobs[str(i)], 1)
+
+
+async def test_blocks_of_the_prompt_in_host_memory_are_computed_again_too(model: Path) -> None:
+    prompts = random_prompts([64, 100, 90, 110])
+    block_bytes = 2 * 2 * 2 * 16 * 8 * 4  # layers, key and value, heads, their size, tokens, bytes
+    options = {"kv_cache_tokens": 128, "host_cache_bytes": 100 * block_bytes}
+    async with running(model, **options) as (engine, sink):
+        for i, prompt in enumerate(prompts):
+            engine.submit(request(str(i), prompt, greedy(2)))
+            await sink.finished(str(i))
+        assert engine.load().host_cached_blocks > 8
+        engine.submit(request("r", prompts[0], greedy(2, prompt_logprobs=1)))
+        engine.submit(request("hit", prompts[0], greedy(2)))
+        await sink.finished("r", "hit")
+    check(model, prompts[0], sink.prompt_logprobs["r"], 1)
+    assert sink.cached["r"] == 0
+    assert sink.cached["hit"] > 0
+    assert sink.tokens["r"] == sink.tokens["hit"] == sink.tokens["0"]

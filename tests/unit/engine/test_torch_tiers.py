@@ -71,6 +71,19 @@ async def test_evicted_prompts_are_found_on_the_host(model: Path) -> None:
     assert any(isinstance(e, BlocksStored) and e.tier == "host" for e in sink.events)
 
 
+async def test_a_prompt_whose_logprobs_are_asked_for_is_computed(model: Path) -> None:
+    prompt, other = random_prompts([60, 100])
+    options = {"kv_cache_tokens": 128, "host_cache_bytes": 64 * BLOCK_BYTES}
+    async with running(model, **options) as (engine, sink):
+        for name, tokens in (("a", prompt), ("other", other)):
+            engine.submit(request(name, tokens, greedy(1)))
+            await sink.finished(name)
+        engine.submit(request("again", prompt, greedy(1, prompt_logprobs=0)))
+        await sink.finished("again")
+        assert sink.cached["again"] == 0
+        assert len(sink.prompt_logprobs["again"]) == 59
+
+
 async def test_a_small_host_tier_keeps_what_was_evicted_last(model: Path) -> None:
     prompts = random_prompts([65, 66, 67])
     options = {"kv_cache_tokens": 128, "host_cache_bytes": 9 * BLOCK_BYTES}

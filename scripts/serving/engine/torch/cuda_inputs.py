@@ -6,7 +6,8 @@ sliced on the device. Block tables stay on the device; a step brings only the en
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence as Rows
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ class Packer:
             target = torch.empty(total, dtype=torch.int32, device=self._device)
         target = target[:total]
         target.copy_(pinned, non_blocking=True)
-        return list(target.split(sizes))
+        return list(torch.split(target, sizes))
 
     def _make(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, pin_memory=self._device.type == "cuda")

@@ -117,6 +117,8 @@ class CudaRunner(ModelRunner):
         launched = self._choose(ordered, logits)
         if launched.pending is not None:
             self._last_tokens[slots.long()] = launched.pending.tokens.int()
+        else:
+            launched.end = self.pool.mark_step()
         return launched
 
     # --- decode by graph -----------------------------------------------------------------------
@@ -142,7 +144,8 @@ class CudaRunner(ModelRunner):
         for i, chunk in enumerate(decodes):
             sequence, start = chunk.sequence, chunk.start
             row = sequence.blocks[start // block_size] * block_size + start % block_size
-            table[:, i] = (sequence.tokens[start], start, row, sequence.slot, start + 1)
+            slot = sequence.slot or 0
+            table[:, i] = (sequence.tokens[start], start, row, slot, start + 1)
         return list(table)
 
     def _update_tables(self, at: torch.Tensor, blocks: torch.Tensor) -> None:
@@ -228,7 +231,7 @@ class CudaRunner(ModelRunner):
         shape = (lengths[-1], num_heads, layout.head_dim)
         qkv = torch.randn(shape, dtype=self.pool.tensor.dtype, device=self.device)
         sizes = [num_heads - 2 * layout.num_kv_heads, layout.num_kv_heads, layout.num_kv_heads]
-        query, key, value = qkv.split(sizes, dim=1)
+        query, key, value = torch.split(qkv, sizes, dim=1)
         options = AttentionOptions(layout.head_dim**-0.5, None, None, None)
         (cu,) = self._packer.pack([np.asarray([0, lengths[0]], dtype=np.int32)])
         first = slice(0, lengths[0])
@@ -236,7 +239,7 @@ class CudaRunner(ModelRunner):
         expected = flash_varlen(query[first], key[first], value[first], whole, options)
         try:
             for length in lengths:
-                out = cudnn_causal(*(x[:length] for x in (query, key, value)), options.scaling)
+                out = cudnn_causal(query[:length], key[:length], value[:length], options.scaling)
                 if length == lengths[0] and not torch.allclose(out, expected, atol=0.03):
                     log.warning("cuDNN's attention differs from FlashAttention's and is not used")
                     return False

@@ -75,9 +75,7 @@ class CudaStep:
         options: AttentionOptions,
     ) -> torch.Tensor:
         qkv = torch.cat([query, key, value]).transpose(0, 1).contiguous()
-        kernels.rotate_and_store(
-            qkv, self._pool.tensor, self._rows, layer, num_q_heads=len(query)
-        )
+        kernels.rotate_and_store(qkv, self._pool.tensor, self._rows, layer, num_q_heads=len(query))
         return self._attend(layer, qkv, len(query), options)
 
     def attend_joint(
@@ -225,7 +223,9 @@ def _by_hand(
         mask = mask.masked_fill_(hidden, -torch.inf)[None, None]
         heads = query[first_query : first_query + length].transpose(0, 1)[None]
         k, v = (
-            x[first_key : first_key + num_keys].transpose(0, 1).repeat_interleave(groups, dim=0)[None]
+            x[first_key : first_key + num_keys]
+            .transpose(0, 1)
+            .repeat_interleave(groups, dim=0)[None]
             for x in (key, value)
         )
         out = masked_attention(heads, k, v, mask, options, sinks)

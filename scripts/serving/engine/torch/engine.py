@@ -13,6 +13,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,6 +201,10 @@ class TorchEngine(BlockEngine):
             self._work.notify_all()
         # Not delivered from here: a sink may be what called us.
         self._loop.call_soon(self._deliver)
+
+    def locked(self) -> AbstractContextManager[object]:
+        """The lock of the books, for a look at them or a change that nobody has to be told."""
+        return self._lock
 
     def on_loop(self, callback: Callable[[], object]) -> None:
         """Run `callback` on the event loop soon; may be called from the compute thread."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,9 +73,9 @@ def fuse(model: nn.Module, layout: KvLayout) -> Report:
     norms = _fuse_norms(model, report)
     for module in model.modules():
         if _has(module, _Mlp.CHILDREN):
-            report.add("MLPs", _try(lambda m=module: _fuse_mlp(m)))
+            report.add("MLPs", _try(partial(_fuse_mlp, module)))
         elif _has(module, _Attention.CHILDREN) and hasattr(module, "layer_idx"):
-            report.add("attentions", _try(lambda m=module: _fuse_attention(m, norms, layout)))
+            report.add("attentions", _try(partial(_fuse_attention, module, norms, layout)))
     for container in list(model.modules()):
         for name, child in container.named_children():
             if isinstance(child, nn.ModuleList) and name == "layers":
@@ -118,7 +119,7 @@ def _install(
 ) -> None:
     """Replace `forward` when `same(forward)` does not object."""
     same(forward)
-    module.forward = forward  # type: ignore[assignment]
+    module.forward = forward
 
 
 # --- norms -----------------------------------------------------------------------------------
@@ -149,12 +150,11 @@ def _fuse_norms(model: nn.Module, report: Report) -> dict[nn.Module, _Norm]:
     norms: dict[nn.Module, _Norm] = {}
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            reason = _try(lambda m=module: norms.__setitem__(m, _fuse_norm(m)))
-            report.add("norms", reason)
+            report.add("norms", _try(partial(_fuse_norm, module, norms)))
     return norms
 
 
-def _fuse_norm(module: nn.Module) -> _Norm:
+def _fuse_norm(module: nn.Module, norms: dict[nn.Module, _Norm]) -> None:
     parameters = dict(module.named_parameters())
     if list(parameters) != ["weight"] or parameters["weight"].dim() != 1:
         raise _Differs("it has other parameters than one weight")
@@ -169,7 +169,7 @@ def _fuse_norm(module: nn.Module) -> _Norm:
     style = min(errors, key=lambda each: errors[each])
     norm = _Norm(module, eps, style)
     _install(module, norm, lambda forward: _require_close("a norm", forward(x), theirs))
-    return norm
+    norms[module] = norm
 
 
 # --- MLP -------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def _join(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
     sizes = [linear.out_features for linear in linears]
     weight = torch.cat([linear.weight for linear in linears])
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    for linear, part in zip(linears, weight.split(sizes), strict=True):
+    for linear, part in zip(linears, torch.split(weight, sizes), strict=True):
         linear.weight = nn.Parameter(part, requires_grad=False)
     return weight, bias
 
@@ -420,8 +420,7 @@ def _fuse_layers(
         if not _has(layer, _LAYER_CHILDREN):
             report.add("layers", "other children than a pre-norm layer has")
             continue
-        made = _try(lambda at=index, m=layer: fused.__setitem__(at, _fuse_layer(m, norms)))
-        report.add("layers", made)
+        report.add("layers", _try(partial(_fuse_layer, layer, norms, fused, index)))
     for index, layer in fused.items():
         if index + 1 in fused:
             layer.following = norms[layers[index + 1].input_layernorm]
@@ -429,7 +428,9 @@ def _fuse_layers(
             layer.following = finals[0]
 
 
-def _fuse_layer(module: Any, norms: dict[nn.Module, _Norm]) -> _Layer:
+def _fuse_layer(
+    module: Any, norms: dict[nn.Module, _Norm], fused: dict[int, _Layer], index: int
+) -> None:
     others = {name for name, _ in module.named_children()} - set(_LAYER_CHILDREN)
     if others:
         raise _Differs(f"it has {', '.join(sorted(others))} as well")
@@ -446,7 +447,7 @@ def _fuse_layer(module: Any, norms: dict[nn.Module, _Norm]) -> _Layer:
         _install(module, layer, lambda f: _require_close("the layer", f(x), theirs))
     finally:
         module.self_attn.forward = original
-    return layer
+    fused[index] = layer
 
 
 def _first(out: Any) -> torch.Tensor:

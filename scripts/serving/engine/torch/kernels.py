@@ -27,10 +27,9 @@ ONE_PLUS_WEIGHT = 2  # ((1 + weight) * normed).to(dtype), all in float32
 def _scale_rows(normed, weight, dtype: tl.constexpr, STYLE: tl.constexpr):
     if STYLE == 0:
         return normed.to(dtype).to(tl.float32) * weight
-    elif STYLE == 1:
+    if STYLE == 1:
         return normed * weight
-    else:
-        return normed * (1.0 + weight)
+    return normed * (1.0 + weight)
 
 
 @triton.jit
@@ -100,7 +99,9 @@ def _norm_warps(block: int) -> int:
 
 
 @triton.jit
-def _gemv_kernel(x_ptr, weight_ptr, out_ptr, num_out, num_in, ROWS: tl.constexpr, TILE: tl.constexpr):
+def _gemv_kernel(
+    x_ptr, weight_ptr, out_ptr, num_out, num_in, ROWS: tl.constexpr, TILE: tl.constexpr
+):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < num_out
     total = tl.zeros([ROWS, TILE], tl.float32)
@@ -458,7 +459,7 @@ def num_splits(num_rows: int, num_kv_heads: int, max_len: int, num_processors: i
     Fixed for a batch size, since the grid of a captured graph cannot follow the lengths.
     """
     wanted = max(4, 4 * num_processors // max(1, num_rows * num_kv_heads))
-    return max(1, min(wanted, triton.cdiv(max_len, 64), 64))
+    return int(max(1, min(wanted, triton.cdiv(max_len, 64), 64)))
 
 
 def paged_decode(

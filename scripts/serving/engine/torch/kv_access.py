@@ -1,15 +1,21 @@
 """What transfers see of the engine: held blocks to read, reserved blocks to fill.
 
-Blocks are copied on transfer threads while the event loop may release them. Each sequence's
-`transfer_lock` keeps the two apart: a release waits for the copy of one chunk at most, and a
-copy never touches blocks that were given back.
+Blocks are copied on transfer threads while others may release them. What is read is lent: it
+keeps a reference of its own until the copy is over. What is written is kept by the reservation,
+whose `transfer_lock` keeps copy and release apart: a release waits for one chunk at most.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from typing import Any, Protocol
 
 from serving.engine.torch.kv_pool import KvPool
@@ -26,6 +32,8 @@ class Books(Protocol):
 
     def change(self, action: Callable[[], None]) -> None: ...
 
+    def locked(self) -> AbstractContextManager[object]: ...
+
     def on_loop(self, callback: Callable[[], object]) -> None: ...
 
 
@@ -41,8 +49,8 @@ class TorchReservation:
     def write(self, first: int, data: Any, /) -> None:
         self._owner.write(self._sequence, first, data)
 
-    def commit(self) -> None:
-        self._owner.commit(self._sequence)
+    def commit(self, token: int | None = None) -> None:
+        self._owner.commit(self._sequence, token)
 
 
 class TorchKvBlocks:
@@ -58,17 +66,29 @@ class TorchKvBlocks:
         sequence = self._scheduler.exported.get(request_id)
         return 0 if sequence is None else len(sequence.blocks)
 
+    def computed(self, request_id: str) -> int:
+        with self._books.locked():
+            return self._scheduler.num_exportable(request_id)
+
     def read(self, request_id: str, first: int, out: Any, /) -> None:
-        sequence = self._scheduler.exported.get(request_id)
-        if sequence is None:
-            raise KeyError(request_id)
-        with sequence.transfer_lock:
-            if sequence.state is not State.EXPORTED:
-                raise KeyError(request_id)
-            self._pool.gather(self._slice(sequence, first, out), out)
+        with self._lent(request_id, first, self._count(out)) as blocks:
+            self._pool.gather(blocks, out)
+
+    @contextmanager
+    def _lent(self, request_id: str, first: int, count: int) -> Iterator[list[int]]:
+        with self._books.locked():
+            blocks = self._scheduler.lend(request_id, first, count)
+        try:
+            yield blocks
+        finally:
+            with self._books.locked():
+                self._scheduler.take_back(blocks)
+                is_awaited = bool(self._scheduler.waiting)
+            if is_awaited:  # by a request that the last reference kept out
+                self._books.on_loop(lambda: self._books.change(lambda: None))
 
     def release(self, request_id: str) -> None:
-        self._take_back(request_id, lambda: self._scheduler.release_export(request_id))
+        self._books.change(lambda: self._scheduler.release_export(request_id))
 
     # --- decode side ---------------------------------------------------------------------------
 
@@ -107,37 +127,38 @@ class TorchKvBlocks:
             if sequence.state is State.RESERVED:
                 self._pool.scatter(self._slice(sequence, first, data), data)
 
-    def commit(self, sequence: Sequence) -> None:
+    def commit(self, sequence: Sequence, token: int | None = None) -> None:
         """Without effect for a request that was aborted meanwhile: that was told already."""
         if sequence.state is State.RESERVED:
-            self._books.change(lambda: self._scheduler.commit(sequence))
+            self._books.change(lambda: self._scheduler.commit(sequence, token))
 
     # --- both ----------------------------------------------------------------------------------
 
     def abort(self, request_id: str) -> None:
-        self._take_back(request_id, lambda: self._scheduler.abort(request_id))
+        sequence = self._reserved.get(request_id)
+        with sequence.transfer_lock if sequence is not None else nullcontext():
+            self._books.change(lambda: self._scheduler.abort(request_id))
 
     def cancel_all(self) -> None:
         """End every request and every hold, each when the copy under way is over."""
         for request_id in self._scheduler.request_ids():
             self.abort(request_id)
 
-    def _take_back(self, request_id: str, action: Callable[[], None]) -> None:
-        sequence = self._scheduler.exported.get(request_id) or self._reserved.get(request_id)
-        if sequence is None:
-            self._books.change(action)
-            return
-        with sequence.transfer_lock:
-            self._books.change(action)
-
     def _slice(self, sequence: Sequence, first: int, buffer: Any) -> list[int]:
+        count = self._count(buffer)
+        if first < 0 or first + count > len(sequence.blocks):
+            raise ValueError(
+                f"{count} blocks from block {first} do not match {len(sequence.blocks)} blocks"
+            )
+        return sequence.blocks[first : first + count]
+
+    def _count(self, buffer: Any) -> int:
         num_bytes = (
             buffer.nbytes if hasattr(buffer, "nbytes") else len(memoryview(buffer).cast("B"))
         )
         count, rest = divmod(num_bytes, self._pool.layout.block_bytes)
-        if rest or first < 0 or first + count > len(sequence.blocks):
+        if rest:
             raise ValueError(
-                f"{num_bytes} bytes from block {first} do not match {len(sequence.blocks)} blocks "
-                f"of {self._pool.layout.block_bytes} bytes"
+                f"{num_bytes} bytes are not whole blocks of {self._pool.layout.block_bytes} bytes"
             )
-        return sequence.blocks[first : first + count]
+        return count

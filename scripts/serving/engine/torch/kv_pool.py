@@ -8,12 +8,15 @@ key/value) to gather, rows of tokens to write.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from serving.kv_layout import KvLayout
+
+if TYPE_CHECKING:
+    from serving.engine.torch.kv_copy import BlockCopies
 
 # Types that turn what is beyond their range into NaN, and their largest number. Keys and values are
 # kept with a scale of 1: this type's range is wide enough for them, and what is not saturates.
@@ -38,6 +41,11 @@ class KvPool:
         self.block_rows = rows.view(-1, row)
         self.token_rows = rows.view(-1, layout.num_kv_heads, layout.head_dim)
         self._bytes = self.tensor.view(num_blocks + 1, -1).view(torch.uint8)
+        self._copies: BlockCopies | None = None
+        if self.tensor.is_cuda:
+            from serving.engine.torch.kv_copy import BlockCopies
+
+            self._copies = BlockCopies(self._bytes.unsqueeze(1))
 
     def rounded(self, values: torch.Tensor) -> torch.Tensor:
         """Keys or values as the pool keeps them, in its dtype: what is too large saturates."""
@@ -60,13 +68,14 @@ class KvPool:
         return self.block_rows.index_select(0, rows).view(self.dtype).to(dtype)
 
     def gather(self, blocks: Sequence[int], out: Any) -> None:
-        """Copy blocks into `out`: a writable host buffer, or a tensor on any device."""
+        """Copy blocks into `out`: a writable host buffer, or memory of the pool's GPU.
+
+        Done when this returns, without waiting for anything else on the GPU: the step that wrote
+        the blocks must be over. From any thread.
+        """
         with torch.inference_mode():
-            if self.tensor.is_cuda:
-                target = _as_tensor(out).view(len(blocks), -1)
-                index = torch.tensor(blocks, device=self.tensor.device)
-                target.copy_(self._bytes.index_select(0, index))
-                torch.cuda.current_stream().synchronize()
+            if self._copies:
+                self._copies.gather(blocks, self._as_tensor(out))
                 return
             source = self._bytes.numpy()
             target_rows = _as_array(out).reshape(len(blocks), -1)
@@ -74,23 +83,45 @@ class KvPool:
                 target_rows[row] = source[block]
 
     def scatter(self, blocks: Sequence[int], data: Any) -> None:
-        """Copy whole blocks in wire order from `data` (host buffer or tensor) into the pool."""
+        """Copy whole blocks in wire order from `data` (host buffer or GPU memory) into the pool.
+
+        Done when this returns: steps that start afterwards read them. No step that is computing
+        may still use these blocks for something else.
+        """
         with torch.inference_mode():
-            if self.tensor.is_cuda:
-                rows = _as_tensor(data).view(len(blocks), -1).to(self.tensor.device)
-                index = torch.tensor(blocks, device=self.tensor.device)
-                self._bytes.index_copy_(0, index, rows)
-                torch.cuda.current_stream().synchronize()
+            if self._copies:
+                self._copies.scatter(blocks, self._as_tensor(data))
                 return
             target = self._bytes.numpy()
             source_rows = _as_array(data).reshape(len(blocks), -1)
             for row, block in enumerate(blocks):
                 target[block] = source_rows[row]
 
+    def mark_step(self) -> Any:
+        """An event behind what the calling thread has queued on the GPU; None on CPU, where a step
+        is over when it returns."""
+        if not self._copies:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.tensor.device))
+        return event
+
     def clear(self, blocks: Sequence[int]) -> None:
         """Make blocks zero again (after the warm-up wrote to them)."""
         for block in blocks:
             self.tensor[block].zero_()
+
+    def _as_tensor(self, buffer: Any) -> torch.Tensor:
+        """The bytes of a host buffer, tensor or GPU memory, without a copy unless read-only."""
+        if isinstance(buffer, torch.Tensor):
+            return buffer.reshape(-1).view(torch.uint8)
+        if hasattr(buffer, "__cuda_array_interface__"):
+            tensor = torch.as_tensor(buffer, device=self.tensor.device).reshape(-1)
+            address, _ = buffer.__cuda_array_interface__["data"]
+            assert tensor.data_ptr() == address, "memory of another device, of which this is a copy"
+            return tensor.view(torch.uint8)
+        array = np.frombuffer(buffer, dtype=np.uint8)
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _as_array(buffer: Any) -> np.ndarray:
@@ -98,13 +129,3 @@ def _as_array(buffer: Any) -> np.ndarray:
     if isinstance(buffer, torch.Tensor):
         return buffer.reshape(-1).view(torch.uint8).numpy()
     return np.frombuffer(buffer, dtype=np.uint8)
-
-
-def _as_tensor(buffer: Any) -> torch.Tensor:
-    """The bytes of a host buffer or tensor, as a tensor, without a copy unless read-only."""
-    if isinstance(buffer, torch.Tensor):
-        return buffer.reshape(-1).view(torch.uint8)
-    if hasattr(buffer, "__cuda_array_interface__"):
-        return torch.as_tensor(buffer, device="cuda").reshape(-1).view(torch.uint8)
-    array = np.frombuffer(buffer, dtype=np.uint8)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -20,7 +20,6 @@ from serving.engine.torch.sequence import UNKNOWN_TOKEN, Chunk, Sequence, State
 from serving.errors import InvalidRequest, Overloaded
 from serving.protocol import EngineOutput, ErrorInfo, FinishReason, KvEvent, TokenLogprob
 
-
 # Prompt tokens in a step whose log-probabilities are told: each needs a row of logits.
 _MAX_REPORTED = 256
 
@@ -46,6 +45,7 @@ class Scheduler:
     running: list[Sequence] = field(default_factory=list)  # by arrival
     reserved: dict[str, Sequence] = field(default_factory=dict)
     exported: dict[str, Sequence] = field(default_factory=dict)
+    lent: list[list[int]] = field(default_factory=list)  # to copies under way
     preemptions: int = 0
     _live: dict[str, Sequence] = field(default_factory=dict)  # waiting, running or reserved
     _zombies: list[Sequence] = field(default_factory=list)  # aborted in flight
@@ -83,15 +83,55 @@ class Scheduler:
         if self._live.get(sequence.request_id) is sequence:
             self._finish(sequence, EngineOutput(sequence.request_id, [], "error", error=error))
 
+    def lend(self, request_id: str, first: int, count: int) -> list[int]:
+        """Blocks of a prefill, held until `take_back` whatever becomes of the request.
+
+        Raises KeyError when it has not computed them (any more), ValueError when it never will.
+        """
+        sequence = self.exported.get(request_id) or self._live.get(request_id)
+        if sequence is None:
+            raise KeyError(request_id)
+        if first < 0 or 0 < len(sequence.blocks) < first + count:
+            raise ValueError(
+                f"{count} blocks from block {first} do not match {len(sequence.blocks)} blocks"
+            )
+        if first + count > self.num_exportable(request_id):
+            raise KeyError(request_id)
+        blocks = sequence.blocks[first : first + count]
+        self.pool.hold(blocks)
+        self.lent.append(blocks)
+        return blocks
+
+    def take_back(self, blocks: list[int]) -> None:
+        """End of a `lend`; `blocks` is what it returned."""
+        self.lent = [other for other in self.lent if other is not blocks]
+        self.pool.release(blocks)
+
+    def num_exportable(self, request_id: str) -> int:
+        """Leading blocks of a prefill whose KV is complete: full ones while it is being computed,
+        all when it is finished, 0 for a request that is unknown or none."""
+        if sequence := self.exported.get(request_id):
+            return len(sequence.blocks)
+        live = self._live.get(request_id)
+        if live is None or live.request.phase != "prefill" or live.state is not State.RUNNING:
+            return 0
+        num_full = live.num_readable // self.limits.block_size
+        return self.pool.num_arrived(live.blocks[:num_full])
+
     def release_export(self, request_id: str) -> None:
         sequence = self.exported.pop(request_id, None)
         if sequence is not None:
             sequence.state = State.DONE
             self._free(sequence)
 
-    def commit(self, sequence: Sequence) -> None:
-        """A reservation's blocks are filled: store them and let it decode."""
+    def commit(self, sequence: Sequence, token: int | None = None) -> None:
+        """A reservation's blocks are filled: store them and let it decode.
+
+        `token` is its last one, where that was not known when it was reserved.
+        """
         assert sequence.state is State.RESERVED
+        if token is not None:
+            sequence.tokens[-1] = token
         del self.reserved[sequence.request_id]
         sequence.num_computed = len(sequence.request.token_ids) - 1
         sequence.num_scheduled = sequence.num_computed
@@ -156,9 +196,12 @@ class Scheduler:
             if sequence.state is State.DONE:
                 continue
             sequence.num_computed += chunk.length
+            sequence.num_readable = sequence.num_computed
             self._store_full_blocks(sequence)
             if outcome is not None:
                 self._append(sequence, *outcome)
+            elif sequence.request.phase == "prefill":  # its blocks so far may be exported
+                self._outputs.append(EngineOutput(sequence.request_id, []))
         self._bury_zombies()
 
     def fail(self, chunks: list[Chunk], message: str) -> None:
@@ -210,7 +253,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """For tests: blocks, references, states and collections agree."""
         holders = [*self._live.values(), *self.exported.values(), *self._zombies]
-        self.pool.check_integrity(s.blocks for s in holders)
+        self.pool.check_integrity([*(s.blocks for s in holders), *self.lent])
         live = {id(s) for s in [*self.waiting, *self.running, *self.reserved.values()]}
         assert live == {id(s) for s in self._live.values()}, "a live request is in no collection"
         assert all(not s.blocks for s in self.waiting), "a waiting request holds blocks"
@@ -235,14 +278,16 @@ class Scheduler:
         # reservation brings that token along and needs the KV of the others only.
         num_kv = len(sequence.tokens) - 1
         hashes = sequence.block_hashes(num_kv // self.limits.block_size)
-        matched = [] if sequence.wants_prompt_logprobs else self.pool.match(hashes)
+        # Of a prompt that is to be computed whole, nothing counts as known.
+        known = [] if sequence.wants_prompt_logprobs else hashes
+        matched = self.pool.match(known)
         num_blocks = self._num_blocks(num_kv if sequence.is_reservation else num_kv + 1)
         num_new = num_blocks - len(matched)
         # Room for each running sequence to grow, so that an admission does not preempt at once.
         if not self.pool.fits(matched, num_new + len(self.running)):
             return False
         self.waiting.remove(sequence)
-        sequence.blocks, sequence.num_stored = self.pool.claim(matched, hashes, num_new)
+        sequence.blocks, sequence.num_stored = self.pool.claim(matched, known, num_new)
         sequence.num_computed = sequence.num_stored * self.limits.block_size
         sequence.num_scheduled = sequence.num_computed
         if sequence.num_cached is None:
@@ -262,9 +307,9 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in list(self.running):
             # Some may have been preempted by an earlier one just now.
-            if sequence.state is State.RUNNING and self._can_decode(sequence):
-                if self._make_room(sequence):
-                    self._add_chunk(chunks, sequence, 1)
+            can_decode = sequence.state is State.RUNNING and self._can_decode(sequence)
+            if can_decode and self._make_room(sequence):
+                self._add_chunk(chunks, sequence, 1)
         return chunks
 
     def _can_decode(self, sequence: Sequence) -> bool:
@@ -310,7 +355,7 @@ class Scheduler:
         self._stop_computing(sequence)
         self._free(sequence)
         sequence.num_computed = sequence.num_scheduled = sequence.num_stored = 0
-        sequence.num_tabled = 0
+        sequence.num_tabled = sequence.num_readable = 0
         sequence.state = State.WAITING
         sequence.on_settled = None  # fetched KV is gone: this worker computes it
         bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
@@ -340,7 +385,8 @@ class Scheduler:
         hashes = sequence.block_hashes(last)
         parent = hashes[first - 1] if first else None
         own = sequence.blocks[first:last]
-        stored = self.pool.store(own, hashes[first:], parent)
+        are_read = sequence.in_flight > 0
+        stored = self.pool.store(own, hashes[first:], parent, are_read=are_read)
         if stored != own:
             sequence.blocks[first:last] = stored
             sequence.num_tabled = min(sequence.num_tabled, first)

@@ -1,0 +1,31 @@
+"""KV transfer over NIXL: the contract, where it is installed, and the refusal where it is not."""
+
+from __future__ import annotations
+
+import pytest
+from kv_contract import TransferContract, pull_all
+from kv_ends import Held, pulling, random_blocks, serving
+from serving.errors import KvTransferFailed, OperatorError
+from serving.kv_transfer import nixl
+
+pytestmark = pytest.mark.integration
+
+needs_nixl = pytest.mark.skipif(not nixl.nixl_module(), reason="NIXL (nixl-cu13) is not installed")
+
+
+@needs_nixl
+class TestNixl(TransferContract):
+    name = "nixl"
+
+
+async def test_nixl_that_is_missing_names_the_remedy_and_fails_pulls_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nixl, "nixl_module", lambda: "")
+    with pytest.raises(OperatorError, match="not installed") as refused:
+        async with serving("nixl", Held()):
+            pass
+    assert "pip install nixl-cu13" in refused.value.remedy
+    async with pulling("nixl") as end:
+        with pytest.raises(KvTransferFailed, match="NIXL does not work here"):
+            await pull_all(end, "nixl://127.0.0.1:1", "a", random_blocks(1))

@@ -78,12 +78,12 @@ class InstanceLoad:
     def __init__(self) -> None:
         self.in_flight = Load()
         """All of our own requests."""
-        self.unseen = Load()
-        """Those of our own requests that the last report may not contain."""
         self.of_others = Load()
         """What other frontends sent that the last report may not contain."""
+        self.unseen = Load()
+        """All that the last report may not contain: that, and some of our own requests."""
         self.last_report: LoadReport | None = None
-        self._reported_at_s = 0.0
+        self._reported, self._good_until_s = Load(), float("-inf")
         self._own: deque[Reservation] = deque()  # the unseen ones, oldest first
         self._others: deque[tuple[float, Load]] = deque()
 
@@ -99,10 +99,14 @@ class InstanceLoad:
         self._seen_until(now_s - REPORT_MAX_AGE_S)
         self._others.append((now_s, load))
         self.of_others = _sum(self.of_others, load)
+        self.unseen = _sum(self.unseen, load)
 
     def report(self, report: LoadReport, now_s: float) -> None:
         """Take over what the worker says about itself."""
-        self.last_report, self._reported_at_s = report, now_s
+        self.last_report, self._good_until_s = report, now_s + REPORT_MAX_AGE_S
+        self._reported = Load(
+            report.queued_tokens, report.active_blocks, report.num_running + report.num_waiting
+        )
         self._seen_until(now_s - REPORT_LAG_S)
 
     @property
@@ -112,16 +116,12 @@ class InstanceLoad:
 
     def estimate(self, now_s: float) -> Load:
         """The best guess of the load right now."""
-        report = self.last_report
-        if report is None or now_s - self._reported_at_s > REPORT_MAX_AGE_S:
+        if now_s > self._good_until_s:
             self._seen_until(now_s - REPORT_MAX_AGE_S)
             return _sum(self.in_flight, self.of_others)
-        own, others = self.unseen, self.of_others
-        return Load(
-            report.queued_tokens + own.queued_tokens + others.queued_tokens,
-            report.active_blocks + own.active_blocks + others.active_blocks,
-            report.num_running + report.num_waiting + own.num_requests + others.num_requests,
-        )
+        if not self._own and not self._others:
+            return self._reported
+        return _sum(self._reported, self.unseen)
 
     def _seen_until(self, time_s: float) -> None:
         """What was sent until then is in the last report, or is given up."""
@@ -130,7 +130,9 @@ class InstanceLoad:
             reservation.is_unseen = False
             self.unseen = _less(self.unseen, reservation.share())
         while self._others and self._others[0][0] <= time_s:
-            self.of_others = _less(self.of_others, self._others.popleft()[1])
+            load = self._others.popleft()[1]
+            self.of_others = _less(self.of_others, load)
+            self.unseen = _less(self.unseen, load)
 
 
 def _sum(one: Load, other: Load) -> Load:

@@ -32,10 +32,10 @@ class InstanceState(NamedTuple):
 
 
 class Instance:
-    __slots__ = ("events", "info", "load", "unavailable_until_s")
+    __slots__ = ("events", "info", "instance_id", "load", "unavailable_until_s")
 
     def __init__(self, info: InstanceInfo, events: EventSequence) -> None:
-        self.info, self.events = info, events
+        self.info, self.instance_id, self.events = info, info.instance_id, events
         self.load = InstanceLoad()
         self.unavailable_until_s = 0.0
 

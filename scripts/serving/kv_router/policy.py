@@ -85,26 +85,32 @@ def select(choice: Choice, *, config: RouterConfig, rng: Random) -> str:
     if config.policy == "least_loaded":
         costs = [of.queued_tokens / prompt.block_size + of.active_blocks for of in load.values()]
         return cheapest(instances, costs, rng)
-    costs = [
-        kv_cost(choice.role, prompt, choice.overlap.get(name, 0), of, config.overlap_weight)
-        for name, of in load.items()
-    ]
+    costs = kv_costs(choice, config.overlap_weight)
     if config.temperature:
         return instances[sample(costs, config.temperature, rng)]
     return cheapest(instances, costs, rng, choice.content)
 
 
-def kv_cost(
-    role: Role, prompt: PromptSize, overlap_blocks: float, load: Load, overlap_weight: float
-) -> float:
-    """What it costs, in blocks, to send the prompt to an instance. See the module."""
-    if role == "decode":
-        return load.active_blocks + overlap_weight * prompt.missing_blocks(overlap_blocks)
-    tokens = load.queued_tokens + overlap_weight * prompt.uncached_tokens(overlap_blocks)
-    prefill = tokens / prompt.block_size
-    if role == "prefill":
-        return prefill
-    return prefill + load.active_blocks / BLOCKS_READ_PER_COMPUTED
+def kv_costs(choice: Choice, overlap_weight: float) -> list[float]:
+    """What it costs, in blocks, to send the prompt to each instance. See the module."""
+    prompt, overlap = choice.prompt, choice.overlap
+    if choice.role == "decode":
+        return [
+            of.active_blocks + overlap_weight * prompt.missing_blocks(overlap.get(name, 0))
+            for name, of in choice.load.items()
+        ]
+    block_size, num_tokens = prompt.block_size, prompt.num_tokens
+    nothing = overlap_weight * num_tokens
+    held_costs = 0 if choice.role == "prefill" else block_size / BLOCKS_READ_PER_COMPUTED
+    costs = []
+    for name, of in choice.load.items():  # Every instance, for every request: no calls here.
+        held = overlap.get(name)
+        work = nothing
+        if held is not None:
+            left = num_tokens - int(held * block_size)
+            work = overlap_weight * (left if left > 1 else 1)
+        costs.append((of.queued_tokens + work + held_costs * of.active_blocks) / block_size)
+    return costs
 
 
 def cheapest(

@@ -43,7 +43,7 @@ class _Question(NamedTuple):
 
     def left(self, one: Instance) -> int:
         """Tokens that the instance would have to compute."""
-        return self.size.uncached_tokens(self.worth.get(one.info.instance_id, 0))
+        return self.size.uncached_tokens(self.worth.get(one.instance_id, 0))
 
 
 class KvRouter(Membership):
@@ -180,7 +180,7 @@ class KvRouter(Membership):
 
     def _choose(self, question: _Question, role: Role, candidates: list[Instance]) -> str:
         now_s, worth, hashes = question.now_s, question.worth, question.block_hashes
-        load = {one.info.instance_id: one.load.estimate(now_s) for one in candidates}
+        load = {one.instance_id: one.load.estimate(now_s) for one in candidates}
         if self.config.session_affinity:
             last = self._sessions.last(question.session, role)
             if last in load:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import mmap
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -31,7 +33,6 @@ from serving.kv_transfer import make_transfer  # noqa: E402
 from serving.kv_transfer.base import KvTransfer, Progress  # noqa: E402
 from serving.kv_transfer.gpu_memory import HANDLE_BYTES, CudaError, Gpu, GpuBuffer  # noqa: E402
 from serving.kv_transfer.link import Carrier  # noqa: E402
-from serving.kv_transfer.staging import host_pages  # noqa: E402
 from serving.protocol import KvTransferParams  # noqa: E402
 
 # 64 KiB a block.
@@ -125,18 +126,38 @@ class GpuInHostMemory(Gpu):
     def __init__(self) -> None:
         self.ordinal = 0
         self.maps = True
-        self._pages: list[Any] = []
+        self.mapped: dict[int, Any] = {}
+        self._pages: dict[int, tuple[int, Any]] = {}
 
     def allocate(self, nbytes: int) -> GpuBuffer:
-        self._pages.append(host_pages(nbytes))
-        return GpuBuffer(self._pages[-1].ctypes.data, nbytes, 0)
+        descriptor = os.memfd_create("gpu")
+        os.ftruncate(descriptor, nbytes)
+        pages = np.frombuffer(mmap.mmap(descriptor, nbytes), dtype=np.uint8)
+        self._pages[pages.ctypes.data] = descriptor, pages
+        buffer = GpuBuffer(pages.ctypes.data, nbytes, 0)
+        weakref.finalize(buffer, os.close, descriptor)
+        return buffer
 
     def export(self, buffer: GpuBuffer) -> bytes:
-        return os.urandom(HANDLE_BYTES)
+        descriptor, _ = self._pages[buffer.address]
+        return f"/proc/{os.getpid()}/fd/{descriptor}".encode().ljust(HANDLE_BYTES, b"\0")
 
     def try_to_map(self, handle: bytes) -> None:
+        self.unmap(self.map(handle))
+
+    def map(self, handle: bytes) -> int:
         if not self.maps:
             raise CudaError("no peer access")
+        try:
+            with open(handle.rstrip(b"\0"), "r+b") as file:
+                pages = np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.uint8)
+        except OSError as exc:
+            raise CudaError(str(exc)) from exc
+        self.mapped[pages.ctypes.data] = pages
+        return int(pages.ctypes.data)
+
+    def unmap(self, address: int) -> None:
+        del self.mapped[address]
 
     def pin(self, pages: Any) -> None:
         """It is as near as it can be."""

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import mmap
 import os
 import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -33,6 +31,7 @@ from serving.kv_transfer import make_transfer  # noqa: E402
 from serving.kv_transfer.base import KvTransfer, Progress  # noqa: E402
 from serving.kv_transfer.gpu_memory import HANDLE_BYTES, CudaError, Gpu, GpuBuffer  # noqa: E402
 from serving.kv_transfer.link import Carrier  # noqa: E402
+from serving.kv_transfer.staging import host_pages  # noqa: E402
 from serving.protocol import KvTransferParams  # noqa: E402
 
 # 64 KiB a block.
@@ -126,38 +125,18 @@ class GpuInHostMemory(Gpu):
     def __init__(self) -> None:
         self.ordinal = 0
         self.maps = True
-        self.mapped: dict[int, Any] = {}
-        self._pages: dict[int, tuple[int, Any]] = {}
+        self._pages: list[Any] = []
 
     def allocate(self, nbytes: int) -> GpuBuffer:
-        descriptor = os.memfd_create("gpu")
-        os.ftruncate(descriptor, nbytes)
-        pages = np.frombuffer(mmap.mmap(descriptor, nbytes), dtype=np.uint8)
-        self._pages[pages.ctypes.data] = descriptor, pages
-        buffer = GpuBuffer(pages.ctypes.data, nbytes, 0)
-        weakref.finalize(buffer, os.close, descriptor)
-        return buffer
+        self._pages.append(host_pages(nbytes))
+        return GpuBuffer(self._pages[-1].ctypes.data, nbytes, 0)
 
     def export(self, buffer: GpuBuffer) -> bytes:
-        descriptor, _ = self._pages[buffer.address]
-        return f"/proc/{os.getpid()}/fd/{descriptor}".encode().ljust(HANDLE_BYTES, b"\0")
+        return os.urandom(HANDLE_BYTES)
 
     def try_to_map(self, handle: bytes) -> None:
-        self.unmap(self.map(handle))
-
-    def map(self, handle: bytes) -> int:
         if not self.maps:
             raise CudaError("no peer access")
-        try:
-            with open(handle.rstrip(b"\0"), "r+b") as file:
-                pages = np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.uint8)
-        except OSError as exc:
-            raise CudaError(str(exc)) from exc
-        self.mapped[pages.ctypes.data] = pages
-        return int(pages.ctypes.data)
-
-    def unmap(self, address: int) -> None:
-        del self.mapped[address]
 
     def pin(self, pages: Any) -> None:
         """It is as near as it can be."""

@@ -19,7 +19,6 @@ import numpy as np
 _SUCCESS, _ALREADY_MAPPED = 0, 208
 _IPC_LAZY_PEER_ACCESS = 1
 _HOST_PORTABLE = 1
-_EXPORT_UNIT = 2 << 20  # smaller allocations share one, and a handle stands for all of it
 HANDLE_BYTES = 64
 
 
@@ -62,21 +61,6 @@ class GpuBuffer:
         }
 
 
-class PeerBuffer(GpuBuffer):
-    """Bytes on another GPU, mapped here for kernels to read. No library is to touch them: none
-    would know which device they are on."""
-
-    __slots__ = ()
-
-    @property
-    def peer_address(self) -> int:
-        return self.address
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        raise AttributeError("memory of another GPU: only its address is of use")
-
-
 class Gpu:
     """One device, by its ordinal among the visible ones. Safe from any thread."""
 
@@ -100,10 +84,9 @@ class Gpu:
 
     def allocate(self, nbytes: int) -> GpuBuffer:
         """Memory of its own allocation, which can be exported. Raises CudaError."""
-        whole = -(-nbytes // _EXPORT_UNIT) * _EXPORT_UNIT
         address = ctypes.c_uint64()
         with self._current():
-            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(whole))
+            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
         buffer = GpuBuffer(address.value, nbytes, self.ordinal)
         # Not at exit: the driver is gone by then, and so is the memory.
         weakref.finalize(buffer, self._free, address.value).atexit = False
@@ -130,24 +113,6 @@ class Gpu:
                 return
             self._check("cuIpcOpenMemHandle", result)
             self._call("cuIpcCloseMemHandle", address)
-
-    def map(self, handle: bytes) -> int:
-        """Where memory that another process exported lies for kernels of this GPU, until `unmap`.
-        Raises CudaError."""
-        address = ctypes.c_uint64()
-        with self._current():
-            self._call(
-                "cuIpcOpenMemHandle_v2",
-                ctypes.byref(address),
-                _IpcHandle.from_buffer_copy(handle),
-                ctypes.c_uint(_IPC_LAZY_PEER_ACCESS),
-            )
-        return address.value
-
-    def unmap(self, address: int) -> None:
-        """No kernel may be reading it. Raises CudaError."""
-        with self._current():
-            self._call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
 
     def pin(self, pages: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Page-lock host memory until the array is gone: copies to and from the GPU get faster and

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from serving.kv_layout import KvLayout
 from serving.kv_transfer.gpu_memory import Gpu
-from serving.kv_transfer.memory import Mapping, Staging
+from serving.kv_transfer.memory import Staging
 from serving.kv_transfer.staging import Buffer, Unsettled
 from serving.kv_transfer.wire import Connection, Hello
 
@@ -35,9 +35,6 @@ class Link(ABC):
 
     on_gpu = False
     """Whether the two ends' GPU memory is within reach of each other."""
-
-    mapping: Mapping | None = None
-    """The peer's, where it is read from here."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -78,9 +75,6 @@ class Carrier(ABC):
     """One transport of one worker: makes links."""
 
     scheme: str
-    peers_read = False
-    """Whether a puller whose GPU reaches the source's reads there by itself (`peer.py`)."""
-
     reaches_gpus = False
     """Whether it moves GPU memory to another GPU of the host. Known when started."""
 
@@ -114,14 +108,7 @@ class Side:
     transfer_s: float
 
     def staging(self) -> Staging:
-        carrier = self.carrier
-        return Staging(
-            self.layout,
-            self.chunk_bytes,
-            self.gpu,
-            carrier.register,
-            peers_read=carrier.peers_read,
-        )
+        return Staging(self.layout, self.chunk_bytes, self.gpu, self.carrier.register)
 
     @property
     def shared_gpu(self) -> Gpu | None:

@@ -1,21 +1,28 @@
 """Where blocks are staged: in host memory, or on the GPU where both ends can reach each other's.
 
-How transfers use each (`Plan`), and one half's buffers. Which it is, `reach.py` decides.
+Decided per peer, by trying: the source exports its staging memory, and the puller sees whether it
+can map it. Whatever the reason (another host, no peer access, a container of its own), the way
+through the host always works, and the log says which one is taken and why.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from serving.kv_layout import KvLayout
-from serving.kv_transfer.gpu_memory import CudaError, Gpu, GpuBuffer, PeerBuffer
+from serving.kv_transfer.gpu_memory import CudaError, Gpu, GpuBuffer
 from serving.kv_transfer.staging import Buffer, HostBuffer, StagingPool, host_pages
-from serving.kv_transfer.wire import ProtocolError
+from serving.kv_transfer.wire import SharedMemory
 
 log = logging.getLogger(__name__)
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -30,35 +37,23 @@ class Plan:
     least_bytes: int
     depth: int
     num_buffers: int  # per direction; more transfers wait for their turn
-    first_bytes: int = 0  # of the first chunk, and each following has twice as many; 0: no ramp
 
 
 HOST = Plan(chunk_bytes=8 << 20, least_bytes=8 << 20, depth=2, num_buffers=16)
 # A message between GPUs costs about 0.1 ms whatever its size: as long as 32 MiB take over NVLink.
 GPU = Plan(chunk_bytes=128 << 20, least_bytes=32 << 20, depth=4, num_buffers=8)
-# Read by the peer's kernels: a chunk costs the two processes about 0.1 ms of control each, beside
-# the copies. It begins small, so that the first one is soon on its way.
-PEER = Plan(
-    chunk_bytes=128 << 20, least_bytes=32 << 20, depth=4, num_buffers=8, first_bytes=16 << 20
-)
 
 
-@dataclass
-class Mapping:
-    """A peer's staging memory, where kernels of this side's GPU can read it."""
+@functools.cache
+def this_host() -> str:
+    """Equal in all processes on one kernel, containers included."""
+    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else secrets.token_hex(16)
 
-    address: int
-    num_bytes: int
-    key: tuple[str, bytes] | None  # process and handle; None: this very process's memory
-    device: int
-    num_users: int = 0
 
-    def part(self, offset: int, num_bytes: int) -> PeerBuffer:
-        """Raises ProtocolError for what is not in there: a kernel that reads there would end the
-        process."""
-        if not 0 <= offset <= offset + num_bytes <= self.num_bytes:
-            raise ProtocolError(f"{num_bytes} bytes at {offset} of {self.num_bytes}")
-        return PeerBuffer(self.address + offset, num_bytes, self.device)
+@functools.cache
+def this_process() -> str:
+    """Process ids repeat between containers; this does not."""
+    return secrets.token_hex(16)
 
 
 class Staging:
@@ -73,20 +68,15 @@ class Staging:
         chunk_bytes: int | None,
         gpu: Gpu | None,
         register: Callable[[Buffer], None],
-        *,
-        peers_read: bool = False,
     ) -> None:
-        """`chunk_bytes` None: what suits the memory. `gpu`: where the engine's blocks are.
-        `peers_read`: memory on the GPU is read by kernels of the peer's."""
+        """`chunk_bytes` None: what suits the memory. `gpu`: where the engine's blocks are."""
         self._layout, self._chunk_bytes, self._gpu = layout, chunk_bytes, gpu
-        self._gpu_plan = PEER if peers_read else GPU
         self._register = register
         self._host = StagingPool(
             self._max_blocks(HOST) * layout.block_bytes, HOST.num_buffers, self._make_host
         )
         self._on_gpu: StagingPool | None = None
         self._handle = b""
-        self._slab: GpuBuffer | None = None
         self._sharing = asyncio.Lock()
 
     def pool(self, on_gpu: bool) -> StagingPool:
@@ -99,12 +89,6 @@ class Staging:
     def has_gpu(self) -> bool:
         return self._on_gpu is not None
 
-    @property
-    def slab(self) -> GpuBuffer:
-        """All of the GPU's staging memory."""
-        assert self._slab, "shared before"
-        return self._slab
-
     def depth(self, on_gpu: bool) -> int:
         return self._plan(on_gpu).depth
 
@@ -114,11 +98,6 @@ class Staging:
         least = max(1, plan.least_bytes // self._layout.block_bytes)
         wanted = max(least, -(-num_blocks // plan.depth))
         return min(wanted, self._max_blocks(plan))
-
-    def first_blocks(self, on_gpu: bool, chunk_blocks: int) -> int:
-        """Of the first chunk where others have `chunk_blocks`; 0: no fewer."""
-        first = self._plan(on_gpu).first_bytes // self._layout.block_bytes
-        return first if first < chunk_blocks else 0
 
     async def share(self) -> bytes:
         """Make the GPU's staging memory, once; returns the handle by which a peer can map it.
@@ -134,17 +113,16 @@ class Staging:
 
     def _make_gpu(self, gpu: Gpu) -> tuple[bytes, StagingPool]:
         # One allocation, so that a peer maps once.
-        plan = self._gpu_plan
-        num_bytes = self._max_blocks(plan) * self._layout.block_bytes
-        self._slab = slab = gpu.allocate(plan.num_buffers * num_bytes)
+        num_bytes = self._max_blocks(GPU) * self._layout.block_bytes
+        slab = gpu.allocate(GPU.num_buffers * num_bytes)
         self._register(slab)
-        parts = [slab[i * num_bytes : (i + 1) * num_bytes] for i in range(plan.num_buffers)]
+        parts = [slab[i * num_bytes : (i + 1) * num_bytes] for i in range(GPU.num_buffers)]
         log.info("%.0f MiB of GPU %d stage KV", slab.nbytes / 2**20, gpu.ordinal)
 
         def make(_: int) -> GpuBuffer:
             return parts.pop()
 
-        return gpu.export(slab), StagingPool(num_bytes, plan.num_buffers, make)
+        return gpu.export(slab), StagingPool(num_bytes, GPU.num_buffers, make)
 
     def _make_host(self, num_bytes: int) -> Buffer:
         pages: HostBuffer = host_pages(num_bytes)
@@ -157,7 +135,55 @@ class Staging:
         return pages
 
     def _plan(self, on_gpu: bool) -> Plan:
-        return self._gpu_plan if on_gpu else HOST
+        return GPU if on_gpu else HOST
 
     def _max_blocks(self, plan: Plan) -> int:
         return max(1, (self._chunk_bytes or plan.chunk_bytes) // self._layout.block_bytes)
+
+
+class Reach:
+    """Which peers' GPU memory this process can map. Asks the driver once per peer."""
+
+    def __init__(self, gpu: Gpu | None, staging: Staging) -> None:
+        self._gpu, self._staging = gpu, staging
+        self._known: dict[bytes, bool] = {}
+
+    @property
+    def mine(self) -> SharedMemory | None:
+        """What a peer has to know before it shares its own."""
+        return None if self._gpu is None else SharedMemory(this_host(), this_process(), b"")
+
+    async def includes(self, address: str, theirs: SharedMemory | None) -> bool:
+        """Whether blocks of the peer at `address` can come straight from its GPU to this one."""
+        if self._gpu is None:
+            return False
+        if theirs is None or not theirs.handle:
+            log.warning("KV from %s comes through host memory: its GPU shares none", address)
+            return False
+        if theirs.handle not in self._known:
+            self._known[theirs.handle] = await self._try(self._gpu, address, theirs)
+        return self._known[theirs.handle]
+
+    async def _try(self, gpu: Gpu, address: str, theirs: SharedMemory) -> bool:
+        try:
+            await self._staging.share()
+            if theirs.process != this_process():
+                await asyncio.to_thread(gpu.try_to_map, theirs.handle)
+        except CudaError as exc:
+            log.warning("KV from %s comes through host memory: %s", address, exc)
+            return False
+        log.info("KV from %s comes from GPU to GPU", address)
+        return True
+
+
+async def offer(
+    gpu: Gpu | None, staging: Staging, theirs: SharedMemory | None
+) -> SharedMemory | None:
+    """What the source tells a peer that said where `theirs` is; None where they cannot meet."""
+    if gpu is None or theirs is None or theirs.host != this_host():
+        return None
+    try:
+        return SharedMemory(this_host(), this_process(), await staging.share())
+    except CudaError as exc:
+        log.warning("KV leaves through host memory: %s", exc)
+        return None

@@ -7,9 +7,8 @@ import functools
 import itertools
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -17,8 +16,7 @@ import msgspec
 from serving.errors import KvTransferFailed
 from serving.kv_transfer.base import ChunkSink, Progress
 from serving.kv_transfer.link import Link, Side, finish, stop
-from serving.kv_transfer.peer import Reading
-from serving.kv_transfer.reach import Reach
+from serving.kv_transfer.memory import Reach
 from serving.kv_transfer.staging import Buffer, Lease
 from serving.kv_transfer.wire import (
     WIRE_VERSION,
@@ -52,7 +50,6 @@ class Puller:
         self._running: set[asyncio.Timeout] = set()
         self._none_running = asyncio.Event()
         self._none_running.set()
-        self._sweeping: set[asyncio.Task[None]] = set()
         self._closed = False
         # Random above: what an earlier process or a failed pull left on the way is never taken
         # for a chunk of this one.
@@ -139,7 +136,6 @@ class Puller:
             if not deadline.expired():
                 deadline.reschedule(now)
         await self._none_running.wait()
-        await asyncio.gather(*self._sweeping)
         for link in [link for links in self._idle.values() for link in links]:
             await self._discard(link)
         self._idle.clear()
@@ -148,46 +144,17 @@ class Puller:
         on_gpu = await self._is_within_reach(address)
         chunk_blocks = self._staging.chunk_blocks(on_gpu, request.num_blocks)
         request = msgspec.structs.replace(request, chunk_blocks=chunk_blocks, on_gpu=on_gpu)
-        if on_gpu and self._side.carrier.peers_read:
-            await self._read(address, request, sink)
-            return
         depth = min(self._staging.depth(on_gpu), -(-request.num_blocks // chunk_blocks))
         async with self._staging.pool(on_gpu).lease(depth) as lease:
-            give_up = functools.partial(self._give_up, address, request=request, lease=lease)
-            link, granted = await self._ask(address, request, give_up)
+            link, granted = await self._ask(address, request, lease)
             self.route = granted.route
             try:
                 await self._fetch(link, request, granted, lease.buffers, sink)
                 await link.connection.send(Received())
             except BaseException:
-                await finish(give_up(link))
+                await finish(self._give_up(address, link, request, lease))
                 raise
             self._keep(address, link)
-
-    async def _read(self, address: str, request: Pull, sink: ChunkSink) -> None:
-        """Straight from the peer's memory."""
-
-        async def give_up(link: Link, reading: Reading | None = None) -> None:
-            reading = reading or Reading(link.connection, self._side)
-            is_usable = await reading.give_up()
-            await reading.close()
-            if is_usable:
-                self._keep(address, link)
-            else:
-                await self._discard(link)
-
-        link, granted = await self._ask(address, request, give_up)
-        self.route = granted.route
-        reading = Reading(link.connection, self._side)
-        try:
-            assert link.mapping
-            await reading.run(self._chunks(request, granted), link.mapping, sink)
-            await reading.close()
-            await link.connection.send(Received())
-        except BaseException:
-            await finish(give_up(link, reading))
-            raise
-        self._keep(address, link)
 
     async def _give_up(self, address: str, link: Link, request: Pull, lease: Lease) -> None:
         """After a grant, when not everything arrived or was wanted."""
@@ -200,7 +167,9 @@ class Puller:
         self, link: Link, request: Pull, granted: Granted, buffers: list[Buffer], sink: ChunkSink
     ) -> None:
         """Scatter chunk k while chunk k + 1 arrives."""
-        chunks = self._chunks(request, granted)
+        if not 1 <= granted.chunk_blocks <= request.chunk_blocks:
+            raise ProtocolError(f"chunks of {granted.chunk_blocks} blocks")
+        chunks = chunk_ranges(request.first_block, request.num_blocks, granted.chunk_blocks)
         loop = asyncio.get_running_loop()
         arriving: deque[tuple[asyncio.Task[None], Buffer]] = deque()
         try:
@@ -219,23 +188,14 @@ class Puller:
             await stop(arrival for arrival, _ in arriving)
         await link.finished()
 
-    def _chunks(self, request: Pull, granted: Granted) -> list[tuple[int, int]]:
-        size, first = granted.chunk_blocks, granted.first_blocks
-        if not (1 <= size <= request.chunk_blocks and 0 <= first <= size):
-            raise ProtocolError(f"chunks of {first} and {size} blocks")
-        return chunk_ranges(request.first_block, request.num_blocks, size, first)
-
     def _expect(
         self, link: Link, tag: int, index: int, buffer: Buffer, count: int
     ) -> tuple[asyncio.Task[None], Buffer]:
         data = buffer[: count * self._side.layout.block_bytes]
         return asyncio.create_task(link.receive(tag, index, data), name="kv-receive"), data
 
-    async def _ask(
-        self, address: str, request: Pull, give_up: Callable[[Link], Coroutine[Any, Any, None]]
-    ) -> tuple[Link, Granted]:
-        """A link on which the peer granted the request. Raises Refusal or OSError. `give_up` is
-        for one that was granted to nobody."""
+    async def _ask(self, address: str, request: Pull, lease: Lease) -> tuple[Link, Granted]:
+        """A link on which the peer granted the request. Raises Refusal or OSError."""
         while True:
             link, reused = await self._take(address)
             if link.on_gpu < request.on_gpu:
@@ -248,7 +208,7 @@ class Puller:
                 reply = await finish(asking)
             except asyncio.CancelledError:
                 if asking.exception() is None and isinstance(asking.result(), Granted):
-                    await finish(give_up(link))
+                    await finish(self._give_up(address, link, request, lease))
                 else:
                     await self._discard(link)
                 raise
@@ -285,10 +245,7 @@ class Puller:
         """A link to the peer, and whether it was used before."""
         await self._sweep()
         if links := self._idle.get(address):
-            link = links.pop()
-            if link.mapping:
-                link.connection.unwatch()
-            return link, True
+            return links.pop(), True
         deadline = asyncio.timeout(self._side.connect_s)
         try:
             async with deadline:
@@ -308,11 +265,7 @@ class Puller:
             if (hello.version, hello.transport) != (WIRE_VERSION, carrier.scheme):
                 raise ProtocolError(f"it speaks {hello.transport} version {hello.version}")
             link = carrier.link(connection, hello)
-            if carrier.peers_read:
-                link.mapping = await self._reach.open(address, hello.memory)
-                link.on_gpu = link.mapping is not None
-            else:
-                link.on_gpu = await self._reach.includes(address, hello.memory)
+            link.on_gpu = await self._reach.includes(address, hello.memory)
             return link
         except BaseException:
             connection.close()
@@ -330,15 +283,6 @@ class Puller:
 
     def _keep(self, address: str, link: Link) -> None:
         self._idle.setdefault(address, []).append(link)
-        if link.mapping:  # which must not outlive the peer for long
-            link.connection.watch(functools.partial(self._stirred, link))
-
-    def _stirred(self, link: Link) -> None:
-        """An idle link ended."""
-        link.connection.unwatch()
-        sweeping = asyncio.create_task(self._sweep(), name="kv-sweep")
-        self._sweeping.add(sweeping)
-        sweeping.add_done_callback(self._sweeping.discard)
 
     async def _sweep(self) -> None:
         """Close idle links whose peer is gone, and those beyond `MAX_IDLE_LINKS`."""
@@ -355,14 +299,6 @@ class Puller:
             await self._discard(link)
 
     async def _discard(self, link: Link) -> list[asyncio.Future[object]]:
-        return await finish(self._end(link))
-
-    async def _end(self, link: Link) -> list[asyncio.Future[object]]:
-        mapping, link.mapping = link.mapping, None
-        if mapping:
-            link.connection.unwatch()
-        unsettled = await link.close()
+        unsettled = await finish(link.close())
         link.connection.close()
-        if mapping:
-            await self._reach.close(mapping)
         return list(unsettled)

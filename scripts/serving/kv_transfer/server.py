@@ -10,8 +10,7 @@ from collections import deque
 
 from serving.kv_transfer.base import BlockSource
 from serving.kv_transfer.link import SETTLE_S, Link, Side, all_of, finish, stop
-from serving.kv_transfer.peer import ROUTE, Lending
-from serving.kv_transfer.reach import offer
+from serving.kv_transfer.memory import offer
 from serving.kv_transfer.staging import Buffer
 from serving.kv_transfer.wire import (
     MAX_CHUNKS,
@@ -147,35 +146,6 @@ class BlockServer:
         except Refusal as refusal:
             await link.connection.send(Refused(str(refusal)))
             return
-        if pull.on_gpu and self._side.carrier.peers_read:
-            received = await self._lend(pull, chunk_blocks, link)
-        else:
-            received = await self._transport(pull, chunk_blocks, link)
-        if received and not pull.more_follows:
-            self._source.done(pull.request_id)
-
-    async def _lend(self, pull: Pull, chunk_blocks: int, link: Link) -> bool:
-        """Let the peer read the blocks; whether it has them all."""
-        first_blocks = self._staging.first_blocks(True, chunk_blocks)
-        await link.connection.send(Granted(chunk_blocks, ROUTE, first_blocks))
-        chunks = chunk_ranges(pull.first_block, pull.num_blocks, chunk_blocks, first_blocks)
-        read = functools.partial(self._read, pull.request_id)
-        lending = Lending(link.connection, self._side)
-        try:
-            depth = min(self._staging.depth(True), len(chunks))
-            async with self._staging.pool(True).lease(depth) as lease:
-                try:
-                    return await lending.run(chunks, lease.buffers, self._staging.slab, read)
-                except BaseException:
-                    if lending.lent:
-                        link.connection.hang_up()
-                        lease.quarantine([_later(SETTLE_S)])
-                    raise
-        finally:
-            await lending.close()
-
-    async def _transport(self, pull: Pull, chunk_blocks: int, link: Link) -> bool:
-        """Send the blocks; whether the peer has them all."""
         await link.open()
         await link.connection.send(Granted(chunk_blocks, link.route(pull.on_gpu)))
         chunks = chunk_ranges(pull.first_block, pull.num_blocks, chunk_blocks)
@@ -185,12 +155,14 @@ class BlockServer:
             depth = min(self._staging.depth(pull.on_gpu), len(chunks))
             async with self._staging.pool(pull.on_gpu).lease(depth) as lease:
                 try:
-                    return await self._deliver(pull, chunks, lease.buffers, link, listening)
+                    received = await self._deliver(pull, chunks, lease.buffers, link, listening)
                 except BaseException:
                     lease.quarantine(await finish(link.close()))
                     raise
         finally:
             await stop([listening])
+        if received and not pull.more_follows:
+            self._source.done(pull.request_id)
 
     async def _deliver(
         self,
@@ -286,25 +258,14 @@ class BlockServer:
 
     async def _gather(self, request_id: str, first: int, data: Buffer) -> None:
         """Raises Refusal: that it is the source that gave up, not the way, is worth telling."""
-        read = functools.partial(self._read, request_id, first, data)
-        await finish(asyncio.get_running_loop().run_in_executor(self._side.threads, read))
-
-    def _read(self, request_id: str, first: int, data: Buffer) -> None:
+        read = functools.partial(self._source.read, request_id, first, data)
         try:
-            self._source.read(request_id, first, data)
+            await finish(asyncio.get_running_loop().run_in_executor(self._side.threads, read))
         except KeyError:
             raise Refusal("released meanwhile") from None
         except Exception as exc:
             log.exception("cannot read the blocks of %s", request_id)
             raise Refusal(f"cannot read the blocks: {exc}") from exc
-
-
-def _later(after_s: float) -> asyncio.Future[None]:
-    """Done in `after_s`."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    loop.call_later(after_s, future.set_result, None)
-    return future
 
 
 def _why(exc: PermissionError | KeyError) -> str:

@@ -1,5 +1,4 @@
-"""KV blocks over UCX: one tagged message per chunk, several under way. (Between GPUs that reach each
-other UCX carries nothing: see `peer.py`.)
+"""KV blocks over UCX: one tagged message per chunk, several under way.
 
 Only the source has an endpoint, one per peer, made from the worker address in the peer's Hello
 and only after the peer proved with a nonce that it may pull: UCX itself authenticates nobody. The
@@ -288,8 +287,6 @@ class UcxCarrier(Carrier):
     """Owns the endpoints of one worker, and messages that outlived their pull."""
 
     scheme = "ucx"
-    # What UCX itself gets out of two GPUs: about half of what the wires between them carry.
-    peers_read = True
     context: UcxContext
 
     def __init__(self, host: str, on_gpu: bool) -> None:

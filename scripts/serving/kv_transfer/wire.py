@@ -7,8 +7,6 @@ first; one connection carries one pull at a time and is kept for the next one:
     -> Follow  <- Computed | Refused         waits for the prefill to get further
     -> Pull    <- Granted | Refused          Refused leaves the connection usable
        blocks, in chunks, as the transport moves them (a Refused now means: no more will come)
-       or where the puller reads the source's GPU memory, for each chunk:
-       <- Gathered   -> Scattered
     -> Received                              everything is where it belongs
     -> Stop   <- Stopped                     instead: no more blocks, the connection stays usable
 """
@@ -19,27 +17,21 @@ import asyncio
 import contextlib
 import select
 import socket
-from collections.abc import Callable
 
 import msgspec
 from msgspec import Struct
 
-WIRE_VERSION = 3
+WIRE_VERSION = 2
 MAX_FRAME_BYTES = 64 * 1024
 MAX_CHUNKS = 1 << 24  # a tag is 40 bits of pull and 24 bits of chunk
 
 
 class SharedMemory(Struct, frozen=True):
-    """Staging memory on a GPU of `host`, which another process there may map by `handle`.
-
-    `address` is where it lies for the process that owns it.
-    """
+    """Staging memory on a GPU of `host`, which another process there may map by `handle`."""
 
     host: str
     process: str
     handle: bytes
-    address: int = 0
-    num_bytes: int = 0
 
 
 class Hello(Struct, frozen=True, tag="hello"):
@@ -90,13 +82,10 @@ class Pull(Struct, frozen=True, tag="pull"):
 
 
 class Granted(Struct, frozen=True, tag="granted"):
-    """`chunk_blocks` is what both sides can stage; `route` names what carries the blocks. The
-    first chunk has `first_blocks`, the following twice as many each, up to `chunk_blocks`; 0: all
-    have `chunk_blocks`."""
+    """`chunk_blocks` is what both sides can stage; `route` names what carries the blocks."""
 
     chunk_blocks: int
     route: str = ""
-    first_blocks: int = 0
 
 
 class Refused(Struct, frozen=True, tag="refused"):
@@ -118,19 +107,6 @@ class ChunkAt(Struct, frozen=True, tag="chunk-at"):
     num_bytes: int
     device: int
     agent: bytes = b""
-
-
-class Gathered(Struct, frozen=True, tag="gathered"):
-    """Chunk `index` lies at `offset` of the source's shared memory, for the puller to read."""
-
-    index: int
-    offset: int
-
-
-class Scattered(Struct, frozen=True, tag="scattered"):
-    """Chunk `index` was read: its memory is the source's again."""
-
-    index: int
 
 
 class Received(Struct, frozen=True, tag="received"):
@@ -156,8 +132,6 @@ Message = (
     | Refused
     | Chunk
     | ChunkAt
-    | Gathered
-    | Scattered
     | Received
     | Stop
     | Stopped
@@ -173,17 +147,10 @@ class Refusal(Exception):
     """The peer will not deliver, and says why."""
 
 
-def chunk_ranges(
-    first_block: int, num_blocks: int, chunk_blocks: int, first_blocks: int = 0
-) -> list[tuple[int, int]]:
+def chunk_ranges(first_block: int, num_blocks: int, chunk_blocks: int) -> list[tuple[int, int]]:
     """(first block, number of blocks) of each chunk; both sides compute the same list."""
     end = first_block + num_blocks
-    ranges: list[tuple[int, int]] = []
-    size = min(first_blocks or chunk_blocks, chunk_blocks)
-    while first_block < end:
-        ranges.append((first_block, min(size, end - first_block)))
-        first_block, size = first_block + size, min(2 * size, chunk_blocks)
-    return ranges
+    return [(i, min(chunk_blocks, end - i)) for i in range(first_block, end, chunk_blocks)]
 
 
 def socket_family(host: str) -> socket.AddressFamily:
@@ -243,14 +210,6 @@ class Connection:
                 raise ConnectionResetError("the peer closed the connection")
             done += count
 
-    def watch(self, stirred: Callable[[], None]) -> None:
-        """Call `stirred` (again and again) when an idle connection is `quiet` no more."""
-        self._loop.add_reader(self._sock, stirred)
-
-    def unwatch(self) -> None:
-        """Before any other use of it."""
-        self._loop.remove_reader(self._sock)
-
     @property
     def quiet(self) -> bool:
         """Whether the peer neither closed nor said anything: how an idle connection should be."""
@@ -258,12 +217,8 @@ class Connection:
         poller.register(self._sock, select.POLLIN | select.POLLHUP)
         return self._sock.fileno() >= 0 and not poller.poll(0)
 
-    def hang_up(self) -> None:
-        """Let the peer see the end now; it stays to be closed."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-
     def close(self) -> None:
         """Only when no other task uses the connection any more."""
-        self.hang_up()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()

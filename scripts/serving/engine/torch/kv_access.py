@@ -2,7 +2,7 @@
 
 Blocks are copied on transfer threads while others may release them. What is read is lent: it
 keeps a reference of its own until the copy is over. What is written is kept by the reservation,
-whose `transfer_lock` keeps copy and release apart: a release waits for the copies under way.
+whose `transfer_lock` keeps copy and release apart: a release waits for one chunk at most.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class TorchKvBlocks:
 
     def write(self, sequence: Sequence, first: int, data: Any) -> None:
         """Data for a request that was aborted meanwhile is dropped."""
-        with sequence.transfer_lock.copying():
+        with sequence.transfer_lock:
             if sequence.state is State.RESERVED:
                 self._pool.scatter(self._slice(sequence, first, data), data)
 

@@ -1,9 +1,7 @@
 """Copies between scattered blocks of a pool on a GPU and packed staging memory.
 
 One kernel a chunk, on a stream of its own: a copy neither waits for the engine's steps nor holds
-them up, and only its own end is waited for. Two threads keep the stream busy: one's copy runs while
-the other's is prepared. Packed memory may be another GPU's, mapped here: then it is given by its
-address, because neither torch nor Triton's launcher knows such memory. The kernel takes the pool as `[blocks, parts, bytes]`
+them up, and only its own end is waited for. The kernel takes the pool as `[blocks, parts, bytes]`
 with any strides between blocks and parts, so the pool decides about its layout alone.
 """
 
@@ -30,16 +28,9 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
     num_parts,
     part_words,
     INTO_POOL: tl.constexpr,
-    BY_ADDRESS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Program (i, j): words `j * WORDS ...` of part `i % num_parts` of block `i // num_parts`.
-
-    `packed` is a pointer, or with `BY_ADDRESS` the 64-bit integer of one.
-    """
-    if BY_ADDRESS:
-        # Without being told so Triton does not see that it is aligned, and reads single words.
-        packed = tl.multiple_of(packed.to(pool.dtype), 16)
+    """Program (i, j): words `j * WORDS ...` of part `i % num_parts` of block `i // num_parts`."""
     row = tl.program_id(0)
     block = tl.load(blocks + row // num_parts).to(tl.int64)
     in_pool = pool + block * block_stride + (row % num_parts).to(tl.int64) * part_stride
@@ -53,12 +44,12 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
 
 
 def copy_blocks(
-    pool: torch.Tensor, packed: torch.Tensor | int, blocks: torch.Tensor, *, into_pool: bool
+    pool: torch.Tensor, packed: torch.Tensor, blocks: torch.Tensor, *, into_pool: bool
 ) -> None:
     """Copy rows `blocks` (int32 `[n]`) of `pool` to or from `packed`, on the current stream.
 
     `pool` is uint8 `[blocks, parts, bytes]`, its last dimension contiguous; `packed` is contiguous
-    uint8 of `n * parts * bytes`, and 16-byte aligned; or the address of such memory.
+    uint8 of `n * parts * bytes`, and 16-byte aligned.
     """
     _, num_parts, num_bytes = pool.shape
     size, dtype = next(
@@ -69,14 +60,13 @@ def copy_blocks(
     grid = (len(blocks) * num_parts, triton.cdiv(num_bytes // size, _WORDS))
     _copy_kernel[grid](
         pool.view(dtype),
-        packed if isinstance(packed, int) else packed.view(dtype),
+        packed.view(dtype),
         blocks,
         pool.stride(0) // size,
         pool.stride(1) // size,
         num_parts,
         num_bytes // size,
         INTO_POOL=into_pool,
-        BY_ADDRESS=isinstance(packed, int),
         WORDS=_WORDS,
     )
 
@@ -85,7 +75,7 @@ class BlockCopies:
     """Gathers and scatters for one pool. Safe from any thread."""
 
     def __init__(self, pool: torch.Tensor) -> None:
-        """`pool` as in `copy_blocks`, on a GPU. Compiles the kernels on its block 0."""
+        """`pool` as in `copy_blocks`, on a GPU. Compiles both kernels on its block 0."""
         self._pool = pool
         # Before the engine's kernels where both wait for processors: a copy is short.
         self._stream = torch.cuda.Stream(pool.device, priority=-1)  # type: ignore[no-untyped-call]
@@ -93,7 +83,6 @@ class BlockCopies:
         scratch = torch.empty(pool[0].numel(), dtype=torch.uint8, device=pool.device)
         self.gather([0], scratch)
         self.scatter([0], scratch)
-        self.scatter([0], scratch.data_ptr())
 
     def gather(self, blocks: Sequence[int], out: torch.Tensor) -> None:
         """Into `out` (uint8, on this GPU or in host memory); it is there when this returns."""
@@ -106,23 +95,19 @@ class BlockCopies:
 
         self._run(copy, blocks)
 
-    def scatter(self, blocks: Sequence[int], data: torch.Tensor | int) -> None:
-        """From `data`, which may be reused when this returns. An address: of memory that kernels on
-        this GPU can read."""
+    def scatter(self, blocks: Sequence[int], data: torch.Tensor) -> None:
+        """From `data`, which may be reused when this returns."""
 
         def copy(index: torch.Tensor) -> None:
-            packed = (
-                data if isinstance(data, int) else data.to(self._pool.device, non_blocking=True)
-            )
+            packed = data.to(self._pool.device, non_blocking=True)
             copy_blocks(self._pool, packed, index, into_pool=True)
 
         self._run(copy, blocks)
 
     def _run(self, copy: Callable[[torch.Tensor], None], blocks: Sequence[int]) -> None:
-        # Pinned: an upload from other memory would wait for the stream, and so for other copies.
-        numbers = torch.tensor(blocks, dtype=torch.int32, pin_memory=True)
         with torch.cuda.stream(self._stream):
-            copy(numbers.to(self._pool.device, non_blocking=True))
+            index = torch.tensor(blocks, dtype=torch.int32, device=self._pool.device)
+            copy(index)
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ended.record(self._stream)
         ended.synchronize()  # not the stream: others may have queued copies behind this one

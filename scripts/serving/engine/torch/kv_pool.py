@@ -85,14 +85,12 @@ class KvPool:
     def scatter(self, blocks: Sequence[int], data: Any) -> None:
         """Copy whole blocks in wire order from `data` (host buffer or GPU memory) into the pool.
 
-        Memory of another GPU, mapped here, says its `peer_address` and is read from there.
         Done when this returns: steps that start afterwards read them. No step that is computing
         may still use these blocks for something else.
         """
         with torch.inference_mode():
             if self._copies:
-                peer: int | None = getattr(data, "peer_address", None)
-                self._copies.scatter(blocks, self._as_tensor(data) if peer is None else peer)
+                self._copies.scatter(blocks, self._as_tensor(data))
                 return
             target = self._bytes.numpy()
             source_rows = _as_array(data).reshape(len(blocks), -1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from serving import block_hash
-from serving.engine.torch.transfer_lock import TransferLock
 from serving.protocol import EngineRequest, SamplingParams, TokenLogprob
 
 # Stands in `Sequence.tokens` for a token that a step under way is choosing.
@@ -88,8 +88,8 @@ class Sequence:
     # A reservation's waiter: called when its blocks may be written to, or when it was aborted. What
     # it does, it does once, however often it is called.
     on_settled: Callable[[], None] | None = None
-    # Held while a transfer copies blocks, and alone while they are taken away from it.
-    transfer_lock: TransferLock = field(default_factory=TransferLock)
+    # Held while a transfer copies blocks, and while they are taken away from it.
+    transfer_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)

@@ -68,7 +68,7 @@ def _tensorrt_llm_parts(config: Config, device: Device) -> dict[str, Any]:
         "limits": [
             engine.max_model_len,
             engine.max_batch_size,
-            engine.max_num_batched_tokens,
+            engine.step_tokens(),
             engine.kv_cache_tokens,
             engine.host_cache_bytes,
         ],

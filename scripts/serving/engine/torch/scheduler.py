@@ -115,7 +115,8 @@ class Scheduler:
         live = self._live.get(request_id)
         if live is None or live.request.phase != "prefill" or live.state is not State.RUNNING:
             return 0
-        return live.num_computed // self.limits.block_size
+        num_full = live.num_readable // self.limits.block_size
+        return self.pool.num_arrived(live.blocks[:num_full])
 
     def release_export(self, request_id: str) -> None:
         sequence = self.exported.pop(request_id, None)
@@ -195,6 +196,7 @@ class Scheduler:
             if sequence.state is State.DONE:
                 continue
             sequence.num_computed += chunk.length
+            sequence.num_readable = sequence.num_computed
             self._store_full_blocks(sequence)
             if outcome is not None:
                 self._append(sequence, *outcome)
@@ -353,7 +355,7 @@ class Scheduler:
         self._stop_computing(sequence)
         self._free(sequence)
         sequence.num_computed = sequence.num_scheduled = sequence.num_stored = 0
-        sequence.num_tabled = 0
+        sequence.num_tabled = sequence.num_readable = 0
         sequence.state = State.WAITING
         sequence.on_settled = None  # fetched KV is gone: this worker computes it
         bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
@@ -383,7 +385,8 @@ class Scheduler:
         hashes = sequence.block_hashes(last)
         parent = hashes[first - 1] if first else None
         own = sequence.blocks[first:last]
-        stored = self.pool.store(own, hashes[first:], parent)
+        are_read = sequence.in_flight > 0
+        stored = self.pool.store(own, hashes[first:], parent, are_read=are_read)
         if stored != own:
             sequence.blocks[first:last] = stored
             sequence.num_tabled = min(sequence.num_tabled, first)

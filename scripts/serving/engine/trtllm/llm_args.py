@@ -170,7 +170,7 @@ def arguments(
             "max_batch_size": engine.max_batch_size,
             "max_seq_len": engine.max_model_len,
             "max_input_len": engine.max_model_len,
-            "max_num_tokens": max(engine.max_num_batched_tokens, engine.max_batch_size),
+            "max_num_tokens": max(engine.step_tokens(), engine.max_batch_size),
         }
     else:
         everything["gather_generation_logits"] = True

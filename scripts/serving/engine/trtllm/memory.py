@@ -87,7 +87,7 @@ def estimate(
         checkpoint.intermediate_size // spread.tensor, checkpoint.hidden_size
     )
     batch = engine.max_batch_size
-    tokens = max(engine.max_num_batched_tokens, batch)
+    tokens = max(engine.step_tokens(), batch)
     logits = 2 + (GATHERED_STEPS if engine.flow == "trtllm-build" else 0)
     return Estimate(
         role=role,
@@ -177,7 +177,7 @@ def _require_fit(found: Estimate, config: Config, spread: Parallelism, memory_by
     elif found.weights + found.runtime < memory_bytes:
         excess = found.fixed - found.activations
         tokens = int(
-            config.engine.max_num_batched_tokens
+            config.engine.step_tokens()
             * max(0.0, 0.5 * (memory_bytes - excess) / found.activations)
         )
         remedy = (

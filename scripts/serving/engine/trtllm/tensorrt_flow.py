@@ -88,7 +88,7 @@ def build_command(
     checkpoint_dir: Path, output_dir: Path, config: Config, spread: Parallelism
 ) -> list[str]:
     engine = config.engine
-    tokens = max(engine.max_num_batched_tokens, engine.max_batch_size)
+    tokens = max(engine.step_tokens(), engine.max_batch_size)
     return [
         "trtllm-build",
         *("--checkpoint_dir", str(checkpoint_dir)),

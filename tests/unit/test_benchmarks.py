@@ -1,0 +1,117 @@
+"""How benchmarks read clocks and judge: the parts that can be wrong without anybody noticing."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.disagg import Measurement, best_at_equal_ttft, verdicts
+from benchmarks.driven_engine import Run
+from benchmarks.dummy_engine import make_engine
+from benchmarks.mixed_load import Load
+from benchmarks.model_costs import ModelCosts
+from benchmarks.streaming_client import Completion
+from serving.protocol import EngineOutput
+
+LOAD = Load(
+    streams=2,
+    stream_prompt=1,
+    stream_output=1,
+    prompt=1,
+    output=1,
+    rate=2.0,
+    vocab_size=9,
+    warm_up_s=1,
+    measure_s=1,
+    seed=0,
+    temperature=0,
+)
+
+
+def measurement(setup: str, itl_p99: float, ttft_p90: float, when: int = 0) -> Measurement:
+    values = {"itl_p99": itl_p99, "ttft_p90": ttft_p90, "output_tokens_per_s": 1.0}
+    return Measurement(setup, "machine", LOAD, values, {}, when)
+
+
+def test_best_aggregated_is_the_smoothest_that_is_as_fast_to_the_first_token() -> None:
+    ours = measurement("disagg", 10, 100)
+    others = [
+        measurement("agg-256", 12, 300),
+        measurement("agg-1024", 40, 104),
+        measurement("agg-8192", 90, 60),
+    ]
+    best, how = best_at_equal_ttft(ours, others)
+    assert (best.setup, "of 2" in how) == ("agg-1024", True)
+    nearest, how = best_at_equal_ttft(measurement("disagg", 10, 50), others)
+    assert (nearest.setup, "nearest" in how) == ("agg-8192", True)
+
+
+def test_verdict_compares_the_newest_measurements_under_one_load() -> None:
+    found = verdicts(
+        [
+            measurement("agg-default", 999, 50, when=1),
+            measurement("disagg", 10, 50, when=2),
+            measurement("agg-default", 40, 50, when=3),
+        ]
+    )
+    assert [row["ratio"] for row in found] == [0.25, 0.25]
+    assert {row["name"].split(",")[0] for row in found} == {
+        "itl p99 vs default",
+        "itl p99 vs best aggregated at equal ttft p90",
+    }
+
+
+async def test_events_are_counted_however_the_bytes_are_cut() -> None:
+    event = b'e4\r\ndata: {"id":"x","choices":[{"index":0,"text":"\\n\\n"}],"usage":null}\n\n\r\n'
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3}}\n\n'
+    stream = b"HTTP/1.1 200 OK\r\ncontent-type: x\r\n\r\n" + event * 3 + usage + b"data: [DONE]\n\n"
+    for size in (1, 7, len(stream)):
+        completion = Completion(b"")
+        for start in range(0, len(stream), size):
+            completion.data_received(stream[start : start + size])
+        completion.connection_lost(None)
+        assert (len(completion.times), completion.num_tokens, completion.error) == (3, 3, "")
+
+
+async def test_refused_request_says_why() -> None:
+    completion = Completion(b"")
+    completion.data_received(b'HTTP/1.1 429 Busy\r\n\r\n{"error":{"message":"too many"}}')
+    completion.connection_lost(None)
+    assert completion.ended.is_set()
+    assert "too many" in completion.error
+
+
+async def test_steps_are_steady_from_the_second_token_of_all_to_the_first_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Run(["a", "b"])
+    clock = run.started
+
+    def deliver(after: float, *outputs: tuple[str, int, str | None]) -> None:
+        nonlocal clock
+        clock += after
+        monkeypatch.setattr("benchmarks.driven_engine.time.perf_counter", lambda: clock)
+        run.receive([EngineOutput(name, [1] * n, end) for name, n, end in outputs])  # type: ignore[arg-type]
+
+    deliver(5, ("a", 1, None))
+    deliver(5, ("a", 1, None), ("b", 1, None))
+    deliver(1, ("a", 1, None), ("b", 1, None))
+    deliver(4, ("a", 1, None), ("a", 1, None), ("b", 1, None), ("b", 1, None))  # two steps at once
+    deliver(3, ("a", 1, "length"), ("b", 1, None))
+    deliver(9, ("b", 1, "length"))
+    assert run.steady_steps() == pytest.approx([1, 2, 2, 3])
+    assert (run.ttft_s, run.wall_s) == pytest.approx((10, 27))
+    await asyncio.wait_for(run.done(), 1)
+
+
+def test_costs_of_the_8b_shape(tmp_path: Path) -> None:
+    make_engine(tmp_path / "made", device="cpu", dtype="bfloat16")
+    costs: Any = ModelCosts(tmp_path / "made" / "engine", "bfloat16")
+    assert costs.num_weights == 8_030_261_248
+    weights, kv = costs.read_bytes(16, 2048)
+    assert weights == 2 * (8_030_261_248 - 128_256 * 4096)
+    assert kv == 16 * 2048 * 131_072
+    # Linear layers alone: 6.98 billion weights; attention of 8k adds 15 %.
+    assert costs.prefill_flops(8192) == pytest.approx(8192 * 2 * 6.98e9 + 17.6e12, rel=0.01)

@@ -32,6 +32,7 @@ class Unlike(Exception):
     """The layer is not of the shape that is rewritten; the text says what differs."""
 
 
+@torch.inference_mode()
 def rewrite(model: nn.Module) -> str:
     """Rewrite `model` in place after its linears were packed; returns a line for the log."""
     shared = _Rotation()

@@ -23,7 +23,7 @@ PROMPTS = (
     "Grüße aus Köln, 東京から、🙂 1234567890!",
 )
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01, "int8": 0.12}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01, "int8": 0.2}
 """Largest difference, as a fraction of the largest logit, that rounding the weights explains.
 
 int8: rounding SmolLM2-135M's weights gives 0.055; one scale for all activations of a tensor, which

@@ -188,7 +188,12 @@ class MockEngine(TransferringEngine):
         """Begin a step soon, unless one is under way: it is followed by another anyhow."""
         if self._next is None and not self._is_closed:
             self._due = self._loop.time()
-            self._next = self._loop.call_soon(self._begin)
+            self._next = self._loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        self._begin()
+        if self._step is None:  # nothing to compute, yet evictions or admissions may have happened
+            self._tell_soon()
 
     def _begin(self) -> None:
         self._next = None
@@ -196,7 +201,6 @@ class MockEngine(TransferringEngine):
         chunks = self._scheduler.schedule()
         copies = self._scheduler.pool.take_copies()
         if not chunks and not copies:
-            self._tell_soon()  # of admissions and evictions
             return
         host_bytes = len(copies.onloads) * self._layout.block_bytes
         seconds = step_seconds(self._timing, work_of(chunks), host_bytes)
@@ -213,8 +217,8 @@ class MockEngine(TransferringEngine):
         (chunks, copies), self._step = self._step, None
         self._scheduler.pool.copied(copies)
         self._scheduler.complete(chunks, *self._choose(chunks))
-        self._deliver()
         self._begin()
+        self._deliver()
 
     def _choose(self, chunks: list[Chunk]) -> tuple[list[int], list[TokenLogprob | None]]:
         """Tokens of the chunks that sample, and the log-probabilities that were asked for."""

@@ -8,7 +8,7 @@ import pytest
 from integration.deployment import Deployment, running
 from integration.tiny_model import make
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 def test_mock_workers_serve_and_pass_the_smoke_test(tmp_path: Path) -> None:

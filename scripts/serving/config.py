@@ -268,12 +268,44 @@ class RouterConfig(_Section, frozen=True):
     ] = "kv"
     overlap_weight: Annotated[
         Annotated[float, Meta(ge=0)],
-        Meta(description="Weight of tokens to prefill against decode load, for `kv`."),
-    ] = 1.0
+        Meta(
+            description="Weight of what a worker lacks of a prompt against its load, for `kv`. Higher: better hit rate, less even load."
+        ),
+    ] = 2.0
+    host_tier_weight: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        Meta(
+            description="Worth of a cached block in a worker's host tier, against 1 for one on the device."
+        ),
+    ] = 0.75
     temperature: Annotated[
         Annotated[float, Meta(ge=0)],
         Meta(description="Softmax temperature over costs; 0 picks the cheapest."),
     ] = 0.0
+    session_affinity: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        Meta(
+            description="Share of a prompt that counts as cached where its session's last one went. With policies other than `kv`, anything above 0 keeps a session where it is."
+        ),
+    ] = 0.0
+    local_prefill_tokens: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(
+            description="A decode worker that lacks at most this much of a prompt computes it itself. Default: one block."
+        ),
+    ] = None
+    local_prefill_when_idle: Annotated[
+        bool,
+        Meta(
+            description="So does one that runs nothing, when it would be done before any prefill worker."
+        ),
+    ] = True
+    index_max_blocks: Annotated[
+        Positive,
+        Meta(
+            description="Blocks the prefix index remembers, at about 100 bytes each; the coldest go first."
+        ),
+    ] = 4_000_000
 
 
 class FrontendConfig(_Section, frozen=True):
@@ -430,6 +462,41 @@ class ContainerConfig(_Section, frozen=True):
     ] = {}
 
 
+class PlanConfig(_Section, frozen=True):
+    """What `snakemake plan` assumes and aims at. Measure the speeds on one worker of yours."""
+
+    trace: Annotated[
+        str | None,
+        Meta(
+            description="Recorded workload: `.jsonl` as Mooncake publishes them, or `.csv` as Azure does."
+        ),
+    ] = None
+    max_requests: Annotated[Positive, Meta(description="Use so many of its requests.")] = 2000
+    speed_up: Annotated[
+        Annotated[float, Meta(gt=0)], Meta(description="Let them come so many times faster.")
+    ] = 1.0
+    quantile: Annotated[
+        Annotated[float, Meta(gt=0, lt=1)], Meta(description="Share of requests to be in time.")
+    ] = 0.9
+    ttft_s: Annotated[Seconds, Meta(description="Time to first token to aim at.")] = 2.0
+    itl_s: Annotated[Seconds, Meta(description="Gap between tokens to aim at.")] = 0.05
+    max_workers: Annotated[Positive, Meta(description="Most workers of each role.")] = 64
+    prefill_tokens_per_s: Annotated[
+        Annotated[float, Meta(gt=0)], Meta(description="Prompt tokens that one worker computes.")
+    ] = 20_000.0
+    step_s: Annotated[Seconds, Meta(description="Decode step of a single sequence.")] = 0.02
+    step_per_sequence_s: Annotated[
+        Annotated[float, Meta(ge=0)],
+        Meta(description="What each sequence more in the batch adds to it."),
+    ] = 0.0005
+    transfer_tokens_per_s: Annotated[
+        Annotated[float, Meta(gt=0)], Meta(description="Prompt tokens whose KV is moved.")
+    ] = 1e6
+    kv_cache_tokens: Annotated[Positive, Meta(description="KV pool of each worker, in tokens.")] = (
+        1_000_000
+    )
+
+
 class Config(_Section, frozen=True):
     """Everything in `config/config.yaml`."""
 
@@ -446,6 +513,7 @@ class Config(_Section, frozen=True):
     nats: NatsConfig = NatsConfig()
     deployment: DeploymentConfig = DeploymentConfig()
     container: ContainerConfig = ContainerConfig()
+    plan: PlanConfig = PlanConfig()
 
 
 _DOTTED = re.compile(r"[.-]")

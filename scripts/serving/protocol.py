@@ -13,8 +13,9 @@ from msgspec import Struct
 
 Role = Literal["agg", "prefill", "decode"]
 Phase = Literal["agg", "prefill", "decode"]
-Tier = Literal["device", "host"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Tier = Literal["device", "host"]
+"""Where a KV block lies: in the engine's pool, or in host memory, from which it is copied back."""
 
 PROTOCOL_VERSION = 1
 
@@ -313,6 +314,26 @@ class LoadReport(Struct, frozen=True, array_like=True):
     num_host_blocks: int = 0
     offloaded_blocks: int = 0
     onloaded_blocks: int = 0
+
+
+# --- between frontends (NATS, `events.py`) -----------------------------------------------------
+
+
+class Routed(Struct, frozen=True, array_like=True):
+    """A request was sent to an instance just now: it means so many tokens to compute there and so
+    many blocks to hold. That it ended is left to the instance's own reports."""
+
+    instance_id: str
+    epoch: int
+    queued_tokens: int
+    blocks: int
+
+
+class RoutedBatch(Struct, frozen=True, array_like=True):
+    """What one frontend sent within a few milliseconds; empty: it is there. May be lost."""
+
+    frontend_id: str
+    routed: list[Routed]
 
 
 msgpack_encode = msgspec.msgpack.encode

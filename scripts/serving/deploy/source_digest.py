@@ -10,8 +10,8 @@ SCRIPTS = PACKAGE.parent
 """The folder that makes `serving` importable."""
 
 _UNUSED = {
-    "worker": {"deploy", "frontend", "kv_router"},
-    "frontend": {"deploy", "engine", "kv_transfer", "worker"},
+    "worker": {"deploy", "frontend", "kv_router", "simulate"},
+    "frontend": {"deploy", "engine", "kv_transfer", "simulate", "worker"},
 }
 
 

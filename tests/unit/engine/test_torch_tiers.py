@@ -12,8 +12,8 @@ from serving.engine.torch.kv_pool import KvPool
 from serving.errors import OperatorError
 from serving.kv_layout import KvLayout
 from serving.kv_router.prefix_index import PrefixIndex
-from serving.kv_router.tiers import InstanceTiers
-from serving.protocol import BlocksStored
+from serving.kv_router.sequence import EventSequence, IndexCounters
+from serving.protocol import BlocksStored, KvEventBatch
 from transformers import LlamaConfig
 from unit.engine.torch_rig import (
     SIZES,
@@ -43,19 +43,18 @@ async def test_evicted_prompts_are_found_on_the_host(model: Path) -> None:
     """Five prompts, of which the pool holds one or two; every one comes back as it was."""
     prompts = random_prompts([40, 70, 61, 33, 90])
     options = {"kv_cache_tokens": 128, "host_cache_bytes": 100 * BLOCK_BYTES}
-    index, num_heard = PrefixIndex(), 0
-    router = InstanceTiers(index, "w0")
+    index, num_heard, num_batches = PrefixIndex(), 0, 0
+    router = EventSequence(index, "w0", IndexCounters())
     async with running(model, **options) as (engine, sink):
         for turn in "abc":
             for i, prompt in enumerate(prompts):
                 engine.submit(request(f"{turn}{i}", prompt, greedy(NUM_TOKENS)))
                 await sink.finished(f"{turn}{i}")
-                for event in sink.events[num_heard:]:
-                    router.apply(event)
+                num_batches += 1
+                router.on_batch(KvEventBatch("w0", 1, num_batches, sink.events[num_heard:]))
                 num_heard = len(sink.events)
-                anywhere = {*engine.snapshot(), *engine.snapshot("host")}
-                assert index.num_blocks("w0") == len(anywhere)
-                assert all(index.overlap([value]) for value in anywhere)
+                for tier in ("device", "host"):
+                    assert index.blocks("w0", tier) == set(engine.snapshot(tier))
         load = engine.load()
         assert load.num_host_blocks == 100
         assert load.host_cached_blocks == len(engine.snapshot("host")) > 20

@@ -367,6 +367,7 @@ class Scheduler:
         self._free(sequence)
         sequence.num_computed = sequence.num_scheduled = sequence.num_stored = 0
         sequence.num_tabled = sequence.num_readable = 0
+        sequence.num_uncached = len(sequence.tokens)
         sequence.state = State.WAITING
         sequence.on_settled = None  # fetched KV is gone: this worker computes it
         bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)

@@ -18,3 +18,13 @@ rule doctor:
         ENVIRONMENT
     script:
         "../scripts/doctor.py"
+
+
+rule plan:
+    """Propose numbers of prefill and decode workers for a recorded workload, by simulation."""
+    log:
+        "logs/plan.log",
+    conda:
+        ENVIRONMENT
+    script:
+        "../scripts/plan.py"

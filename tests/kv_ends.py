@@ -224,7 +224,9 @@ def process(
     """This file (or another) as a process; killed at the end unless it ended by itself when its
     input closed."""
     path = [str(SCRIPTS), environment.pop("PYTHONPATH", os.environ.get("PYTHONPATH", ""))]
-    inherited = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    # UCX would warn on the standard output, which is for answers.
+    inherited = {"UCX_LOG_FILE": "stderr", **os.environ}
+    inherited["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     with subprocess.Popen(
         [sys.executable, file, *arguments],
         stdin=subprocess.PIPE,

@@ -1,14 +1,14 @@
 """Token ids to chained block hashes: equal in every process and on every machine.
 
-    block_hash[i] = xxh3_64(little-endian u64 block_hash[i-1] ++ little-endian u32 tokens of block i)
+    block_hash[i] = xxh3_64(little-endian u32 tokens of block i, seed = block_hash[i-1])
 
-The chain starts from a root made of the salt (model, revision, adapter), so that equal tokens of
-different models never meet. Only full blocks have a hash.
+Each hash is the seed of the next, and the first seed is a root made of the salt (model, revision,
+adapter), so that equal tokens of different models never meet. Only full blocks have a hash.
 """
 
 from __future__ import annotations
 
-import struct
+import sys
 from array import array
 from collections.abc import Sequence
 
@@ -27,11 +27,14 @@ def chain(tokens: Sequence[int] | np.ndarray, block_size: int, parent: int) -> l
     Raises OverflowError when a sequence holds an id outside 0 .. 2**32 - 1.
     """
     num_blocks = len(tokens) // block_size
-    full = tokens[: num_blocks * block_size]
-    # array() reads a list three times faster than numpy does.
-    ids = full if isinstance(full, np.ndarray) else array("I", full)
-    data = np.asarray(ids, dtype="<u4").tobytes()
-    block_bytes = 4 * block_size
-    split = struct.Struct(f"{block_bytes}s").iter_unpack
-    join = struct.Struct(f"<Q{block_bytes}s").pack
-    return [parent := xxh3_64_intdigest(join(parent, block)) for (block,) in split(data)]
+    if not num_blocks:
+        return []
+    if isinstance(tokens, np.ndarray):
+        ids: array[int] | np.ndarray = np.ascontiguousarray(tokens, dtype="<u4")
+    else:
+        ids = array("I", tokens)  # three times faster than numpy
+        if sys.byteorder == "big":
+            ids.byteswap()
+    # Numpy cuts faster than slices do, and copies nothing else.
+    blocks = np.frombuffer(ids, dtype=f"V{4 * block_size}", count=num_blocks)
+    return [parent := xxh3_64_intdigest(block, parent) for block in blocks.tolist()]

@@ -23,6 +23,7 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=0, le=4096)]
 Positive = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[float, Meta(ge=0)]
 Policy = Literal["kv", "round_robin", "random", "least_loaded"]
 Topology = Literal["agg", "agg_router", "disagg", "disagg_router"]
 Weights = Literal["real", "dummy"]
@@ -71,8 +72,10 @@ class EngineConfig(_Section, frozen=True):
     """What runs the model."""
 
     backend: Annotated[
-        Literal["torch", "tensorrt_llm"],
-        Meta(description="`torch` is embedded and runs anywhere; `tensorrt_llm` needs its GPUs."),
+        Literal["torch", "tensorrt_llm", "mock"],
+        Meta(
+            description="`torch` is embedded and runs anywhere; `tensorrt_llm` needs its GPUs; `mock` computes nothing and takes the time that `mock` says."
+        ),
     ] = "torch"
     flow: Annotated[
         Literal["auto", "pytorch", "trtllm-build"],
@@ -84,9 +87,9 @@ class EngineConfig(_Section, frozen=True):
         Literal["auto", "cpu", "cuda"], Meta(description="`auto`: CUDA when there is a GPU.")
     ] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+        Literal["auto", "float32", "bfloat16", "float16", "int8"],
         Meta(
-            description="Weights, and KV unless `kv_cache_dtype` says otherwise. `auto`: float32 on CPU, bfloat16 on CUDA."
+            description="Weights, and KV unless `kv_cache_dtype` says otherwise. `auto`: float32 on CPU, bfloat16 on CUDA. `int8`: weights alone, on CPU; the rest is float32."
         ),
     ] = "auto"
     weights: Annotated[
@@ -103,7 +106,9 @@ class EngineConfig(_Section, frozen=True):
     ] = 16
     kv_cache_tokens: Annotated[
         Positive | None,
-        Meta(description="KV pool of each worker, in tokens. Default: sized from free memory."),
+        Meta(
+            description="KV pool of each worker, in tokens. Default: sized from free memory; for `mock`, room for `max_batch_size` requests of `max_model_len`."
+        ),
     ] = None
     kv_cache_dtype: Annotated[
         Literal["auto", "bfloat16", "float8_e4m3fn"],
@@ -169,6 +174,12 @@ class WorkersConfig(_Section, frozen=True):
         dict[Role, Positive],
         Meta(description="Groups of layers on GPUs of their own, per role."),
     ] = {}
+    instances_per_process: Annotated[
+        Annotated[int, Meta(ge=1, le=1024)],
+        Meta(
+            description="Instances in each worker's process (mock engine). Each registers, serves and reports by itself; the first is called as the worker."
+        ),
+    ] = 1
 
 
 class TensorRtLlmConfig(_Section, frozen=True):
@@ -205,6 +216,50 @@ class TensorRtLlmConfig(_Section, frozen=True):
     ] = {}
 
 
+class MockConfig(_Section, frozen=True):
+    """How long the mock engine takes. What has a rate of 0 takes no time."""
+
+    prefill_tokens_per_s: Annotated[
+        NotNegative, Meta(description="Prompt tokens computed in a second.")
+    ] = 20000.0
+    prefill_pair_s: Annotated[
+        NotNegative,
+        Meta(
+            description="Time for each pair of a prompt token and one before it: what attention adds in long prompts."
+        ),
+    ] = 0.0
+    step_s: Annotated[NotNegative, Meta(description="Time of every step, whatever is in it.")] = (
+        0.01
+    )
+    step_sequence_s: Annotated[
+        NotNegative, Meta(description="Time that each decoding request adds to a step.")
+    ] = 0.0001
+    step_context_token_s: Annotated[
+        NotNegative,
+        Meta(description="Time that each token before the one being decoded adds to a step."),
+    ] = 0.0
+    transfer_bytes_per_s: Annotated[
+        NotNegative,
+        Meta(description="Rate at which one decode worker fetches KV, one prompt after the other."),
+    ] = 10e9
+    transfer_latency_s: Annotated[
+        NotNegative, Meta(description="Time that each transfer takes beside its bytes.")
+    ] = 0.0
+    host_bytes_per_s: Annotated[
+        NotNegative,
+        Meta(description="Rate at which KV blocks come back from `engine.host_cache_bytes`."),
+    ] = 20e9
+    speedup: Annotated[
+        Annotated[float, Meta(gt=0)], Meta(description="Divides all of these times.")
+    ] = 1.0
+    zero_delay: Annotated[
+        bool,
+        Meta(
+            description="Nothing takes time, and no timer is used: steps follow each other as fast as they can be booked."
+        ),
+    ] = False
+
+
 class RouterConfig(_Section, frozen=True):
     """Which worker gets a request. The `*_router` targets always use `kv`."""
 
@@ -213,12 +268,44 @@ class RouterConfig(_Section, frozen=True):
     ] = "kv"
     overlap_weight: Annotated[
         Annotated[float, Meta(ge=0)],
-        Meta(description="Weight of tokens to prefill against decode load, for `kv`."),
-    ] = 1.0
+        Meta(
+            description="Weight of what a worker lacks of a prompt against its load, for `kv`. Higher: better hit rate, less even load."
+        ),
+    ] = 2.0
+    host_tier_weight: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        Meta(
+            description="Worth of a cached block in a worker's host tier, against 1 for one on the device."
+        ),
+    ] = 0.75
     temperature: Annotated[
         Annotated[float, Meta(ge=0)],
         Meta(description="Softmax temperature over costs; 0 picks the cheapest."),
     ] = 0.0
+    session_affinity: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        Meta(
+            description="Share of a prompt that counts as cached where its session's last one went. With policies other than `kv`, anything above 0 keeps a session where it is."
+        ),
+    ] = 0.0
+    local_prefill_tokens: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(
+            description="A decode worker that lacks at most this much of a prompt computes it itself. Default: one block."
+        ),
+    ] = None
+    local_prefill_when_idle: Annotated[
+        bool,
+        Meta(
+            description="So does one that runs nothing, when it would be done before any prefill worker."
+        ),
+    ] = True
+    index_max_blocks: Annotated[
+        Positive,
+        Meta(
+            description="Blocks the prefix index remembers, at about 100 bytes each; the coldest go first."
+        ),
+    ] = 4_000_000
 
 
 class FrontendConfig(_Section, frozen=True):
@@ -375,6 +462,41 @@ class ContainerConfig(_Section, frozen=True):
     ] = {}
 
 
+class PlanConfig(_Section, frozen=True):
+    """What `snakemake plan` assumes and aims at. Measure the speeds on one worker of yours."""
+
+    trace: Annotated[
+        str | None,
+        Meta(
+            description="Recorded workload: `.jsonl` as Mooncake publishes them, or `.csv` as Azure does."
+        ),
+    ] = None
+    max_requests: Annotated[Positive, Meta(description="Use so many of its requests.")] = 2000
+    speed_up: Annotated[
+        Annotated[float, Meta(gt=0)], Meta(description="Let them come so many times faster.")
+    ] = 1.0
+    quantile: Annotated[
+        Annotated[float, Meta(gt=0, lt=1)], Meta(description="Share of requests to be in time.")
+    ] = 0.9
+    ttft_s: Annotated[Seconds, Meta(description="Time to first token to aim at.")] = 2.0
+    itl_s: Annotated[Seconds, Meta(description="Gap between tokens to aim at.")] = 0.05
+    max_workers: Annotated[Positive, Meta(description="Most workers of each role.")] = 64
+    prefill_tokens_per_s: Annotated[
+        Annotated[float, Meta(gt=0)], Meta(description="Prompt tokens that one worker computes.")
+    ] = 20_000.0
+    step_s: Annotated[Seconds, Meta(description="Decode step of a single sequence.")] = 0.02
+    step_per_sequence_s: Annotated[
+        Annotated[float, Meta(ge=0)],
+        Meta(description="What each sequence more in the batch adds to it."),
+    ] = 0.0005
+    transfer_tokens_per_s: Annotated[
+        Annotated[float, Meta(gt=0)], Meta(description="Prompt tokens whose KV is moved.")
+    ] = 1e6
+    kv_cache_tokens: Annotated[Positive, Meta(description="KV pool of each worker, in tokens.")] = (
+        1_000_000
+    )
+
+
 class Config(_Section, frozen=True):
     """Everything in `config/config.yaml`."""
 
@@ -382,6 +504,7 @@ class Config(_Section, frozen=True):
     engine: EngineConfig = EngineConfig()
     workers: WorkersConfig = WorkersConfig()
     tensorrt_llm: TensorRtLlmConfig = TensorRtLlmConfig()
+    mock: MockConfig = MockConfig()
     router: RouterConfig = RouterConfig()
     frontend: FrontendConfig = FrontendConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
@@ -390,6 +513,7 @@ class Config(_Section, frozen=True):
     nats: NatsConfig = NatsConfig()
     deployment: DeploymentConfig = DeploymentConfig()
     container: ContainerConfig = ContainerConfig()
+    plan: PlanConfig = PlanConfig()
 
 
 _DOTTED = re.compile(r"[.-]")
@@ -410,8 +534,13 @@ def parse(raw: Mapping[str, Any]) -> Config:
         config = msgspec.convert(raw, Config, strict=False)
     except msgspec.ValidationError as exc:
         raise _explain(str(exc), raw) from None
+    if config.engine.backend == "mock":  # a shape and a tokenizer are all it looks at
+        engine = msgspec.structs.replace(config.engine, weights="dummy")
+        config = msgspec.structs.replace(config, engine=engine)
     _check_ports(config)
     _check_backend(config)
+    _check_mock(config)
+    _check_dtype(config)
     _check_weights(config)
     return config
 
@@ -482,21 +611,21 @@ def _check_ports(config: Config) -> None:
 
 def _check_backend(config: Config) -> None:
     backend, transport = config.engine.backend, config.kv_transfer.transport
-    suits = {"torch": ("ucx", "nixl", "tcp"), "tensorrt_llm": ("ucx", "nixl")}[backend]
-    if transport not in suits:
+    suits = {"torch": ("ucx", "nixl", "tcp"), "tensorrt_llm": ("ucx", "nixl")}.get(backend)
+    if suits is not None and transport not in suits:
         raise ConfigError(
             "kv_transfer.transport",
             f"the {backend} engine has no `{transport}`",
             remedy=f"choose `{'` or `'.join(suits)}`",
         )
-    if backend == "torch" and any(
+    if backend != "tensorrt_llm" and any(
         size > 1
         for sizes in (config.workers.tensor_parallel, config.workers.pipeline_parallel)
         for size in sizes.values()
     ):
         raise ConfigError(
             "workers.tensor_parallel",
-            "the torch engine uses one GPU a worker",
+            f"the {backend} engine uses {'one GPU' if backend == 'torch' else 'no GPU'} a worker",
             remedy="remove it, or set `engine.backend: tensorrt_llm`",
         )
     if backend == "tensorrt_llm" and config.engine.kv_cache_dtype != "auto":
@@ -504,6 +633,20 @@ def _check_backend(config: Config) -> None:
             "engine.kv_cache_dtype",
             "the tensorrt_llm engine names KV dtypes its own way",
             remedy="remove it, and set `tensorrt_llm.kv_cache_dtype`",
+        )
+
+
+def _check_mock(config: Config) -> None:
+    is_mock = config.engine.backend == "mock"
+    if config.workers.instances_per_process > 1 and not is_mock:
+        raise ConfigError(
+            "workers.instances_per_process",
+            "only mock workers can share a process",
+            remedy="remove it, or set `engine.backend: mock`",
+        )
+    if config.engine.device == "cuda" and is_mock:
+        raise ConfigError(
+            "engine.device", "the mock engine uses no GPU", remedy="set it to auto or cpu"
         )
 
 
@@ -519,6 +662,17 @@ def _check_weights(config: Config) -> None:
             "engine.weights",
             "only the torch engine makes its own weights",
             remedy="set `engine.backend: torch`, or `engine.weights: real`",
+        )
+
+
+def _check_dtype(config: Config) -> None:
+    engine = config.engine
+    if engine.dtype == "int8" and (engine.backend != "torch" or engine.device == "cuda"):
+        where = "CUDA" if engine.backend == "torch" else engine.backend
+        raise ConfigError(
+            "engine.dtype",
+            f"int8 is for the torch engine on CPU, and {where} has other formats",
+            remedy="set it to auto, or `engine.device: cpu`",
         )
 
 

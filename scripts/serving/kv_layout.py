@@ -13,6 +13,14 @@ from msgspec import Struct
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
+WEIGHT_ONLY_DTYPES = ("int8",)
+"""Values of `engine.dtype` that say how weights are stored; computing and KV are in float32."""
+
+
+def kv_dtype(weights: str) -> str:
+    """The dtype of KV and activations beside weights of an `engine.dtype`."""
+    return "float32" if weights in WEIGHT_ONLY_DTYPES else weights
+
 
 class KvLayout(Struct, frozen=True):
     """Everything that decides the bytes of a block; `dtype` is torch's name of it."""

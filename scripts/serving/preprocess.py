@@ -43,6 +43,7 @@ class PreparedRequest(Struct, frozen=True):
     """One sequence to generate: what the pipeline sends and what the detokenizer needs.
 
     `stop` holds strings, found by the detokenizer; token ids that stop are in `sampling`.
+    `session` names what the request belongs to, if the caller said.
     `prompt_only`: the one token that has to be generated is not wanted.
     """
 
@@ -51,6 +52,7 @@ class PreparedRequest(Struct, frozen=True):
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
     skip_special_tokens: bool = True
+    session: str | None = None
     prompt_only: bool = False
     siblings: Siblings | None = None
     trace: RequestTrace = field(default_factory=RequestTrace)

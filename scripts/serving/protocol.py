@@ -13,8 +13,9 @@ from msgspec import Struct
 
 Role = Literal["agg", "prefill", "decode"]
 Phase = Literal["agg", "prefill", "decode"]
-Tier = Literal["device", "host"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Tier = Literal["device", "host"]
+"""Where a KV block lies: in the engine's pool, or in host memory, from which it is copied back."""
 
 PROTOCOL_VERSION = 1
 
@@ -287,8 +288,8 @@ class KvSnapshotPart(Struct, frozen=True, array_like=True, omit_defaults=True):
 class LoadReport(Struct, frozen=True, array_like=True):
     """Published at most once per engine step and at least once a second.
 
-    `queued_tokens`: prompt tokens waiting or partly computed. `active_blocks`: blocks held by
-    running requests. `cached_blocks`: evictable blocks kept for prefix hits. `kv_route`: what
+    `queued_tokens`: prompt tokens that wait to be computed, cached ones not among them.
+    `active_blocks`: blocks held by running requests. `cached_blocks`: evictable blocks kept for prefix hits. `kv_route`: what
     carried the latest KV that arrived (`cuda_ipc` from GPU to GPU, `tcp`). The host tier keeps
     `host_cached_blocks` of at most `num_host_blocks`; blocks moved to and from it are totals.
     """
@@ -313,6 +314,26 @@ class LoadReport(Struct, frozen=True, array_like=True):
     num_host_blocks: int = 0
     offloaded_blocks: int = 0
     onloaded_blocks: int = 0
+
+
+# --- between frontends (NATS, `events.py`) -----------------------------------------------------
+
+
+class Routed(Struct, frozen=True, array_like=True):
+    """A request was sent to an instance just now: it means so many tokens to compute there and so
+    many blocks to hold. That it ended is left to the instance's own reports."""
+
+    instance_id: str
+    epoch: int
+    queued_tokens: int
+    blocks: int
+
+
+class RoutedBatch(Struct, frozen=True, array_like=True):
+    """What one frontend sent within a few milliseconds; empty: it is there. May be lost."""
+
+    frontend_id: str
+    routed: list[Routed]
 
 
 msgpack_encode = msgspec.msgpack.encode

@@ -1,13 +1,14 @@
-"""Decode and prefill tokens/s of the torch engine against `transformers` `generate`, on CPU.
+"""The torch engine on CPU, in float32 and int8, against `transformers` `generate` and llama.cpp.
 
-    python tests/benchmarks/engine_cpu.py [--engine-dir DIR] [--quick] [--threads N]
+    python tests/benchmarks/engine_cpu.py [--engine-dir DIR] [--int8-dir DIR] [--gguf FILE]
+                                          [--quick] [--threads N]
 
-Both run in this process, in turns (A B A B), on the same fresh random prompts and with the same
+All run in this process, in turns (A B A B), on the same fresh random prompts and with the same
 number of threads; medians are compared. Prefill is the time to one token of every prompt; decode
 is the time between two tokens of the whole batch. At batch 8 the prompts have mixed lengths,
-which `generate` pads on the left. The host tier's row is the time to the first token of a prompt
-whose KV was evicted to host memory, against the same prompt's when it was new. Prints one JSON
-object a line.
+which `generate` pads on the left. The rows of llama.cpp need `envs/benchmark-peers.txt`. The rows
+of the prefix cache and of the host tier are times to the first token of a prompt of 1024 tokens,
+against the same time for a new one. Prints one JSON object a line.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import os
 import statistics
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,141 +29,77 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import torch  # noqa: E402
-from engine_under_test import find_engine  # noqa: E402
+from cpu_contenders import BLOCK_SIZE, Generate, LlamaCpp, Ours  # noqa: E402
+from engine_under_test import find_engine, find_gguf  # noqa: E402
 from serving.engine.base import EngineLoad  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
-from serving.protocol import (  # noqa: E402
-    EngineOutput,
-    EngineRequest,
-    KvEvent,
-    SamplingParams,
-)
-from transformers import AutoModelForCausalLM, LogitsProcessorList  # noqa: E402
+from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams  # noqa: E402
 
-PROMPT_LENGTHS = {1: [256], 8: [512, 384, 320, 256, 192, 128, 96, 64]}
-BLOCK_SIZE = 16
+PROMPT_LENGTHS = {
+    "b1": [256],
+    "b8": [512, 384, 320, 256, 192, 128, 96, 64],
+    "512": [512],  # for prefill alone
+}
+MAX_MODEL_LEN = 1024 + 64
 
 
-class Ours:
-    """The engine, driven through its public interface."""
-
-    def __init__(self, engine_dir: Path, threads: int, max_model_len: int) -> None:
-        self._engine = TorchEngine(
-            engine_dir,
-            max_model_len=max_model_len,
-            block_size=BLOCK_SIZE,
-            kv_cache_tokens=16 * max_model_len,
-            max_batch_size=8,
-            max_num_batched_tokens=512,
-            max_waiting=64,
-            num_threads=threads,
-            hash_salt="benchmark",
-            fingerprint="benchmark",
-        )
-        self._finished = asyncio.Event()
-        self._pending = 0
-        self._count = 0
-        self._step_ends: list[tuple[float, int]] = []  # when, and how many got a token
-
-    async def start(self) -> None:
-        await self._engine.start(self._receive)
-
-    async def close(self) -> None:
-        await self._engine.close()
-
-    async def run(self, prompts: list[list[int]], num_tokens: int) -> list[float]:
-        """Returns how long each step took in which every prompt got its next token."""
-        self._finished.clear()
-        self._step_ends.clear()
-        self._pending = len(prompts)
-        sampling = SamplingParams(max_tokens=num_tokens, temperature=0)
-        for prompt in prompts:
-            self._count += 1
-            request = EngineRequest(str(self._count), prompt, len(prompt), sampling)
-            self._engine.submit(request)
-        await self._finished.wait()
-        ends = [end for end, num_outputs in self._step_ends if num_outputs == len(prompts)]
-        return [after - before for before, after in pairwise(ends)]
-
-    def _receive(
-        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad
-    ) -> None:
-        del events, load
-        if outputs:
-            self._step_ends.append((time.perf_counter(), len(outputs)))
-        for output in outputs:
-            assert output.error is None, output.error
-            self._pending -= output.finish_reason is not None
-        if self._pending == 0:
-            self._finished.set()
-
-
-class Peer:
-    """`generate` with its default attention and cache."""
-
-    def __init__(self, engine_dir: Path) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(engine_dir, dtype=torch.float32)
-        self._model = model.eval()
-        self._model.generation_config.eos_token_id = None  # as many tokens as asked for
-
-    def run(self, prompts: list[list[int]], num_tokens: int) -> list[float]:
-        """Returns how long each step after the first took."""
-        ends: list[float] = []
-
-        def note_time(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            ends.append(time.perf_counter())
-            return scores
-
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        with torch.inference_mode():
-            out = self._model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=num_tokens,
-                do_sample=False,
-                pad_token_id=0,
-                logits_processor=LogitsProcessorList([note_time]),
-            )
-        assert out.shape[1] == longest + num_tokens
-        return [after - before for before, after in pairwise(ends)]
-
-
-def fresh_prompts(batch: int, generator: torch.Generator) -> list[list[int]]:
+def fresh_prompts(case: str, generator: torch.Generator) -> list[list[int]]:
     """Random token ids: no prompt is ever seen twice, so no prefix cache helps."""
     return [
         torch.randint(10, 40_000, (length,), generator=generator).tolist()
-        for length in PROMPT_LENGTHS[batch]
+        for length in PROMPT_LENGTHS[case]
     ]
 
 
-async def measure(ours: Ours, peer: Peer, batch: int, decode_tokens: int, repeats: int) -> None:
-    generator = torch.Generator().manual_seed(batch)
-    prefill_s: dict[str, list[float]] = {"ours": [], "peer": []}
-    step_s: dict[str, list[float]] = {"ours": [], "peer": []}
+async def measure(contenders: dict[str, Any], case: str, decode_tokens: int, repeats: int) -> None:
+    """Time all of `contenders` in turns and report ours (`fp32`, `int8`) against the others."""
+    generator = torch.Generator().manual_seed(len(case))
+    prefill_s: dict[str, list[float]] = {who: [] for who in contenders}
+    step_s: dict[str, list[float]] = {who: [] for who in contenders}
+    lengths = (1,) if case == "512" else (1, 1 + decode_tokens)
     for repeat in range(repeats + 1):  # the first one warms up
-        for num_tokens in (1, 1 + decode_tokens):
-            prompts = fresh_prompts(batch, generator)
-            for who in ("ours", "peer"):
+        for num_tokens in lengths:
+            prompts = fresh_prompts(case, generator)
+            for who, contender in contenders.items():
                 started = time.perf_counter()
-                if who == "ours":
-                    steps = await ours.run(prompts, num_tokens)
-                else:
-                    steps = peer.run(prompts, num_tokens)
+                steps = await contender.run(prompts, num_tokens)
                 elapsed = time.perf_counter() - started
                 if repeat:
                     step_s[who] += steps
                     prefill_s[who] += [elapsed] if num_tokens == 1 else []
-    prompt_tokens = sum(PROMPT_LENGTHS[batch])
+    prompt_tokens, batch = sum(PROMPT_LENGTHS[case]), len(PROMPT_LENGTHS[case])
     median = statistics.median
-    report(
-        f"prefill fp32 b{batch} vs generate",
-        {who: prompt_tokens / median(times) for who, times in prefill_s.items()},
-    )
-    report(
-        f"decode fp32 b{batch} vs generate",
-        {who: batch / median(times) for who, times in step_s.items()},
+    rates = {"prefill": {who: prompt_tokens / median(prefill_s[who]) for who in contenders}}
+    if case != "512":
+        rates["decode"] = {who: batch / median(step_s[who]) for who in contenders}
+    for phase, rate in rates.items():
+        for ours in ("fp32", "int8"):
+            for peer in ("generate", "llama.cpp"):
+                if peer in rate:
+                    name = f"{phase} {ours} {case} vs {peer}"
+                    report(name, rate[ours], rate[peer], contenders[peer].name)
+
+
+async def measure_prefix_hit(ours: Ours, dtype: str, repeats: int) -> None:
+    """Time to first token of a prompt that is new, and of one whose first 90% are cached."""
+    length = 1024
+    shared = int(0.9 * length) // BLOCK_SIZE * BLOCK_SIZE
+    generator = torch.Generator().manual_seed(1024)
+    cold_s, hit_s, found = [], [], 0
+    for repeat in range(repeats + 1):  # the first one warms up
+        prompt, other = torch.randint(10, 40_000, (2, length), generator=generator).tolist()
+        seconds = []
+        for each in (prompt, prompt[:shared] + other[shared:]):
+            started = time.perf_counter()
+            await ours.run([each], 1)
+            seconds.append(time.perf_counter() - started)
+        found = ours.cached_tokens
+        assert found == shared, f"{found} tokens were found in the cache, not {shared}"
+        if repeat:
+            cold_s.append(seconds[0])
+            hit_s.append(seconds[1])
+    report_times(
+        f"prefix hit ttft {dtype}", hit_s, cold_s, f"cold prefill of {length}; {found} were cached"
     )
 
 
@@ -216,47 +152,78 @@ async def measure_host_tier(engine_dir: Path, threads: int, repeats: int) -> Non
                 again_s.append(hit_s)
     finally:
         await engine.close()
-    ours, peer = statistics.median(again_s), statistics.median(new_s)
+    name = f"cold prefill of the same {length} tokens; {found} of them were found"
+    report_times("host tier hit ttft", again_s, new_s, name)
+
+
+def report(name: str, ours: float, peer: float, peer_name: str) -> None:
+    """Rates in tokens/s: higher is better."""
     row = {
-        "name": "host tier hit ttft",
+        "name": name,
+        "ours": round(ours, 1),
+        "peer": round(peer, 1),
+        "peer_name": peer_name,
+        "unit": "tokens/s",
+        "ratio": round(ours / peer, 3),
+    }
+    print(json.dumps(row), flush=True)
+
+
+def report_times(name: str, ours_s: list[float], peer_s: list[float], peer_name: str) -> None:
+    """Medians, in ms: lower is better."""
+    ours, peer = statistics.median(ours_s), statistics.median(peer_s)
+    row = {
+        "name": name,
         "ours": round(1e3 * ours, 1),
         "peer": round(1e3 * peer, 1),
-        "peer_name": f"cold prefill of the same {length} tokens; {found} of them were found",
+        "peer_name": peer_name,
         "unit": "ms",
         "ratio": round(ours / peer, 3),
     }
     print(json.dumps(row), flush=True)
 
 
-def report(name: str, rates: dict[str, float]) -> None:
-    row = {
-        "name": name,
-        "ours": round(rates["ours"], 1),
-        "peer": round(rates["peer"], 1),
-        "peer_name": "transformers generate",
-        "unit": "tokens/s",
-        "ratio": round(rates["ours"] / rates["peer"], 3),
-    }
-    print(json.dumps(row), flush=True)
+def llama_cpp(gguf: Path | None, threads: int) -> LlamaCpp | None:
+    """None, with a word on stderr, where the peer or its model is not there."""
+    if gguf is None:
+        print("no llama.cpp rows: results/models has no GGUF", file=sys.stderr)
+        return None
+    try:
+        return LlamaCpp(gguf, threads, MAX_MODEL_LEN, max_batch=8)
+    except ImportError:
+        print("no llama.cpp rows: install envs/benchmark-peers.txt for them", file=sys.stderr)
+        return None
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine-dir", type=Path, default=None, help="default: the newest built")
+    parser.add_argument("--engine-dir", type=Path, help="float32; default: the newest built")
+    parser.add_argument("--int8-dir", type=Path, help="int8; default: the newest built")
+    parser.add_argument("--gguf", type=Path, help="for llama.cpp; default: the bundled model")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true", help="fewer tokens and repeats")
     args = parser.parse_args()
     engine_dir = find_engine(args.engine_dir)
+    int8_dir = find_engine(args.int8_dir, "int8")
     torch.set_num_threads(args.threads)
     decode_tokens, repeats = (16, 2) if args.quick else (48, 5)
-    peer = Peer(engine_dir)
-    ours = Ours(engine_dir, args.threads, max_model_len=1024)
-    await ours.start()
+    engines = {
+        "fp32": Ours(engine_dir, args.threads, MAX_MODEL_LEN),
+        "int8": Ours(int8_dir, args.threads, MAX_MODEL_LEN),
+    }
+    contenders: dict[str, Any] = {**engines, "generate": Generate(engine_dir)}
+    if (peer := llama_cpp(args.gguf or find_gguf(), args.threads)) is not None:
+        contenders["llama.cpp"] = peer
+    for engine in engines.values():
+        await engine.start()
     try:
-        for batch in PROMPT_LENGTHS:
-            await measure(ours, peer, batch, decode_tokens, repeats)
+        for case in PROMPT_LENGTHS:
+            await measure(contenders, case, decode_tokens, repeats)
+        for dtype, engine in engines.items():
+            await measure_prefix_hit(engine, dtype, repeats)
     finally:
-        await ours.close()
+        for engine in engines.values():
+            await engine.close()
     await measure_host_tier(engine_dir, args.threads, repeats)
 
 

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,9 @@ class Peer:
 
 
 @contextmanager
-def peer(*arguments: str) -> Iterator[Peer]:
+def peer(*arguments: str, file: str = __file__) -> Iterator[Peer]:
     with subprocess.Popen(
-        [sys.executable, __file__, *arguments],
+        [sys.executable, file, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -193,20 +193,27 @@ async def compare_transports(rounds: int) -> None:
 class Worker:
     """A torch engine and what came out of it, by request."""
 
-    def __init__(self, engine_dir: Path, threads: int) -> None:
+    def __init__(
+        self,
+        engine_dir: Path,
+        threads: int,
+        prompt_tokens: int = PROMPT_TOKENS,
+        chunk_tokens: int = PROMPT_TOKENS,
+    ) -> None:
         self.engine = TorchEngine(
             engine_dir,
-            max_model_len=2 * PROMPT_TOKENS,
+            max_model_len=2 * prompt_tokens,
             block_size=SMOLLM2.block_size,
-            kv_cache_tokens=8 * PROMPT_TOKENS,
+            kv_cache_tokens=8 * prompt_tokens,
             max_batch_size=8,
-            max_num_batched_tokens=PROMPT_TOKENS,
+            max_num_batched_tokens=chunk_tokens,
             max_waiting=64,
             num_threads=threads,
             hash_salt="benchmark",
             fingerprint="benchmark",
         )
         self._finished: dict[str, asyncio.Future[EngineOutput]] = {}
+        self.on_output: Callable[[EngineOutput], None] = lambda _: None
 
     async def start(self) -> None:
         await self.engine.start(self._receive)
@@ -221,6 +228,7 @@ class Worker:
     ) -> None:
         del events, load
         for output in outputs:
+            self.on_output(output)
             if output.finish_reason and output.request_id in self._finished:
                 self._finished.pop(output.request_id).set_result(output)
 

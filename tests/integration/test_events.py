@@ -1,17 +1,29 @@
 """The event plane against a real nats-server that is killed, restarted, stopped and overrun."""
 
 import asyncio
+import random
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 
 import pytest
 from integration.services import Nats, until
+from serving.config import RouterConfig
 from serving.errors import DeadlineExceeded, InstanceLost
 from serving.events import EventPlane, plane
-from serving.protocol import BlocksRemoved, BlocksStored, KvEventBatch, LoadReport
+from serving.kv_router.router import KvRouter, PromptHashes
+from serving.protocol import (
+    BlocksRemoved,
+    BlocksStored,
+    InstanceInfo,
+    KvEventBatch,
+    LoadReport,
+    ModelCard,
+    Routed,
+    RoutedBatch,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -262,6 +274,7 @@ async def test_receiver_that_cannot_keep_up_is_noticed(
         worker.publish_kv([BlocksStored(None, [1])])
         await until(lambda: receiver.seqs[-1] == 501)
         assert len(receiver.seqs) == 501 - counters.slow_consumer  # and the numbers show it
+        assert receiver.num_reconnects > 1  # and so does the plane, should nothing follow
 
 
 async def test_leaving_ends_every_task(nats: Nats) -> None:
@@ -271,3 +284,123 @@ async def test_leaving_ends_every_task(nats: Nats) -> None:
         assert len(asyncio.all_tasks()) > len(before)
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
+
+
+async def test_frontends_hear_what_the_others_send_where(nats: Nats) -> None:
+    heard: list[RoutedBatch] = []
+    async with connect(nats) as one, connect(nats) as other, connect(nats, "else") as stranger:
+        strange: list[RoutedBatch] = []
+        await other.subscribe_routed(heard.append)
+        await stranger.subscribe_routed(strange.append)
+        await both(one, other)
+        await until(lambda: stranger.connected)
+        batch = RoutedBatch("f1", [Routed("w0", 7, 500, 30), Routed("w1", 8, 10, 1)])
+        one.publish_routed(batch)
+        await until(lambda: heard == [batch])
+        assert strange == []
+
+
+class IndexedFrontend:
+    """The router behind a real event plane, as `frontend/instances.py` joins them."""
+
+    def __init__(self, events: EventPlane) -> None:
+        self.router = KvRouter(RouterConfig())
+        self._events = events
+        events.on_reconnect = self.router.distrust_index
+
+    async def attach(self) -> None:
+        def ignore(report: LoadReport) -> None:
+            """Load is not what this is about."""
+
+        await self._events.subscribe(self.router.on_kv, ignore)
+
+    async def synchronise(self) -> None:
+        for name in self.router.needs_snapshot():
+            got = await self._events.request_snapshot(name, 5)
+            self.router.on_snapshot(name, got.epoch, got.seq, got.block_hashes, got.host_hashes)
+
+
+CARD = ModelCard("m", "", 4096, 16, "salt", "", 0)
+
+
+def registered(name: str, epoch: int = 1) -> InstanceInfo:
+    return InstanceInfo(name, epoch, "agg", [], "", CARD, 1000, 16, 1, "h")
+
+
+async def test_restarted_frontend_routes_by_cache_within_a_second(nats: Nats) -> None:
+    """64 workers of 4,000 blocks: it asks each for a snapshot, and the first prompts place them."""
+    rng = random.Random(4)
+    chains = {
+        f"w{n}": [[rng.getrandbits(64) for _ in range(400)] for _ in range(10)] for n in range(64)
+    }
+    async with AsyncExitStack() as stack:
+        for name, held in chains.items():
+            worker = await stack.enter_async_context(connect(nats))
+            blocks = {block for chain in held for block in chain}
+            await worker.serve_snapshots(name, 1, lambda blocks=blocks: blocks)
+            await until(lambda worker=worker: worker.connected)
+        events = await stack.enter_async_context(connect(nats))
+        await until(lambda: events.connected)
+        frontend = IndexedFrontend(events)
+        await frontend.attach()
+        started, cpu = time.monotonic(), time.process_time()
+        for name in chains:
+            frontend.router.add_instance(registered(name))
+        await frontend.synchronise()
+        for name, held in chains.items():
+            with frontend.router.route(PromptHashes(6400, held[3]), "agg", request_id="r") as route:
+                assert (route.instance_id, route.overlap_blocks) == (name, 400)
+        # The 64 workers answer from this very process; alone it takes a part of that.
+        assert min(time.monotonic() - started, time.process_time() - cpu) < 1.0
+
+
+async def test_index_converges_through_restarts_losses_and_slow_receivers(
+    nats: Nats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever happens to events, after the next snapshot the index is what the worker holds."""
+    rng = random.Random(5)
+    held: set[int] = set()
+    async with connect(nats) as worker, connect(nats) as events:
+        await worker.serve_snapshots("w0", 1, lambda: held)
+        frontend = IndexedFrontend(events)
+        await frontend.attach()
+        frontend.router.add_instance(registered("w0"))
+        await both(worker, events)
+
+        def work(steps: int) -> None:
+            for _ in range(steps):
+                new = [rng.getrandbits(64) for _ in range(8)]
+                gone = rng.sample(sorted(held), min(len(held), 3))
+                held.update(new)
+                held.difference_update(gone)
+                worker.publish_kv([BlocksRemoved(gone), BlocksStored(None, new)])
+
+        async def converged() -> bool:
+            await frontend.synchronise()
+            return frontend.router.indexed("w0") == held
+
+        work(50)
+        await until_async(converged)
+        nats.kill()  # what is published now is lost
+        await until(lambda: not worker.connected)
+        work(50)
+        nats.start()
+        await both(worker, events)
+        work(10)
+        await until_async(converged)
+        monkeypatch.setattr(plane, "QUEUE_MESSAGES", 0)
+        monkeypatch.setattr(plane, "QUEUE_BYTES", 200)  # a burst that the worker cannot send
+        work(100)
+        monkeypatch.setattr(plane, "QUEUE_BYTES", 64 << 20)
+        assert worker.counters.dropped > 0
+        await asyncio.sleep(0.1)
+        work(1)
+        await until_async(converged)
+        assert frontend.router.counters.gaps > 0
+        assert frontend.router.counters.snapshots > 1
+
+
+async def until_async(condition: Callable[[], Awaitable[bool]], deadline_s: float = 10) -> None:
+    async with asyncio.timeout(deadline_s):
+        while not await condition():  # noqa: ASYNC110 (nothing tells when)
+            await asyncio.sleep(0.02)

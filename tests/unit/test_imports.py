@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "scripts" / "serving"
 
 # From the top down. Units of one layer do not import each other; only the bottom layer's do.
 LAYERS = [
-    {"frontend", "worker", "deploy", "config_docs"},
+    {"frontend", "worker", "deploy", "simulate", "config_docs"},
     {"kv_router", "kv_transfer", "engine", "discovery", "events", "rpc", "text"},
     {"block_hash", "kv_layout", "vocabulary"},
     {"protocol", "config", "process_config", "errors"},

@@ -134,6 +134,23 @@ def test_status_and_stop_are_fine_when_nothing_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_plan_proposes_workers_for_a_recorded_workload(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [
+        {
+            "timestamp": 500 * n,
+            "input_length": 5000,
+            "output_length": 50,
+            "hash_ids": [n * 10 + b for b in range(10)],
+        }
+        for n in range(40)
+    ]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = snakemake(tmp_path, "plan", "--config", f"plan-trace={trace}", "plan-ttft_s=0.6")
+    assert done.returncode == 0, done.stdout
+    assert "workers:\n  prefill: 1\n  decode: 1" in done.stdout
+
+
 def test_failure_of_a_script_ends_in_what_to_do(tmp_path: Path) -> None:
     settings = "container={runtime: podman, image: nobody/no-such-image}"
     done = snakemake(tmp_path, "results/checks/container.json", "--config", settings)

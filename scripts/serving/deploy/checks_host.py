@@ -26,7 +26,7 @@ from serving.engine.files import human
 from serving.kv_transfer.nixl import REMEDY as NIXL_REMEDY
 from serving.kv_transfer.nixl import nixl_module
 
-PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 RUNTIME_BYTES = 600 * 10**6
 """Resident size of a worker without its weights: interpreter, torch, UCX (measured: 0.5 GB)."""
 MINIMUM_DISK_BYTES = 500 * 10**6
@@ -110,6 +110,8 @@ def weight_bytes(config: Config) -> int | None:
 
     None where neither tells. Raises ConfigError for a local model that is not there.
     """
+    if config.engine.backend == "mock":
+        return 0
     if resolve_source(config.model) == "local" and config.engine.weights == "real":
         found = local_files(config.model)
         return sum((found.folder / name).stat().st_size for name in found.names)

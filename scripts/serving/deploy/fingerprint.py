@@ -31,7 +31,7 @@ from serving.engine.trtllm.target import parallelism
 from serving.errors import ConfigError
 
 Device = Literal["cpu", "cuda"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -143,17 +143,28 @@ def resolve_device(config: Config) -> Device:
     """`auto` is CUDA when the driver shows a GPU and torch was not installed for CPU only.
 
     TensorRT-LLM runs on nothing but CUDA; `cpu` hands out no GPUs, and leaves the rest to whatever
-    stands in for the library.
+    stands in for the library. The mock engine never needs one.
     """
     if config.engine.device != "auto":
         return config.engine.device
     if config.engine.backend == "tensorrt_llm":
         return "cuda"
+    if config.engine.backend == "mock":
+        return "cpu"
     return "cuda" if has_gpu() and "+cpu" not in package_versions()["torch"] else "cpu"
 
 
 def resolve_dtype(config: Config) -> Dtype:
-    """`auto` is float32 on CPU (exactly the source's weights) and bfloat16 on CUDA."""
+    """`auto` is float32 on CPU (exactly the source's weights) and bfloat16 on CUDA.
+
+    Raises ConfigError for int8 where `engine.device: auto` means CUDA.
+    """
+    if config.engine.dtype == "int8" and resolve_device(config) == "cuda":
+        raise ConfigError(
+            "engine.dtype",
+            "int8 is for CPUs, and this machine has a GPU that would be used",
+            remedy="set it to auto, or `engine.device: cpu`",
+        )
     if config.engine.dtype != "auto":
         return config.engine.dtype
     return "bfloat16" if resolve_device(config) == "cuda" else "float32"

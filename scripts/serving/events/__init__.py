@@ -5,7 +5,8 @@ sequence numbers of KV events show every receiver that something is missing. A r
 the worker for a snapshot. This module numbers, splits, sends and receives; it does not know what
 blocks mean.
 
-Subjects: `{namespace}.kv.{instance_id}`, `.load.{instance_id}`, `.snapshot.{instance_id}`.
+Subjects: `{namespace}.kv.{instance_id}`, `.load.{instance_id}`, `.snapshot.{instance_id}`, and
+`.routed`, by which frontends tell each other what they send where.
 
     plane.py   the connection, publishing, subscribing
     pieces.py  messages cut to size

@@ -19,7 +19,14 @@ from nats.errors import SlowConsumerError
 
 from serving.errors import DeadlineExceeded, InstanceLost
 from serving.events.pieces import KvSnapshot, SnapshotParts, snapshot_parts, split_events
-from serving.protocol import KvEvent, KvEventBatch, KvSnapshotPart, LoadReport, msgpack_encode
+from serving.protocol import (
+    KvEvent,
+    KvEventBatch,
+    KvSnapshotPart,
+    LoadReport,
+    RoutedBatch,
+    msgpack_encode,
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +78,9 @@ class EventPlane:
         self._seq = 0
         self._unseen_loss = False
         self.on_reconnect: Callable[[], None] | None = None
-        """Called whenever the subscriptions are in place again, the first time included: what was
-        published meanwhile is lost, so it is time to ask for snapshots."""
+        """Called whenever the subscriptions are in place again, the first time included, and when
+        messages were dropped because we are slow: what was published meanwhile is lost, so it is
+        time to ask for snapshots."""
 
     @classmethod
     @asynccontextmanager
@@ -190,6 +198,14 @@ class EventPlane:
         """Receive from all instances of the namespace. See also `on_reconnect`."""
         await self._listen(f"{self._namespace}.kv.*", self._decoding(KvEventBatch, on_kv))
         await self._listen(f"{self._namespace}.load.*", self._decoding(LoadReport, on_load))
+
+    async def subscribe_routed(self, on_routed: Callable[[RoutedBatch], None]) -> None:
+        """Receive what all frontends of the namespace send where, ourselves included."""
+        await self._listen(f"{self._namespace}.routed", self._decoding(RoutedBatch, on_routed))
+
+    def publish_routed(self, batch: RoutedBatch) -> None:
+        """Tell the other frontends; never waits, never fails."""
+        self._enqueue(f"{self._namespace}.routed", msgpack_encode(batch))
 
     async def request_snapshot(self, instance_id: str, deadline_s: float) -> KvSnapshot:
         """Ask one worker what it holds.
@@ -360,6 +376,7 @@ class EventPlane:
     async def _on_error(self, exc: Exception) -> None:
         if isinstance(exc, SlowConsumerError):
             self.counters.slow_consumer += 1
+            self._tell_reconnect()  # Messages are lost, as when there was no connection.
         elif isinstance(exc, _FAILURES):
             log.debug("NATS: %s", exc)
         else:

@@ -21,6 +21,8 @@ from serving.frontend.app import create_app
 from serving.frontend.instances import Instances
 from serving.frontend.metrics import Metrics
 from serving.frontend.pipeline import Pipeline
+from serving.frontend.router_metrics import RouterMetrics
+from serving.frontend.sharing import Sharing
 from serving.kv_router.router import KvRouter
 from serving.process_config import FrontendProcess, announce_ready, read
 
@@ -41,6 +43,9 @@ async def run(process: FrontendProcess) -> None:
         instances = Instances(router, events, tasks, metrics)
         events.on_reconnect = instances.on_reconnect
         await events.subscribe(instances.on_kv, instances.on_load)
+        sharing = Sharing(router, events)
+        await events.subscribe_routed(sharing.on_batch)
+        metrics.add(RouterMetrics(router, events.counters, sharing))
         discovery = await stack.enter_async_context(
             Discovery.connect(
                 process.planes.etcd_endpoint,
@@ -51,6 +56,7 @@ async def run(process: FrontendProcess) -> None:
         owned = [
             tasks.create_task(instances.synchronise_forever(), name="synchronise"),
             tasks.create_task(discovery.watch(instances.up, instances.down), name="watch"),
+            tasks.create_task(sharing.stay_in_touch(), name="sharing"),
         ]
         pipeline = Pipeline(process, router, instances, metrics)
         stack.push_async_callback(pipeline.close)

@@ -117,6 +117,10 @@ class Metrics:
         for collector in (*latencies, self._reports):
             registry.register(collector)
 
+    def add(self, collector: Collector) -> None:
+        """Show what this one collects as well."""
+        self._registry.register(collector)
+
     def observe_load(self, report: LoadReport) -> None:
         """Remember a worker's latest report; cheap enough for every engine step."""
         self._reports.add(report)

@@ -20,7 +20,7 @@ from serving.frontend.early_decode import EarlyDecode
 from serving.frontend.engine_handover import EngineHandovers
 from serving.frontend.instances import Instances
 from serving.frontend.metrics import Metrics
-from serving.kv_router.router import KvRouter, Route
+from serving.kv_router.router import KvRouter, PromptHashes, Route
 from serving.preprocess import PreparedRequest
 from serving.process_config import FrontendProcess
 from serving.protocol import (
@@ -47,6 +47,13 @@ class Sequence:
         self.token_ids = list(prepared.token_ids)
         self.tried: set[str] = set()
         self._told_cached = False
+        self._hashes: PromptHashes | None = None
+
+    def hashes(self, router: KvRouter) -> PromptHashes:
+        """Of all tokens so far; computed once however often they are routed."""
+        if self._hashes is None or self._hashes.num_tokens != len(self.token_ids):
+            self._hashes = router.hash(self.token_ids)
+        return self._hashes
 
     def take(self, output: EngineOutput) -> EngineOutput:
         """Remember the tokens; report cached tokens with the first output only."""
@@ -123,12 +130,26 @@ class Pipeline:
 
     async def _alone(self, sequence: Sequence, role: Phase) -> AsyncGenerator[EngineOutput, None]:
         """Prefill and decode on one instance."""
-        with self._route(sequence, role) as route:
+        await self._take_turn(sequence)
+        async with aclosing(self._on_one(sequence, self._route(sequence, role))) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _on_one(
+        self, sequence: Sequence, routed: Route
+    ) -> AsyncGenerator[EngineOutput, None]:
+        with routed as route:
             async with aclosing(self._stream(sequence, route, "agg")) as outputs:
                 async for output in outputs:
                     yield output
 
     async def _disaggregated(self, sequence: Sequence) -> AsyncGenerator[EngineOutput, None]:
+        await self._take_turn(sequence)
+        if local := self._route_local(sequence):
+            async with aclosing(self._on_one(sequence, local)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
         async with (
             EarlyDecode() as early,
             aclosing(self._handed_over(sequence, early)) as outputs,
@@ -208,21 +229,40 @@ class Pipeline:
                 async for output in outputs:
                     yield output
 
+    async def _take_turn(self, sequence: Sequence) -> None:
+        """In a burst, let the frontends before us decide first."""
+        if wait_s := self._router.others.turn_s(len(sequence.token_ids)):
+            await asyncio.sleep(wait_s)
+
     def _route(self, sequence: Sequence, role: Phase) -> Route:
-        prepared = sequence.prepared
         route = self._router.route(
-            self._router.hash(sequence.token_ids),
+            sequence.hashes(self._router),
             role,
             exclude=self._excluded(sequence, role),
-            request_id=prepared.request_id,
+            request_id=sequence.prepared.request_id,
+            session=sequence.prepared.session,
         )
-        if prepared.siblings is not None:
-            prepared.siblings.instances[role] = route.instance_id
-        prepared.trace.instances.append(route.instance_id)
-        prepared.trace.overlap_blocks = max(prepared.trace.overlap_blocks, route.overlap_blocks)
+        return self._noted(sequence, route)
+
+    def _route_local(self, sequence: Sequence) -> Route | None:
+        """To a decode instance that had better prefill by itself, if there is one."""
+        route = self._router.route_local(
+            sequence.hashes(self._router),
+            exclude=self._excluded(sequence, "decode"),
+            request_id=sequence.prepared.request_id,
+            session=sequence.prepared.session,
+        )
+        return route and self._noted(sequence, route)
+
+    def _noted(self, sequence: Sequence, route: Route) -> Route:
+        trace, siblings = sequence.prepared.trace, sequence.prepared.siblings
+        if siblings is not None:
+            siblings.instances[route.role] = route.instance_id
+        trace.instances.append(route.instance_id)
+        trace.overlap_blocks = max(trace.overlap_blocks, route.overlap_blocks)
         self._metrics.observe_routed(
             self._process.router.policy,
-            role,
+            route.role,
             route.instance_id,
             len(sequence.token_ids),
             route.overlap_tokens,

@@ -1,24 +1,25 @@
-"""How loaded each instance is: what it reported, and what this frontend sent since.
+"""How loaded each instance is: what it reported, and what was sent there since.
 
 Reports arrive once per engine step and cover the work of every frontend, but they are always a
-little old; our own requests are known at once, but only ours. Both are joined by one rule, for
-each of the three figures:
+little old. Requests that were sent meanwhile are added: our own, which we know at once, and those
+of other frontends, which tell us (`Routed`). A request counts as unseen until a report arrives
+that was made `REPORT_LAG_S` after the request was sent: until then it may have been on the wire.
+For so long it may be counted twice, and never is it missed.
 
-    max(reported + sent since that report arrived, everything of ours still in flight)
-
-The first term trusts the report for what it can have seen, so nothing is counted twice. The
-second covers requests that were on the wire while the report was written. A report older than
-`REPORT_MAX_AGE_S` is ignored: workers report at least once a second, so the event plane is down
-and a frozen number would attract or repel requests for as long as it lasts.
+A report older than `REPORT_MAX_AGE_S` is ignored: workers report at least once a second, so the
+event plane is down and a frozen number would attract or repel requests for as long as it lasts.
+Then our own requests in flight are all there is.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple
 
 from serving.protocol import LoadReport
 
 REPORT_MAX_AGE_S = 3.0
+REPORT_LAG_S = 0.01
 
 
 class Load(NamedTuple):
@@ -32,13 +33,13 @@ class Load(NamedTuple):
 class Reservation:
     """One request's share of an instance's load, from its routing to its end."""
 
-    __slots__ = ("_blocks", "_held", "_load", "_queued_tokens", "_report_number")
+    __slots__ = ("_blocks", "_held", "_load", "_queued_tokens", "is_unseen", "sent_at_s")
 
-    def __init__(self, load: InstanceLoad, queued_tokens: int, blocks: int) -> None:
+    def __init__(self, load: InstanceLoad, queued_tokens: int, blocks: int, now_s: float) -> None:
         self._load = load
-        self._report_number = load.report_number
+        self.sent_at_s = now_s
+        self.is_unseen = self._held = True
         self._queued_tokens, self._blocks = 0, 0
-        self._held = True
         self._add(queued_tokens, blocks, 1)
 
     def prefilled(self) -> None:
@@ -57,14 +58,18 @@ class Reservation:
             self._held = False
             self._add(-self._queued_tokens, -self._blocks, -1)
 
+    def share(self) -> Load:
+        """What it counts for now."""
+        return Load(self._queued_tokens, self._blocks, int(self._held))
+
     def _add(self, queued_tokens: int, blocks: int, requests: int) -> None:
         self._queued_tokens += queued_tokens
         self._blocks += blocks
-        load = self._load
-        load.in_flight = _sum(load.in_flight, queued_tokens, blocks, requests)
-        # Growth of a request that an earlier report has seen is left to the next report.
-        if self._report_number == load.report_number:
-            load.since_report = _sum(load.since_report, queued_tokens, blocks, requests)
+        load, change = self._load, Load(queued_tokens, blocks, requests)
+        load.in_flight = _sum(load.in_flight, change)
+        # What a request that a report has seen does since is left to the next report.
+        if self.is_unseen:
+            load.unseen = _sum(load.unseen, change)
 
 
 class InstanceLoad:
@@ -72,33 +77,67 @@ class InstanceLoad:
 
     def __init__(self) -> None:
         self.in_flight = Load()
-        self.since_report = Load()
-        self.report_number = 0
+        """All of our own requests."""
+        self.of_others = Load()
+        """What other frontends sent that the last report may not contain."""
+        self.unseen = Load()
+        """All that the last report may not contain: that, and some of our own requests."""
         self.last_report: LoadReport | None = None
-        self._reported_at_s = 0.0
+        self._reported, self._good_until_s = Load(), float("-inf")
+        self._own: deque[Reservation] = deque()  # the unseen ones, oldest first
+        self._others: deque[tuple[float, Load]] = deque()
 
-    def reserve(self, *, queued_tokens: int, blocks: int) -> Reservation:
+    def reserve(self, *, queued_tokens: int, blocks: int, now_s: float) -> Reservation:
         """Count a request that is about to be sent; the caller releases it."""
-        return Reservation(self, queued_tokens, blocks)
+        self._seen_until(now_s - REPORT_MAX_AGE_S)
+        reservation = Reservation(self, queued_tokens, blocks, now_s)
+        self._own.append(reservation)
+        return reservation
+
+    def sent_by_another(self, load: Load, now_s: float) -> None:
+        """Another frontend has sent work there just now."""
+        self._seen_until(now_s - REPORT_MAX_AGE_S)
+        self._others.append((now_s, load))
+        self.of_others = _sum(self.of_others, load)
+        self.unseen = _sum(self.unseen, load)
 
     def report(self, report: LoadReport, now_s: float) -> None:
         """Take over what the worker says about itself."""
-        self.last_report, self._reported_at_s = report, now_s
-        self.since_report = Load()
-        self.report_number += 1
+        self.last_report, self._good_until_s = report, now_s + REPORT_MAX_AGE_S
+        self._reported = Load(
+            report.queued_tokens, report.active_blocks, report.num_running + report.num_waiting
+        )
+        self._seen_until(now_s - REPORT_LAG_S)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that the worker had no room for, when it reported last."""
+        return self.last_report.num_waiting if self.last_report else 0
 
     def estimate(self, now_s: float) -> Load:
         """The best guess of the load right now."""
-        report, own = self.last_report, self.in_flight
-        if report is None or now_s - self._reported_at_s > REPORT_MAX_AGE_S:
-            return own
-        since = self.since_report
-        return Load(
-            max(report.queued_tokens + since.queued_tokens, own.queued_tokens),
-            max(report.active_blocks + since.active_blocks, own.active_blocks),
-            max(report.num_running + report.num_waiting + since.num_requests, own.num_requests),
-        )
+        if now_s > self._good_until_s:
+            self._seen_until(now_s - REPORT_MAX_AGE_S)
+            return _sum(self.in_flight, self.of_others)
+        if not self._own and not self._others:
+            return self._reported
+        return _sum(self._reported, self.unseen)
+
+    def _seen_until(self, time_s: float) -> None:
+        """What was sent until then is in the last report, or is given up."""
+        while self._own and self._own[0].sent_at_s <= time_s:
+            reservation = self._own.popleft()
+            reservation.is_unseen = False
+            self.unseen = _less(self.unseen, reservation.share())
+        while self._others and self._others[0][0] <= time_s:
+            load = self._others.popleft()[1]
+            self.of_others = _less(self.of_others, load)
+            self.unseen = _less(self.unseen, load)
 
 
-def _sum(load: Load, queued_tokens: int, blocks: int, requests: int) -> Load:
-    return Load(load[0] + queued_tokens, load[1] + blocks, load[2] + requests)
+def _sum(one: Load, other: Load) -> Load:
+    return Load(one[0] + other[0], one[1] + other[1], one[2] + other[2])
+
+
+def _less(one: Load, other: Load) -> Load:
+    return Load(one[0] - other[0], one[1] - other[1], one[2] - other[2])

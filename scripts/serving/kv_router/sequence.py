@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from serving.kv_router.prefix_index import PrefixIndex
-from serving.kv_router.tiers import InstanceTiers
 from serving.protocol import BlocksRemoved, BlocksStored, KvEventBatch
 
 MAX_BUFFERED_BLOCKS = 65_536
@@ -47,7 +46,7 @@ class EventSequence:
     def __init__(self, index: PrefixIndex, instance_id: str, counters: IndexCounters) -> None:
         self.last_seq = 0
         self.synchronised = False
-        self._held, self._counters = InstanceTiers(index, instance_id), counters
+        self._index, self._instance_id, self._counters = index, instance_id, counters
         self._buffer: dict[int, KvEventBatch] = {}
         self._buffered_blocks = 0
 
@@ -73,7 +72,7 @@ class EventSequence:
             self._counters.duplicates += 1
             return
         self._counters.snapshots += 1
-        self._held.replace(block_hashes, host_hashes)
+        self._index.replace(self._instance_id, block_hashes, host_hashes)
         self.last_seq = seq
         for old in [number for number in self._buffer if number <= seq]:
             self._take(old)
@@ -90,7 +89,14 @@ class EventSequence:
 
     def _apply(self, batch: KvEventBatch) -> None:
         for event in batch.events:
-            self._held.apply(event)
+            if isinstance(event, BlocksStored):
+                self._index.store(
+                    self._instance_id, event.block_hashes, event.parent_hash, event.tier
+                )
+            elif isinstance(event, BlocksRemoved):
+                self._index.remove(self._instance_id, event.block_hashes, event.tier)
+            else:
+                self._index.clear(self._instance_id)
         self.last_seq = batch.seq
 
     def _keep(self, batch: KvEventBatch) -> None:

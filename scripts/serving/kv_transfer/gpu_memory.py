@@ -78,6 +78,10 @@ class Gpu:
         # The context that torch uses, too. Held for as long as the process lives.
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
 
+    def use(self) -> None:
+        """Make it the calling thread's device, for libraries that expect one. Raises CudaError."""
+        self._call("cuCtxSetCurrent", self._context)
+
     def allocate(self, nbytes: int) -> GpuBuffer:
         """Memory of its own allocation, which can be exported. Raises CudaError."""
         address = ctypes.c_uint64()

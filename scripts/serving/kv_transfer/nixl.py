@@ -16,16 +16,26 @@ import logging
 import os
 import secrets
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 from serving.errors import OperatorError
 from serving.kv_transfer.gpu_memory import GpuBuffer
 from serving.kv_transfer.link import SETTLE_S, Carrier, Link, stop
 from serving.kv_transfer.staging import Buffer, Unsettled
 from serving.kv_transfer.transfer import LinkedTransfer
-from serving.kv_transfer.wire import ChunkAt, Connection, Hello, ProtocolError, Refusal, Refused
+from serving.kv_transfer.wire import (
+    ChunkAt,
+    Connection,
+    Hello,
+    Message,
+    ProtocolError,
+    Refusal,
+    Refused,
+)
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MODULES = ("nixl_cu13", "nixl_cu12", "nixl")
 REMEDY = "`pip install nixl-cu13` (or -cu12), or set kv_transfer.transport to ucx"
@@ -52,6 +62,8 @@ class NixlLink(Link):
         self._told = 0  # how much of this side's memory the peer knows of
         self._peer = ""
         self._reads: set[asyncio.Task[None]] = set()
+        self._messages: asyncio.Queue[Message] = asyncio.Queue()
+        self._listening: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """The reader connects."""
@@ -73,7 +85,11 @@ class NixlLink(Link):
 
     async def receive(self, tag: int, index: int, data: Buffer) -> None:
         async with self._receiving:
-            message = await self.connection.receive()
+            coming = asyncio.create_task(self._messages.get())
+            try:
+                message = await self._unless_lost(coming)
+            finally:
+                coming.cancel()
         if isinstance(message, Refused):
             raise Refusal(message.reason)
         if not isinstance(message, ChunkAt) or (message.index, message.num_bytes) != (
@@ -88,20 +104,37 @@ class NixlLink(Link):
         )
         self._reads.add(read)
         read.add_done_callback(self._settled)
-        await asyncio.shield(read)
+        await self._unless_lost(read)
 
     async def finished(self) -> None:
-        """Nothing reads ahead."""
+        if self._listening:
+            listening, self._listening = self._listening, None
+            await stop([listening])
 
     async def give_up(self, tag: int, scratch: Buffer) -> bool:
         return False  # reads cannot be withdrawn
 
     async def close(self) -> Unsettled:
+        await self.finished()
         unsettled = set(self._reads)
         if unsettled:
             _, unsettled = await asyncio.wait(unsettled, timeout=SETTLE_S)
         self._carrier.adopt(unsettled)
         return unsettled
+
+    async def _unless_lost(self, work: asyncio.Task[T]) -> T:
+        """The outcome of `work`; raises when the connection ends first, for a read from a source
+        that has gone may never end. A read goes on when who waits is cancelled."""
+        if self._listening is None:
+            self._listening = asyncio.create_task(self._listen(), name="kv-nixl-listen")
+        await asyncio.wait({work, self._listening}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            self._listening.result()
+        return work.result()
+
+    async def _listen(self) -> None:
+        while True:
+            self._messages.put_nowait(await self.connection.receive())
 
     def _settled(self, read: asyncio.Task[None]) -> None:
         self._reads.discard(read)

@@ -113,13 +113,14 @@ class LinkedTransfer(KvTransfer):
         if self._closed:
             raise RuntimeError("this side is closed")
         if self._side is None:
+            gpu = self._gpu()  # before the carrier starts: its library looks for a device
             carrier = self._carrier()
             self._side = Side(
                 carrier=carrier,
                 endpoint=await carrier.start(),
                 layout=self.layout,
                 chunk_bytes=self.chunk_bytes,
-                gpu=self._gpu(),
+                gpu=gpu,
                 threads=ThreadPoolExecutor(
                     min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="kv-transfer"
                 ),
@@ -134,7 +135,9 @@ class LinkedTransfer(KvTransfer):
         if kind != "cuda":
             return None
         try:
-            return Gpu(int(ordinal or 0))
+            gpu = Gpu(int(ordinal or 0))
+            gpu.use()
         except CudaError as exc:
             log.warning("KV travels through host memory that is not pinned: %s", exc)
             return None
+        return gpu

@@ -94,7 +94,9 @@ class PrefillEndpoint:
         if offer := self._offers.get(request.request_id):
             offer.tell()
             return None
-        if not self._overlap or not self._decode_follows(request):
+        # A guide is followed from the first token on, which a decode that starts now does not have.
+        is_guided = request.sampling.guide is not None
+        if not self._overlap or is_guided or not self._decode_follows(request):
             return None
         offer = self._offer(request)
         return EngineOutput(request.request_id, [], kv_transfer_params=offer.params)

@@ -5,7 +5,6 @@ What only a GPU can show (graphs, streams, FlashAttention, speed) is in `tests/g
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,28 +12,24 @@ from typing import Any
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 pytest.importorskip("triton", reason="needs triton: pip install -e '.[test]'")
 
 from serving.engine.torch import cuda_runner, kernels, packed_linear
 from serving.engine.torch.engine import TorchEngine
 from serving.engine.torch.fusion import Report
+from serving.protocol import Guide, SamplingParams
 from transformers import (
     Gemma2Config,
     GptOssConfig,
     GraniteConfig,
     LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    PhiConfig,
-    Qwen2Config,
     Qwen3Config,
-    Qwen3MoeConfig,
     SmolLM3Config,
 )
 from unit.engine import torch_rig
 from unit.engine.torch_rig import (
     SIZES,
+    Sink,
     generate,
     greedy,
     random_prompts,
@@ -42,6 +37,7 @@ from unit.engine.torch_rig import (
     running,
     save_model,
 )
+from unit.frontend.fakes import write_tokenizer
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="tests/gpu has the same on the GPU that is here"
@@ -53,14 +49,9 @@ ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_a
 # (config, modules fused of each kind); what is missing there runs as transformers wrote it.
 MODELS: dict[str, tuple[Any, dict[str, int]]] = {
     "llama": (LlamaConfig(**SIZES), {"norms": 5, "attentions": 2, "MLPs": 2, "layers": 2}),
-    "qwen2": (Qwen2Config(**SIZES), {"norms": 5, "attentions": 2, "MLPs": 2, "layers": 2}),
     "qwen3": (
         Qwen3Config(**SIZES, **HEAD_DIM),
         {"norms": 9, "attentions": 2, "MLPs": 2, "layers": 2},
-    ),
-    "mistral": (
-        MistralConfig(**SIZES, sliding_window=8),
-        {"norms": 5, "attentions": 2, "MLPs": 2, "layers": 2},
     ),
     "gemma2": (
         Gemma2Config(**SIZES, **HEAD_DIM, **ALTERNATING),
@@ -73,14 +64,6 @@ MODELS: dict[str, tuple[Any, dict[str, int]]] = {
     "smollm3 rotates not every layer": (
         SmolLM3Config(**{**SIZES, "num_hidden_layers": 4}),
         {"norms": 9, "attentions": 3, "MLPs": 4, "layers": 4},
-    ),
-    "phi": (PhiConfig(**SIZES), {}),
-    "olmo2 normalises all heads together": (Olmo2Config(**SIZES), {"norms": 9, "MLPs": 2}),
-    "qwen3_moe": (
-        Qwen3MoeConfig(
-            **SIZES, **HEAD_DIM, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
-        ),
-        {"norms": 9, "attentions": 2, "layers": 2},
     ),
     "gpt_oss has sinks": (
         GptOssConfig(
@@ -186,6 +169,37 @@ async def test_penalties_see_every_token_although_steps_are_launched_ahead(
     assert sink.tokens["r"] == peer.tokens["r"]
 
 
+async def test_guides_and_prompt_logprobs_beside_rows_that_run_ahead(
+    tmp_path: Path, reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same from the CPU path; chunks of one token are among those that are reported."""
+    write_tokenizer(tmp_path)
+    model = save_model(tmp_path, LlamaConfig(**{**SIZES, "vocab_size": 320}))
+    prompts = random_prompts([9, 14, 5])
+    asked = [
+        SamplingParams(30, seed=1, guide=Guide("regex", "[ab]{4}-[0-9]{3}"), stop_token_ids=(1,)),
+        greedy(5, prompt_logprobs=2),
+        SamplingParams(9, seed=2, top_p=0.9, logit_bias=((7, 2.0),), logprobs=1),
+    ]
+
+    async def answers() -> Sink:
+        async with running(model, max_num_batched_tokens=9) as (engine, sink):
+            for i, (prompt, sampling) in enumerate(zip(prompts, asked, strict=True)):
+                engine.submit(request(str(i), prompt, sampling))
+            await sink.finished("0", "1", "2")
+        return sink
+
+    ours = await answers()
+    monkeypatch.undo()
+    peer = await answers()
+    assert ours.tokens == peer.tokens
+    assert ours.last["0"].finish_reason == "stop"
+    told, expected = ours.prompt_logprobs["1"], peer.prompt_logprobs["1"]
+    assert [entry.token_id for entry in told] == prompts[1][1:]
+    for one, other in zip(told, expected, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
 async def test_preemption_waits_for_the_step_under_way(
     tmp_path: Path, reports: list[Report]
 ) -> None:
@@ -200,6 +214,51 @@ async def test_preemption_waits_for_the_step_under_way(
         await sink.finished("0", "1", "2")
         assert engine.load().preemptions > 0
     assert [sink.tokens[str(index)] for index in range(3)] == expected
+
+
+async def test_evicted_blocks_come_back_although_steps_are_launched_ahead(
+    tmp_path: Path, reports: list[Report]
+) -> None:
+    """Two prompts, of which the pool holds one: what one step copies, the next one reads."""
+    model = save_model(tmp_path, LlamaConfig(**{**SIZES, "num_hidden_layers": 1}))
+    prompts = random_prompts([18, 21])
+    expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
+    options = {"kv_cache_tokens": 32, "max_model_len": 32, "host_cache_bytes": 2**20}
+    async with running(model, max_num_batched_tokens=32, **options) as (engine, sink):
+        for turn in "ab":
+            names = [f"{turn}{index}" for index in range(2)]
+            for name, prompt in zip(names, prompts, strict=True):
+                engine.submit(request(name, prompt, greedy(NUM_TOKENS)))
+            await sink.finished(*names)
+            assert [sink.tokens[name] for name in names] == expected
+        assert engine.load().onloaded_blocks > 0
+    assert [sink.cached[f"b{index}"] for index in range(2)] == [16, 16]
+
+
+async def test_narrow_kv_is_written_and_read_by_the_kernels(
+    tmp_path: Path, reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the CPU path, whose KV is as narrow; cold, after a prefix, and while decoding."""
+    model = save_model(tmp_path, LlamaConfig(**{**SIZES, "num_hidden_layers": 1}))
+    [prompt] = random_prompts([13])
+    sampling = greedy(2, logprobs=20)
+
+    async def logprobs() -> list[dict[int, float]]:
+        async with running(model, kv_cache_dtype="bfloat16", max_num_batched_tokens=8) as both:
+            engine, sink = both
+            for name in ("cold", "again"):
+                engine.submit(request(name, prompt, sampling))
+                await sink.finished(name)
+            assert sink.cached["again"] == 8
+            return [dict(e.top) for name in ("cold", "again") for e in sink.logprobs[name]]
+
+    ours = await logprobs()
+    monkeypatch.undo()
+    for one, other in zip(ours, await logprobs(), strict=True):
+        shared = one.keys() & other.keys()
+        assert len(shared) >= 15
+        # Triton's interpreter truncates where the GPU and torch round.
+        assert max(abs(one[token] - other[token]) for token in shared) < 0.1
 
 
 def test_decode_attention_over_windows_softcaps_sinks_and_splits() -> None:

@@ -94,3 +94,13 @@ def test_random_use_keeps_events_equal_to_the_cache() -> None:
                 told -= set(event.block_hashes)
         assert told == pool.stored_hashes()
         pool.check_integrity(held)
+
+
+def test_a_duplicate_that_a_step_still_reads_is_kept() -> None:
+    pool = BlockPool(4)
+    first, second = pool.allocate(1), pool.allocate(1)
+    assert pool.store(first, [7], None) == first
+    assert pool.store(second, [7], None, are_read=True) == second
+    pool.check_integrity([first, second])
+    pool.release(second)
+    assert (pool.num_held, pool.match([7])) == (1, first)

@@ -324,6 +324,32 @@ def test_a_reservation_is_filled_only_when_what_it_evicts_was_copied() -> None:
     books.check_integrity()
 
 
+def test_blocks_are_lent_only_when_they_were_copied() -> None:
+    """A prefill's blocks may be fetched while it goes on, by transfers that follow no step."""
+    books = scheduler(12, 12)
+    books.add(sequence("a", list(range(20)), 1))
+    step(books)
+    books.add(sequence("b", list(range(100, 145)), 2))
+    step(books)
+    step(books)
+    books.add(sequence("c", list(range(45)), 3, phase="prefill"))
+    chunks = books.schedule()
+    assert (chunks[0].start, chunks[0].length) == (20, 25)
+    copies = books.pool.take_copies()
+    assert len(copies.onloads) > 0
+    assert books.num_exportable("c") < 5
+    with pytest.raises(KeyError):
+        books.lend("c", 0, 5)
+    books.pool.copied(copies)
+    assert books.num_exportable("c") == 5
+    blocks = books.lend("c", 0, 5)
+    books.take_back(blocks)
+    books.launched(chunks)
+    books.complete(chunks, [7], [None])
+    books.abort("c")
+    books.check_integrity()
+
+
 def test_an_abort_reaches_a_reservation_that_waits_for_copies() -> None:
     books = scheduler(5, 8)
     books.add(sequence("a", list(range(17)), 1))

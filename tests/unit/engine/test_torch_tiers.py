@@ -12,8 +12,8 @@ from serving.engine.torch.kv_pool import KvPool
 from serving.errors import OperatorError
 from serving.kv_layout import KvLayout
 from serving.kv_router.prefix_index import PrefixIndex
-from serving.kv_router.tiers import InstanceTiers
-from serving.protocol import BlocksStored
+from serving.kv_router.sequence import EventSequence, IndexCounters
+from serving.protocol import BlocksStored, KvEventBatch
 from transformers import LlamaConfig
 from unit.engine.torch_rig import (
     SIZES,
@@ -43,19 +43,18 @@ async def test_evicted_prompts_are_found_on_the_host(model: Path) -> None:
     """Five prompts, of which the pool holds one or two; every one comes back as it was."""
     prompts = random_prompts([40, 70, 61, 33, 90])
     options = {"kv_cache_tokens": 128, "host_cache_bytes": 100 * BLOCK_BYTES}
-    index, num_heard = PrefixIndex(), 0
-    router = InstanceTiers(index, "w0")
+    index, num_heard, num_batches = PrefixIndex(), 0, 0
+    router = EventSequence(index, "w0", IndexCounters())
     async with running(model, **options) as (engine, sink):
         for turn in "abc":
             for i, prompt in enumerate(prompts):
                 engine.submit(request(f"{turn}{i}", prompt, greedy(NUM_TOKENS)))
                 await sink.finished(f"{turn}{i}")
-                for event in sink.events[num_heard:]:
-                    router.apply(event)
+                num_batches += 1
+                router.on_batch(KvEventBatch("w0", 1, num_batches, sink.events[num_heard:]))
                 num_heard = len(sink.events)
-                anywhere = {*engine.snapshot(), *engine.snapshot("host")}
-                assert index.num_blocks("w0") == len(anywhere)
-                assert all(index.overlap([value]) for value in anywhere)
+                for tier in ("device", "host"):
+                    assert index.blocks("w0", tier) == set(engine.snapshot(tier))
         load = engine.load()
         assert load.num_host_blocks == 100
         assert load.host_cached_blocks == len(engine.snapshot("host")) > 20
@@ -69,6 +68,19 @@ async def test_evicted_prompts_are_found_on_the_host(model: Path) -> None:
         found = (len(prompt) - 1) // 8 * 8
         assert [sink.cached[f"{turn}{i}"] for turn in "abc"] == [0, found, found]
     assert any(isinstance(e, BlocksStored) and e.tier == "host" for e in sink.events)
+
+
+async def test_a_prompt_whose_logprobs_are_asked_for_is_computed(model: Path) -> None:
+    prompt, other = random_prompts([60, 100])
+    options = {"kv_cache_tokens": 128, "host_cache_bytes": 64 * BLOCK_BYTES}
+    async with running(model, **options) as (engine, sink):
+        for name, tokens in (("a", prompt), ("other", other)):
+            engine.submit(request(name, tokens, greedy(1)))
+            await sink.finished(name)
+        engine.submit(request("again", prompt, greedy(1, prompt_logprobs=0)))
+        await sink.finished("again")
+        assert sink.cached["again"] == 0
+        assert len(sink.prompt_logprobs["again"]) == 59
 
 
 async def test_a_small_host_tier_keeps_what_was_evicted_last(model: Path) -> None:

@@ -106,23 +106,23 @@ class FakeInstances:
         return self.clients[instance_id]
 
 
-def make_pipeline(*clients: FakeClient) -> Pipeline:
+def make_pipeline(*clients: FakeClient, router: RouterConfig | None = None) -> Pipeline:
     planes = Planes(namespace="n", etcd_endpoint="", lease_s=10, nats_url="", nats_token_file="")
     process = FrontendProcess(
         topology="disagg",
         disaggregated=True,
         model_name="m",
         frontend=FrontendConfig(),
-        router=RouterConfig(),
+        router=router or RouterConfig(local_prefill_tokens=0, local_prefill_when_idle=False),
         deadlines=DeadlinesConfig(),
         planes=planes,
         ready_file="",
     )
-    router = KvRouter(process.router, model="m")
+    kv_router = KvRouter(process.router, model="m")
     for client in clients:
-        router.add_instance(client.info)
+        kv_router.add_instance(client.info)
     instances: Any = FakeInstances(*clients)
-    return Pipeline(process, router, instances, Metrics())
+    return Pipeline(process, kv_router, instances, Metrics())
 
 
 def request(request_id: str = "r", max_tokens: int = 5) -> PreparedRequest:

@@ -1,19 +1,25 @@
-"""Load joins reports with our own requests, counting nothing twice and forgetting nothing."""
+"""Load joins reports with requests sent since: never forgetting one, seldom counting one twice."""
 
 import random
 
-from serving.kv_router.load import REPORT_MAX_AGE_S, InstanceLoad, Load
+from serving.kv_router.load import REPORT_LAG_S, REPORT_MAX_AGE_S, InstanceLoad, Load
 from serving.protocol import LoadReport
+
+LATER = 10 * REPORT_LAG_S
 
 
 def report(queued_tokens: int = 0, active_blocks: int = 0, num_running: int = 0) -> LoadReport:
     return LoadReport("w0", 1, num_running, 0, queued_tokens, active_blocks, 0, 1000)
 
 
+def send(load: InstanceLoad, queued_tokens: int = 100, blocks: int = 7, now_s: float = 0.0):
+    return load.reserve(queued_tokens=queued_tokens, blocks=blocks, now_s=now_s)
+
+
 def test_without_a_report_our_own_requests_are_the_load() -> None:
     load = InstanceLoad()
-    first = load.reserve(queued_tokens=100, blocks=7)
-    load.reserve(queued_tokens=50, blocks=4)
+    first = send(load, 100, 7)
+    send(load, 50, 4)
     assert load.estimate(0.0) == Load(150, 11, 2)
     first.release()
     assert load.estimate(0.0) == Load(50, 4, 1)
@@ -22,35 +28,72 @@ def test_without_a_report_our_own_requests_are_the_load() -> None:
 def test_requests_sent_after_a_report_are_added_to_it() -> None:
     load = InstanceLoad()
     load.report(report(1000, 70, 3), 0.0)
-    load.reserve(queued_tokens=100, blocks=7)
+    send(load, now_s=0.1)
     assert load.estimate(0.1) == Load(1100, 77, 4)
 
 
-def test_a_request_that_a_newer_report_includes_is_not_counted_twice() -> None:
+def test_a_request_that_a_later_report_includes_is_not_counted_twice() -> None:
     load = InstanceLoad()
-    load.reserve(queued_tokens=100, blocks=7)
-    load.report(report(1100, 77, 4), 0.0)
-    assert load.estimate(0.1) == Load(1100, 77, 4)
+    send(load)
+    load.report(report(1100, 77, 4), LATER)
+    assert load.estimate(LATER) == Load(1100, 77, 4)
 
 
 def test_a_request_on_the_wire_while_the_report_was_written_still_counts() -> None:
     load = InstanceLoad()
-    load.reserve(queued_tokens=100, blocks=7)
-    load.report(report(), 0.0)
+    send(load)
+    load.report(report(), REPORT_LAG_S / 2)
     assert load.estimate(0.1) == Load(100, 7, 1)
+    load.report(report(), LATER)
+    assert load.estimate(LATER) == Load()
+
+
+def test_a_prompt_that_is_partly_computed_counts_as_the_report_says() -> None:
+    load = InstanceLoad()
+    send(load, 100_000, 70)
+    load.report(report(40_000, 70, 1), 5.0)
+    assert load.estimate(5.0).queued_tokens == 40_000
 
 
 def test_finishing_what_a_report_has_seen_waits_for_the_next_report() -> None:
     load = InstanceLoad()
-    request = load.reserve(queued_tokens=100, blocks=7)
-    load.report(report(1100, 77, 4), 0.0)
+    request = send(load)
+    load.report(report(1100, 77, 4), LATER)
     request.release()
-    assert load.estimate(0.1) == Load(1100, 77, 4)
+    assert load.estimate(LATER) == Load(1100, 77, 4)
+
+
+def test_finishing_before_any_report_saw_it_counts_at_once() -> None:
+    load = InstanceLoad()
+    load.report(report(1000, 70, 3), 0.0)
+    request = send(load)
+    request.prefilled()
+    assert load.estimate(0.0) == Load(1000, 77, 4)
+    request.release()
+    assert load.estimate(0.0) == Load(1000, 70, 3)
+
+
+def test_what_other_frontends_sent_counts_until_a_report_must_contain_it() -> None:
+    load = InstanceLoad()
+    load.report(report(1000, 70, 3), 0.0)
+    load.sent_by_another(Load(500, 30, 1), 1.0)
+    assert load.estimate(1.0) == Load(1500, 100, 4)
+    load.report(report(1000, 70, 3), 1.0 + REPORT_LAG_S / 2)
+    assert load.estimate(1.1) == Load(1500, 100, 4)
+    load.report(report(1500, 100, 4), 1.0 + LATER)
+    assert load.estimate(1.0 + LATER) == Load(1500, 100, 4)
+
+
+def test_what_others_sent_to_an_instance_without_reports_is_forgotten_in_time() -> None:
+    load = InstanceLoad()
+    load.sent_by_another(Load(500, 30, 1), 1.0)
+    assert load.estimate(1.5) == Load(500, 30, 1)
+    assert load.estimate(1.0 + REPORT_MAX_AGE_S) == Load()
 
 
 def test_the_first_output_ends_queueing_but_not_holding() -> None:
     load = InstanceLoad()
-    request = load.reserve(queued_tokens=100, blocks=7)
+    request = send(load)
     request.prefilled()
     request.prefilled()
     assert load.estimate(0.0) == Load(0, 7, 1)
@@ -58,7 +101,7 @@ def test_the_first_output_ends_queueing_but_not_holding() -> None:
 
 def test_generated_blocks_are_held_until_release() -> None:
     load = InstanceLoad()
-    request = load.reserve(queued_tokens=0, blocks=7)
+    request = send(load, 0, 7)
     request.grow(2)
     assert load.estimate(0.0).active_blocks == 9
     request.release()
@@ -67,7 +110,7 @@ def test_generated_blocks_are_held_until_release() -> None:
 
 def test_releasing_twice_or_using_a_released_reservation_changes_nothing() -> None:
     load = InstanceLoad()
-    request = load.reserve(queued_tokens=100, blocks=7)
+    request = send(load)
     request.release()
     request.release()
     request.prefilled()
@@ -78,29 +121,41 @@ def test_releasing_twice_or_using_a_released_reservation_changes_nothing() -> No
 def test_a_report_that_is_too_old_is_ignored() -> None:
     load = InstanceLoad()
     load.report(report(9000, 900, 9), 10.0)
-    load.reserve(queued_tokens=100, blocks=7)
+    send(load, now_s=10.0)
     assert load.estimate(10.0 + REPORT_MAX_AGE_S).queued_tokens == 9100
     assert load.estimate(10.1 + REPORT_MAX_AGE_S) == Load(100, 7, 1)
+
+
+def test_nothing_piles_up_while_no_report_comes() -> None:
+    load = InstanceLoad()
+    for number in range(10_000):
+        send(load, now_s=number * 0.01).release()
+        load.sent_by_another(Load(1, 1, 1), number * 0.01)
+    assert len(load._own) + len(load._others) <= 2 * REPORT_MAX_AGE_S / 0.01 + 2
+    assert load.in_flight == Load()
 
 
 def test_any_order_of_requests_and_reports_ends_at_the_last_report() -> None:
     rng = random.Random(3)
     load, running = InstanceLoad(), []
-    for _ in range(3000):
+    for step in range(3000):
+        now_s = step * 0.004
         action = rng.random()
         if action < 0.3:
-            running.append(load.reserve(queued_tokens=rng.randrange(500), blocks=rng.randrange(9)))
+            running.append(send(load, rng.randrange(500), rng.randrange(9), now_s))
         elif running and action < 0.5:
             rng.choice(running).prefilled()
         elif running and action < 0.7:
             rng.choice(running).grow(1)
-        elif running and action < 0.95:
+        elif running and action < 0.9:
             running.pop(rng.randrange(len(running))).release()
+        elif action < 0.95:
+            load.sent_by_another(Load(rng.randrange(500), rng.randrange(9), 1), now_s)
         else:
-            load.report(report(), 0.0)
-        assert min(*load.in_flight, *load.estimate(0.0)) >= 0
+            load.report(report(), now_s)
+        assert min(*load.in_flight, *load.unseen, *load.of_others, *load.estimate(now_s)) >= 0
     for request in running:
         request.release()
     assert load.in_flight == Load()
-    load.report(report(5, 6, 7), 0.0)
-    assert load.estimate(0.0) == Load(5, 6, 7)
+    load.report(report(5, 6, 7), 100.0)
+    assert load.estimate(100.0) == Load(5, 6, 7)

@@ -4,15 +4,18 @@ from collections import Counter
 from random import Random
 
 import pytest
+from serving.config import RouterConfig
 from serving.kv_router.load import Load
-from serving.kv_router.policy import PromptSize, cheapest, sample, select
+from serving.kv_router.policy import Choice, PromptSize, cheapest, sample, select
 
 PROMPT = PromptSize(num_tokens=1024, block_size=16)
 IDLE = {"a": Load(), "b": Load(), "c": Load()}
 
 
-def pick(policy, role, overlap, load, *, seed=0, prompt=PROMPT, **options):
-    return select(policy, role, prompt, overlap, load, rng=Random(seed), **options)
+def pick(policy, role, overlap, load, *, seed=0, turn=0, content=None, **options):
+    options = {"overlap_weight": 1.0, **options}
+    choice = Choice(role, PROMPT, overlap, load, turn, content)
+    return select(choice, config=RouterConfig(policy=policy, **options), rng=Random(seed))
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode", "agg"])
@@ -43,10 +46,30 @@ def test_kv_decode_does_not_look_at_queued_tokens() -> None:
     assert pick("kv", "decode", {"b": 1}, IDLE | {"b": Load(queued_tokens=99_999)}) == "b"
 
 
-def test_overlap_weight_zero_makes_kv_follow_decode_load_alone() -> None:
-    load = {"a": Load(active_blocks=5), "b": Load(active_blocks=4, queued_tokens=5000)}
-    assert pick("kv", "agg", {"a": 64}, load, overlap_weight=0.0) == "b"
-    assert pick("kv", "decode", {"a": 64}, load, overlap_weight=0.0) == "b"
+def test_kv_agg_looks_at_held_blocks_but_minds_computing_more() -> None:
+    held = {
+        "a": Load(active_blocks=320),
+        "b": Load(queued_tokens=100),
+        "c": Load(queued_tokens=900),
+    }
+    assert pick("kv", "agg", {}, held) == "b"
+    assert pick("kv", "agg", {}, held | {"b": Load(queued_tokens=200)}) == "a"
+
+
+def test_overlap_weight_says_what_a_longer_queue_is_worth() -> None:
+    overlap = {"b": 60}
+    busy = IDLE | {"b": Load(queued_tokens=1500)}
+    assert pick("kv", "prefill", overlap, busy, overlap_weight=1.0) != "b"
+    assert pick("kv", "prefill", overlap, busy, overlap_weight=2.0) == "b"
+    assert (
+        pick("kv", "prefill", {"b": 64}, IDLE | {"b": Load(queued_tokens=1)}, overlap_weight=0)
+        != "b"
+    )
+
+
+def test_blocks_on_the_host_are_worth_a_part() -> None:
+    assert PROMPT.uncached_tokens(10.5) == 1024 - 168
+    assert pick("kv", "prefill", {"a": 10.5, "b": 10.0}, IDLE) == "a"
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode", "agg"])
@@ -63,22 +86,29 @@ def test_round_robin_takes_turns() -> None:
 @pytest.mark.parametrize("policy", ["kv", "random", "least_loaded"])
 def test_equal_instances_share_the_requests(policy) -> None:
     rng = Random(1)
-    counts = Counter(select(policy, "agg", PROMPT, {}, IDLE, rng=rng) for _ in range(900))
+    config = RouterConfig(policy=policy)
+    choice = Choice("agg", PROMPT, {}, IDLE)
+    counts = Counter(select(choice, config=config, rng=rng) for _ in range(900))
     assert set(counts) == set(IDLE)
     assert min(counts.values()) > 240
+
+
+def test_equal_instances_are_told_apart_by_what_is_new_in_the_prompt() -> None:
+    """So do frontends that know nothing of each other, and one prefix meets itself."""
+    picked = [pick("kv", "agg", {}, IDLE, seed=n, content=n // 2 * 977) for n in range(600)]
+    assert picked[::2] == picked[1::2]
+    assert min(Counter(picked).values()) > 130
 
 
 @pytest.mark.parametrize("policy", ["kv", "random", "least_loaded", "round_robin"])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_a_seed_decides_everything(policy, temperature) -> None:
+    config = RouterConfig(policy=policy, temperature=temperature)
+
     def run(seed: int) -> list[str]:
         rng = Random(seed)
-        return [
-            select(
-                policy, "agg", PROMPT, {"a": n % 3}, IDLE, rng=rng, turn=n, temperature=temperature
-            )
-            for n in range(50)
-        ]
+        choices = [Choice("agg", PROMPT, {"a": n % 3}, IDLE, n) for n in range(50)]
+        return [select(choice, config=config, rng=rng) for choice in choices]
 
     assert run(4) == run(4)
 
@@ -91,7 +121,9 @@ def test_a_fully_cached_prompt_still_has_one_token_to_compute() -> None:
 
 def test_cheapest_breaks_ties_among_the_lowest_only() -> None:
     rng = Random(0)
-    assert {cheapest([2.0, 1.0, 1.0, 3.0], rng) for _ in range(50)} == {1, 2}
+    costs = [2.0, 1.0, 1.0, 3.0]
+    assert {cheapest("abcd", costs, rng) for _ in range(50)} == {"b", "c"}
+    assert {cheapest("abcd", costs, rng, content) for content in range(50)} == {"b", "c"}
 
 
 def test_temperature_spreads_but_keeps_the_order_of_costs() -> None:

@@ -16,6 +16,8 @@ from serving.protocol import (
     KvEventBatch,
     LoadReport,
     ModelCard,
+    Routed,
+    RoutedBatch,
 )
 
 BLOCK_SIZE = 16
@@ -308,7 +310,7 @@ def test_a_burst_with_one_cached_prefix_overflows_to_other_instances() -> None:
         queued_tokens = [one.load.queued_tokens for one in router.state()]
     assert counts["w0"] >= 11  # The prefix is worth ten tails: so many are cheaper behind it.
     assert min(counts[f"w{i}"] for i in range(1, 4)) >= 2
-    assert max(queued_tokens) - min(queued_tokens) <= 1600 + 160
+    assert max(queued_tokens) - min(queued_tokens) <= router.config.overlap_weight * 1600 + 160
 
 
 def test_a_short_burst_with_a_cached_prefix_stays_where_the_prefix_is() -> None:
@@ -351,4 +353,144 @@ def test_the_same_seed_routes_the_same_way(policy, temperature) -> None:
         return [chosen(router, prompt(200, seed=n)) for n in range(40)]
 
     assert run(7) == run(7)
-    assert (run(7) == run(8)) is (policy == "round_robin")
+    # Ties of `kv` are broken by what the prompt says.
+    assert (run(7) == run(8)) is (policy == "round_robin" or (policy, temperature) == ("kv", 0.0))
+
+
+# --- tiers, sessions, other frontends ---------------------------------------------------------------
+
+
+def test_a_block_on_the_host_attracts_less_than_one_on_the_device() -> None:
+    router = make_router(info("w0"), info("w1"), host_tier_weight=0.5)
+    hashes = router.hash(prompt(160)).block_hashes
+    router.on_kv(KvEventBatch("w0", 1, 1, [BlocksStored(None, hashes, "host")]))
+    assert chosen(router, prompt(160)) == "w0"
+    router.on_kv(KvEventBatch("w1", 1, 1, [BlocksStored(None, hashes[:6])]))
+    assert chosen(router, prompt(160)) == "w1"
+    with router.route(prompt(160), "agg", request_id="r", exclude={"w1"}) as route:
+        assert route.overlap_blocks == 10
+        assert router.state()[0].load.queued_tokens == 160 - 80
+
+
+@pytest.mark.parametrize("policy", ["kv", "random", "round_robin", "least_loaded"])
+def test_a_session_stays_where_it_was(policy) -> None:
+    router = make_router(*(info(f"w{i}") for i in range(8)), policy=policy, session_affinity=0.5)
+    homes: dict[str, set[str]] = {}
+    for n in range(80):
+        session = f"s{n % 10}"
+        homes.setdefault(session, set()).add(chosen(router, prompt(320, seed=n), session=session))
+    assert all(len(instances) == 1 for instances in homes.values())
+
+
+def test_a_session_leaves_an_instance_that_is_busy_or_gone() -> None:
+    router = make_router(info("w0"), info("w1"), session_affinity=0.5)
+    home = chosen(router, prompt(320), session="s")
+    other = "w1" if home == "w0" else "w0"
+    router.on_load(load_report(home, queued_tokens=5000))
+    assert chosen(router, prompt(320, seed=1), session="s") == other
+    router.remove_instance(other, 1)
+    assert chosen(router, prompt(320, seed=2), session="s") == home
+
+
+def test_sessions_mean_nothing_unless_configured() -> None:
+    router = make_router(*(info(f"w{i}") for i in range(8)))
+    assert len({chosen(router, prompt(320, seed=n), session="s") for n in range(60)}) > 4
+
+
+def test_frontends_that_tell_each_other_do_not_meet_at_one_instance() -> None:
+    routers = [make_router(*(info(f"w{i}") for i in range(4)), seed=n) for n in range(4)]
+    told: list[Routed] = []
+    for router in routers:
+        router.on_routed = told.append
+    with ExitStack() as running:
+        for number in range(32):
+            router = routers[number % 4]
+            routed = router.route(prompt(500, seed=number), "agg", request_id=f"r{number}")
+            running.enter_context(routed)
+            for other in routers:
+                if other is not router:
+                    other.on_others_routed(RoutedBatch(f"f{number % 4}", told[-1:]))
+    assert set(Counter(routed.instance_id for routed in told).values()) == {8}
+
+
+def test_news_of_instances_and_epochs_we_do_not_know_is_ignored() -> None:
+    router = make_router(info("w0", epoch=2))
+    strange = [Routed("w9", 1, 500, 30), Routed("w0", 1, 500, 30)]
+    router.on_others_routed(RoutedBatch("f1", strange))
+    assert router.state()[0].load == (0, 0, 0)
+    router.on_others_routed(RoutedBatch("f1", [Routed("w0", 2, 500, 30)]))
+    assert router.state()[0].load == (500, 30, 1)
+
+
+# --- prefill on the decode instance -----------------------------------------------------------------
+
+
+def make_disaggregated(**options) -> KvRouter:
+    return make_router(info("p0", "prefill"), info("d0", "decode"), info("d1", "decode"), **options)
+
+
+def local(router: KvRouter, token_ids: list[int], **options) -> str | None:
+    route = router.route_local(token_ids, request_id="r", **options)
+    if route is None:
+        return None
+    with route:
+        return route.instance_id
+
+
+def test_prefill_and_decode_are_apart_by_default() -> None:
+    assert local(make_disaggregated(), prompt(320)) is None
+
+
+def test_what_is_short_or_nearly_all_there_is_prefilled_on_the_decode_instance() -> None:
+    router = make_disaggregated()
+    store(router, "d1", prompt(320)[:304])
+    busy = LoadReport("d1", 1, 5, 0, 0, 100, 0, 1000)
+    router.on_load(busy)
+    assert local(router, prompt(320)) == "d1"
+    assert local(router, prompt(320), exclude={"d1"}) is None
+    assert local(router, prompt(9)) in ("d0", "d1")
+    store(router, "d1", prompt(320, seed=1)[:288], seq=2)
+    assert local(router, prompt(320, seed=1)) is None
+    roomy = make_disaggregated(local_prefill_tokens=32)
+    store(roomy, "d1", prompt(320)[:288])
+    roomy.on_load(busy)
+    assert local(roomy, prompt(320)) == "d1"
+
+
+def test_nothing_is_prefilled_where_requests_wait_already() -> None:
+    router = make_disaggregated()
+    for name in ("d0", "d1"):
+        router.on_load(LoadReport(name, 1, 9, 1, 0, 990, 0, 1000))
+    assert local(router, prompt(9)) is None
+    router.on_load(LoadReport("d0", 1, 9, 0, 0, 990, 0, 1000))
+    assert local(router, prompt(9)) == "d0"
+
+
+def test_a_local_prefill_counts_as_queued_on_its_instance() -> None:
+    router = make_disaggregated(local_prefill_tokens=64)
+    store(router, "d1", prompt(320)[:288])
+    route = router.route_local(prompt(320), request_id="r")
+    assert route is not None
+    with route:
+        assert (route.role, route.instance_id, route.overlap_blocks) == ("decode", "d1", 18)
+        state = {one.info.instance_id: one.load for one in router.state()}
+        assert state["d1"] == (32, 2, 1)
+
+
+def test_an_idle_decode_instance_helps_when_prefill_instances_are_behind() -> None:
+    router = make_disaggregated()
+    assert local(router, prompt(320)) is None
+    router.on_load(load_report("p0", queued_tokens=500))
+    assert local(router, prompt(320)) in ("d0", "d1")
+    for name in ("d0", "d1"):
+        router.on_load(LoadReport(name, 1, 1, 0, 0, 20, 0, 1000))
+    assert local(router, prompt(320)) is None
+    reluctant = make_disaggregated(local_prefill_when_idle=False)
+    reluctant.on_load(load_report("p0", queued_tokens=500))
+    assert local(reluctant, prompt(320)) is None
+
+
+def test_local_prefill_is_not_considered_where_a_role_or_the_index_is_missing() -> None:
+    assert local(make_router(info("d0", "decode")), prompt(9)) is None
+    assert local(make_router(info("p0", "prefill")), prompt(9)) is None
+    assert local(make_disaggregated(policy="round_robin"), prompt(9)) is None

@@ -5,9 +5,9 @@ A block is free (nothing of value), cached (unreferenced, holds a hash, may be e
 sequence computes what another one has stored, it moves over to the stored block. Block 0 is
 never handed out: it stays zero and pads block tables.
 
-What is evicted may go on in a host tier, from which a later claim brings it back. Hashes on the
-device are closed under prefixes: a block is released after those that follow it, so that it is
-evicted after them. Where the device has no more of a prompt, the host tier may.
+What is evicted may go on in a host tier, from which a later claim brings it back. A block is
+released after those that follow it, so that it is evicted after them: where the device has no more
+of a prompt, only the host tier may have.
 """
 
 from __future__ import annotations
@@ -124,10 +124,19 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
-    def store(self, blocks: Sequence[int], hashes: Sequence[int], parent: int | None) -> list[int]:
+    def store(
+        self,
+        blocks: Sequence[int],
+        hashes: Sequence[int],
+        parent: int | None,
+        *,
+        are_read: bool = False,
+    ) -> list[int]:
         """Make held, full blocks available for prefix hits; returns the blocks to use from now on.
 
-        A block whose content is stored already is given back and the stored one is held instead.
+        A block whose content is stored already is given back and the stored one is held instead;
+        not where they `are_read` by a step under way, because a transfer that is given the block
+        would not wait for that step.
         """
         kept = []
         run: list[int] = []
@@ -138,7 +147,7 @@ class BlockPool:
                 self._remember(block, value, run[-1] if run else parent)
                 self.host.demote(value)
                 run.append(value)
-            elif self.host.is_arriving(stored):
+            elif are_read or self.host.is_arriving(stored):
                 # Others than steps may read what a sequence has computed: that one is not there yet.
                 self._emit_stored(parent, run)
                 run, parent, stored = [], value, block
@@ -155,6 +164,11 @@ class BlockPool:
         """What changed in the cache since the last call, in order."""
         events, self._events = self._events, []
         return events
+
+    def num_arrived(self, blocks: Sequence[int]) -> int:
+        """Leading blocks whose content is there for anybody, not only for the coming steps."""
+        arriving = (i for i, block in enumerate(blocks) if self.host.is_arriving(block))
+        return next(arriving, len(blocks))
 
     def take_copies(self) -> Copies:
         """What the coming step must copy between the tiers before it computes."""

@@ -32,7 +32,7 @@ from serving.engine.torch.source import Source
 from serving.engine.torch.supported import model_class_of, require_supported
 from serving.engine.torch.weights import pack_weights
 from serving.errors import ModelError
-from serving.kv_layout import KvLayout
+from serving.kv_layout import KvLayout, kv_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -87,14 +87,14 @@ def _build(
             remedy="add max_position_embeddings to it",
         )
     check_max_model_len(engine.max_model_len, model_max_len, manifest.id)
-    layout = kv_layout(config, engine.block_size, engine.dtype)
+    layout = kv_layout(config, engine.block_size, kv_dtype(engine.dtype))
     source.save_tokenizer(staging)
     check, dummy = UNCHECKED, None
     if engine.weights == "dummy":
         source.save_config(staging)
         dummy = describe_dummy(config, staging, layout, progress)
     else:
-        check = pack_weights(source, staging, layout, progress)
+        check = pack_weights(source, staging, engine.dtype, layout, progress)
     eos_token_ids = write_generation_config(source, staging)
     weights = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
     identity = f"{dummy} {sha256_of(staging / 'config.json')}" if dummy else json.dumps(weights)

@@ -116,7 +116,10 @@ class KvPool:
         if isinstance(buffer, torch.Tensor):
             return buffer.reshape(-1).view(torch.uint8)
         if hasattr(buffer, "__cuda_array_interface__"):
-            return torch.as_tensor(buffer, device=self.tensor.device).reshape(-1).view(torch.uint8)
+            tensor = torch.as_tensor(buffer, device=self.tensor.device).reshape(-1)
+            address, _ = buffer.__cuda_array_interface__["data"]
+            assert tensor.data_ptr() == address, "memory of another device, of which this is a copy"
+            return tensor.view(torch.uint8)
         array = np.frombuffer(buffer, dtype=np.uint8)
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 

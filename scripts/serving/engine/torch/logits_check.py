@@ -23,8 +23,12 @@ PROMPTS = (
     "Grüße aus Köln, 東京から、🙂 1234567890!",
 )
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
-"""Largest difference, as a fraction of the largest logit, that rounding the weights explains."""
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01, "int8": 0.2}
+"""Largest difference, as a fraction of the largest logit, that rounding the weights explains.
+
+int8: rounding SmolLM2-135M's weights gives 0.055; one scale for all activations of a tensor, which
+makes it choose other tokens at half of all positions, 0.53.
+"""
 
 
 def run_prompts(model: PreTrainedModel, tokenizer_dir: Path) -> list[torch.Tensor]:

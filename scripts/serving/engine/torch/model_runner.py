@@ -11,7 +11,13 @@ import psutil
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from serving.engine.torch import dummy_weights, packed_linear
+from serving.engine.torch import (
+    dummy_weights,
+    int8_kernel,
+    int8_weights,
+    lean_layers,
+    packed_linear,
+)
 from serving.engine.torch.attention import (
     NAME,
     AttentionOptions,
@@ -25,7 +31,7 @@ from serving.engine.torch.kv_pool import KvPool
 from serving.engine.torch.sampler import Pending, Sampler, report_tokens
 from serving.engine.torch.sequence import Chunk
 from serving.errors import ModelError, OperatorError
-from serving.kv_layout import KvLayout
+from serving.kv_layout import WEIGHT_ONLY_DTYPES, KvLayout, kv_dtype
 from serving.protocol import TokenLogprob
 
 log = logging.getLogger(__name__)
@@ -96,13 +102,17 @@ class ModelRunner:
         self._memory_fraction = gpu_memory_fraction
         AttentionInterface.register(NAME, attend_paged)
         self.device = torch.device(device)
-        torch_dtype: torch.dtype = getattr(torch, dtype)
+        torch_dtype: torch.dtype = getattr(torch, kv_dtype(dtype))
         model: Any
         try:
             if dummy := dummy_weights.of_engine(engine_dir):
                 model = dummy_weights.make_model(
                     engine_dir, dummy.seed, self.device, torch_dtype, attention=NAME
                 )
+                if dtype in WEIGHT_ONLY_DTYPES:
+                    int8_weights.quantize(model)
+            elif dtype in WEIGHT_ONLY_DTYPES:
+                model = int8_weights.load(engine_dir, attention=NAME)
             else:
                 model = AutoModelForCausalLM.from_pretrained(
                     engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
@@ -118,7 +128,10 @@ class ModelRunner:
         self.vocab_size: int = config.vocab_size
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         if packed_linear.can_pack(device, torch_dtype):
-            log.info("packed %d linear layers", packed_linear.pack_linears(self._model))
+            kernel = int8_kernel.load(engine_dir) if dtype in WEIGHT_ONLY_DTYPES else None
+            log.info("packed %d linear layers", packed_linear.pack_linears(self._model, kernel))
+        if dtype in WEIGHT_ONLY_DTYPES:
+            log.info("%s", lean_layers.rewrite(self._model))
         self.layout = self._probe(block_size, kv_cache_dtype)
         self._sampler = Sampler(self.vocab_size, self.device)
         self.pool: KvPool

@@ -61,7 +61,15 @@ class SamplingBatch:
         self.sequences = list(sequences)
         self._outputs = [s.num_output for s in sequences]
         self._step, self._num_steps = 0, _NUM_STEPS
-        self._build(vocab_size, device)
+        self.random: Rows | None = None
+        self.filters: Filters | None = None
+        self.reported: Rows | None = None
+        self.penalized: Rows | None = None
+        self.guided: Rows | None = None
+        self.biases: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.forbidden: torch.Tensor | None = None
+        if not all(s.is_plain for s in sequences):
+            self._build(vocab_size, device)
 
     def advance(self, sequences: Sequences[Sequence]) -> bool:
         """Whether this is the step after the last one; if so, take it."""
@@ -115,7 +123,6 @@ class SamplingBatch:
         self.random = rows("random", random)
         self._draws = sent["draws"]
         self.temperature = sent["temperature"].float()[:, None]
-        self.filters: Filters | None = None
         if (of_random := rows("filtered", filtered)) is not None:
             self.filters = Filters(
                 of_random,
@@ -132,7 +139,8 @@ class SamplingBatch:
         self.guided = rows("guided", guided)
         at, values = sent["bias_at"], sent["bias"]
         self.biases = (at, values.float()) if values.numel() else None
-        self.forbidden = sent["forbidden_at"] if sent["forbidden_at"].numel() else None
+        at = sent["forbidden_at"]
+        self.forbidden = at if at.numel() else None
 
     def _random_numbers(self, rows: list[int]) -> npt.NDArray[np.float64]:
         """`[_NUM_STEPS, R]`."""

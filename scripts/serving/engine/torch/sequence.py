@@ -64,6 +64,7 @@ class Sequence:
     tokens: list[int] = field(init=False)
     seed: int = field(init=False)
     is_penalized: bool = field(init=False)  # tokens seen so far change the choice of the next one
+    is_plain: bool = field(init=False)  # the likeliest token is all that is asked for
     # The whole prompt is to be computed for its log-probabilities, cached or not. They are told
     # with the first token, and not again by a worker that continues the request.
     wants_prompt_logprobs: bool = field(init=False)
@@ -73,7 +74,9 @@ class Sequence:
     num_computed: int = 0
     num_scheduled: int = 0
     num_unknown: int = 0
+    num_readable: int = 0  # computed in steps that are over, so that a transfer may read their KV
     num_stored: int = 0
+    num_uncached: int = 0  # tokens to be computed, as it looked when it arrived
     num_cached: int | None = None  # set at the first admission, told with the first output
     told_cached: bool = False
     in_flight: int = 0  # steps under way that it is part of: blocks must outlive them
@@ -96,6 +99,12 @@ class Sequence:
         self.seed = secrets.randbits(64) if p.seed is None else p.seed & (2**64 - 1)
         self.is_penalized = bool(
             p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
+        )
+        self.is_plain = (
+            p.temperature == 0
+            and p.logprobs is None
+            and p.guide is None
+            and not (self.is_penalized or p.logit_bias or p.min_tokens)
         )
         is_new = len(self.tokens) == self.num_prompt
         self.wants_prompt_logprobs = is_new and p.prompt_logprobs is not None

@@ -18,7 +18,7 @@ from serving.engine.manifest import BuildCheck, ModelManifest
 from serving.engine.torch.logits_check import compare, require_layout, run_prompts
 from serving.engine.torch.source import Source, load_model
 from serving.errors import ModelError
-from serving.kv_layout import DTYPE_BYTES, KvLayout
+from serving.kv_layout import DTYPE_BYTES, WEIGHT_ONLY_DTYPES, KvLayout, kv_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,14 +27,16 @@ _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _INTEGER_DTYPES = {"BOOL", "U8", "I8", "I16", "I32", "I64"}
 
 
-def pack_weights(source: Source, staging: Path, layout: KvLayout, progress: Progress) -> BuildCheck:
-    """Write config.json and the weights in `layout.dtype` beside the tokenizer in `staging`.
+def pack_weights(
+    source: Source, staging: Path, dtype: str, layout: KvLayout, progress: Progress
+) -> BuildCheck:
+    """Write config.json and the weights in `dtype` beside the tokenizer in `staging`.
 
     Raises ModelError: damaged or missing weights, no room, or a result unlike its source.
     """
-    if stored_dtypes(source.manifest) == {_SAFETENSORS_DTYPES[layout.dtype]}:
+    if stored_dtypes(source.manifest) == {_SAFETENSORS_DTYPES.get(dtype)}:
         return _reuse_weights(source, staging, layout, progress)
-    return _convert_weights(source, staging, layout, progress)
+    return _convert_weights(source, staging, dtype, layout, progress)
 
 
 def stored_dtypes(manifest: ModelManifest) -> set[str]:
@@ -93,24 +95,24 @@ def _place(source: Path, target: Path, *, link: bool) -> None:
 
 
 def _convert_weights(
-    source: Source, staging: Path, layout: KvLayout, progress: Progress
+    source: Source, staging: Path, dtype: str, layout: KvLayout, progress: Progress
 ) -> BuildCheck:
-    """Load in float32, save in `layout.dtype`, load again and compare; never two models in memory."""
+    """Load in float32, save in `dtype`, load again and compare; never two models in memory."""
     import torch
 
     num_weights = _count_weights(source.config)
     _require_memory(4 * num_weights, "converting")
-    require_space(staging, DTYPE_BYTES[layout.dtype] * num_weights, "the engine")
-    progress(f"converting {num_weights / 1e6:.0f} million weights to {layout.dtype}")
+    require_space(staging, DTYPE_BYTES[kv_dtype(dtype)] * num_weights, "the engine")
+    progress(f"converting {num_weights / 1e6:.0f} million weights to {dtype}")
     model = source.load(torch.float32)
     require_layout(model, layout)
     expected = run_prompts(model, staging)
-    _save(model, staging, getattr(torch, layout.dtype))
+    _save(model, staging, dtype, progress)
     del model
     gc.collect()
     progress("comparing the packed model with its source")
-    packed = load_model(staging, source.config, torch.float32, local_files_only=True)
-    check = compare(expected, run_prompts(packed, staging), layout.dtype)
+    packed = _load_packed(source, staging, dtype)
+    check = compare(expected, run_prompts(packed, staging), dtype)
     progress(
         f"logits at {check.num_positions} positions: largest difference {check.max_abs_diff:.3g}, "
         f"same best token at {check.argmax_agreement:.0%}"
@@ -118,7 +120,23 @@ def _convert_weights(
     return check
 
 
-def _save(model: PreTrainedModel, staging: Path, dtype: Any) -> None:
+def _load_packed(source: Source, staging: Path, dtype: str) -> PreTrainedModel:
+    """As the engine will compute it, but for attention."""
+    import torch
+
+    if dtype not in WEIGHT_ONLY_DTYPES:
+        return load_model(staging, source.config, torch.float32, local_files_only=True)
+    from serving.engine.torch import int8_kernel, int8_weights, packed_linear
+
+    model: Any = int8_weights.load(staging)
+    if packed_linear.can_pack("cpu", torch.float32):
+        packed_linear.pack_linears(model, int8_kernel.load(staging))
+    packed: PreTrainedModel = model
+    return packed
+
+
+def _save(model: PreTrainedModel, staging: Path, dtype: str, progress: Progress) -> None:
+    import torch
     from transformers import GenerationConfig
 
     # Left behind by GGUF loading; saving refuses a model that says it is quantized.
@@ -129,7 +147,15 @@ def _save(model: PreTrainedModel, staging: Path, dtype: Any) -> None:
     # Our own file follows; a model's may hold values that saving refuses.
     empty: Any = GenerationConfig
     loaded.generation_config = empty()
-    loaded.to(dtype).save_pretrained(staging)
+    if dtype in WEIGHT_ONLY_DTYPES:
+        from serving.engine.torch import int8_kernel, int8_weights
+
+        share = int8_weights.quantize(model)
+        progress(f"{share:.0%} of the weights are in linear layers and now {dtype}")
+        int8_weights.save(model, staging)
+        int8_kernel.build(staging, progress)
+    else:
+        loaded.to(getattr(torch, dtype)).save_pretrained(staging)
 
 
 def _count_weights(config: PreTrainedConfig) -> int:

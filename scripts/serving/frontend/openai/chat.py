@@ -185,6 +185,7 @@ async def prepare(request: ChatRequest, model: LoadedModel, request_id: str) -> 
             sampling=sample_seed(sampling, sample),
             stop=stop,
             skip_special_tokens=request.skip_special_tokens is not False,
+            session=request.prompt_cache_key or request.user,
             siblings=siblings,
         )
         for sample in range(num_samples)

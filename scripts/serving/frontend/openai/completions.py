@@ -116,6 +116,7 @@ async def prepare(request: CompletionRequest, model: LoadedModel, request_id: st
                     sampling=sample_seed(sampling, sample),
                     stop=stop,
                     skip_special_tokens=request.skip_special_tokens is not False,
+                    session=request.user,
                     prompt_only=prompt_only,
                     siblings=siblings,
                 )

@@ -1,0 +1,41 @@
+"""The router's and the event plane's own counters, as samples for `/metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serving.events import EventCounters
+from serving.frontend.sharing import Sharing
+from serving.kv_router.router import KvRouter
+
+
+class RouterMetrics(Collector):
+    """Reads them when someone asks."""
+
+    def __init__(self, router: KvRouter, events: EventCounters, sharing: Sharing) -> None:
+        self._router, self._events, self._sharing = router, events, sharing
+
+    def collect(self) -> Iterable[Metric]:
+        blocks = "Blocks that the prefix index knows."
+        yield GaugeMetricFamily("serving_kv_index_blocks", blocks, self._router.indexed_blocks)
+        counters = CounterMetricFamily(
+            "serving_kv_index",
+            "KV event batches and snapshots by what became of them, and blocks evicted.",
+            labels=["kind"],
+        )
+        totals = msgspec.structs.asdict(self._router.counters)
+        for kind, total in {**totals, "evicted_blocks": self._router.evicted_blocks}.items():
+            counters.add_metric([kind], total)
+        yield counters
+        plane = CounterMetricFamily(
+            "serving_event_plane", "Messages over NATS by what became of them.", labels=["kind"]
+        )
+        for kind, total in vars(self._events).items():
+            plane.add_metric([kind], total)
+        yield plane
+        others = "Other frontends that share what they send where."
+        yield GaugeMetricFamily("serving_other_frontends", others, self._sharing.num_others)

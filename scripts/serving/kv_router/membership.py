@@ -1,0 +1,255 @@
+"""The instances a router knows, what they hold and how loaded they are, kept true.
+
+Instances come, go and restart; their events arrive late, twice or not at all. This module takes
+it all in, and knows nothing of requests. No I/O, no tasks; all calls belong on one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+from serving.block_hash import root_hash
+from serving.config import RouterConfig
+from serving.errors import InstanceRefused
+from serving.kv_router.load import InstanceLoad, Load
+from serving.kv_router.others import Others
+from serving.kv_router.prefix_index import PrefixIndex
+from serving.kv_router.sequence import EventSequence, IndexCounters
+from serving.protocol import InstanceInfo, KvEventBatch, LoadReport, ModelCard, Role, RoutedBatch
+
+
+class InstanceState(NamedTuple):
+    """What the router knows of an instance, for status and metrics."""
+
+    info: InstanceInfo
+    load: Load
+    last_report: LoadReport | None
+    indexed_blocks: int
+    synchronised: bool
+    available: bool
+
+
+class Instance:
+    __slots__ = ("events", "info", "instance_id", "load", "unavailable_until_s")
+
+    def __init__(self, info: InstanceInfo, events: EventSequence) -> None:
+        self.info, self.instance_id, self.events = info, info.instance_id, events
+        self.load = InstanceLoad()
+        self.unavailable_until_s = 0.0
+
+
+class Membership:
+    """Instances, and what they say about themselves.
+
+    Instances must agree with each other, and with `block_size`, `hash_salt` and the served name
+    `model` where given: otherwise their hashes would never match and KV routing would be silently
+    inert. Those that do not are in `refused`, with the reason. When the last accepted instance is
+    gone, the next one decides anew what the others have to agree with.
+
+    The index is fed only under the `kv` policy; the others ignore events and need no snapshots.
+    `clock` gives seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        block_size: int | None = None,
+        hash_salt: str | None = None,
+        *,
+        model: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self._required: dict[str, str | int | None] = {
+            "block size": block_size,
+            "hash salt": hash_salt,
+            "model": model,
+        }
+        self.refused: dict[str, str] = {}
+        self.counters = IndexCounters()
+        self._card: ModelCard | None = None  # of the first accepted instance, while there is one
+        self._root = 0
+        self._index = PrefixIndex(config.index_max_blocks)
+        self._instances: dict[str, Instance] = {}
+        self._clock = clock
+        self.others = Others()
+
+    @property
+    def uses_index(self) -> bool:
+        return self.config.policy == "kv"
+
+    @property
+    def indexed_blocks(self) -> int:
+        """Distinct blocks in the index."""
+        return len(self._index)
+
+    @property
+    def evicted_blocks(self) -> int:
+        """Blocks the index has given up because it was full."""
+        return self._index.evicted
+
+    def indexed(self, instance_id: str) -> set[int]:
+        """Blocks that the index knows to be on the device of an instance, for audits."""
+        return self._index.blocks(instance_id)
+
+    # --- membership -----------------------------------------------------------------------------
+
+    def add_instance(self, info: InstanceInfo) -> None:
+        """Route to this instance from now on. A newer epoch replaces what was known of an older
+        one; an older epoch is ignored.
+
+        Raises InstanceRefused, after noting it in `refused`, when it does not fit.
+        """
+        known = self._instances.get(info.instance_id)
+        if known is not None:
+            if info.epoch < known.info.epoch:
+                self.counters.stale_epoch += 1
+                return
+            if info == known.info:
+                return
+            self._forget(info.instance_id)
+        if reason := self._misfit(info):
+            self.refused[info.instance_id] = reason
+            raise InstanceRefused(info.instance_id, reason)
+        self.refused.pop(info.instance_id, None)
+        if self._card is None:
+            self._card, self._root = info.model, root_hash(info.model.hash_salt)
+        events = EventSequence(self._index, info.instance_id, self.counters)
+        self._instances[info.instance_id] = Instance(info, events)
+
+    def remove_instance(self, instance_id: str, epoch: int) -> None:
+        """The registration is gone: no more requests go there. Routes that exist stay valid."""
+        known = self._instances.get(instance_id)
+        if known is None:
+            self.refused.pop(instance_id, None)
+        elif epoch < known.info.epoch:
+            self.counters.stale_epoch += 1
+        else:
+            self._forget(instance_id)
+
+    def mark_unavailable(self, instance_id: str, until_s: float) -> None:
+        """Avoid a draining or suspect instance until the clock shows `until_s` (`math.inf`: for
+        good), unless nothing else has its role."""
+        if known := self._instances.get(instance_id):
+            known.unavailable_until_s = until_s
+
+    def instances(self, role: Role, *, exclude: Collection[str] = ()) -> list[InstanceInfo]:
+        """Accepted instances of a role, the oldest registration first."""
+        return [
+            one.info
+            for instance_id, one in self._instances.items()
+            if one.info.role == role and instance_id not in exclude
+        ]
+
+    def state(self) -> list[InstanceState]:
+        """Everything known, for status and metrics."""
+        now_s = self._clock()
+        return [
+            InstanceState(
+                one.info,
+                one.load.estimate(now_s),
+                one.load.last_report,
+                self._index.num_blocks(instance_id),
+                one.events.synchronised,
+                one.unavailable_until_s <= now_s,
+            )
+            for instance_id, one in self._instances.items()
+        ]
+
+    # --- what instances say ---------------------------------------------------------------------
+
+    def on_kv(self, batch: KvEventBatch) -> bool:
+        """Apply a batch of KV events; True: the instance needs a snapshot.
+
+        That is so from its registration or from a gap on until the numbers close up. Batches of
+        an unknown instance or another epoch are counted and ignored.
+        """
+        if not self.uses_index:
+            return False
+        known = self._of_epoch(batch.instance_id, batch.epoch)
+        if known is None:
+            return False
+        known.events.on_batch(batch)
+        return not known.events.synchronised
+
+    def on_snapshot(
+        self,
+        instance_id: str,
+        epoch: int,
+        seq: int,
+        block_hashes: Sequence[int],
+        host_hashes: Sequence[int] = (),
+    ) -> bool:
+        """Take over all that an instance held as of `seq`, by tier; True: it needs another
+        snapshot, because batches after this one are missing too."""
+        if not self.uses_index:
+            return False
+        known = self._of_epoch(instance_id, epoch)
+        if known is None:
+            return False
+        known.events.on_snapshot(seq, block_hashes, host_hashes)
+        return not known.events.synchronised
+
+    def needs_snapshot(self) -> list[str]:
+        """Instances whose part of the index may be incomplete."""
+        if not self.uses_index:
+            return []
+        return [
+            instance_id
+            for instance_id, one in self._instances.items()
+            if not one.events.synchronised
+        ]
+
+    def distrust_index(self) -> None:
+        """Events may have been lost unseen (the event plane reconnected): all instances need a
+        snapshot. What is indexed stays in use meanwhile."""
+        for one in self._instances.values():
+            one.events.distrust()
+
+    def on_load(self, report: LoadReport) -> None:
+        """Take over a load report; one of another epoch is counted and ignored."""
+        known = self._of_epoch(report.instance_id, report.epoch)
+        if known is not None:
+            known.load.report(report, self._clock())
+
+    def on_others_routed(self, batch: RoutedBatch) -> None:
+        """Another frontend sent these; it may know instances that we do not."""
+        now_s = self._clock()
+        self.others.heard(len(batch.routed), now_s)
+        for routed in batch.routed:
+            known = self._instances.get(routed.instance_id)
+            if known is not None and known.info.epoch == routed.epoch:
+                load = Load(routed.queued_tokens, routed.blocks, 1)
+                known.load.sent_by_another(load, now_s)
+
+    def _of_epoch(self, instance_id: str, epoch: int) -> Instance | None:
+        known = self._instances.get(instance_id)
+        if known is None or epoch > known.info.epoch:
+            self.counters.unregistered += 1
+            return None
+        if epoch < known.info.epoch:
+            self.counters.stale_epoch += 1
+            return None
+        return known
+
+    def _forget(self, instance_id: str) -> None:
+        del self._instances[instance_id]
+        self._index.remove_instance(instance_id)
+        if not self._instances:
+            self._card = None
+
+    def _misfit(self, info: InstanceInfo) -> str:
+        """Why the instance does not fit; empty when it does."""
+        required = self._required if self._card is None else _terms(self._card)
+        return "; ".join(
+            f"{what} is {theirs!r}, but {required[what]!r} is served here"
+            for what, theirs in _terms(info.model).items()
+            if required[what] not in (None, theirs)
+        )
+
+
+def _terms(card: ModelCard) -> dict[str, str | int | None]:
+    """What must be equal for block hashes to mean the same."""
+    return {"block size": card.block_size, "hash salt": card.hash_salt, "model": card.name}

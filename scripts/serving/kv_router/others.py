@@ -1,0 +1,55 @@
+"""Other frontends that decide at the same moment, and whose turn it is.
+
+What a frontend sends is known to the others some milliseconds later. Requests of one burst are
+decided within that time by all of them, each seeing the same idle instance, and meet there. Where
+that happens, frontends take turns: each waits as many `TURN_S` as there are frontends before it,
+and by then knows what those did. Only long prompts wait: against their own computing it is
+nothing, and they are what others would wait behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+TURN_S = 0.005
+"""Longer than the news of a decision takes, batching included."""
+MAX_TURNS = 4
+MIN_PROMPT_TOKENS = 1024
+ENOUGH = 0.5
+"""Take turns when so many requests of others coincide with one of ours, on average."""
+LEARNING = 0.05
+"""Weight of the newest observation in that average."""
+
+
+class Others:
+    """Who else is there, and how often they decide when we do. Times are seconds of one clock."""
+
+    def __init__(self) -> None:
+        self.coinciding = 0.0
+        """Requests that others sent somewhere within a turn's time of one of ours, on average."""
+        self._position = 0
+        self._window_ends_s = float("-inf")
+        self._met = 0
+
+    def set_frontends(self, own: str, others: Collection[str]) -> None:
+        """Who is there. All frontends should agree on it, or turns coincide."""
+        self._position = sorted({own, *others}).index(own)
+
+    def turn_s(self, prompt_tokens: int) -> float:
+        """How long a prompt should wait for its turn to be routed; mostly 0."""
+        if self.coinciding < ENOUGH or prompt_tokens < MIN_PROMPT_TOKENS:
+            return 0.0
+        return min(self._position, MAX_TURNS) * TURN_S
+
+    def decided(self, now_s: float) -> None:
+        """We sent a request somewhere."""
+        if now_s > self._window_ends_s:
+            self.coinciding += LEARNING * (self._met - self.coinciding)
+            self._met = 0
+        # Whoever takes turns with us does so before or after.
+        self._window_ends_s = now_s + MAX_TURNS * TURN_S
+
+    def heard(self, num_requests: int, now_s: float) -> None:
+        """Others sent so many."""
+        if now_s <= self._window_ends_s:
+            self._met += num_requests

@@ -1,0 +1,237 @@
+"""Frontends with routers of their own, workers, and messages that take time between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from random import Random
+
+from msgspec import Struct
+
+from serving.config import RouterConfig
+from serving.kv_router.router import KvRouter, PromptHashes, Route
+from serving.protocol import KvEventBatch, LoadReport, ModelCard, Role, Routed, RoutedBatch
+from serving.simulate.clock import Clock
+from serving.simulate.outcome import Outcome, RequestOutcome
+from serving.simulate.trace import Trace, TraceRequest
+from serving.simulate.worker import EngineSpeed, Job, SimulatedWorker
+
+SALT = "simulated"
+
+
+class ClusterShape(Struct, frozen=True):
+    """What to simulate: workers of each role, blocks in each, frontends.
+
+    `agg` workers do both phases; else there are `prefill` and `decode` workers. Delays in seconds:
+    of events on their way, of requests and tokens on theirs, and until one frontend's decision is
+    known to the others (None: never told).
+    """
+
+    num_blocks: int
+    agg: int = 0
+    prefill: int = 0
+    decode: int = 0
+    frontends: int = 1
+    speed: EngineSpeed = EngineSpeed()
+    event_delay_s: float = 0.002
+    rpc_delay_s: float = 0.0005
+    share_delay_s: float | None = 0.003
+    seed: int = 0
+
+
+MakeRouter = Callable[[RouterConfig, Random, Clock], KvRouter]
+
+
+def make_router(config: RouterConfig, rng: Random, clock: Clock) -> KvRouter:
+    """The router that serves."""
+    return KvRouter(config, rng=rng, clock=clock)
+
+
+def simulate(
+    trace: Trace,
+    shape: ClusterShape,
+    config: RouterConfig,
+    *,
+    make_router: MakeRouter = make_router,
+    on_time: Callable[[float], None] | None = None,
+) -> Outcome:
+    """Run a trace to its end. `on_time` is called with each arrival."""
+    return _Cluster(trace, shape, config, make_router).run(on_time)
+
+
+class _Cluster:
+    def __init__(
+        self, trace: Trace, shape: ClusterShape, config: RouterConfig, make_router: MakeRouter
+    ) -> None:
+        self._trace, self._shape = trace, shape
+        self._clock = clock = Clock()
+        self._rng = Random(shape.seed)
+        self._outcomes: list[RequestOutcome] = []
+        self._left = len(trace.requests)
+        card = ModelCard("simulated", "", 1 << 40, trace.block_size, SALT, "", 0)
+        self._routers = [
+            make_router(config, Random(shape.seed * 1000 + number), clock)
+            for number in range(shape.frontends)
+        ]
+        counts: dict[Role, int] = {
+            "agg": shape.agg,
+            "prefill": shape.prefill,
+            "decode": shape.decode,
+        }
+        self._workers = {
+            f"{role}-{number}": SimulatedWorker(
+                clock,
+                f"{role}-{number}",
+                role,
+                card,
+                shape.num_blocks,
+                shape.speed,
+                publish_kv=self._publish_kv,
+                publish_load=self._publish_load,
+            )
+            for role, count in counts.items()
+            for number in range(count)
+        }
+        for number, router in enumerate(self._routers):
+            for worker in self._workers.values():
+                router.add_instance(worker.info)
+                router.on_snapshot(worker.info.instance_id, 1, 0, [])
+            if shape.frontends > 1 and shape.share_delay_s is not None:
+                router.on_routed = self._sharing(number, shape.share_delay_s)
+                names = [f"frontend-{each}" for each in range(shape.frontends)]
+                router.others.set_frontends(names[number], names)
+
+    def run(self, on_time: Callable[[float], None] | None) -> Outcome:
+        for number, request in enumerate(self._trace.requests):
+            router = self._routers[self._rng.randrange(len(self._routers))]
+            arrive = partial(self._arrive, router, request, f"r{number}", on_time)
+            self._clock.at(request.arrival_s, partial(self._take_turn, router, request, arrive))
+        self._clock.run()
+        busy_s = {name: worker.busy_s for name, worker in self._workers.items()}
+        outcome = Outcome(self._outcomes, busy_s)
+        for router in self._routers:
+            outcome.evicted_blocks += router.evicted_blocks
+            for name, worker in self._workers.items() if router.uses_index else ():
+                known, held = router.indexed(name), worker.pool.stored_hashes()
+                outcome.claimed_blocks += len(known - held)
+                outcome.missing_blocks += len(held - known)
+        return outcome
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def _take_turn(
+        self, router: KvRouter, request: TraceRequest, arrive: Callable[[], None]
+    ) -> None:
+        if wait_s := router.others.turn_s(request.prompt_tokens):
+            self._clock.after(wait_s, arrive)
+        else:
+            arrive()
+
+    def _arrive(
+        self,
+        router: KvRouter,
+        request: TraceRequest,
+        request_id: str,
+        on_time: Callable[[float], None] | None,
+    ) -> None:
+        if on_time is not None:
+            on_time(self._clock.now_s)
+        prompt = PromptHashes(request.prompt_tokens, request.block_hashes)
+        outcome = RequestOutcome(request.prompt_tokens, 0, 0, 0.0, 0.0)
+        if self._shape.agg:
+            route = router.route(prompt, "agg", request_id=request_id)
+        elif local := router.route_local(prompt, request_id=request_id):
+            route, outcome.was_local = local, True
+        else:
+            route = router.route(prompt, "prefill", request_id=request_id)
+        outcome.predicted_tokens = route.overlap_tokens
+        decodes = route.role != "prefill"
+        worker = self._workers[route.instance_id]
+
+        def prefilled() -> None:
+            outcome.ttft_s = self._clock.now_s + self._shape.rpc_delay_s - request.arrival_s
+            outcome.cached_tokens = job.cached_tokens
+            self._later(route.first_output)
+            if not decodes:
+                self._later(
+                    lambda: self._hand_over(router, request, request_id, outcome, worker, job)
+                )
+                self._later(lambda: _leave(route))
+
+        def done() -> None:
+            self._finish(outcome, request)
+            self._later(lambda: _leave(route))
+
+        job = Job(request, computes=True, decodes=decodes, on_prefilled=prefilled, on_done=done)
+        self._later(lambda: worker.submit(job))
+
+    def _hand_over(
+        self,
+        router: KvRouter,
+        request: TraceRequest,
+        request_id: str,
+        outcome: RequestOutcome,
+        source: SimulatedWorker,
+        prefilled: Job,
+    ) -> None:
+        if request.completion_tokens == 1:
+            source.release(prefilled)
+            self._finish(outcome, request)
+            return
+        prompt = PromptHashes(request.prompt_tokens, request.block_hashes)
+        route = router.route(prompt, "decode", request_id=request_id)
+
+        def done() -> None:
+            self._finish(outcome, request)
+            self._later(lambda: _leave(route))
+
+        job = Job(
+            request,
+            computes=False,
+            decodes=True,
+            on_prefilled=lambda: source.release(prefilled),
+            on_done=done,
+        )
+        self._later(lambda: self._workers[route.instance_id].submit(job))
+
+    def _finish(self, outcome: RequestOutcome, request: TraceRequest) -> None:
+        took_s = self._clock.now_s + self._shape.rpc_delay_s - request.arrival_s - outcome.ttft_s
+        outcome.itl_s = took_s / max(1, request.completion_tokens - 1)
+        self._outcomes.append(outcome)
+        self._left -= 1
+        if not self._left:
+            for worker in self._workers.values():
+                worker.stop()
+
+    # --- messages -------------------------------------------------------------------------------
+
+    def _later(self, do: Callable[[], None]) -> None:
+        self._clock.after(self._shape.rpc_delay_s, do)
+
+    def _publish_kv(self, batch: KvEventBatch) -> None:
+        self._clock.after(
+            self._shape.event_delay_s, lambda: _tell(self._routers, KvRouter.on_kv, batch)
+        )
+
+    def _publish_load(self, report: LoadReport) -> None:
+        self._clock.after(
+            self._shape.event_delay_s, lambda: _tell(self._routers, KvRouter.on_load, report)
+        )
+
+    def _sharing(self, number: int, delay_s: float) -> Callable[[Routed], None]:
+        others = [router for at, router in enumerate(self._routers) if at != number]
+
+        def share(routed: Routed) -> None:
+            batch = RoutedBatch(f"frontend-{number}", [routed])
+            self._clock.after(delay_s, lambda: _tell(others, KvRouter.on_others_routed, batch))
+
+        return share
+
+
+def _tell(routers: Sequence[KvRouter], method: Callable[..., object], message: object) -> None:
+    for router in routers:
+        method(router, message)
+
+
+def _leave(route: Route) -> None:
+    route.__exit__(None, None, None)

@@ -1,0 +1,161 @@
+"""How many prefill and how many decode workers a workload needs.
+
+First tokens wait for prefill workers, the ones after them for decode workers, so the two numbers
+are sought one after the other: the fewest prefill workers that meet their target while there are
+plenty of decode workers (which do not help them), then the fewest decode workers beside those.
+What comes out is tried together, and the kind that falls short gets some more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from serving.config import PlanConfig, RouterConfig
+from serving.errors import OperatorError
+from serving.simulate.cluster import ClusterShape, simulate
+from serving.simulate.outcome import Outcome
+from serving.simulate.trace import Trace, load_trace
+from serving.simulate.worker import EngineSpeed
+
+Say = Callable[[str], None]
+
+
+class Tried(Struct, frozen=True):
+    """One pair of numbers, and what came of it: seconds, at the quantile of the targets."""
+
+    prefill: int
+    decode: int
+    ttft_s: float
+    itl_s: float
+    hit_rate: float
+    busy: float
+    local: float
+
+    def line(self) -> str:
+        return (
+            f"{self.prefill:>7} {self.decode:>7} {self.ttft_s:>9.3f} {1000 * self.itl_s:>8.1f} "
+            f"{100 * self.hit_rate:>6.1f} {100 * self.busy:>6.1f} {100 * self.local:>6.1f}"
+        )
+
+
+HEADING = "prefill  decode  TTFT (s) ITL (ms)  hit %  busy %  local %"
+
+
+class Planner:
+    """Simulates pairs, each once."""
+
+    def __init__(self, trace: Trace, plan: PlanConfig, router: RouterConfig, say: Say) -> None:
+        self._trace, self._plan, self._router, self._say = trace, plan, router, say
+        self._tried: dict[tuple[int, int, bool], Tried] = {}
+
+    def fewest(self) -> Tried:
+        """The pair to use. Raises OperatorError when the targets cannot be met."""
+        self._say(HEADING)
+        plenty = self._plan.max_workers
+        prefill = self._least(
+            lambda n: self._ttft_is_met(self.try_out(n, plenty, helps=False)), "ttft_s"
+        )
+        decode = self._least(lambda n: self._itl_is_met(self.try_out(prefill, n)), "itl_s")
+        while True:
+            tried = self.try_out(prefill, decode)
+            if not self._ttft_is_met(tried):
+                # With few decode workers, first tokens may wait for those.
+                prefill, decode = self._more(prefill), self._more(decode)
+            elif not self._itl_is_met(tried):
+                decode = self._more(decode)
+            else:
+                return tried
+            if self.try_out(prefill, decode) == tried:
+                raise self._unattainable("itl_s" if self._ttft_is_met(tried) else "ttft_s")
+
+    def try_out(self, prefill: int, decode: int, *, helps: bool = True) -> Tried:
+        """`helps`: idle decode workers prefill, if the configuration says so."""
+        key = prefill, decode, helps
+        if key not in self._tried:
+            self._tried[key] = tried = self._measure(prefill, decode, helps)
+            self._say(tried.line())
+        return self._tried[key]
+
+    def _more(self, number: int) -> int:
+        return min(number + max(1, number // 4), self._plan.max_workers)
+
+    def _least(self, suffices: Callable[[int], bool], target: str) -> int:
+        """The smallest number that suffices, if more never is worse."""
+        high = 1
+        while not suffices(high):
+            if high == self._plan.max_workers:
+                raise self._unattainable(target)
+            high = min(2 * high, self._plan.max_workers)
+        low = high // 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if suffices(middle) else (middle, high)
+        return high
+
+    def _measure(self, prefill: int, decode: int, helps: bool) -> Tried:
+        plan = self._plan
+        shape = ClusterShape(
+            num_blocks=max(1, plan.kv_cache_tokens // self._trace.block_size),
+            prefill=prefill,
+            decode=decode,
+            speed=EngineSpeed(
+                plan.prefill_tokens_per_s,
+                plan.step_s,
+                plan.step_per_sequence_s,
+                plan.transfer_tokens_per_s,
+            ),
+        )
+        helps = helps and self._router.local_prefill_when_idle
+        router = msgspec.structs.replace(self._router, local_prefill_when_idle=helps)
+        outcome = simulate(self._trace, shape, router)
+        return Tried(
+            prefill,
+            decode,
+            outcome.ttft_s(plan.quantile),
+            outcome.itl_s(plan.quantile),
+            outcome.hit_rate,
+            _busy(outcome, self._trace.duration_s, prefill),
+            sum(each.was_local for each in outcome.requests) / len(outcome.requests),
+        )
+
+    def _ttft_is_met(self, tried: Tried) -> bool:
+        return tried.ttft_s <= self._plan.ttft_s
+
+    def _itl_is_met(self, tried: Tried) -> bool:
+        return tried.itl_s <= self._plan.itl_s
+
+    def _unattainable(self, target: str) -> OperatorError:
+        best = min(getattr(tried, target) for tried in self._tried.values())
+        return OperatorError(
+            f"no number of workers up to {self._plan.max_workers} meets `plan.{target}`: at the "
+            f"{100 * self._plan.quantile:g}th percentile it is {best:.3g} s at best",
+            remedy=f"raise `plan.{target}` or `plan.max_workers`, or plan with faster workers",
+        )
+
+
+def _busy(outcome: Outcome, duration_s: float, prefill: int) -> float:
+    """Share of time that prefill workers computed."""
+    busy_s = sum(each for name, each in outcome.busy_s.items() if name.startswith("prefill"))
+    return busy_s / prefill / max(duration_s, 1e-9)
+
+
+def propose(plan: PlanConfig, router: RouterConfig, *, say: Say) -> Tried:
+    """Tell what was tried and what to configure. Raises OperatorError without a usable trace."""
+    if plan.trace is None:
+        raise OperatorError(
+            "there is no workload to plan for",
+            remedy="set `plan.trace` to a recorded one: `--config plan-trace=FILE.jsonl`",
+        )
+    trace = load_trace(Path(plan.trace).expanduser()).part(plan.max_requests).faster(plan.speed_up)
+    rate = len(trace.requests) / max(trace.duration_s, 1e-9)
+    say(
+        f"{len(trace.requests)} requests in {trace.duration_s:.0f} s ({rate:.2f}/s); targets at the "
+        f"{100 * plan.quantile:g}th percentile: TTFT {plan.ttft_s:g} s, ITL {1000 * plan.itl_s:g} ms"
+    )
+    found = Planner(trace, plan, router, say).fewest()
+    say(f"\nworkers:\n  prefill: {found.prefill}\n  decode: {found.decode}")
+    return found

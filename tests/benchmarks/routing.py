@@ -1,0 +1,230 @@
+"""Routing policies on recorded workloads, in virtual time, with the routers that serve.
+
+    python tests/benchmarks/routing.py [--traces FOLDER] [--quick]
+
+Eight workers, 20,000 tokens/s of prefill and 20 ms a token each, 2,000 blocks of 512 tokens. Ours is
+the product's router as configured by default. The others are here: round robin, the cost function
+of NVIDIA Dynamo's router, and the rules of SGLang's cache-aware router with its approximate tree
+(told of a prompt when it is routed, evicted like a worker's cache). All get the same events and
+load reports, equally late. Prints one JSON object a line: times in seconds, `hit` as the share of
+prompt tokens that were cached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from random import Random
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import msgspec  # noqa: E402
+from serving.config import RouterConfig  # noqa: E402
+from serving.kv_router.policy import Choice, Select  # noqa: E402
+from serving.kv_router.router import KvRouter  # noqa: E402
+from serving.simulate.clock import Clock  # noqa: E402
+from serving.simulate.cluster import ClusterShape, MakeRouter, make_router, simulate  # noqa: E402
+from serving.simulate.outcome import Outcome  # noqa: E402
+from serving.simulate.trace import Trace, load_trace  # noqa: E402
+
+WORKERS, BLOCKS = 8, 2000
+HOUR_S = 3600.0
+TRACES = {
+    "conversation": "mooncake_conversation_first_half.jsonl",
+    "agentic": "agentic_dev.jsonl",
+}
+SYNTHETIC = "mooncake_synthetic_trace.jsonl"
+
+
+# --- other routers --------------------------------------------------------------------------------
+
+
+def with_select(make_select: Any) -> MakeRouter:
+    def make(config: RouterConfig, rng: Random, clock: Clock) -> KvRouter:
+        return KvRouter(config, rng=rng, clock=clock, select=make_select(rng))
+
+    return make
+
+
+def round_robin(rng: Random) -> Select:
+    return lambda choice: list(choice.load)[choice.turn % len(choice.load)]
+
+
+def dynamo(rng: Random) -> Select:
+    """`max(active prefill + prompt - overlap, 0) + decode blocks`, in blocks; the lowest wins."""
+
+    def cost(choice: Choice, name: str) -> float:
+        load, size = choice.load[name], choice.prompt
+        prefill = (load.queued_tokens + size.num_tokens) / size.block_size
+        return max(prefill - choice.overlap.get(name, 0), 0) + load.active_blocks
+
+    def select(choice: Choice) -> str:
+        costs = {name: cost(choice, name) for name in choice.load}
+        lowest = min(costs.values())
+        return rng.choice([name for name, each in costs.items() if each == lowest])
+
+    return select
+
+
+def sglang_like(rng: Random) -> Select:
+    """Shortest queue when loads are far apart; else the best match if it is over a half of the
+    prompt; else the smallest tree. Defaults of its `cache_aware` policy."""
+    trees: dict[str, OrderedDict[int, None]] = {}
+
+    def matched(name: str, hashes: list[int]) -> int:
+        tree = trees.setdefault(name, OrderedDict())
+        return next((n for n, each in enumerate(hashes) if each not in tree), len(hashes))
+
+    def choose(choice: Choice, hashes: list[int]) -> str:
+        requests = {name: load.num_requests for name, load in choice.load.items()}
+        most, least = max(requests.values()), min(requests.values())
+        if most - least > 32 and most > 1.0001 * least:
+            return min(requests, key=lambda name: requests[name])
+        overlap = {name: matched(name, hashes) for name in choice.load}
+        best = max(overlap, key=lambda name: overlap[name])
+        if overlap[best] > 0.5 * max(1, len(hashes)):
+            return best
+        smallest = min(len(trees[name]) for name in choice.load)
+        return rng.choice([name for name in choice.load if len(trees[name]) == smallest])
+
+    def select(choice: Choice) -> str:
+        hashes = list(choice.hashes)
+        chosen = choose(choice, hashes)
+        tree = trees.setdefault(chosen, OrderedDict())
+        for block_hash in reversed(hashes):
+            tree[block_hash] = None
+            tree.move_to_end(block_hash)
+        while len(tree) > BLOCKS:
+            tree.popitem(last=False)
+        return chosen
+
+    return select
+
+
+POLICIES: dict[str, MakeRouter] = {
+    "ours": make_router,
+    "round robin": with_select(round_robin),
+    "dynamo": with_select(dynamo),
+    "sglang-like": with_select(sglang_like),
+}
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def figures(outcome: Outcome) -> dict[str, float]:
+    times = {f"ttft_p{p}": round(outcome.ttft_s(p / 100), 3) for p in (50, 90, 99)}
+    return {**times, "hit": round(outcome.hit_rate, 4)}
+
+
+def tell(row: str, **fields: Any) -> None:
+    print(json.dumps({"row": row, **fields}), flush=True)
+
+
+def shape(**more: Any) -> ClusterShape:
+    return ClusterShape(num_blocks=BLOCKS, agg=WORKERS, **more)
+
+
+def compare_policies(name: str, trace: Trace) -> None:
+    results = {
+        policy: figures(simulate(trace, shape(), RouterConfig(), make_router=make))
+        for policy, make in POLICIES.items()
+    }
+    ours = results["ours"]
+    for policy, each in results.items():
+        more: dict[str, Any] = {}
+        if policy != "ours":
+            for key in ("ttft_p90", "ttft_p99"):
+                more[f"{key}_ratio"] = round(ours[key] / each[key], 3)
+            more["goal"] = "ratios below 1"
+        tell(f"{name}: {policy}", requests=len(trace.requests), **each, **more)
+    best = max(each["hit"] for each in results.values())
+    tell(f"{name}: hit rate against the best", ratio=round(ours["hit"] / best, 3), goal=0.9)
+
+
+def compare_frontends(name: str, trace: Trace) -> None:
+    one = figures(simulate(trace, shape(), RouterConfig()))
+    four = figures(simulate(trace, shape(frontends=4), RouterConfig()))
+    alone = figures(simulate(trace, shape(frontends=4, share_delay_s=None), RouterConfig()))
+    ratio = round(four["ttft_p90"] / one["ttft_p90"], 3)
+    tell(f"{name}: 4 frontends", **four, one_ttft_p90=one["ttft_p90"], ratio=ratio, goal=1.1)
+    ratio = round(alone["ttft_p90"] / one["ttft_p90"], 3)
+    tell(f"{name}: 4 frontends that share nothing", **alone, ratio=ratio)
+
+
+def an_hour_of(trace: Trace) -> Trace:
+    """The trace again and again, each time with other content, for an hour."""
+    requests, start_s, number = [], 0.0, 0
+    while start_s < HOUR_S:
+        mask = number * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+        for each in trace.requests:
+            if start_s + each.arrival_s <= HOUR_S:
+                hashes = [block_hash ^ mask for block_hash in each.block_hashes]
+                requests.append(
+                    msgspec.structs.replace(
+                        each, arrival_s=start_s + each.arrival_s, block_hashes=hashes
+                    )
+                )
+        start_s, number = start_s + trace.duration_s + 1, number + 1
+    return Trace(requests, trace.block_size)
+
+
+def endure(name: str, trace: Trace, max_blocks: int) -> None:
+    """An hour with an index that has room for so many blocks, while workers hold up to 16,000."""
+    samples: list[tuple[float, float]] = []
+
+    def sample(now_s: float) -> None:
+        if not samples or now_s - samples[-1][0] >= 60:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            samples.append((now_s, pages * os.sysconf("SC_PAGE_SIZE") / 1e6))
+
+    config = RouterConfig(index_max_blocks=max_blocks)
+    outcome = simulate(trace, shape(), config, on_time=sample)
+    settled = [megabytes for now_s, megabytes in samples if now_s >= trace.duration_s / 4]
+    tell(
+        f"{name}: an hour, index of {max_blocks} blocks",
+        requests=len(trace.requests),
+        **figures(outcome),
+        rss_mb_after_a_quarter=round(settled[0], 1),
+        rss_mb_at_the_end=round(settled[-1], 1),
+        ratio=round(settled[-1] / settled[0], 3),
+        goal=1.05,
+        claimed_wrongly=outcome.claimed_blocks,
+        missing=outcome.missing_blocks,
+        evicted=outcome.evicted_blocks,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--traces", type=Path, default=ROOT.parent / "shared" / "traces")
+    parser.add_argument("--quick", action="store_true", help="the first 600 requests of each")
+    args = parser.parse_args()
+
+    def load(file: str) -> Trace | None:
+        path = args.traces / file
+        if not path.exists():
+            tell(file, skipped=f"{path} does not exist; --traces names the folder")
+            return None
+        trace = load_trace(path)
+        return trace.part(600) if args.quick else trace
+
+    # First, since memory that others leave behind would hide a growth.
+    if trace := load(SYNTHETIC):
+        hour = an_hour_of(trace).part(600) if args.quick else an_hour_of(trace)
+        endure("synthetic", hour, 100_000)
+        endure("synthetic", hour, 8_000)
+    for name, file in TRACES.items():
+        if trace := load(file):
+            compare_policies(name, trace)
+            compare_frontends(name, trace)
+
+
+if __name__ == "__main__":
+    main()

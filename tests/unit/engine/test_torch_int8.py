@@ -1,0 +1,395 @@
+"""int8 engines: stored, checked, computed by the compiled kernel and without it, run lean."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integration.tiny_model import make
+from safetensors.torch import load_file, save_file
+from serving.config import EngineConfig, ModelConfig
+from serving.deploy.model import fetch_model
+from serving.engine.manifest import EngineManifest, load_manifest
+from serving.engine.torch import int8_kernel, int8_weights, lean_layers, packed_linear
+from serving.engine.torch.attention import PagedStep, SequenceSpan
+from serving.engine.torch.build import build_engine
+from serving.engine.torch.int8_kernel import Int8Kernel
+from serving.engine.torch.int8_weights import Int8Embedding, Int8Linear
+from serving.engine.torch.model_runner import ModelRunner
+from serving.errors import ModelError
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Olmo2Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
+from unit.engine.torch_rig import SIZES, greedy, random_prompts, request, running, save_model
+
+WAYS = ("kernel", "fbgemm", "widened")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the compiled kernel."""
+    folder = tmp_path_factory.mktemp("kernel")
+    lines: list[str] = []
+    int8_kernel.build(folder, lines.append)
+    if not int8_kernel.library(folder).exists():
+        pytest.skip(lines[0])
+    return folder
+
+
+@pytest.fixture
+def kernel(compiled: Path) -> Int8Kernel:
+    loaded = int8_kernel.load(compiled)
+    assert loaded is not None
+    return loaded
+
+
+def layer(way: str, request: pytest.FixtureRequest, *linears: Int8Linear) -> torch.nn.Module:
+    """The linears as one layer, computed in one of the ways there are."""
+    parent = torch.nn.Module()
+    parent.gate_proj, parent.up_proj = linears if len(linears) == 2 else (linears[0], None)
+    chosen = request.getfixturevalue("kernel") if way == "kernel" else None
+    if way == "widened":
+        request.getfixturevalue("monkeypatch").setattr(
+            packed_linear, "can_pack_int8", lambda: False
+        )
+    elif way == "fbgemm" and not packed_linear.can_pack_int8():
+        pytest.skip("no FBGEMM on this CPU")
+    packed_linear.pack_linears(parent, chosen)
+    joint = parent.gate_proj
+    return joint.siblings.joint if isinstance(joint, packed_linear.SiblingLinear) else joint
+
+
+def linear(width: int, depth: int, *, bias: bool = False, seed: int = 0) -> Int8Linear:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn((width, depth), generator=generator)
+    offset = torch.randn(width, generator=generator) if bias else None
+    return Int8Linear(*int8_weights.quantize_rows(weight), offset)
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+# --- products ----------------------------------------------------------------------------------
+
+
+def test_rows_are_rounded_to_the_nearest_of_255_numbers() -> None:
+    weight = torch.cat([torch.randn(6, 50), torch.zeros(1, 50)])
+    rounded, scale = int8_weights.quantize_rows(weight)
+    error = (rounded.float() * scale[:, None] - weight).abs()
+    assert bool((error <= scale[:, None] * 0.5001).all())
+    assert int(rounded.abs().max()) == 127
+    assert not rounded[-1].any()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("num_tokens", "depth", "width"), [(1, 576, 70), (9, 50, 200), (33, 64, 30)]
+)
+def test_products_are_those_of_the_stored_weights(
+    way: str, num_tokens: int, depth: int, width: int, request: pytest.FixtureRequest
+) -> None:
+    stored = linear(width, depth, bias=True)
+    x = torch.randn(1, num_tokens, depth)
+    x[0, -1] *= 1000  # one token's outliers must not cost the others their precision
+    expected = stored(x)
+    out = layer(way, request, stored)(x)
+    assert out.shape == (1, num_tokens, width)
+    for row in range(num_tokens):
+        assert relative(out[0, row], expected[0, row]) < 1e-3
+
+
+@pytest.mark.parametrize("way", ["kernel", "fbgemm"])
+def test_no_row_depends_on_the_others(way: str, request: pytest.FixtureRequest) -> None:
+    packed = layer(way, request, linear(67, 130))
+    x = torch.randn(7, 130) * torch.logspace(-3, 3, 7)[:, None]
+    together = packed(x)
+    assert all(torch.equal(packed(x[i : i + 1])[0], together[i]) for i in range(7))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_of_zeros_no_rows_and_strided_rows(way: str, request: pytest.FixtureRequest) -> None:
+    stored = linear(40, 64, bias=True)
+    bias = stored.bias
+    packed = layer(way, request, stored)
+    assert bias is not None
+    assert torch.equal(packed(torch.zeros(3, 64)), bias.expand(3, 40))
+    assert packed(torch.zeros(1, 0, 64)).shape == (1, 0, 40)
+    x = torch.randn(64, 5)
+    torch.testing.assert_close(packed(x.T), packed(x.T.contiguous()))
+
+
+@pytest.mark.parametrize("way", ["kernel", "fbgemm"])
+@pytest.mark.parametrize("depth", [576, 16400])
+def test_largest_numbers_do_not_overflow(
+    way: str, depth: int, request: pytest.FixtureRequest
+) -> None:
+    stored = Int8Linear(torch.full((5, depth), 127, dtype=torch.int8), torch.ones(5), None)
+    out = layer(way, request, stored)(torch.full((6, depth), -2.5))
+    torch.testing.assert_close(out, torch.full((6, 5), -2.5 * 127 * depth), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_siblings_are_computed_as_one(way: str, request: pytest.FixtureRequest) -> None:
+    first, second = linear(24, 32), linear(40, 32, seed=1)
+    x = torch.randn(4, 32)
+    expected = torch.cat([first(x), second(x)], dim=-1)
+    assert relative(layer(way, request, first, second)(x), expected) < 5e-4
+
+
+def test_kernel_uses_several_threads_and_agrees_with_one(kernel: Int8Kernel) -> None:
+    stored, x = linear(2000, 600), torch.randn(5, 600)
+    threads, outs = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            outs.append(kernel.linear(x, stored.weight, stored.scale, None))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*outs)
+
+
+def test_library_that_does_not_load_or_is_wrong_is_not_used(
+    compiled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert int8_kernel.load(tmp_path) is None  # none was compiled
+    int8_kernel.library(tmp_path).write_bytes(b"\x7fELF")
+    assert int8_kernel.load(tmp_path) is None
+    assert "does not work here" in caplog.text
+    shutil.copyfile(int8_kernel.library(compiled), int8_kernel.library(tmp_path))
+    monkeypatch.setattr(int8_kernel, "largest_activation", lambda depth: 3.0)
+    assert int8_kernel.load(tmp_path) is None
+    assert "off by" in caplog.text
+
+
+def test_machine_without_a_compiler_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    int8_kernel.build(tmp_path, lines.append)
+    assert not list(tmp_path.iterdir())
+    assert "apt install gcc" in lines[0] or "x86-64" in lines[0]
+
+
+def test_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'cc1: no space left' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(int8_kernel, "_is_suitable", lambda: True)
+    lines: list[str] = []
+    int8_kernel.build(tmp_path, lines.append)
+    assert lines == ["no int8 kernel, decode is slower: cc1: no space left"]
+
+
+# --- engines -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def built(model: Path, out: Path, dtype: str = "int8") -> tuple[EngineManifest, list[str]]:
+    lines: list[str] = []
+    manifest = fetch_model(ModelConfig(id=str(model)), out.parent / "described", progress=[].append)
+    engine = EngineConfig(device="cpu", dtype=dtype)  # type: ignore[arg-type]
+    return build_engine(
+        manifest, out, engine=engine, fingerprint="f00d", progress=lines.append
+    ), lines
+
+
+@pytest.fixture(scope="module")
+def once(original: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """An int8 engine, and what its build said."""
+    folder = tmp_path_factory.mktemp("engines") / "int8"
+    return folder, built(original, folder)[1]
+
+
+@pytest.fixture(scope="module")
+def int8_engine(once: tuple[Path, list[str]]) -> Path:
+    return once[0]
+
+
+def test_engine_is_built_and_checked_against_its_source(
+    original: Path, once: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    folder, lines = once
+    engine = load_manifest(folder)
+    assert (engine.dtype, engine.kv_layout and engine.kv_layout.dtype) == ("int8", "float32")
+    assert engine.check.kind == "logits"
+    assert 0 < engine.check.max_abs_diff < engine.check.tolerance
+    assert engine.check.argmax_agreement > 0.8
+    assert list(engine.weights) == ["model-int8.safetensors"]
+    tensors = load_file(folder / "model-int8.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+    # The head's numbers, which are tied to the embedding's, are there once.
+    assert ("lm_head.weight" in tensors) != ("model.embed_tokens.weight" in tensors)
+    before = sum(each.nbytes for each in load_file(original / "model.safetensors").values())
+    assert sum(each.nbytes for each in tensors.values()) < 0.3 * before
+    assert any("100% of the weights" in line for line in lines)
+    assert any("same best token at" in line for line in lines)
+    other, _ = built(original, tmp_path / "other", "float32")
+    assert other.hash_salt != engine.hash_salt
+
+
+def test_transformers_does_not_take_the_numbers_for_weights(int8_engine: Path) -> None:
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(int8_engine)
+
+
+def test_model_that_int8_cannot_hold_is_refused(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_kernel, "build", lambda folder, progress: None)
+    model = Path(shutil.copytree(original, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    for name, weight in weights.items():
+        # An input that is always zero has weights beside which all others round to zero.
+        if "layernorm" in name:
+            weight[0] = 0.0
+        elif any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+            weight[:, 0] = 1000.0
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"differ by .* which int8 explains") as failure:
+        built(model, tmp_path / "engine")
+    assert "engine.dtype: float32" in failure.value.remedy
+    assert not (tmp_path / "engine").exists()
+
+
+async def test_engine_answers_the_same_alone_in_a_batch_and_in_chunks(int8_engine: Path) -> None:
+    prompts = random_prompts([5, 40, 70, 17])
+    answers: list[dict[str, list[int]]] = []
+    for options in ({"max_batch_size": 1}, {"max_num_batched_tokens": 24}):
+        async with running(int8_engine, dtype="int8", **options) as (engine, sink):
+            assert engine.spec.kv_layout.dtype == "float32"
+            for index, prompt in enumerate(prompts):
+                engine.submit(request(str(index), prompt, greedy(12)))
+            await sink.finished(*map(str, range(len(prompts))))
+            answers.append(sink.tokens)
+    assert answers[0] == answers[1]
+
+
+async def test_engine_says_what_the_stored_weights_say(int8_engine: Path) -> None:
+    """Its logprobs are those of the int8 weights computed plainly by transformers."""
+    plain: Any = int8_weights.load(int8_engine)
+    prompt = random_prompts([60])[0]
+    async with running(int8_engine, dtype="int8") as (engine, sink):
+        engine.submit(request("0", prompt, greedy(8, logprobs=1)))
+        await sink.finished("0")
+    tokens = sink.tokens["0"]
+    with torch.inference_mode():
+        logits = plain(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.log_softmax(logits, dim=-1)[range(8), tokens]
+    ours = torch.tensor([each.logprob for each in sink.logprobs["0"]])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.02)
+
+
+def test_only_linear_layers_and_what_is_tied_to_them_are_rounded() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.inference_mode():
+        before = model(ids).logits
+        assert 0.5 < int8_weights.quantize(model) < 1
+        assert relative(model(ids).logits, before) < 0.05
+    assert type(model.lm_head) is Int8Linear
+    assert type(model.model.embed_tokens) is torch.nn.Embedding
+    tied = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
+    assert int8_weights.quantize(tied) > 0.99
+    assert isinstance(tied.model.embed_tokens, Int8Embedding)
+    assert tied.model.embed_tokens.weight.data_ptr() == tied.lm_head.weight.data_ptr()
+
+
+def test_damaged_or_foreign_weights_are_refused(int8_engine: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(int8_engine, tmp_path / "engine"))
+    tensors = load_file(folder / int8_weights.FILE)
+    del tensors["model.layers.1.mlp.up_proj.scale"]
+    save_file(tensors, folder / int8_weights.FILE)
+    with pytest.raises(ModelError, match=r"up_proj\.scale"):
+        int8_weights.load(folder)
+    (folder / int8_weights.FILE).write_bytes(b"half")
+    with pytest.raises(ModelError, match="rebuild the engine"):
+        int8_weights.load(folder)
+
+
+# --- lean layers -------------------------------------------------------------------------------
+
+MORE = {"head_dim": 16}
+FAMILIES = {
+    "llama": (LlamaConfig(**SIZES), 2),
+    "qwen2": (Qwen2Config(**SIZES), 2),
+    "qwen3": (Qwen3Config(**SIZES, **MORE), 2),
+    "qwen2-window": (
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1), 2,
+    ),
+    # Positions are not encoded in one of the layers: that one is left alone.
+    "smollm3": (SmolLM3Config(**SIZES, no_rope_layers=[1, 0]), 1),
+    "granite": (GraniteConfig(**SIZES, residual_multiplier=0.3), 0),
+    "gemma2": (Gemma2Config(**SIZES, **MORE), 0),
+    "cohere": (CohereConfig(**SIZES), 0),
+    "olmo2": (Olmo2Config(**SIZES), 0),
+    "phi": (PhiConfig(**SIZES), 0),
+    "qwen3-moe": (
+        Qwen3MoeConfig(
+            **SIZES, **MORE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        ), 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_run_lean_where_that_changes_nothing(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, num_lean = FAMILIES[family]
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "float", config))
+    int8_weights.quantize(model)
+    (tmp_path / "int8").mkdir()
+    int8_weights.save(model, tmp_path / "int8")
+    caplog.set_level("INFO")
+    logits = []
+    for rewrite in (lean_layers.rewrite, lambda model: "as transformers wrote it"):
+        monkeypatch.setattr(lean_layers, "rewrite", rewrite)
+        runner = ModelRunner(
+            tmp_path / "int8",
+            device="cpu",
+            dtype="int8",
+            block_size=8,
+            max_model_len=64,
+            max_batch_size=2,
+            max_num_batched_tokens=64,
+            gpu_memory_fraction=0.9,
+        )
+        runner.allocate_pool(256)
+        logits.append(runner_logits(runner))
+    assert f"{num_lean} of 2 layers run lean" in caplog.text
+    assert relative(*logits) < 2e-3
+
+
+def runner_logits(runner: ModelRunner) -> torch.Tensor:
+    """A prefill of 40 tokens and a decode step behind it, with the prefill's rows reported."""
+    blocks = list(range(1, 8))
+    ids = random_prompts([41])[0]
+    with torch.inference_mode():
+        prefill = PagedStep(runner.pool, [], [SequenceSpan(blocks, 0, 40)])
+        first = runner._compute_rows(ids[:40], list(range(40)), list(range(40)), prefill)
+        decode = PagedStep(runner.pool, [SequenceSpan(blocks, 40, 1)], [])
+        second = runner._compute_rows(ids[40:], [40], [0], decode)
+    return torch.cat([first, second])

@@ -1,0 +1,55 @@
+"""A prompt with little left to compute is not sent through two instances."""
+
+from serving.config import RouterConfig
+from serving.kv_router.others import TURN_S
+from serving.preprocess import PreparedRequest
+from serving.protocol import SamplingParams
+from unit.frontend.test_engine_handover import FakeClient, collect, make_pipeline
+
+
+def prepared(num_tokens: int) -> PreparedRequest:
+    return PreparedRequest("r", list(range(num_tokens)), SamplingParams(max_tokens=5))
+
+
+async def test_short_prompt_is_prefilled_where_it_is_decoded() -> None:
+    prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
+    pipeline = make_pipeline(prefill, decode, router=RouterConfig())
+    assert await collect(pipeline, prepared(5)) == [8]
+    assert [asked.phase for asked in decode.requests] == ["agg"]
+    assert prefill.requests == []
+
+
+async def test_long_prompt_goes_through_a_prefill_instance() -> None:
+    prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
+    pipeline = make_pipeline(prefill, decode, router=RouterConfig())
+    assert await collect(pipeline, prepared(100)) == [7, 8]
+    assert [asked.phase for asked in prefill.requests] == ["prefill"]
+    assert [asked.phase for asked in decode.requests] == ["decode"]
+
+
+async def test_lost_decode_instance_hands_a_local_prefill_on() -> None:
+    prefill = FakeClient("prefill-0")
+    decodes = [FakeClient("decode-0"), FakeClient("decode-1")]
+    pipeline = make_pipeline(prefill, *decodes, router=RouterConfig())
+    for client in decodes:
+        client.broken = True
+        break
+    for _ in range(8):
+        assert await collect(pipeline, prepared(5)) == [8]
+    assert decodes[1].requests
+
+
+async def test_a_frontend_waits_for_its_turn_in_a_burst(monkeypatch) -> None:
+    prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
+    pipeline = make_pipeline(prefill, decode, router=RouterConfig())
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr("serving.frontend.pipeline.asyncio.sleep", sleep)
+    others = pipeline._router.others
+    others.set_frontends("b", ["a"])
+    others.coinciding = 2.0
+    assert await collect(pipeline, prepared(2000)) == [7, 8]
+    assert waited == [TURN_S]

@@ -299,7 +299,7 @@ class RouterConfig(_Section, frozen=True):
         Meta(
             description="So does one that runs nothing, when it would be done before any prefill worker."
         ),
-    ] = True
+    ] = False
     index_max_blocks: Annotated[
         Positive,
         Meta(

@@ -478,14 +478,14 @@ def test_a_local_prefill_counts_as_queued_on_its_instance() -> None:
 
 
 def test_an_idle_decode_instance_helps_when_prefill_instances_are_behind() -> None:
-    router = make_disaggregated()
+    router = make_disaggregated(local_prefill_when_idle=True)
     assert local(router, prompt(320)) is None
     router.on_load(load_report("p0", queued_tokens=500))
     assert local(router, prompt(320)) in ("d0", "d1")
     for name in ("d0", "d1"):
         router.on_load(LoadReport(name, 1, 1, 0, 0, 20, 0, 1000))
     assert local(router, prompt(320)) is None
-    reluctant = make_disaggregated(local_prefill_when_idle=False)
+    reluctant = make_disaggregated()
     reluctant.on_load(load_report("p0", queued_tokens=500))
     assert local(reluctant, prompt(320)) is None
 

@@ -96,8 +96,8 @@ def test_frontends_that_share_do_not_herd() -> None:
 def test_idle_decode_workers_help_when_prefill_is_behind() -> None:
     trace = conversations(40, every_s=0.05)
     shape = ClusterShape(num_blocks=400, prefill=1, decode=4)
-    helped = simulate(trace, shape, RouterConfig())
-    apart = simulate(trace, shape, RouterConfig(local_prefill_when_idle=False))
+    helped = simulate(trace, shape, RouterConfig(local_prefill_when_idle=True))
+    apart = simulate(trace, shape, RouterConfig())
     assert any(each.was_local for each in helped.requests)
     assert helped.ttft_s(0.9) < apart.ttft_s(0.9)
 

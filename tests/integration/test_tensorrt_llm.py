@@ -151,7 +151,9 @@ def disagg_router(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Path
 ) -> Iterator[Deployment]:
     directory = tmp_path_factory.mktemp("disagg-router")
-    deployment = deployment_with(directory, "1.3.0rc27", checkpoint, kv_transfer={"hold_s": 600.0})
+    # Short prompts, too, go from worker to worker: what is tested is the hand-over.
+    sections = {"kv_transfer": {"hold_s": 600.0}, "router": {"local_prefill_tokens": 0}}
+    deployment = deployment_with(directory, "1.3.0rc27", checkpoint, **sections)
     with running(deployment, "serve_disagg_router"):
         yield deployment
 

@@ -26,7 +26,7 @@ with telling(snakemake.log[0]) as say:
     model = load_model(Path(snakemake.input.model))
     out_dir = Path(snakemake.output[0]).parent
     fingerprint = snakemake.params.fingerprint
-    if engine.backend == "torch":
+    if engine.backend != "tensorrt_llm":
         build_engine(model, out_dir, engine=engine, fingerprint=fingerprint, progress=say)
     else:
         gpus = []

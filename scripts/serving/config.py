@@ -23,6 +23,7 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=0, le=4096)]
 Positive = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[float, Meta(ge=0)]
 Policy = Literal["kv", "round_robin", "random", "least_loaded"]
 Topology = Literal["agg", "agg_router", "disagg", "disagg_router"]
 Weights = Literal["real", "dummy"]
@@ -71,8 +72,10 @@ class EngineConfig(_Section, frozen=True):
     """What runs the model."""
 
     backend: Annotated[
-        Literal["torch", "tensorrt_llm"],
-        Meta(description="`torch` is embedded and runs anywhere; `tensorrt_llm` needs its GPUs."),
+        Literal["torch", "tensorrt_llm", "mock"],
+        Meta(
+            description="`torch` is embedded and runs anywhere; `tensorrt_llm` needs its GPUs; `mock` computes nothing and takes the time that `mock` says."
+        ),
     ] = "torch"
     flow: Annotated[
         Literal["auto", "pytorch", "trtllm-build"],
@@ -103,7 +106,9 @@ class EngineConfig(_Section, frozen=True):
     ] = 16
     kv_cache_tokens: Annotated[
         Positive | None,
-        Meta(description="KV pool of each worker, in tokens. Default: sized from free memory."),
+        Meta(
+            description="KV pool of each worker, in tokens. Default: sized from free memory; for `mock`, room for `max_batch_size` requests of `max_model_len`."
+        ),
     ] = None
     kv_cache_dtype: Annotated[
         Literal["auto", "bfloat16", "float8_e4m3fn"],
@@ -169,6 +174,12 @@ class WorkersConfig(_Section, frozen=True):
         dict[Role, Positive],
         Meta(description="Groups of layers on GPUs of their own, per role."),
     ] = {}
+    instances_per_process: Annotated[
+        Annotated[int, Meta(ge=1, le=1024)],
+        Meta(
+            description="Instances in each worker's process (mock engine). Each registers, serves and reports by itself; the first is called as the worker."
+        ),
+    ] = 1
 
 
 class TensorRtLlmConfig(_Section, frozen=True):
@@ -203,6 +214,50 @@ class TensorRtLlmConfig(_Section, frozen=True):
             description="More arguments of its `LLM`, as its documentation names them; these win."
         ),
     ] = {}
+
+
+class MockConfig(_Section, frozen=True):
+    """How long the mock engine takes. What has a rate of 0 takes no time."""
+
+    prefill_tokens_per_s: Annotated[
+        NotNegative, Meta(description="Prompt tokens computed in a second.")
+    ] = 20000.0
+    prefill_pair_s: Annotated[
+        NotNegative,
+        Meta(
+            description="Time for each pair of a prompt token and one before it: what attention adds in long prompts."
+        ),
+    ] = 0.0
+    step_s: Annotated[NotNegative, Meta(description="Time of every step, whatever is in it.")] = (
+        0.01
+    )
+    step_sequence_s: Annotated[
+        NotNegative, Meta(description="Time that each decoding request adds to a step.")
+    ] = 0.0001
+    step_context_token_s: Annotated[
+        NotNegative,
+        Meta(description="Time that each token before the one being decoded adds to a step."),
+    ] = 0.0
+    transfer_bytes_per_s: Annotated[
+        NotNegative,
+        Meta(description="Rate at which one decode worker fetches KV, one prompt after the other."),
+    ] = 10e9
+    transfer_latency_s: Annotated[
+        NotNegative, Meta(description="Time that each transfer takes beside its bytes.")
+    ] = 0.0
+    host_bytes_per_s: Annotated[
+        NotNegative,
+        Meta(description="Rate at which KV blocks come back from `engine.host_cache_bytes`."),
+    ] = 20e9
+    speedup: Annotated[
+        Annotated[float, Meta(gt=0)], Meta(description="Divides all of these times.")
+    ] = 1.0
+    zero_delay: Annotated[
+        bool,
+        Meta(
+            description="Nothing takes time, and no timer is used: steps follow each other as fast as they can be booked."
+        ),
+    ] = False
 
 
 class RouterConfig(_Section, frozen=True):
@@ -449,6 +504,7 @@ class Config(_Section, frozen=True):
     engine: EngineConfig = EngineConfig()
     workers: WorkersConfig = WorkersConfig()
     tensorrt_llm: TensorRtLlmConfig = TensorRtLlmConfig()
+    mock: MockConfig = MockConfig()
     router: RouterConfig = RouterConfig()
     frontend: FrontendConfig = FrontendConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
@@ -478,8 +534,12 @@ def parse(raw: Mapping[str, Any]) -> Config:
         config = msgspec.convert(raw, Config, strict=False)
     except msgspec.ValidationError as exc:
         raise _explain(str(exc), raw) from None
+    if config.engine.backend == "mock":  # a shape and a tokenizer are all it looks at
+        engine = msgspec.structs.replace(config.engine, weights="dummy")
+        config = msgspec.structs.replace(config, engine=engine)
     _check_ports(config)
     _check_backend(config)
+    _check_mock(config)
     _check_dtype(config)
     _check_weights(config)
     return config
@@ -551,21 +611,21 @@ def _check_ports(config: Config) -> None:
 
 def _check_backend(config: Config) -> None:
     backend, transport = config.engine.backend, config.kv_transfer.transport
-    suits = {"torch": ("ucx", "nixl", "tcp"), "tensorrt_llm": ("ucx", "nixl")}[backend]
-    if transport not in suits:
+    suits = {"torch": ("ucx", "nixl", "tcp"), "tensorrt_llm": ("ucx", "nixl")}.get(backend)
+    if suits is not None and transport not in suits:
         raise ConfigError(
             "kv_transfer.transport",
             f"the {backend} engine has no `{transport}`",
             remedy=f"choose `{'` or `'.join(suits)}`",
         )
-    if backend == "torch" and any(
+    if backend != "tensorrt_llm" and any(
         size > 1
         for sizes in (config.workers.tensor_parallel, config.workers.pipeline_parallel)
         for size in sizes.values()
     ):
         raise ConfigError(
             "workers.tensor_parallel",
-            "the torch engine uses one GPU a worker",
+            f"the {backend} engine uses {'one GPU' if backend == 'torch' else 'no GPU'} a worker",
             remedy="remove it, or set `engine.backend: tensorrt_llm`",
         )
     if backend == "tensorrt_llm" and config.engine.kv_cache_dtype != "auto":
@@ -573,6 +633,20 @@ def _check_backend(config: Config) -> None:
             "engine.kv_cache_dtype",
             "the tensorrt_llm engine names KV dtypes its own way",
             remedy="remove it, and set `tensorrt_llm.kv_cache_dtype`",
+        )
+
+
+def _check_mock(config: Config) -> None:
+    is_mock = config.engine.backend == "mock"
+    if config.workers.instances_per_process > 1 and not is_mock:
+        raise ConfigError(
+            "workers.instances_per_process",
+            "only mock workers can share a process",
+            remedy="remove it, or set `engine.backend: mock`",
+        )
+    if config.engine.device == "cuda" and is_mock:
+        raise ConfigError(
+            "engine.device", "the mock engine uses no GPU", remedy="set it to auto or cpu"
         )
 
 

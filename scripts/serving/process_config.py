@@ -19,6 +19,7 @@ from serving.config import (
     EngineConfig,
     FrontendConfig,
     KvTransferConfig,
+    MockConfig,
     RouterConfig,
 )
 from serving.protocol import Role
@@ -35,7 +36,7 @@ class Planes(Struct, frozen=True, kw_only=True):
 
 
 class WorkerProcess(Struct, frozen=True, kw_only=True):
-    """`run/worker-{role}-{index}.json`. `gpus` are the indices this worker computes on, none on CPU.
+    """`run/worker-{role}-{index}.json`, and one instance of that worker. `gpus` are the indices this worker computes on, none on CPU.
 
     `engine_dir` holds engine.json; a fingerprint other than `engine_fingerprint` is refused.
     """
@@ -55,6 +56,22 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
     planes: Planes
     kv_transfer: KvTransferConfig
     drain_s: float
+    mock: MockConfig | None = None  # only for the mock engine
+    num_instances: int = 1
+
+    def instances(self) -> list[WorkerProcess]:
+        """One for each instance that the process hosts: the first is called as the process, the
+        others `{role}-{index}-{number}`, from 1."""
+        stem = self.unix_socket.removesuffix(".sock")
+        own = [
+            msgspec.structs.replace(
+                self,
+                instance_id=f"{self.instance_id}-{number}",
+                unix_socket=f"{stem}-{number}.sock",
+            )
+            for number in range(1, self.num_instances)
+        ]
+        return [self, *own]
 
 
 class FrontendProcess(Struct, frozen=True, kw_only=True):

@@ -288,8 +288,8 @@ class KvSnapshotPart(Struct, frozen=True, array_like=True, omit_defaults=True):
 class LoadReport(Struct, frozen=True, array_like=True):
     """Published at most once per engine step and at least once a second.
 
-    `queued_tokens`: prompt tokens waiting or partly computed. `active_blocks`: blocks held by
-    running requests. `cached_blocks`: evictable blocks kept for prefix hits. `kv_route`: what
+    `queued_tokens`: prompt tokens that wait to be computed, cached ones not among them.
+    `active_blocks`: blocks held by running requests. `cached_blocks`: evictable blocks kept for prefix hits. `kv_route`: what
     carried the latest KV that arrived (`cuda_ipc` from GPU to GPU, `tcp`). The host tier keeps
     `host_cached_blocks` of at most `num_host_blocks`; blocks moved to and from it are totals.
     """

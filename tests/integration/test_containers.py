@@ -26,6 +26,7 @@ from integration.tiny_model import make
 from serving.config import parse
 from serving.deploy import images
 from serving.deploy.contained import wrap
+from serving.deploy.containers import container_name
 from serving.deploy.image_build import build_serving, read_base
 from serving.deploy.library_run import PROGRAM, LibraryRun
 from serving.deploy.source_digest import SCRIPTS
@@ -34,7 +35,8 @@ from standin.install import install
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-IMAGE, BASE = "localhost/serving-test:1", "localhost/serving-test-base:1"
+TAG = os.getpid()  # another run of these tests shares the store, and removes its images by force
+IMAGE, BASE = f"localhost/serving-test:{TAG}", f"localhost/serving-test-base:{TAG}"
 PROMPT = "One two three"
 SYSTEM = ("/lib", "/lib64", "/usr")
 
@@ -113,13 +115,14 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, runtime: None) -> Deplo
 def service(deployment: Deployment) -> Iterator[Deployment]:
     with running(deployment, "serve_disagg"):
         yield deployment
-    assert containers() == []
+    assert containers(deployment.directory) == []
 
 
-def containers() -> list[str]:
-    """Names of ours, running or not."""
+def containers(directory: Path) -> list[str]:
+    """Programs of the deployment in `directory` that have a container, running or not."""
+    prefix = container_name(str((directory / "run").resolve()), "")
     names = podman("ps", "--all", "--format", "{{.Names}}").split()
-    return [name for name in names if name.startswith("serving-")]
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def worker_inside(deployment: Deployment, program: str) -> psutil.Process:
@@ -151,8 +154,7 @@ def test_decode_runs_inside_and_prefill_outside(service: Deployment) -> None:
     here = root_of(psutil.Process())
     assert root_of(worker_inside(service, "worker-decode-0")) != here
     assert root_of(worker_inside(service, "worker-prefill-0")) == here
-    [name] = containers()
-    assert name.endswith("-worker-decode-0")
+    assert containers(service.directory) == ["worker-decode-0"]
 
 
 def test_kv_moves_between_a_worker_inside_and_one_outside(service: Deployment) -> None:
@@ -181,7 +183,7 @@ def test_killed_client_leaves_its_container_and_the_next_serve_replaces_it(
     assert inside.is_running(), "podman's container goes on without its client"
     service.snakemake("serve_disagg")
     assert not inside.is_running()
-    assert len(containers()) == 1
+    assert containers(service.directory) == ["worker-decode-0"]
     service.wait("both workers serve", lambda ready: len(ready["instances"]) == 2)
     assert service.complete(PROMPT)["choices"] == expected
 
@@ -192,14 +194,14 @@ def test_changed_container_restarts_the_worker_inside_and_no_other(service: Depl
     service.snakemake("serve_disagg")
     after = service.pids()
     assert {name for name in before if before[name] != after[name]} == {"worker-decode-0"}
-    assert len(containers()) == 1
+    assert containers(service.directory) == ["worker-decode-0"]
 
 
 def test_stop_leaves_no_container(service: Deployment) -> None:
     """Also one whose client is gone. The fixture starts nothing again, and stops what is left."""
     psutil.Process(service.pids()["worker-decode-0"]).kill()
     service.stop()
-    assert containers() == []
+    assert containers(service.directory) == []
 
 
 def test_python_that_the_image_lacks_is_one_paragraph(deployment: Deployment) -> None:
@@ -214,7 +216,7 @@ def test_python_that_the_image_lacks_is_one_paragraph(deployment: Deployment) ->
     assert "/nonesuch/python3" in done.stdout
     assert "container.python" in done.stdout
     assert "Traceback" not in done.stdout
-    assert containers() == []
+    assert containers(other.directory) == []
 
 
 def kv_bytes(ready: dict[str, Any]) -> int:
@@ -243,7 +245,7 @@ def test_signals_and_exit_codes_pass_through(
         assert client.stdout.readline() == "listening\n"
         client.terminate()
         assert client.wait(timeout=30) == 5
-    assert not [name for name in containers() if name.endswith("-x")]
+    assert containers(tmp_path) == []
 
 
 def test_build_goes_on_after_one_whose_client_was_killed(
@@ -256,10 +258,10 @@ def test_build_goes_on_after_one_whose_client_was_killed(
         assert client.stdout is not None
         assert client.stdout.readline() == "listening\n"
         client.kill()
-    assert [name for name in containers() if name.endswith(PROGRAM)]
+    assert containers(tmp_path) == [PROGRAM]
     done = LibraryRun(config, gpus=[], writable=[tmp_path])([PYTHON, "-c", "print('built')"])
     assert (done.returncode, done.stdout) == (0, "built\n")
-    assert not [name for name in containers() if name.endswith(PROGRAM)]
+    assert containers(tmp_path) == []
 
 
 def test_what_is_written_inside_is_ours_and_the_code_cannot_be_changed(
@@ -303,7 +305,7 @@ def standin(
     inside.environment = {"PYTHONPATH": library}
     with running(inside, "serve_disagg"):
         yield inside
-    assert containers() == []
+    assert containers(inside.directory) == []
 
 
 def test_library_is_imported_inside_and_its_version_is_known(standin: Deployment) -> None:
@@ -319,7 +321,7 @@ def test_library_moves_kv_between_a_worker_inside_and_one_outside(standin: Deplo
     standin.snakemake("smoke_test")
     standin.complete(PROMPT * 20)
     standin.wait("the report of the bytes", lambda ready: kv_bytes(ready) > 0)
-    assert [name.rpartition("worker-")[2] for name in containers()] == ["decode-0"]
+    assert containers(standin.directory) == ["worker-decode-0"]
 
 
 # --- building ----------------------------------------------------------------------------------
@@ -375,7 +377,7 @@ def test_image_is_built_on_a_given_base_and_a_change_of_the_code_repeats_only_it
     settings = {
         "runtime": "podman",
         "base_image": BASE.partition(":")[0],
-        "base_tag": "1",
+        "base_tag": str(TAG),
         "python": base,
         "ulimits": limits(),
     }

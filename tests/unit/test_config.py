@@ -180,3 +180,20 @@ def test_there_is_an_example_for_each_topology_and_set_of_gpus() -> None:
         *("agg", "agg_router", "disagg", "disagg_router"),
         *("cpu", "one-gpu", "two-gpus", "tensorrt_llm-two-gpus"),
     }
+
+
+def test_mock_engine_needs_neither_weights_nor_gpus() -> None:
+    mock = parse({"engine": {"backend": "mock"}, "model": {"tokenizer": "bundled"}})
+    assert mock.engine.weights == "dummy"
+    assert parse(as_plain(mock)) == mock
+    for raw, key in (
+        ({"engine": {"backend": "mock", "device": "cuda"}}, "engine.device"),
+        (
+            {"engine": {"backend": "mock"}, "workers": {"tensor_parallel": {"agg": 2}}},
+            "workers.tensor_parallel",
+        ),
+        ({"workers": {"instances_per_process": 2}}, "workers.instances_per_process"),
+        ({"mock": {"speedup": 0}}, "mock.speedup"),
+        ({"mock": {"step_s": -1}}, "mock.step_s"),
+    ):
+        assert refusal(raw).key == key

@@ -146,6 +146,8 @@ def modules(config: Config) -> list[str]:
     """What a worker imports, most particular last."""
     if config.engine.backend == "tensorrt_llm":
         return ["serving.worker.__main__", "tensorrt_llm"]
+    if config.engine.backend == "mock":
+        return ["serving.worker.__main__", "serving.engine.mock"]
     ours = ["ucxx"] if config.kv_transfer.transport == "ucx" else []
     return ["serving.worker.__main__", "serving.engine.torch.engine", *ours]
 

@@ -110,6 +110,8 @@ def weight_bytes(config: Config) -> int | None:
 
     None where neither tells. Raises ConfigError for a local model that is not there.
     """
+    if config.engine.backend == "mock":
+        return 0
     if resolve_source(config.model) == "local" and config.engine.weights == "real":
         found = local_files(config.model)
         return sum((found.folder / name).stat().st_size for name in found.names)

@@ -143,12 +143,14 @@ def resolve_device(config: Config) -> Device:
     """`auto` is CUDA when the driver shows a GPU and torch was not installed for CPU only.
 
     TensorRT-LLM runs on nothing but CUDA; `cpu` hands out no GPUs, and leaves the rest to whatever
-    stands in for the library.
+    stands in for the library. The mock engine never needs one.
     """
     if config.engine.device != "auto":
         return config.engine.device
     if config.engine.backend == "tensorrt_llm":
         return "cuda"
+    if config.engine.backend == "mock":
+        return "cpu"
     return "cuda" if has_gpu() and "+cpu" not in package_versions()["torch"] else "cpu"
 
 

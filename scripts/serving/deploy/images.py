@@ -31,6 +31,7 @@ TORCH_PACKAGES = (
     *("accelerate", "gguf", "jinja2", "llguidance", "numpy"),
     *("safetensors", "tokenizers", "torch", "transformers", "ucxx-cu13"),
 )
+MOCK_PACKAGES = ("numpy", "tokenizers")
 
 
 class Base(Struct, frozen=True, kw_only=True):
@@ -97,7 +98,7 @@ def render_serving(base: str, container: ContainerConfig) -> str:
 
 def requirements(backend: str) -> tuple[str, ...]:
     """Packages the serving image must have; their versions come from the constraints."""
-    extra = TORCH_PACKAGES if backend == "torch" else ()
+    extra = {"torch": TORCH_PACKAGES, "mock": MOCK_PACKAGES}.get(backend, ())
     return tuple(sorted({*WORKER_PACKAGES, *extra}))
 
 

@@ -53,7 +53,7 @@ def expected(run_dir: Path, config: Config) -> Expected:
     return Expected(
         url=f"http://{address(listen.host, listen.port)}",
         disaggregated=topology.startswith("disagg"),
-        transport=transfer.transport,
+        transport="mock" if engine.backend == "mock" else transfer.transport,
         block_size=engine.block_size,
         max_model_len=engine.max_model_len,
         exact=dtype == "float32",

@@ -163,6 +163,8 @@ def plan(
                 kv_transfer=config.kv_transfer,
                 # It should be done draining before it is killed.
                 drain_s=0.75 * config.deployment.stop_s,
+                mock=config.mock if config.engine.backend == "mock" else None,
+                num_instances=config.workers.instances_per_process,
             )
             programs.append(
                 _python(

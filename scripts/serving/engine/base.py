@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
+from serving.errors import InvalidRequest
 from serving.kv_layout import KvLayout
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, Tier
 
@@ -161,13 +162,45 @@ class BlockEngine(Engine):
 
 
 class TransferringEngine(Engine):
-    """An engine that moves KV by itself (TensorRT-LLM).
+    """An engine that moves KV by itself (TensorRT-LLM), or only says so (mock).
 
-    `submit` takes all phases. The last output of a `prefill` carries `EngineTransferParams`; a
+    `submit` takes all phases. The last output of a `prefill` carries transfer parameters; a
     `decode` request brings them back to another engine. When the fetch fails the engine prefills
-    the prompt itself and counts it in `transfers`. `abort` of a `decode` takes effect only after
-    its first output, since the prefill engine frees its blocks with the fetch.
+    the prompt itself and counts it in `transfers`.
+
+    `must_fetch`: a prefill's blocks are freed by nothing but their fetch, which is slow for the
+    first time between two engines. So its parameters are `EngineTransferParams`, and `abort` of a
+    `decode` takes effect only after its first output. Otherwise they are `KvTransferParams`, and
+    `release` frees the blocks.
     """
 
     transfers: TransferStats
     transport: str
+    must_fetch = True
+
+    def release(self, request_id: str) -> None:
+        """Nobody will fetch what a finished prefill holds. Unknown ids are ignored."""
+
+
+def require_runnable(request: EngineRequest, max_model_len: int, vocab_size: int) -> None:
+    """Raises InvalidRequest for what no engine of this context and vocabulary can ever run."""
+    tokens = request.token_ids
+    if not 1 <= request.num_prompt_tokens <= len(tokens):
+        raise InvalidRequest("the prompt is empty", code="empty_prompt")
+    if len(tokens) + 1 > max_model_len:
+        raise InvalidRequest(
+            f"{len(tokens)} tokens leave no room for output: the context is {max_model_len} tokens",
+            code="context_length_exceeded",
+        )
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        raise InvalidRequest(f"token ids must be below {vocab_size}", code="invalid_token")
+    if any(not 0 <= token < vocab_size for token, _ in request.sampling.logit_bias):
+        raise InvalidRequest(
+            f"token ids must be below {vocab_size}", param="logit_bias", code="invalid_token"
+        )
+    if request.sampling.max_tokens <= len(tokens) - request.num_prompt_tokens:
+        raise InvalidRequest(
+            f"max_tokens {request.sampling.max_tokens} leaves nothing to generate",
+            param="max_tokens",
+            code="invalid_max_tokens",
+        )

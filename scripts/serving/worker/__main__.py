@@ -1,6 +1,7 @@
 """`python -m serving.worker FILE`: build the parts, register, serve, drain.
 
-Order matters: an instance is registered last, when it can serve, and unregistered first, before
+A process may host several instances, which share its event loop and nothing else. Order matters: an
+instance is registered last, when it can serve, and unregistered first, before
 it stops accepting.
 """
 
@@ -13,8 +14,10 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -38,6 +41,28 @@ async def run(process: WorkerProcess) -> None:
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    instances = process.instances()
+    epochs: dict[str, int] = {}
+
+    def registered(instance: WorkerProcess, epoch: int) -> None:
+        epochs[instance.instance_id] = epoch
+        if len(epochs) == len(instances):
+            own = epochs[process.instance_id]
+            announce_ready(process.ready_file, instance_id=process.instance_id, epoch=own)
+
+    async with asyncio.TaskGroup() as tasks:
+        for instance in instances:
+            tasks.create_task(serve(instance, stop, registered), name=instance.instance_id)
+    log.info("stopped")
+
+
+async def serve(
+    process: WorkerProcess, stop: asyncio.Event, registered: Callable[[WorkerProcess, int], None]
+) -> None:
+    """One instance, from loading its engine to the end of its last request after `stop`.
+
+    `registered` is told its epoch once it can be routed to. Raises OperatorError.
+    """
     epoch = time.time_ns()
     engine, card = load_engine(process)
     token_file = Path(process.planes.nats_token_file)
@@ -90,19 +115,18 @@ async def run(process: WorkerProcess) -> None:
             max_batch_size=engine.spec.max_batch_size,
             pid=os.getpid(),
             host=socket.gethostname(),
-            kv_by_engine=isinstance(engine, TransferringEngine),
+            kv_by_engine=isinstance(engine, TransferringEngine) and engine.must_fetch,
         )
         await discovery.register(info, deadline_s=REGISTER_DEADLINE_S)
-        announce_ready(process.ready_file, instance_id=process.instance_id, epoch=epoch)
+        registered(process, epoch)
         log.info(
             "ready: %s at %s, KV %s", info.instance_id, addresses, info.kv_address or "by engine"
         )
 
         await stop.wait()
-        log.info("draining")
+        log.info("%s drains", process.instance_id)
         await discovery.unregister()
         await worker.drain(process.drain_s)
-    log.info("stopped")
 
 
 def main() -> None:
@@ -113,10 +137,19 @@ def main() -> None:
     )
     try:
         uvloop.run(run(process))
-    except* OperatorError as group:  # a task group wraps what is raised in it
-        for exc in group.exceptions:
-            log.critical("%s", exc)  # `deploy.launch` looks for it
+    except* OperatorError as group:  # task groups wrap what is raised in them
+        for line in dict.fromkeys(map(str, leaves(group))):  # instances tend to fail alike
+            log.critical("%s", line)  # `deploy.launch` looks for it
         sys.exit(1)
+
+
+def leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
+    """The errors themselves, however deep they are wrapped."""
+    for exc in group.exceptions:
+        if isinstance(exc, BaseExceptionGroup):
+            yield from leaves(exc)
+        else:
+            yield exc
 
 
 if __name__ == "__main__":

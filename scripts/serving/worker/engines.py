@@ -34,6 +34,8 @@ def load_engine(process: WorkerProcess) -> tuple[BlockEngine | TransferringEngin
     )
     if config.backend == "tensorrt_llm":
         return _tensorrt_llm(process, manifest), card
+    if config.backend == "mock":
+        return _mock(process, manifest), card
     return _torch(process, manifest), card
 
 
@@ -69,4 +71,18 @@ def _tensorrt_llm(process: WorkerProcess, manifest: EngineManifest) -> Transferr
         role=process.role,
         instance_id=process.instance_id,
         engine=process.engine,
+    )
+
+
+def _mock(process: WorkerProcess, manifest: EngineManifest) -> TransferringEngine:
+    from serving.engine.mock import MockEngine
+
+    assert process.mock is not None, "whoever wrote the file knew the engine"
+    return MockEngine(
+        Path(process.engine_dir),
+        manifest,
+        role=process.role,
+        instance_id=process.instance_id,
+        engine=process.engine,
+        timing=process.mock,
     )

@@ -121,3 +121,6 @@ class EngineHandover(Handover):
 
     def submit(self, request: EngineRequest) -> None:
         self._engine.submit(request)
+
+    def release(self, request_id: str) -> None:
+        self._engine.release(request_id)

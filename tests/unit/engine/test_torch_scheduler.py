@@ -181,3 +181,14 @@ def test_failed_step_stores_nothing(new: Arrivals) -> None:
     assert books.pool.stored_hashes() == set()
     assert books.pool.num_held == 0
     books.check_integrity()
+
+
+def test_what_is_cached_does_not_count_as_queued(new: Arrivals) -> None:
+    """Routers send a prompt where it costs least: a cached one waiting is no long queue."""
+    books = scheduler(max_batch_size=1)
+    books.add(new(9, tokens=list(range(9)), max_tokens=2))
+    step(books)
+    books.add(new(9, tokens=list(range(9))))
+    assert books.load().queued_tokens == 1
+    books.add(new(7))
+    assert books.load().queued_tokens == 8

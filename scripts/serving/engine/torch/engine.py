@@ -20,7 +20,13 @@ from pathlib import Path
 import torch
 
 from serving import block_hash
-from serving.engine.base import BlockEngine, EngineLoad, EngineSpec, StepSink
+from serving.engine.base import (
+    BlockEngine,
+    EngineLoad,
+    EngineSpec,
+    StepSink,
+    require_runnable,
+)
 from serving.engine.torch.block_pool import BlockPool
 from serving.engine.torch.guidance import Guides
 from serving.engine.torch.host_blocks import HostBlocks, open_host_blocks
@@ -29,7 +35,7 @@ from serving.engine.torch.kv_access import TorchKvBlocks
 from serving.engine.torch.model_runner import Launched, ModelRunner
 from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
 from serving.engine.torch.sequence import Chunk, Sequence
-from serving.errors import EngineFailed, InvalidRequest, OperatorError
+from serving.errors import EngineFailed, OperatorError
 from serving.protocol import (
     BlocksRemoved,
     BlocksStored,
@@ -177,7 +183,7 @@ class TorchEngine(BlockEngine):
         """Raises InvalidRequest if this engine can never run it, EngineFailed if it is broken."""
         if self._broken or self._closing:
             raise EngineFailed(self._broken or "the engine is closing")
-        self._check(request)
+        require_runnable(request, self._limits.max_model_len, self._runner.vocab_size)
         sequence = Sequence(request, next(self._arrivals), self._root, self._limits.block_size)
         self._guides.begin(sequence, lambda: self.on_loop(lambda: self._compiled(sequence)))
         return sequence
@@ -209,35 +215,6 @@ class TorchEngine(BlockEngine):
     def on_loop(self, callback: Callable[[], object]) -> None:
         """Run `callback` on the event loop soon; may be called from the compute thread."""
         self._loop.call_soon_threadsafe(callback)
-
-    def _check(self, request: EngineRequest) -> None:
-        tokens, limits = request.token_ids, self._limits
-        if not 1 <= request.num_prompt_tokens <= len(tokens):
-            raise InvalidRequest("the prompt is empty", code="empty_prompt")
-        if len(tokens) + 1 > limits.max_model_len:
-            raise InvalidRequest(
-                f"{len(tokens)} tokens leave no room for output: the context is "
-                f"{limits.max_model_len} tokens",
-                code="context_length_exceeded",
-            )
-        if min(tokens) < 0 or max(tokens) >= self._runner.vocab_size:
-            raise InvalidRequest(
-                f"token ids must be below {self._runner.vocab_size}", code="invalid_token"
-            )
-        if any(
-            not 0 <= token < self._runner.vocab_size for token, _ in request.sampling.logit_bias
-        ):
-            raise InvalidRequest(
-                f"token ids must be below {self._runner.vocab_size}",
-                param="logit_bias",
-                code="invalid_token",
-            )
-        if request.sampling.max_tokens <= len(tokens) - request.num_prompt_tokens:
-            raise InvalidRequest(
-                f"max_tokens {request.sampling.max_tokens} leaves nothing to generate",
-                param="max_tokens",
-                code="invalid_max_tokens",
-            )
 
     # --- the compute thread --------------------------------------------------------------------
 

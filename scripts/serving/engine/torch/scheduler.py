@@ -62,6 +62,7 @@ class Scheduler:
             raise InvalidRequest(f"request id {request_id} is in use", code="duplicate_request")
         if len(self.waiting) >= self.limits.max_waiting:
             raise Overloaded(f"{len(self.waiting)} requests are waiting in this worker")
+        sequence.num_uncached = self._num_uncached(sequence)
         self._live[request_id] = sequence
         self.waiting.append(sequence)
 
@@ -239,7 +240,7 @@ class Scheduler:
         return EngineLoad(
             num_running=len(self.running) + len(self.reserved),
             num_waiting=len(self.waiting),
-            queued_tokens=sum(len(s.tokens) for s in self.waiting) + partly,
+            queued_tokens=sum(s.num_uncached for s in self.waiting) + partly,
             active_blocks=self.pool.num_held,
             cached_blocks=self.pool.num_cached,
             num_blocks=self.pool.num_blocks,
@@ -261,6 +262,16 @@ class Scheduler:
         assert all(id(s) in running for s in self._computing.values()), "stale computing entry"
 
     # --- admission and room --------------------------------------------------------------------
+
+    def _num_uncached(self, sequence: Sequence) -> int:
+        """Tokens that it will have to compute, as far as can be said when it arrives."""
+        num_tokens = len(sequence.tokens)
+        if sequence.is_reservation:
+            return 1
+        if sequence.wants_prompt_logprobs:
+            return num_tokens
+        hashes = sequence.block_hashes((num_tokens - 1) // self.limits.block_size)
+        return num_tokens - self.pool.num_stored(hashes) * self.limits.block_size
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
         """Whether a running request is about to store the next block that this one needs."""
@@ -356,6 +367,7 @@ class Scheduler:
         self._free(sequence)
         sequence.num_computed = sequence.num_scheduled = sequence.num_stored = 0
         sequence.num_tabled = sequence.num_readable = 0
+        sequence.num_uncached = len(sequence.tokens)
         sequence.state = State.WAITING
         sequence.on_settled = None  # fetched KV is gone: this worker computes it
         bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)

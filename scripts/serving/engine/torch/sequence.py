@@ -76,6 +76,7 @@ class Sequence:
     num_unknown: int = 0
     num_readable: int = 0  # computed in steps that are over, so that a transfer may read their KV
     num_stored: int = 0
+    num_uncached: int = 0  # tokens to be computed, as it looked when it arrived
     num_cached: int | None = None  # set at the first admission, told with the first output
     told_cached: bool = False
     in_flight: int = 0  # steps under way that it is part of: blocks must outlive them

@@ -1,0 +1,136 @@
+"""How long the mock engine takes: the functions themselves, and the engine on a virtual clock."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from serving.config import MockConfig
+from serving.engine.mock_timing import Work, step_seconds, transfer_seconds, work_of
+from serving.engine.torch.sequence import Chunk, Sequence
+from serving.protocol import EngineRequest, KvTransferParams, SamplingParams
+from unit.engine.mock_rig import LAYOUT, Rig, on_virtual_time, prompt
+
+TIMING = MockConfig(
+    prefill_tokens_per_s=1000,
+    prefill_pair_s=1e-6,
+    step_s=0.01,
+    step_sequence_s=0.001,
+    step_context_token_s=1e-5,
+    transfer_bytes_per_s=1e6,
+    transfer_latency_s=0.5,
+    host_bytes_per_s=1e6,
+)
+
+
+def test_step_time_is_the_sum_of_its_parts() -> None:
+    work = Work(prefill_tokens=100, prefill_pairs=2000, num_decodes=4, context_tokens=300)
+    assert step_seconds(TIMING, work) == pytest.approx(0.01 + 0.1 + 0.002 + 0.004 + 0.003)
+    assert step_seconds(TIMING, Work(num_decodes=1)) == pytest.approx(0.011)
+    assert step_seconds(TIMING, Work(), host_bytes=1000) == pytest.approx(0.001)
+    assert step_seconds(TIMING, Work()) == 0.0
+
+
+def test_transfer_time_is_latency_and_bytes() -> None:
+    assert transfer_seconds(TIMING, 250_000) == pytest.approx(0.75)
+    assert transfer_seconds(TIMING, 0) == 0.0
+
+
+def test_speedup_divides_all_times() -> None:
+    fast = MockConfig(step_s=0.01, transfer_bytes_per_s=1e6, speedup=10)
+    assert step_seconds(fast, Work(num_decodes=10)) == pytest.approx(0.0011)
+    assert transfer_seconds(fast, 1000) == pytest.approx(1e-4)
+
+
+def test_zero_rates_and_zero_delay_take_exactly_nothing() -> None:
+    work = Work(10**6, 10**9, 100, 10**6)
+    free = MockConfig(prefill_tokens_per_s=0, step_s=0, step_sequence_s=0, transfer_bytes_per_s=0)
+    assert step_seconds(free, work, 10**9) == 10**9 / free.host_bytes_per_s
+    assert transfer_seconds(free, 10**9) == 0.0
+    assert step_seconds(MockConfig(zero_delay=True, step_s=9), work, 10**9) == 0.0
+    assert transfer_seconds(MockConfig(zero_delay=True, transfer_latency_s=9), 10**9) == 0.0
+
+
+def test_work_tells_prefill_from_decode() -> None:
+    sequence = Sequence(EngineRequest("r", [5] * 20, 20, SamplingParams(max_tokens=9)), 0, 0, 8)
+    last_of_prompt = Chunk(sequence, 19, 1, samples=True)
+    chunks = [Chunk(sequence, 4, 3, samples=False), last_of_prompt, Chunk(sequence, 20, 1, True)]
+    assert work_of(chunks) == Work(4, (4 + 5 + 6) + 19, 1, 20)
+
+
+def test_engine_takes_the_time_of_its_steps(tmp_path: Path) -> None:
+    """100 tokens in chunks of 32, then four more tokens: each time is exact."""
+    timing = MockConfig(prefill_tokens_per_s=1000, step_s=0.01, step_sequence_s=0.001)
+
+    async def main() -> None:
+        async with Rig(tmp_path, timing, max_num_batched_tokens=32) as rig:
+            rig.submit("r", prompt(100), 5)
+            await rig.end_of("r")
+            assert rig.began["r"] == pytest.approx(4 * 0.01 + 0.1)
+            assert rig.ended["r"] == pytest.approx(rig.began["r"] + 4 * 0.011)
+            rig.submit("again", prompt(100), 1)
+            start = rig.ended["r"]
+            await rig.end_of("again")
+            assert rig.last("again").cached_tokens == 96
+            assert rig.ended["again"] - start == pytest.approx(0.01 + 4 / 1000)
+
+    on_virtual_time(main())
+
+
+def test_late_timers_do_not_add_up(tmp_path: Path) -> None:
+    """A loop whose timers are each 1 ms late still makes 1000 steps of 1 ms in about 1 s."""
+
+    class Late:
+        def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+            self._call_at = loop.call_at
+
+        def __call__(self, when, action, *more):  # type: ignore[no-untyped-def]
+            return self._call_at(when + 0.001, action, *more)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        timing = MockConfig(prefill_tokens_per_s=0, step_s=0.001, step_sequence_s=0)
+        async with Rig(tmp_path, timing, max_model_len=2048) as rig:
+            loop.call_at = Late(loop)  # type: ignore[method-assign]
+            rig.submit("r", prompt(4), 1000)
+            await rig.end_of("r")
+            assert rig.ended["r"] == pytest.approx(1.0, abs=0.003)
+
+    on_virtual_time(main())
+
+
+def test_prefill_holds_and_decode_waits_for_the_transfer(tmp_path: Path) -> None:
+    """Two prompts of 64 tokens: their transfers follow each other over the decoder's one link."""
+    num_bytes = 8 * LAYOUT.block_bytes
+    timing = MockConfig(
+        prefill_tokens_per_s=0, step_s=0.01, step_sequence_s=0, transfer_bytes_per_s=num_bytes
+    )
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with (
+            Rig(tmp_path, timing, role="prefill") as source,
+            Rig(tmp_path, timing, role="decode") as target,
+        ):
+            for name, first in (("a", 1), ("b", 2)):
+                source.submit(name, prompt(64, first), 4, phase="prefill")
+            await source.end_of("a", "b")
+            assert loop.time() == pytest.approx(0.01)
+            assert source.engine.load().active_blocks == 16
+            for name, first in (("a", 1), ("b", 2)):
+                params = source.last(name).kv_transfer_params
+                assert isinstance(params, KvTransferParams)
+                tokens = prompt(64, first) + source.tokens(name)
+                more = {"phase": "decode", "kv_transfer_params": params, "num_prompt": 64}
+                target.submit(name, tokens, 4, **more)
+            await target.end_of("a", "b")
+            assert target.began["a"] == pytest.approx(0.01 + 1 + 0.01)
+            assert target.began["b"] == pytest.approx(0.01 + 2 + 0.01)
+            assert target.last("b").finish_reason == "length"
+            assert target.outputs["a"][0].cached_tokens == 64
+            stats = target.engine.transfers
+            assert (stats.transfers, stats.bytes_received) == (2, 2 * num_bytes)
+            assert stats.failures == stats.local_prefills == 0
+            assert source.engine.load().active_blocks == 0
+            assert source.engine.load().cached_blocks == 16
+
+    on_virtual_time(main())

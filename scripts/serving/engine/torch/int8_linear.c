@@ -1,7 +1,7 @@
 /* out[m][n] = scale[n] * unit[m] * sum_k weight[n][k] * q[m][k] + bias[n], where
    x[m][k] ~ unit[m] * q[m][k] and q has 16 bits: int8 weights are read once, as they are stored.
 
-   Compiled for x86-64 with AVX2 by `int8_kernel.py`, which says how it is used. Each of the eight
+   Compiled for x86-64 with AVX2 by `cpu_kernels.py`, which says how it is used. Each of the eight
    32-bit lanes adds up K / 8 products of at most 127 * largest; the caller keeps `largest` low
    enough for its K. */
 

@@ -360,7 +360,7 @@ class KvTransferConfig(_Section, frozen=True):
     chunk_bytes: Annotated[
         Positive | None,
         Meta(
-            description="Largest message in bytes; larger requests are pipelined. Default: 8 MiB, between GPUs 128 MiB."
+            description="Largest message in bytes; larger requests are pipelined. Default: 8 MiB, between GPUs 256 MiB."
         ),
     ] = None
 

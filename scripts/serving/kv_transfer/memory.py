@@ -41,7 +41,8 @@ class Plan:
 
 HOST = Plan(chunk_bytes=8 << 20, least_bytes=8 << 20, depth=2, num_buffers=16)
 # A message between GPUs costs about 0.1 ms whatever its size: as long as 32 MiB take over NVLink.
-GPU = Plan(chunk_bytes=128 << 20, least_bytes=32 << 20, depth=4, num_buffers=8)
+# Of all sizes and depths tried on two H100, the fastest for 1k, 8k and 32k tokens of an 8B model.
+GPU = Plan(chunk_bytes=256 << 20, least_bytes=32 << 20, depth=2, num_buffers=4)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The torch engine on CPU, in float32 and int8, against `transformers` `generate` and llama.cpp.
 
     python tests/benchmarks/engine_cpu.py [--engine-dir DIR] [--int8-dir DIR] [--gguf FILE]
-                                          [--quick] [--threads N]
+                                          [--quick] [--threads N] [--cases b1,b8,512,ttft]
 
 All run in this process, in turns (A B A B), on the same fresh random prompts and with the same
 number of threads; medians are compared. Prefill is the time to one token of every prompt; decode
@@ -201,8 +201,12 @@ async def main() -> None:
     parser.add_argument("--int8-dir", type=Path, help="int8; default: the newest built")
     parser.add_argument("--gguf", type=Path, help="for llama.cpp; default: the bundled model")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cases", default="b1,b8,512,ttft", help="which of these to measure")
     parser.add_argument("--quick", action="store_true", help="fewer tokens and repeats")
     args = parser.parse_args()
+    cases = args.cases.split(",")
+    if unknown := set(cases) - {*PROMPT_LENGTHS, "ttft"}:
+        parser.error(f"no such cases: {', '.join(sorted(unknown))}")
     engine_dir = find_engine(args.engine_dir)
     int8_dir = find_engine(args.int8_dir, "int8")
     torch.set_num_threads(args.threads)
@@ -218,13 +222,16 @@ async def main() -> None:
         await engine.start()
     try:
         for case in PROMPT_LENGTHS:
-            await measure(contenders, case, decode_tokens, repeats)
-        for dtype, engine in engines.items():
-            await measure_prefix_hit(engine, dtype, repeats)
+            if case in cases:
+                await measure(contenders, case, decode_tokens, repeats)
+        if "ttft" in cases:
+            for dtype, engine in engines.items():
+                await measure_prefix_hit(engine, dtype, repeats)
     finally:
         for engine in engines.values():
             await engine.close()
-    await measure_host_tier(engine_dir, args.threads, repeats)
+    if "ttft" in cases:
+        await measure_host_tier(engine_dir, args.threads, repeats)
 
 
 if __name__ == "__main__":

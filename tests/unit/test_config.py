@@ -197,3 +197,10 @@ def test_mock_engine_needs_neither_weights_nor_gpus() -> None:
         ({"mock": {"step_s": -1}}, "mock.step_s"),
     ):
         assert refusal(raw).key == key
+
+
+@pytest.mark.parametrize("other", [{"device": "cuda"}, {"backend": "tensorrt_llm"}])
+def test_int8_is_for_the_torch_engine_on_cpu(other: dict[str, Any]) -> None:
+    error = refusal({"engine": {"dtype": "int8", **other}})
+    assert error.key == "engine.dtype"
+    assert "engine.device: cpu" in error.remedy

@@ -53,6 +53,10 @@ def engine_fingerprint(config: Config) -> str:
         "versions": package_versions(),
         "gpus": gpu_names() if device == "cuda" else [],
     }
+    if parts["dtype"] == "int8":
+        # Compiled into the engine, so new ones are a new engine.
+        sources = sorted((PACKAGE / "engine" / "torch").glob("*.c"))
+        parts["kernels"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
     if config.engine.backend == "tensorrt_llm":
         parts["tensorrt_llm"] = _tensorrt_llm_parts(config, device)
     text = json.dumps(parts, sort_keys=True)

@@ -153,6 +153,7 @@ def test_folder_that_refuses_sockets_is_told(tmp_path: Path) -> None:
     [
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "float32", 135 * 10**6 * 4),
         ("Qwen/Qwen2.5-0.5B-Instruct", "bfloat16", 10**9),
+        ("Qwen/Qwen2.5-0.5B-Instruct", "int8", 5 * 10**8),
         ("org/nameless", "float32", None),
         ("org/Mixtral-8x7B", "float32", None),
     ],

@@ -36,6 +36,7 @@ def of(**sections: Any) -> str:
         {"model": {"revision": "main"}},
         {"model": {"source": "hub"}},
         {"engine": {"dtype": "bfloat16"}},
+        {"engine": {"dtype": "int8"}},
         {"engine": {"block_size": 32}},
         {"engine": {"device": "cuda"}},
     ],
@@ -242,6 +243,25 @@ def test_auto_uses_a_gpu_that_torch_can_use(
     monkeypatch.setattr(fingerprint, "has_gpu", lambda: gpu)
     monkeypatch.setattr(fingerprint, "package_versions", lambda: {"torch": torch})
     assert (resolve_device(Config()), resolve_dtype(Config())) == (device, dtype)
+
+
+def test_int8_is_refused_where_a_gpu_would_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "has_gpu", lambda: True)
+    monkeypatch.setattr(fingerprint, "package_versions", lambda: {"torch": "2.13.0"})
+    with pytest.raises(ConfigError) as failure:
+        resolve_dtype(parse({"engine": {"dtype": "int8"}}))
+    assert failure.value.key == "engine.dtype"
+    assert "engine.device: cpu" in failure.value.remedy
+    assert resolve_dtype(parse({"engine": {"dtype": "int8", "device": "cpu"}})) == "int8"
+
+
+def test_new_kernels_are_a_new_int8_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before, exact = of(engine={"dtype": "int8"}), of()
+    monkeypatch.setattr(fingerprint, "PACKAGE", tmp_path)
+    assert of(engine={"dtype": "int8"}) != before
+    assert of() == exact
 
 
 def test_asking_imports_no_heavy_library() -> None:

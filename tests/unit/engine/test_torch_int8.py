@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from serving.config import EngineConfig, ModelConfig
 from serving.deploy.model import fetch_model
 from serving.engine.manifest import EngineManifest, load_manifest
-from serving.engine.torch import int8_kernel, int8_weights, lean_layers, packed_linear
-from serving.engine.torch.attention import PagedStep, SequenceSpan
+from serving.engine.torch import cpu_kernels, int8_weights, lean_layers, packed_linear
+from serving.engine.torch.attention import AttentionOptions, PagedStep, SequenceSpan
 from serving.engine.torch.build import build_engine
-from serving.engine.torch.int8_kernel import Int8Kernel
+from serving.engine.torch.cpu_kernels import CpuKernels
 from serving.engine.torch.int8_weights import Int8Embedding, Int8Linear
+from serving.engine.torch.kv_pool import KvPool
 from serving.engine.torch.model_runner import ModelRunner
 from serving.errors import ModelError
+from serving.kv_layout import KvLayout
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -43,15 +45,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the compiled kernel."""
     folder = tmp_path_factory.mktemp("kernel")
     lines: list[str] = []
-    int8_kernel.build(folder, lines.append)
-    if not int8_kernel.library(folder).exists():
+    cpu_kernels.build(folder, lines.append)
+    if not cpu_kernels.library(folder).exists():
         pytest.skip(lines[0])
     return folder
 
 
 @pytest.fixture
-def kernel(compiled: Path) -> Int8Kernel:
-    loaded = int8_kernel.load(compiled)
+def kernels(compiled: Path) -> CpuKernels:
+    loaded = cpu_kernels.load(compiled)
     assert loaded is not None
     return loaded
 
@@ -60,7 +62,7 @@ def layer(way: str, request: pytest.FixtureRequest, *linears: Int8Linear) -> tor
     """The linears as one layer, computed in one of the ways there are."""
     parent = torch.nn.Module()
     parent.gate_proj, parent.up_proj = linears if len(linears) == 2 else (linears[0], None)
-    chosen = request.getfixturevalue("kernel") if way == "kernel" else None
+    chosen = request.getfixturevalue("kernels") if way == "kernel" else None
     if way == "widened":
         request.getfixturevalue("monkeypatch").setattr(
             packed_linear, "can_pack_int8", lambda: False
@@ -150,13 +152,13 @@ def test_siblings_are_computed_as_one(way: str, request: pytest.FixtureRequest) 
     assert relative(layer(way, request, first, second)(x), expected) < 5e-4
 
 
-def test_kernel_uses_several_threads_and_agrees_with_one(kernel: Int8Kernel) -> None:
+def test_kernel_uses_several_threads_and_agrees_with_one(kernels: CpuKernels) -> None:
     stored, x = linear(2000, 600), torch.randn(5, 600)
     threads, outs = torch.get_num_threads(), []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            outs.append(kernel.linear(x, stored.weight, stored.scale, None))
+            outs.append(kernels.linear(x, stored.weight, stored.scale, None))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*outs)
@@ -168,13 +170,13 @@ def test_library_that_does_not_load_or_is_wrong_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert int8_kernel.load(tmp_path) is None  # none was compiled
-    int8_kernel.library(tmp_path).write_bytes(b"\x7fELF")
-    assert int8_kernel.load(tmp_path) is None
-    assert "does not work here" in caplog.text
-    shutil.copyfile(int8_kernel.library(compiled), int8_kernel.library(tmp_path))
-    monkeypatch.setattr(int8_kernel, "largest_activation", lambda depth: 3.0)
-    assert int8_kernel.load(tmp_path) is None
+    assert cpu_kernels.load(tmp_path) is None  # none was compiled
+    cpu_kernels.library(tmp_path).write_bytes(b"\x7fELF")
+    assert cpu_kernels.load(tmp_path) is None
+    assert "do not work here" in caplog.text
+    shutil.copyfile(cpu_kernels.library(compiled), cpu_kernels.library(tmp_path))
+    monkeypatch.setattr(cpu_kernels, "largest_activation", lambda depth: 3.0)
+    assert cpu_kernels.load(tmp_path) is None
     assert "off by" in caplog.text
 
 
@@ -183,7 +185,7 @@ def test_machine_without_a_compiler_says_so(
 ) -> None:
     lines: list[str] = []
     monkeypatch.setenv("PATH", str(tmp_path))
-    int8_kernel.build(tmp_path, lines.append)
+    cpu_kernels.build(tmp_path, lines.append)
     assert not list(tmp_path.iterdir())
     assert "apt install gcc" in lines[0] or "x86-64" in lines[0]
 
@@ -193,10 +195,64 @@ def test_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Monke
     compiler.write_text("#!/bin/sh\necho 'cc1: no space left' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(int8_kernel, "_is_suitable", lambda: True)
+    monkeypatch.setattr(cpu_kernels, "_is_suitable", lambda: True)
     lines: list[str] = []
-    int8_kernel.build(tmp_path, lines.append)
-    assert lines == ["no int8 kernel, decode is slower: cc1: no space left"]
+    cpu_kernels.build(tmp_path, lines.append)
+    assert lines == ["no compiled kernels, decode is slower: cc1: no space left"]
+
+
+# --- attention ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 1, 11])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size"), [(6, 2, 64, 16), (4, 4, 16, 8), (9, 3, 80, 16)]
+)
+def test_attention_in_place_is_that_over_gathered_blocks(
+    kernels: CpuKernels,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block_size: int,
+    window: int | None,
+) -> None:
+    layout = KvLayout(3, kv_heads, dim, block_size, "float32")
+    ends = [70, 33, 32, 9, 1]
+    # Blocks in no order, as many as each needs.
+    free = torch.randperm(40, generator=torch.Generator().manual_seed(0)).add(1).tolist()
+    spans = [
+        SequenceSpan([free.pop() for _ in range(layout.num_blocks(end))], end - 1, 1)
+        for end in ends
+    ]
+    outs = []
+    for given in (kernels, None):
+        pool = KvPool(layout, 40, "cpu", given)
+        assert (pool.kernels is None) == (given is None)
+        pool.tensor.copy_(
+            torch.randn(pool.tensor.shape, generator=torch.Generator().manual_seed(1))
+        )
+        generator = torch.Generator().manual_seed(2)
+        query, key, value = (
+            torch.randn((count, len(ends), dim), generator=generator)
+            for count in (heads, kv_heads, kv_heads)
+        )
+        options = AttentionOptions(dim**-0.5, window, None, None)
+        outs.append(PagedStep(pool, spans, []).attend(1, query, key, value, options))
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_that_the_kernels_do_not_know_is_gathered(kernels: CpuKernels) -> None:
+    assert KvPool(KvLayout(1, 1, 64, 8, "bfloat16"), 2, "cpu", kernels).kernels is None
+    assert KvPool(KvLayout(1, 1, 20, 8, "float32"), 2, "cpu", kernels).kernels is None
+    outs = []
+    for given in (kernels, None):
+        pool = KvPool(KvLayout(1, 2, 16, 8, "float32"), 4, "cpu", given)
+        q, k, v = (torch.linspace(-2, 2, count * 16).view(count, 1, 16) for count in (4, 2, 2))
+        step = PagedStep(pool, [SequenceSpan([2], 0, 1)], [])
+        capped = step.attend(0, q, k, v, AttentionOptions(1.0, None, 5.0, None))
+        sinking = step.attend(0, q, k, v, AttentionOptions(1.0, None, None, torch.ones(4)))
+        outs.append(torch.stack([capped, sinking]))
+    assert torch.equal(*outs)
 
 
 # --- engines -----------------------------------------------------------------------------------
@@ -258,7 +314,7 @@ def test_transformers_does_not_take_the_numbers_for_weights(int8_engine: Path) -
 def test_model_that_int8_cannot_hold_is_refused(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8_kernel, "build", lambda folder, progress: None)
+    monkeypatch.setattr(cpu_kernels, "build", lambda folder, progress: None)
     model = Path(shutil.copytree(original, tmp_path / "model"))
     weights = load_file(model / "model.safetensors")
     for name, weight in weights.items():

@@ -86,7 +86,8 @@ class SequenceSpan:
 class _Part:
     """Sequences attended together: a bucket of decodes, or one prefill chunk.
 
-    `rows[layer]` are the block rows to gather: keys of all sequences, then values.
+    `table` has the blocks of each sequence; `rows[layer]` are the block rows to gather: keys of all
+    sequences, then values.
     """
 
     tokens: slice
@@ -94,6 +95,7 @@ class _Part:
     lengths: np.ndarray  # KV length of each sequence
     longest: int
     first_position: int  # of the first query token; prefill only
+    table: np.ndarray
     rows: torch.Tensor
 
 
@@ -111,7 +113,9 @@ class PagedStep:
         self._writes = self._write_rows([*decodes, *chunks])
         self._parts: list[_Part] = []
         first = 0
-        for size in _bucket_sizes([s.end for s in decodes]):
+        # Where nothing is gathered, nothing is padded.
+        one_part = [len(decodes)] if pool.kernels and decodes else None
+        for size in one_part or _bucket_sizes([s.end for s in decodes]):
             self._add_part(decodes[first : first + size], slice(first, first + size))
             first += size
         for span in chunks:
@@ -170,7 +174,9 @@ class PagedStep:
         rows = rows.reshape(self._layout.num_layers, -1)  # keys of all blocks, then values
         device_rows = torch.from_numpy(rows).to(self._device)
         self._parts.append(
-            _Part(tokens, len(spans), lengths, int(lengths.max()), spans[0].start, device_rows)
+            _Part(
+                tokens, len(spans), lengths, int(lengths.max()), spans[0].start, table, device_rows
+            )
         )
 
     def _gather(
@@ -189,7 +195,12 @@ class PagedStep:
         self, layer: int, index: int, query: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
         """One query token per sequence. Grouped heads become query rows: K, V are not expanded."""
-        part = self._parts[index]
+        part, kernels = self._parts[index], self._pool.kernels
+        if kernels and options.softcap is None and options.sinks is None:
+            return kernels.decode_attention(
+                query.transpose(0, 1).contiguous(), self._pool.tensor, layer, part.table,
+                part.lengths, scaling=options.scaling, window=options.window,
+            )  # fmt: skip
         key, value = self._gather(layer, part, query.dtype)
         num_heads, num_sequences, dim = query.shape
         grouped = query.transpose(0, 1).reshape(num_sequences, key.shape[1], -1, dim)

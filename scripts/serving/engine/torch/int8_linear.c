@@ -1,7 +1,7 @@
 /* out[m][n] = scale[n] * unit[m] * sum_k weight[n][k] * q[m][k] + bias[n], where
    x[m][k] ~ unit[m] * q[m][k] and q has 16 bits: int8 weights are read once, as they are stored.
 
-   Compiled for x86-64 with AVX2 by `int8_kernel.py`, which says how it is used. Each of the eight
+   Compiled for x86-64 with AVX2 by `cpu_kernels.py`, which says how it is used. Each of the eight
    32-bit lanes adds up K / 8 products of at most 127 * largest; the caller keeps `largest` low
    enough for its K. */
 
@@ -89,12 +89,18 @@ static void multiply(const Product *p, int64_t first, int64_t last) {
 }
 
 static void quantize(const float *x, int16_t *q, float *unit, int64_t depth, float largest) {
-    float top = 0.0f;
-    for (int64_t k = 0; k < depth; k++) top = fmaxf(top, fabsf(x[k]));
+    __m256 tops = _mm256_setzero_ps();
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    int64_t k = 0;
+    for (; k + 8 <= depth; k += 8)
+        tops = _mm256_max_ps(tops, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + k)));
+    float lanes[8], top = 0.0f;
+    _mm256_storeu_ps(lanes, tops);
+    for (int i = 0; i < 8; i++) top = fmaxf(top, lanes[i]);
+    for (; k < depth; k++) top = fmaxf(top, fabsf(x[k]));
     *unit = top / largest;
     float factor = top > 0.0f ? largest / top : 0.0f;
-    int64_t k = 0;
-    for (; k + STEP <= depth; k += STEP) {
+    for (k = 0; k + STEP <= depth; k += STEP) {
         __m256 f = _mm256_set1_ps(factor);
         __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k), f));
         __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + k + 8), f));

@@ -16,6 +16,7 @@ import torch
 from serving.kv_layout import KvLayout
 
 if TYPE_CHECKING:
+    from serving.engine.torch.cpu_kernels import CpuKernels
     from serving.engine.torch.kv_copy import BlockCopies
 
 # Types that turn what is beyond their range into NaN, and their largest number. Keys and values are
@@ -26,10 +27,12 @@ _MAX = {torch.float8_e4m3fn: 448.0}
 class KvPool:
     """`tensor` is `[1 + num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
 
-    Block 0 stays zero: it pads block tables.
+    Block 0 stays zero: it pads block tables. `kernels`, if any, attend to blocks in place.
     """
 
-    def __init__(self, layout: KvLayout, num_blocks: int, device: str) -> None:
+    def __init__(
+        self, layout: KvLayout, num_blocks: int, device: str, kernels: CpuKernels | None = None
+    ) -> None:
         self.layout = layout
         shape = (num_blocks + 1, *layout.block_shape)
         # Zeros, because padding and the unused rest of a block are read (and masked).
@@ -41,6 +44,7 @@ class KvPool:
         self.block_rows = rows.view(-1, row)
         self.token_rows = rows.view(-1, layout.num_kv_heads, layout.head_dim)
         self._bytes = self.tensor.view(num_blocks + 1, -1).view(torch.uint8)
+        self.kernels = kernels if kernels and kernels.can_attend(self.tensor) else None
         self._copies: BlockCopies | None = None
         if self.tensor.is_cuda:
             from serving.engine.torch.kv_copy import BlockCopies

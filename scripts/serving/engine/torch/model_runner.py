@@ -12,8 +12,8 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from serving.engine.torch import (
+    cpu_kernels,
     dummy_weights,
-    int8_kernel,
     int8_weights,
     lean_layers,
     packed_linear,
@@ -127,9 +127,12 @@ class ModelRunner:
         config = self._model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._kernels: cpu_kernels.CpuKernels | None = None
         if packed_linear.can_pack(device, torch_dtype):
-            kernel = int8_kernel.load(engine_dir) if dtype in WEIGHT_ONLY_DTYPES else None
-            log.info("packed %d linear layers", packed_linear.pack_linears(self._model, kernel))
+            if dtype in WEIGHT_ONLY_DTYPES:
+                self._kernels = cpu_kernels.load(engine_dir)
+            count = packed_linear.pack_linears(self._model, self._kernels)
+            log.info("packed %d linear layers", count)
         if dtype in WEIGHT_ONLY_DTYPES:
             log.info("%s", lean_layers.rewrite(self._model))
         self.layout = self._probe(block_size, kv_cache_dtype)
@@ -158,7 +161,7 @@ class ModelRunner:
                 f"({least * self.layout.token_bytes / 2**20:.0f} MiB), or lower engine.max_model_len",
             )
         try:
-            self.pool = KvPool(self.layout, num_blocks, str(self.device))
+            self.pool = KvPool(self.layout, num_blocks, str(self.device), self._kernels)
         except RuntimeError as exc:  # torch says so when memory is not to be had
             size = tokens * self.layout.token_bytes / 2**20
             raise OperatorError(

@@ -6,7 +6,7 @@ noticeable cost per call, and a column-major copy is read faster (1.4x of plain,
 it is made where memory is plentiful. Layers that read the same input are joined. The plain weight
 goes, except where a tied embedding still needs it.
 
-Int8 weights stay as they are where the engine has its compiled kernel; without it they are packed in
+Int8 weights stay as they are where the engine has compiled kernels; without them they are packed in
 FBGEMM's order, and where there is no FBGEMM either, widened to float32.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear as plain_linear
 
-from serving.engine.torch.int8_kernel import Int8Kernel, KernelLinear
+from serving.engine.torch.cpu_kernels import CpuKernels
 from serving.engine.torch.int8_weights import Int8Linear
 
 log = logging.getLogger(__name__)
@@ -117,6 +117,27 @@ class PackedInt8Linear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
 
+class KernelLinear(nn.Module):
+    """A linear layer of the compiled kernels, over int8 weights as they are stored."""
+
+    def __init__(
+        self,
+        kernels: CpuKernels,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self._in_features = weight.shape
+        self._multiply, self._bias = kernels.linear, bias
+        self._weight, self._scale = weight.contiguous(), scale.contiguous()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self._in_features).contiguous()
+        out = self._multiply(rows, self._weight, self._scale, self._bias)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
 class Siblings:
     """Several linears packed as one; the outputs for one input are computed once and split."""
 
@@ -163,13 +184,13 @@ def can_pack_int8() -> bool:
     )
 
 
-def pack_linears(model: nn.Module, kernel: Int8Kernel | None = None) -> int:
+def pack_linears(model: nn.Module, kernels: CpuKernels | None = None) -> int:
     """Replace every plain `nn.Linear` and `Int8Linear` in place; returns how many there were.
 
-    `kernel` multiplies int8 weights; without it torch's libraries do.
+    `kernels` multiply int8 weights; without them torch's libraries do.
     """
     linears = [module for module in model.modules() if _is_plain(module)]
-    if kernel is None and any(type(module) is Int8Linear for module in linears):
+    if kernels is None and any(type(module) is Int8Linear for module in linears):
         if can_pack_int8():
             # FBGEMM's packing reads it; other engines here cannot multiply float32 by int8.
             torch.backends.quantized.engine = "fbgemm"
@@ -179,7 +200,7 @@ def pack_linears(model: nn.Module, kernel: Int8Kernel | None = None) -> int:
     copies = num_bytes < psutil.virtual_memory().available * _COPY_SHARE
 
     def pack(linears: list[nn.Linear | Int8Linear]) -> nn.Module:
-        return _packed(linears, kernel, copies=copies)
+        return _packed(linears, kernels, copies=copies)
 
     for parent in list(model.modules()):
         for names in _SIBLINGS:
@@ -201,18 +222,18 @@ def _is_plain(module: object) -> TypeGuard[nn.Linear | Int8Linear]:
 
 
 def _packed(
-    linears: list[nn.Linear | Int8Linear], kernel: Int8Kernel | None, *, copies: bool
+    linears: list[nn.Linear | Int8Linear], kernels: CpuKernels | None, *, copies: bool
 ) -> nn.Module:
     """One layer with the outputs of all, one after the other."""
     biases: list[torch.Tensor] = [x.bias for x in linears if x.bias is not None]
     bias = torch.cat(biases) if biases else None
     int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
-    if int8 and (kernel is not None or can_pack_int8()):
+    if int8 and (kernels is not None or can_pack_int8()):
         # A lone layer keeps its tensor, which a tied embedding may share.
         weight = torch.cat([x.weight for x in int8]) if len(int8) > 1 else int8[0].weight
         scale = torch.cat([linear.scale for linear in int8])
-        if kernel is not None:
-            return KernelLinear(kernel, weight, scale, bias)
+        if kernels is not None:
+            return KernelLinear(kernels, weight, scale, bias)
         return PackedInt8Linear(weight, scale, bias)
     weights = [x.plain_weight() if isinstance(x, Int8Linear) else x.weight for x in linears]
     return PackedLinear(torch.cat(weights), bias, for_single_rows=copies)

@@ -126,11 +126,11 @@ def _load_packed(source: Source, staging: Path, dtype: str) -> PreTrainedModel:
 
     if dtype not in WEIGHT_ONLY_DTYPES:
         return load_model(staging, source.config, torch.float32, local_files_only=True)
-    from serving.engine.torch import int8_kernel, int8_weights, packed_linear
+    from serving.engine.torch import cpu_kernels, int8_weights, packed_linear
 
     model: Any = int8_weights.load(staging)
     if packed_linear.can_pack("cpu", torch.float32):
-        packed_linear.pack_linears(model, int8_kernel.load(staging))
+        packed_linear.pack_linears(model, cpu_kernels.load(staging))
     packed: PreTrainedModel = model
     return packed
 
@@ -148,12 +148,12 @@ def _save(model: PreTrainedModel, staging: Path, dtype: str, progress: Progress)
     empty: Any = GenerationConfig
     loaded.generation_config = empty()
     if dtype in WEIGHT_ONLY_DTYPES:
-        from serving.engine.torch import int8_kernel, int8_weights
+        from serving.engine.torch import cpu_kernels, int8_weights
 
         share = int8_weights.quantize(model)
         progress(f"{share:.0%} of the weights are in linear layers and now {dtype}")
         int8_weights.save(model, staging)
-        int8_kernel.build(staging, progress)
+        cpu_kernels.build(staging, progress)
     else:
         loaded.to(getattr(torch, dtype)).save_pretrained(staging)
 

@@ -33,8 +33,11 @@ from serving.errors import ConfigError
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def engine_fingerprint(config: Config) -> str:
@@ -190,7 +193,7 @@ def gpu_names(root: Path = Path("/")) -> list[str]:
 
 def package_versions() -> dict[str, str]:
     """Installed versions of what shapes the artefact; `missing` for what is not there."""
-    return {package: _version_of(package) for package in _PACKAGES}
+    return {package: _version_of(package) for package in PACKAGES}
 
 
 def _version_of(package: str) -> str:

@@ -255,9 +255,7 @@ def test_int8_is_refused_where_a_gpu_would_be_used(monkeypatch: pytest.MonkeyPat
     assert resolve_dtype(parse({"engine": {"dtype": "int8", "device": "cpu"}})) == "int8"
 
 
-def test_new_kernels_are_a_new_int8_engine(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_new_kernels_are_a_new_int8_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before, exact = of(engine={"dtype": "int8"}), of()
     monkeypatch.setattr(fingerprint, "PACKAGE", tmp_path)
     assert of(engine={"dtype": "int8"}) != before

@@ -155,7 +155,9 @@ def build(folder: Path, progress: Progress) -> None:
     if not _is_suitable():
         progress("no compiled kernels: they are for x86-64 CPUs with AVX2; decode is slower")
     elif compiler is None:
-        progress("no compiled kernels, decode is slower: no C compiler (apt install gcc, then build again)")
+        progress(
+            "no compiled kernels, decode is slower: no C compiler (apt install gcc, then build again)"
+        )
     else:
         target = library(folder)
         command = [compiler, *_FLAGS, "-o", str(target), *map(str, _SOURCES), "-lm"]

@@ -83,6 +83,6 @@ async def test_short_transfers_use_smaller_chunks_on_a_gpu() -> None:
     staging = Staging(LAYOUT, None, GpuInHostMemory(), lambda _: None)
     mib = (1 << 20) // BLOCK
     sizes = [staging.chunk_blocks(True, n * mib) // mib for n in (8, 128, 256, 1024, 4096)]
-    assert sizes == [32, 32, 64, 128, 128]
+    assert sizes == [32, 64, 128, 256, 256]
     assert staging.chunk_blocks(False, 4096 * mib) * BLOCK == HOST.chunk_bytes
     assert GPU.depth <= GPU.num_buffers

@@ -26,10 +26,16 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 if __name__ == "__main__":
     sys.path.insert(0, str(SCRIPTS))
 
-from serving.kv_layout import KvLayout  # noqa: E402
+from serving.kv_layout import BlocksInPlace, KvLayout, PoolMemory  # noqa: E402
 from serving.kv_transfer import make_transfer  # noqa: E402
 from serving.kv_transfer.base import KvTransfer, Progress  # noqa: E402
-from serving.kv_transfer.gpu_memory import HANDLE_BYTES, CudaError, Gpu, GpuBuffer  # noqa: E402
+from serving.kv_transfer.gpu_memory import (  # noqa: E402
+    HANDLE_BYTES,
+    CudaError,
+    Gpu,
+    GpuBuffer,
+    Mapping,
+)
 from serving.kv_transfer.link import Carrier  # noqa: E402
 from serving.kv_transfer.staging import host_pages  # noqa: E402
 from serving.protocol import KvTransferParams  # noqa: E402
@@ -56,6 +62,8 @@ class Held:
         self.pause_s = 0.0
         self.error: Exception | None = None
         self.reading = threading.Event()
+        self.memory: PoolMemory | None = None
+        self.num_lent = 0
 
     def open(self, request_id: str, nonce: str) -> int:
         if request_id not in self.requests:
@@ -83,8 +91,41 @@ class Held:
         target = host_view(out).reshape(-1, blocks.shape[1])
         target[:] = blocks[first : first + len(target)]
 
+    @contextmanager
+    def lend(self, request_id: str, first: int, count: int) -> Iterator[list[int]]:
+        raise AssertionError("it has no pool")
+
     def done(self, request_id: str) -> None:
         self.done_with.append(request_id)
+
+
+class HeldInPool(Held):
+    """The same blocks in one pool, in another order, to be read in place."""
+
+    def __init__(self, **requests: Blocks) -> None:
+        super().__init__(**requests)
+        count = sum(map(len, requests.values()))
+        order = np.random.default_rng(7).permutation(count).tolist()
+        self.ids = {name: [order.pop() for _ in blocks] for name, blocks in requests.items()}
+        self.pool = np.zeros((max(1, count), LAYOUT.block_bytes), np.uint8)
+        for name, blocks in requests.items():
+            self.pool[self.ids[name]] = blocks
+        self.memory = PoolMemory(self.pool.ctypes.data, self.pool.nbytes)
+
+    @contextmanager
+    def lend(self, request_id: str, first: int, count: int) -> Iterator[list[int]]:
+        self.reading.set()
+        if self.error:
+            raise self.error
+        ids = self.ids[request_id][first : first + count]
+        self.num_lent += count
+        try:
+            yield ids
+        finally:
+            self.num_lent -= count
+
+    def read(self, request_id: str, first: int, out: Any) -> None:
+        raise AssertionError("a copy of what can be read in place")
 
 
 class Got:
@@ -95,7 +136,7 @@ class Got:
         self.calls: list[tuple[int, int]] = []
         self.pause_s = 0.0
         self.error: Exception | None = None
-        self.on_gpu = False
+        self.on_gpu = self.in_place = False
         self.started, self.ended = threading.Event(), threading.Event()
 
     def __call__(self, first: int, data: Any) -> None:
@@ -103,6 +144,7 @@ class Got:
         self.ended.clear()
         self.started.set()
         self.on_gpu = isinstance(data, GpuBuffer)
+        self.in_place = isinstance(data, BlocksInPlace)
         piece = host_view(data).reshape(-1, self.blocks.shape[1])
         time.sleep(self.pause_s)
         if self.error:
@@ -114,6 +156,11 @@ class Got:
 
 def host_view(buffer: Any) -> Blocks:
     """The bytes of a staging buffer; those of the stand-in for a GPU lie in host memory."""
+    if isinstance(buffer, BlocksInPlace):
+        block_bytes = buffer.nbytes // len(buffer.block_ids)
+        rows = int(buffer.block_ids.max()) + 1
+        whole = (ctypes.c_uint8 * (rows * block_bytes)).from_address(buffer.address)
+        return np.frombuffer(whole, np.uint8).reshape(rows, -1)[buffer.block_ids].reshape(-1)
     if isinstance(buffer, GpuBuffer):
         buffer = (ctypes.c_uint8 * buffer.nbytes).from_address(buffer.address)
     return np.frombuffer(buffer, dtype=np.uint8)
@@ -134,6 +181,14 @@ class GpuInHostMemory(Gpu):
     def export(self, buffer: GpuBuffer) -> bytes:
         return os.urandom(HANDLE_BYTES)
 
+    def export_at(self, address: int) -> tuple[bytes, int]:
+        if not self.maps:
+            raise CudaError("memory of a kind that is not shared")
+        return os.urandom(HANDLE_BYTES), 0
+
+    def map(self, handle: bytes, offset: int) -> Mapping:
+        raise CudaError("no peer access")
+
     def try_to_map(self, handle: bytes) -> None:
         if not self.maps:
             raise CudaError("no peer access")
@@ -143,9 +198,19 @@ class GpuInHostMemory(Gpu):
 
 
 def transfer(name: Any, layout: KvLayout = LAYOUT, **changed: Any) -> KvTransfer:
-    """`ucx-gpu` is UCX between two stand-ins for a GPU."""
+    """`ucx-gpu` is UCX between two stand-ins for a GPU, `tcp-gpu` TCP, which reaches none."""
     options = {"host": "127.0.0.1", "chunk_bytes": 1 << 20, "connect_s": 5.0, "transfer_s": 20.0}
     options.update(changed)
+    if name == "tcp-gpu":
+        from serving.kv_transfer.tcp import TcpTransfer
+
+        class TcpStandIn(TcpTransfer):
+            gpu = GpuInHostMemory()
+
+            def _gpu(self) -> Gpu:
+                return self.gpu
+
+        return TcpStandIn(layout, **options)
     if name != "ucx-gpu":
         return make_transfer(name, layout, **options)
     from serving.kv_transfer.ucx import UcxCarrier, UcxTransfer

@@ -363,6 +363,12 @@ class KvTransferConfig(_Section, frozen=True):
             description="Largest message in bytes; larger requests are pipelined. Default: 8 MiB, between GPUs 256 MiB."
         ),
     ] = None
+    in_place: Annotated[
+        bool,
+        Meta(
+            description="Between GPUs of one host, let decode workers read blocks straight from the prefill worker's pool (CUDA IPC), whatever the transport (torch engine)."
+        ),
+    ] = True
 
 
 class EtcdConfig(_Section, frozen=True):

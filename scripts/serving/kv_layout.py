@@ -8,6 +8,8 @@ whatever the engine's pool looks like inside.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 
@@ -53,3 +55,21 @@ class KvLayout(Struct, frozen=True):
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` occupy, the last one possibly in part."""
         return -(-num_tokens // self.block_size)
+
+
+class PoolMemory(NamedTuple):
+    """An engine's blocks on a GPU: block `i` lies at `address + i * block_bytes`, in wire order."""
+
+    address: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class BlocksInPlace:
+    """Blocks `block_ids` of another worker's pool that is mapped at `address`, instead of a buffer
+    that holds them one after the other. `owner` keeps the mapping."""
+
+    address: int
+    block_ids: Any  # int32 numpy array
+    nbytes: int
+    owner: object

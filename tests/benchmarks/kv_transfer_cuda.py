@@ -1,10 +1,12 @@
 """KV from GPU to GPU: `kv_transfer.py --device cuda` runs this. Needs two GPUs, torch, ucxx.
 
 Two processes, one GPU each (the other one visible, as in a deployment), KV pools of the
-Llama-3-8B shape with shuffled blocks. What is timed is a pull: control messages, gather on the
-source's GPU, transport, scatter on the other GPU. Contents are compared afterwards. Rows:
+Llama-3-8B shape with shuffled blocks. What is timed is a pull: control messages, and all it takes
+until every block is where it belongs. Contents are compared afterwards. Rows:
 
-- `transfer 1k cuda`, `8k`, `32k`: against a `torch` copy of as many bytes between the two GPUs.
+- `transfer 1k cuda`, `8k`, `32k`: blocks read in place, as a deployment does, against a `torch` copy
+  of as many bytes between the two GPUs.
+- `staged 1k cuda`, `8k`, `32k`: gather on the source's GPU, UCX, scatter on the other GPU.
 - `nixl packed 8k`: the same over NIXL, where it is installed.
 - `nixl per block 8k`: NIXL reading every layer of every block by itself (64 KiB each) without
   staging, and `nixl per whole block 8k` (2 MiB each), as our pool happens to lie in memory.
@@ -44,7 +46,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 import torch  # noqa: E402
 from kv_ends import Held, host_view, params, transfer  # noqa: E402
 from serving.engine.torch.kv_pool import KvPool  # noqa: E402
-from serving.kv_layout import KvLayout  # noqa: E402
+from serving.kv_layout import BlocksInPlace, KvLayout  # noqa: E402
 from serving.kv_transfer import memory  # noqa: E402
 from serving.kv_transfer.gpu_memory import GpuBuffer  # noqa: E402
 from serving.kv_transfer.nixl import nixl_module  # noqa: E402
@@ -80,9 +82,10 @@ class End:
         self.order = (shuffled + 1).tolist()
         self.spans: list[tuple[str, float, float]] = []
 
-    def transfer(self, name: str, chunk_bytes: int | None = None) -> Any:
+    def transfer(self, name: str, *, in_place: bool = False) -> Any:
         kind = "ucx-gpu" if self.dry and name == "ucx" else name
-        return transfer(kind, LAYOUT, chunk_bytes=chunk_bytes, device=self.device, transfer_s=30.0)
+        options = {"chunk_bytes": None, "transfer_s": 30.0, "in_place": in_place}
+        return transfer(kind, LAYOUT, device=self.device, **options)
 
     def blocks_of(self, tokens: int) -> int:
         return LAYOUT.num_blocks(tokens) // (64 if self.dry else 1) or 1
@@ -91,7 +94,8 @@ class End:
         """Between the pool and a staging buffer; remembers when."""
         started = time.monotonic()
         blocks = self.order[first : first + data.nbytes // LAYOUT.block_bytes]
-        buffer = host_view(data) if self.dry and isinstance(data, GpuBuffer) else data
+        on_gpu = isinstance(data, GpuBuffer | BlocksInPlace)
+        buffer = host_view(data) if self.dry and on_gpu else data
         (self.pool.gather if kind == "gather" else self.pool.scatter)(blocks, buffer)
         self.spans.append((kind, started, time.monotonic()))
 
@@ -132,12 +136,17 @@ class Source(Held):
     def __init__(self, end: End) -> None:
         super().__init__()
         self._end = end
+        self.memory = end.pool.memory
 
     def open(self, request_id: str, nonce: str) -> int:
         return self._end.num_blocks
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         self._end.copy("gather", first, out)
+
+    @contextmanager
+    def lend(self, request_id: str, first: int, count: int) -> Iterator[list[int]]:
+        yield self._end.order[first : first + count]
 
 
 def set_plan(chunk_mib: int, depth: int) -> None:
@@ -179,9 +188,9 @@ async def serve(options: argparse.Namespace) -> None:
         try:
             match question:
                 case {"open": name, "as": key, **plan}:
-                    if plan:
+                    if "depth" in plan:
                         set_plan(plan["chunk_mib"], plan["depth"])
-                    open_transfers[key] = end.transfer(name)
+                    open_transfers[key] = end.transfer(name, in_place="in_place" in plan)
                     await open_transfers[key].serve(Source(end))
                     tell({"address": open_transfers[key].address})
                 case {"close": key}:
@@ -325,13 +334,32 @@ class Bench:
         fields |= {"unit": "GB/s", "ms": round(1e3 * seconds, 3), "best_ms": round(1e3 * best_s, 3)}
         return fields | {"bytes": num_bytes, **more}
 
-    async def transfers(self, sizes: list[str], suffix: str = "") -> None:
+    async def read_in_place(self, sizes: list[str], suffix: str = "") -> None:
+        """Every prompt as a deployment moves it."""
+        opened = await self.child.ask({"open": "ucx", "as": "pool", "in_place": True})
+        puller = self.end.transfer("ucx", in_place=True)
+        try:
+            for size in sizes:
+                name = f"transfer {size} cuda{suffix}"
+
+                async def one(size: str = size, name: str = name) -> None:
+                    row = await self.measure(puller, opened["address"], size)
+                    tell({"name": name, **row, "route": puller.route})
+                    if "in place" not in puller.route:
+                        self.doubts.append(f"{name} went over {puller.route}")
+
+                await self.attempt(name, one)
+        finally:
+            await puller.close()
+            await self.child.ask({"close": "pool"})
+
+    async def staged(self, sizes: list[str], suffix: str = "") -> None:
         """Every prompt over UCX, then when each chunk of one of them was where."""
         opened = await self.child.ask({"open": "ucx", "as": "ucx"})
         puller = self.end.transfer("ucx")
         try:
             for size in sizes:
-                name = f"transfer {size} cuda{suffix}"
+                name = f"staged {size} cuda{suffix}"
 
                 async def one(size: str = size, name: str = name) -> None:
                     row = await self.measure(puller, opened["address"], size)
@@ -501,7 +529,9 @@ async def run(options: argparse.Namespace) -> list[str]:
         with source(options, log) as child:
             bench = Bench(options, child)
             await child.ask()
-            await bench.transfers(only, " isolated" if options.no_limit else "")
+            suffix = " isolated" if options.no_limit else ""
+            await bench.read_in_place(only, suffix)
+            await bench.staged(only, suffix)
             if not options.only:
                 if nixl_module():
                     await bench.attempt("nixl packed 8k", bench.nixl_packed)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ if __name__ == "__main__":
 import msgspec  # noqa: E402
 from kv_ends import line_of, process, pulling, serving  # noqa: E402
 from serving.engine.torch.kv_pool import KvPool  # noqa: E402
-from serving.kv_layout import KvLayout  # noqa: E402
+from serving.kv_layout import BlocksInPlace, KvLayout  # noqa: E402
 from serving.kv_transfer.base import Progress  # noqa: E402
 from serving.protocol import KvTransferParams  # noqa: E402
 from unit.engine.torch_rig import (  # noqa: E402
@@ -65,6 +66,13 @@ class Exports:
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         self._kv.read(request_id, first, out)
+
+    @property
+    def memory(self) -> Any:
+        return self._kv.memory
+
+    def lend(self, request_id: str, first: int, count: int) -> Any:
+        return self._kv.lend(request_id, first, count)
 
     def done(self, request_id: str) -> None:
         self._kv.release(request_id)
@@ -118,7 +126,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("tiny") / "llama")
 
 
-async def check_hand_over(model: Path, device: str, route: str) -> None:
+async def check_hand_over(model: Path, device: str, route: str, *, in_place: bool) -> None:
     """All prompts at once; the answers are those of one engine that does it all."""
     prompts = random_prompts(LENGTHS)
     expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
@@ -128,7 +136,8 @@ async def check_hand_over(model: Path, device: str, route: str) -> None:
             layout = engine.spec.kv_layout
             assert layout is not None
             chunk_bytes = 3 * layout.block_bytes
-            async with pulling("ucx", layout, chunk_bytes=chunk_bytes, device=device) as end:
+            options = {"chunk_bytes": chunk_bytes, "device": device, "in_place": in_place}
+            async with pulling("ucx", layout, **options) as end:
 
                 async def one(index: int, told: dict[str, Any]) -> None:
                     held = msgspec.convert(told["params"], KvTransferParams)
@@ -157,9 +166,14 @@ async def check_hand_over(model: Path, device: str, route: str) -> None:
 
 
 @needs_two
-async def test_tokens_continue_on_another_gpu_over_cuda_ipc(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("in_place", "route"), [(True, "cuda_ipc, in place"), (False, "cuda_ipc")], ids=str
+)
+async def test_tokens_continue_on_another_gpu_over_cuda_ipc(
+    model: Path, in_place: bool, route: str
+) -> None:
     pytest.importorskip("ucxx", reason="UCX for Python (ucxx) is not installed")
-    await check_hand_over(model, "cuda", "cuda_ipc")
+    await check_hand_over(model, "cuda", route, in_place=in_place)
 
 
 @needs_gpu
@@ -177,6 +191,26 @@ def test_gathered_blocks_are_those_asked_for_and_scatter_puts_them_elsewhere() -
         assert torch.equal(other.tensor[places], pool.tensor[blocks])
         rest = [block for block in range(41) if block not in places]
         assert not other.tensor[rest].any()
+
+
+@needs_gpu
+@pytest.mark.parametrize("head_dim", [16, 1, 1024], ids=["odd", "tiny", "large"])
+def test_blocks_are_fetched_from_another_pool(head_dim: int) -> None:
+    """Sizes below, between and above what a program copies at a time."""
+    layout = KvLayout(
+        num_layers=3, num_kv_heads=3, head_dim=head_dim, block_size=8, dtype="float32"
+    )
+    pool, other = (KvPool(layout, 40, "cuda") for _ in range(2))
+    pool.tensor[1:].normal_()
+    blocks, places = [7, 3, 40, 12, 1], [2, 9, 1, 33, 5]
+    torch.cuda.synchronize()
+    assert pool.memory is not None
+    num_bytes = len(blocks) * layout.block_bytes
+    ids = np.array(blocks, np.int32)
+    other.scatter(places, BlocksInPlace(pool.memory.address, ids, num_bytes, pool))
+    assert torch.equal(other.tensor[places], pool.tensor[blocks])
+    rest = [block for block in range(41) if block not in places]
+    assert not other.tensor[rest].any()
 
 
 @needs_gpu

@@ -67,7 +67,7 @@ class TestUcxOnGpu(TransferContract):
         async with serving("ucx", Held(a=blocks)) as source, pulling("ucx") as end:
             await pull_all(end, source.address, "a", blocks)
             puller: Any = end._puller  # type: ignore[attr-defined]
-            puller._is_within_reach = lambda _: _true()
+            puller._ways = lambda _: _staged()
             puller._staging._on_gpu = puller._staging.pool(False)
             for link in puller._idle[source.address]:
                 link.on_gpu = True
@@ -75,8 +75,8 @@ class TestUcxOnGpu(TransferContract):
                 await end.pull(params(source.address, "a", 4), 0, 4, Got(blocks))
 
 
-async def _true() -> bool:
-    return True
+async def _staged() -> tuple[bool, bool]:
+    return True, False
 
 
 async def test_short_transfers_use_smaller_chunks_on_a_gpu() -> None:

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,11 @@ class Held:
         target = np.frombuffer(out, dtype=np.uint8)
         count = target.size // LAYOUT.block_bytes
         target[:] = self._blocks[first : first + count].reshape(-1)
+
+    memory = None
+
+    def lend(self, request_id: str, first: int, count: int) -> AbstractContextManager[list[int]]:
+        raise KeyError(request_id)
 
     def done(self, request_id: str) -> None:
         """Nothing to free: the process ends with its input."""

@@ -9,13 +9,13 @@ on a thread of its own calls the sink on the loop.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, Protocol
 
 from msgspec import Struct
 
 from serving.errors import InvalidRequest
-from serving.kv_layout import KvLayout
+from serving.kv_layout import KvLayout, PoolMemory
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, Tier
 
 
@@ -143,6 +143,14 @@ class KvBlocks(Protocol):
         Safe from any thread: they are immutable, and kept until this returns. Raises KeyError when
         they are not there (any more).
         """
+
+    @property
+    def memory(self) -> PoolMemory | None:
+        """Where all blocks are, if that is one piece of a GPU's memory."""
+
+    def lend(self, request_id: str, first: int, count: int) -> AbstractContextManager[list[int]]:
+        """Ids of computed blocks in `memory`, which keep their contents until the context ends.
+        Safe from any thread. Raises KeyError as `read` does, ValueError beyond the prompt."""
 
     def release(self, request_id: str) -> None:
         """The decode worker has them (or never will): unpin the blocks; they stay cached."""

@@ -17,10 +17,11 @@ def make_transfer(
     connect_s: float,
     transfer_s: float,
     device: str = "cpu",
+    in_place: bool = True,
 ) -> KvTransfer:
     """The transport called `name` (`kv_transfer.transport`); its library loads in `serve`.
 
-    See `KvTransfer` for `chunk_bytes` and `device`.
+    See `KvTransfer` for `chunk_bytes`, `device` and `in_place`.
     """
     transport: type[KvTransfer]
     if name == "nixl":
@@ -36,4 +37,5 @@ def make_transfer(
         connect_s=connect_s,
         transfer_s=transfer_s,
         device=device,
+        in_place=in_place,
     )

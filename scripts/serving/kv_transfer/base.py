@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
-from serving.kv_layout import KvLayout
+from serving.kv_layout import KvLayout, PoolMemory
 from serving.protocol import KvTransferParams
 
 ChunkSink = Callable[[int, Any], None]
-"""`sink(first_block, data)`: whole blocks in wire order; `data` is reused after it returns.
-Called off the event loop's thread."""
+"""`sink(first_block, data)`: whole blocks in wire order, or `BlocksInPlace`; `data` is reused after
+it returns. Called off the event loop's thread."""
 
 
 class Progress(NamedTuple):
@@ -39,6 +40,14 @@ class BlockSource(Protocol):
     def read(self, request_id: str, first: int, out: Any) -> None:
         """Gather whole blocks into the writable buffer `out`. Called off the event loop's thread."""
 
+    @property
+    def memory(self) -> PoolMemory | None:
+        """Where all blocks are, if a peer on another GPU of this host could read them there."""
+
+    def lend(self, request_id: str, first: int, count: int) -> AbstractContextManager[list[int]]:
+        """Ids of blocks in `memory`, which keep their contents until the context ends. Raises
+        KeyError when they are not held (any more)."""
+
     def done(self, request_id: str) -> None:
         """The peer has everything."""
 
@@ -55,12 +64,14 @@ class KvTransfer(ABC):
         connect_s: float,
         transfer_s: float,
         device: str = "cpu",
+        in_place: bool = True,
     ) -> None:
         """`chunk_bytes` None: what suits the memory. `device` is where the engine's blocks are
-        (`cpu`, `cuda`, `cuda:1`)."""
+        (`cpu`, `cuda`, `cuda:1`). `in_place`: a peer on another GPU of this host may read them
+        where they are, whatever the transport."""
         self.layout = layout
         self.host = host
-        self.chunk_bytes, self.device = chunk_bytes, device
+        self.chunk_bytes, self.device, self.in_place = chunk_bytes, device, in_place
         self.connect_s, self.transfer_s = connect_s, transfer_s
 
     address: str

@@ -61,6 +61,18 @@ class GpuBuffer:
         }
 
 
+class Mapping:
+    """Another process's memory at `address` of this one; unmapped when nobody refers to it.
+
+    The memory stays allocated until then, even if its process is gone.
+    """
+
+    __slots__ = ("__weakref__", "address")
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+
 class Gpu:
     """One device, by its ordinal among the visible ones. Safe from any thread."""
 
@@ -100,19 +112,51 @@ class Gpu:
             self._call("cuIpcGetMemHandle", ctypes.byref(handle), address)
         return bytes(handle)
 
+    def export_at(self, address: int) -> tuple[bytes, int]:
+        """A handle of the allocation that holds `address`, and how far into it that is. Raises
+        CudaError, for example for memory that is mapped in pieces."""
+        base, size = ctypes.c_uint64(), ctypes.c_size_t()
+        with self._current():
+            self._call(
+                "cuMemGetAddressRange_v2",
+                ctypes.byref(base),
+                ctypes.byref(size),
+                ctypes.c_uint64(address),
+            )
+        whole = GpuBuffer(base.value, size.value, self.ordinal)
+        return self.export(whole), address - base.value
+
+    def map(self, handle: bytes, offset: int) -> Mapping:
+        """What lies `offset` bytes into the memory that another process exported. Raises CudaError
+        when it cannot be mapped here."""
+        address = ctypes.c_uint64()
+        with self._current():
+            self._check("cuIpcOpenMemHandle", self._open(address, handle))
+        mapping = Mapping(address.value + offset)
+        weakref.finalize(mapping, self._unmap, address.value).atexit = False
+        return mapping
+
     def try_to_map(self, handle: bytes) -> None:
         """Raises CudaError when memory that another process exported cannot be mapped here."""
         address = ctypes.c_uint64()
         with self._current():
-            result = self._cuda.cuIpcOpenMemHandle_v2(
-                ctypes.byref(address),
-                _IpcHandle.from_buffer_copy(handle),
-                ctypes.c_uint(_IPC_LAZY_PEER_ACCESS),
-            )
+            result = self._open(address, handle)
             if result == _ALREADY_MAPPED:
                 return
             self._check("cuIpcOpenMemHandle", result)
             self._call("cuIpcCloseMemHandle", address)
+
+    def _open(self, address: ctypes.c_uint64, handle: bytes) -> int:
+        result: int = self._cuda.cuIpcOpenMemHandle_v2(
+            ctypes.byref(address),
+            _IpcHandle.from_buffer_copy(handle),
+            ctypes.c_uint(_IPC_LAZY_PEER_ACCESS),
+        )
+        return result
+
+    def _unmap(self, address: int) -> None:
+        with self._current():
+            self._cuda.cuIpcCloseMemHandle(ctypes.c_uint64(address))
 
     def pin(self, pages: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Page-lock host memory until the array is gone: copies to and from the GPU get faster and

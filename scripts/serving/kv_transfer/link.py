@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from serving.kv_layout import KvLayout
-from serving.kv_transfer.gpu_memory import Gpu
+from serving.kv_transfer.gpu_memory import Gpu, Mapping
 from serving.kv_transfer.memory import Staging
 from serving.kv_transfer.staging import Buffer, Unsettled
 from serving.kv_transfer.wire import Connection, Hello
@@ -34,7 +34,10 @@ class Link(ABC):
     """
 
     on_gpu = False
-    """Whether the two ends' GPU memory is within reach of each other."""
+    """Whether the two ends' staging memory on GPUs is within reach of each other."""
+
+    pool: Mapping | None = None
+    """The blocks of the peer, where this side can read them in place."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -106,14 +109,10 @@ class Side:
     threads: ThreadPoolExecutor
     connect_s: float
     transfer_s: float
+    in_place: bool
 
     def staging(self) -> Staging:
         return Staging(self.layout, self.chunk_bytes, self.gpu, self.carrier.register)
-
-    @property
-    def shared_gpu(self) -> Gpu | None:
-        """The GPU, where the transport can reach it."""
-        return self.gpu if self.carrier.reaches_gpus else None
 
 
 async def finish(work: Awaitable[T]) -> T:

@@ -1,8 +1,9 @@
-"""Where blocks are staged: in host memory, or on the GPU where both ends can reach each other's.
+"""Where blocks are read from: the source's pool itself, or staging memory on GPUs, or in the host.
 
-Decided per peer, by trying: the source exports its staging memory, and the puller sees whether it
-can map it. Whatever the reason (another host, no peer access, a container of its own), the way
-through the host always works, and the log says which one is taken and why.
+Decided per peer, by trying: the source exports its pool (or else staging memory that UCX reaches),
+and the puller sees whether it can map it. Whatever the reason (another host, no peer access, a
+container of its own), the way through the host always works, and the log says which one is taken
+and why.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import asyncio
 import functools
 import logging
 import secrets
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving.kv_layout import KvLayout
-from serving.kv_transfer.gpu_memory import CudaError, Gpu, GpuBuffer
+from serving.kv_layout import KvLayout, PoolMemory
+from serving.kv_transfer.gpu_memory import CudaError, Gpu, GpuBuffer, Mapping
 from serving.kv_transfer.staging import Buffer, HostBuffer, StagingPool, host_pages
 from serving.kv_transfer.wire import SharedMemory
 
@@ -145,25 +147,51 @@ class Staging:
 class Reach:
     """Which peers' GPU memory this process can map. Asks the driver once per peer."""
 
-    def __init__(self, gpu: Gpu | None, staging: Staging) -> None:
-        self._gpu, self._staging = gpu, staging
-        self._known: dict[bytes, bool] = {}
+    def __init__(
+        self, gpu: Gpu | None, staging: Staging, *, can_stage: bool, in_place: bool
+    ) -> None:
+        """`can_stage`: whether the transport moves GPU memory. `in_place`: whether to ask for it."""
+        self._gpu, self._staging, self._can_stage = gpu, staging, can_stage
+        self._in_place = in_place
+        self._staged: dict[bytes, bool] = {}
+        # As long as a link refers to it: a mapping keeps the memory of a dead process.
+        self._pools: weakref.WeakValueDictionary[bytes, Mapping] = weakref.WeakValueDictionary()
 
     @property
     def mine(self) -> SharedMemory | None:
         """What a peer has to know before it shares its own."""
-        return None if self._gpu is None else SharedMemory(this_host(), this_process(), b"")
+        if self._gpu is None:
+            return None
+        return SharedMemory(this_host(), this_process(), b"", is_pool=self._in_place)
+
+    async def pool(self, address: str, theirs: SharedMemory | None) -> Mapping | None:
+        """The blocks of the peer at `address`, if they can be read in place."""
+        if self._gpu is None or theirs is None or not theirs.is_pool:
+            return None
+        if theirs.process == this_process():
+            return Mapping(theirs.address)
+        if (known := self._pools.get(theirs.handle)) is not None:
+            return known
+        try:
+            mapping = await asyncio.to_thread(self._gpu.map, theirs.handle, theirs.offset)
+        except CudaError as exc:
+            log.warning("KV from %s comes through host memory: %s", address, exc)
+            return None
+        log.info("KV from %s is read in place, from GPU to GPU", address)
+        return self._pools.setdefault(theirs.handle, mapping)
 
     async def includes(self, address: str, theirs: SharedMemory | None) -> bool:
-        """Whether blocks of the peer at `address` can come straight from its GPU to this one."""
-        if self._gpu is None:
+        """Whether blocks can be staged on both GPUs, that of the peer at `address` and this one."""
+        if self._gpu is None or not self._can_stage:
             return False
         if theirs is None or not theirs.handle:
             log.warning("KV from %s comes through host memory: its GPU shares none", address)
             return False
-        if theirs.handle not in self._known:
-            self._known[theirs.handle] = await self._try(self._gpu, address, theirs)
-        return self._known[theirs.handle]
+        if theirs.is_pool:
+            return False  # `pool` told why
+        if theirs.handle not in self._staged:
+            self._staged[theirs.handle] = await self._try(self._gpu, address, theirs)
+        return self._staged[theirs.handle]
 
     async def _try(self, gpu: Gpu, address: str, theirs: SharedMemory) -> bool:
         try:
@@ -177,14 +205,40 @@ class Reach:
         return True
 
 
-async def offer(
-    gpu: Gpu | None, staging: Staging, theirs: SharedMemory | None
-) -> SharedMemory | None:
-    """What the source tells a peer that said where `theirs` is; None where they cannot meet."""
-    if gpu is None or theirs is None or theirs.host != this_host():
-        return None
-    try:
-        return SharedMemory(this_host(), this_process(), await staging.share())
-    except CudaError as exc:
-        log.warning("KV leaves through host memory: %s", exc)
-        return None
+class Offers:
+    """What the source tells of its memory to a peer that said where its own is."""
+
+    def __init__(
+        self, gpu: Gpu | None, staging: Staging, pool: PoolMemory | None, *, can_stage: bool
+    ) -> None:
+        """`pool` None: blocks are not to be read in place."""
+        self._gpu, self._staging, self._can_stage = gpu, staging, can_stage
+        self._pool = self._exported(pool)
+
+    @property
+    def has_pool(self) -> bool:
+        return self._pool is not None
+
+    async def to(self, theirs: SharedMemory | None) -> SharedMemory | None:
+        """None where the two cannot meet."""
+        if self._gpu is None or theirs is None or theirs.host != this_host():
+            return None
+        if self._pool is not None and theirs.is_pool:
+            return self._pool
+        if not self._can_stage:
+            return None
+        try:
+            return SharedMemory(this_host(), this_process(), await self._staging.share())
+        except CudaError as exc:
+            log.warning("KV leaves through host memory: %s", exc)
+            return None
+
+    def _exported(self, pool: PoolMemory | None) -> SharedMemory | None:
+        if self._gpu is None or pool is None:
+            return None
+        try:
+            handle, offset = self._gpu.export_at(pool.address)
+        except CudaError as exc:
+            log.warning("KV is staged, since the pool's memory cannot be shared: %s", exc)
+            return None
+        return SharedMemory(this_host(), this_process(), handle, True, offset, pool.address)

@@ -7,18 +7,21 @@ import functools
 import itertools
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 import msgspec
+import numpy as np
 
 from serving.errors import KvTransferFailed
+from serving.kv_layout import BlocksInPlace
 from serving.kv_transfer.base import ChunkSink, Progress
-from serving.kv_transfer.link import Link, Side, finish, stop
+from serving.kv_transfer.link import SETTLE_S, Link, Side, finish, stop
 from serving.kv_transfer.memory import Reach
 from serving.kv_transfer.staging import Buffer, Lease
 from serving.kv_transfer.wire import (
+    MAX_BLOCKS_IN_PLACE,
     WIRE_VERSION,
     Computed,
     Connection,
@@ -31,6 +34,8 @@ from serving.kv_transfer.wire import (
     Received,
     Refusal,
     Refused,
+    Stop,
+    Stopped,
     chunk_ranges,
 )
 from serving.protocol import KvTransferParams
@@ -44,9 +49,15 @@ class Puller:
     def __init__(self, side: Side) -> None:
         self._side = side
         self._staging = side.staging()
-        self._reach = Reach(side.shared_gpu, self._staging)
+        self._reach = Reach(
+            side.gpu,
+            self._staging,
+            can_stage=side.carrier.reaches_gpus,
+            in_place=side.in_place,
+        )
         self.route = ""
         self._idle: dict[str, list[Link]] = {}
+        self._leaving: set[asyncio.Task[object]] = set()
         self._running: set[asyncio.Timeout] = set()
         self._none_running = asyncio.Event()
         self._none_running.set()
@@ -136,27 +147,82 @@ class Puller:
             if not deadline.expired():
                 deadline.reschedule(now)
         await self._none_running.wait()
-        for link in [link for links in self._idle.values() for link in links]:
-            await self._discard(link)
+        links = [link for links in self._idle.values() for link in links]
         self._idle.clear()
+        for link in links:
+            link.connection.watch(None)
+        for link in links:
+            await self._discard(link)
+        await asyncio.gather(*self._leaving)
 
     async def _pull(self, address: str, request: Pull, sink: ChunkSink) -> None:
-        on_gpu = await self._is_within_reach(address)
+        on_gpu, in_place = await self._ways(address) if request.num_blocks else (False, False)
+        if in_place:
+            end = request.first_block + request.num_blocks
+            pieces = chunk_ranges(request.first_block, request.num_blocks, MAX_BLOCKS_IN_PLACE)
+            for first, count in pieces:
+                piece = msgspec.structs.replace(
+                    request,
+                    first_block=first,
+                    num_blocks=count,
+                    in_place=True,
+                    more_follows=request.more_follows or first + count < end,
+                )
+                await self._read_in_place(address, piece, sink)
+            return
         chunk_blocks = self._staging.chunk_blocks(on_gpu, request.num_blocks)
         request = msgspec.structs.replace(request, chunk_blocks=chunk_blocks, on_gpu=on_gpu)
         depth = min(self._staging.depth(on_gpu), -(-request.num_blocks // chunk_blocks))
         async with self._staging.pool(on_gpu).lease(depth) as lease:
-            link, granted = await self._ask(address, request, lease)
+            give_up = functools.partial(self._give_up, address, request, lease)
+            link, granted = await self._ask(address, request, give_up)
             self.route = granted.route
             try:
                 await self._fetch(link, request, granted, lease.buffers, sink)
                 await link.connection.send(Received())
             except BaseException:
-                await finish(self._give_up(address, link, request, lease))
+                await finish(give_up(link))
                 raise
             self._keep(address, link)
 
-    async def _give_up(self, address: str, link: Link, request: Pull, lease: Lease) -> None:
+    async def _read_in_place(self, address: str, request: Pull, sink: ChunkSink) -> None:
+        """Hand all blocks on where they are, in the source's pool. At most MAX_BLOCKS_IN_PLACE."""
+        give_up = functools.partial(self._stop_reading, address)
+        link, granted = await self._ask(address, request, give_up)
+        self.route = granted.route
+        try:
+            block_ids = np.frombuffer(granted.blocks, "<i4")
+            if len(block_ids) != request.num_blocks or link.pool is None:
+                raise ProtocolError(f"{len(block_ids)} blocks in place of {request.num_blocks}")
+            num_bytes = request.num_blocks * self._side.layout.block_bytes
+            blocks = BlocksInPlace(link.pool.address, block_ids, num_bytes, link.pool)
+            reading = asyncio.get_running_loop().run_in_executor(
+                self._side.threads, sink, request.first_block, blocks
+            )
+            await finish(reading)
+            # The source closes before it lets blocks go that were not received yet.
+            if not link.connection.quiet:
+                raise ConnectionResetError("the source let go of the blocks while they were read")
+            await link.connection.send(Received())
+        except BaseException:
+            await finish(give_up(link))
+            raise
+        self._keep(address, link)
+
+    async def _stop_reading(self, address: str, link: Link) -> None:
+        """After a grant of blocks in place, when they are not (all) wanted."""
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                await link.connection.send(Stop())
+                usable = isinstance(await link.connection.receive(), Stopped)
+        except OSError:  # a deadline is one, too
+            usable = False
+        if usable:
+            self._keep(address, link)
+        else:
+            await self._discard(link)
+
+    async def _give_up(self, address: str, request: Pull, lease: Lease, link: Link) -> None:
         """After a grant, when not everything arrived or was wanted."""
         if lease.buffers and await link.give_up(request.tag, lease.buffers[0]):
             self._keep(address, link)
@@ -194,11 +260,13 @@ class Puller:
         data = buffer[: count * self._side.layout.block_bytes]
         return asyncio.create_task(link.receive(tag, index, data), name="kv-receive"), data
 
-    async def _ask(self, address: str, request: Pull, lease: Lease) -> tuple[Link, Granted]:
+    async def _ask(
+        self, address: str, request: Pull, give_up: Callable[[Link], Awaitable[None]]
+    ) -> tuple[Link, Granted]:
         """A link on which the peer granted the request. Raises Refusal or OSError."""
         while True:
             link, reused = await self._take(address)
-            if link.on_gpu < request.on_gpu:
+            if link.on_gpu < request.on_gpu or (link.pool is not None) < request.in_place:
                 self._keep(address, link)
                 raise ConnectionError("another peer, whose GPU is out of reach, took its place")
             asking = asyncio.create_task(
@@ -208,7 +276,7 @@ class Puller:
                 reply = await finish(asking)
             except asyncio.CancelledError:
                 if asking.exception() is None and isinstance(asking.result(), Granted):
-                    await finish(self._give_up(address, link, request, lease))
+                    await finish(give_up(link))
                 else:
                     await self._discard(link)
                 raise
@@ -233,19 +301,22 @@ class Puller:
         except TimeoutError as exc:
             raise TimeoutError(f"no answer within {within_s:g} s") from exc
 
-    async def _is_within_reach(self, address: str) -> bool:
-        """Whether the peer's GPU is; a link to it knows."""
-        if self._side.shared_gpu is None:
-            return False
+    async def _ways(self, address: str) -> tuple[bool, bool]:
+        """Whether blocks can be staged on both GPUs, and whether they can be read in place; a link
+        to the peer knows."""
+        if self._side.gpu is None:
+            return False, False
         link, _ = await self._take(address)
         self._keep(address, link)
-        return link.on_gpu
+        return link.on_gpu, link.pool is not None
 
     async def _take(self, address: str) -> tuple[Link, bool]:
         """A link to the peer, and whether it was used before."""
         await self._sweep()
         if links := self._idle.get(address):
-            return links.pop(), True
+            link = links.pop()
+            link.connection.watch(None)
+            return link, True
         deadline = asyncio.timeout(self._side.connect_s)
         try:
             async with deadline:
@@ -265,6 +336,7 @@ class Puller:
             if (hello.version, hello.transport) != (WIRE_VERSION, carrier.scheme):
                 raise ProtocolError(f"it speaks {hello.transport} version {hello.version}")
             link = carrier.link(connection, hello)
+            link.pool = await self._reach.pool(address, hello.memory)
             link.on_gpu = await self._reach.includes(address, hello.memory)
             return link
         except BaseException:
@@ -283,6 +355,15 @@ class Puller:
 
     def _keep(self, address: str, link: Link) -> None:
         self._idle.setdefault(address, []).append(link)
+        link.connection.watch(functools.partial(self._ended, address, link))
+
+    def _ended(self, address: str, link: Link) -> None:
+        """An idle link whose peer left: at once, for it keeps the peer's memory."""
+        link.connection.watch(None)
+        self._idle[address].remove(link)
+        leaving = asyncio.create_task(self._discard(link), name="kv-leave")
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
 
     async def _sweep(self) -> None:
         """Close idle links whose peer is gone, and those beyond `MAX_IDLE_LINKS`."""
@@ -295,6 +376,8 @@ class Puller:
                 self._idle[address] = kept
             else:
                 del self._idle[address]
+        for link in gone:
+            link.connection.watch(None)
         for link in gone:
             await self._discard(link)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import socket
 from collections import deque
 
+import numpy as np
+
 from serving.kv_transfer.base import BlockSource
 from serving.kv_transfer.link import SETTLE_S, Link, Side, all_of, finish, stop
-from serving.kv_transfer.memory import offer
+from serving.kv_transfer.memory import Offers
 from serving.kv_transfer.staging import Buffer
 from serving.kv_transfer.wire import (
+    MAX_BLOCKS_IN_PLACE,
     MAX_CHUNKS,
     WIRE_VERSION,
     Computed,
@@ -38,6 +42,7 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 128
 ACCEPT_PAUSE_S = 0.1
+IN_PLACE = "cuda_ipc, in place"
 
 
 class BlockServer:
@@ -46,6 +51,12 @@ class BlockServer:
     def __init__(self, source: BlockSource, side: Side) -> None:
         self._source, self._side = source, side
         self._staging = side.staging()
+        self._offers = Offers(
+            side.gpu,
+            self._staging,
+            source.memory if side.gpu and side.in_place else None,
+            can_stage=side.carrier.reaches_gpus,
+        )
         self._listener: socket.socket | None = None
         self._serving: set[asyncio.Task[None]] = set()
 
@@ -122,7 +133,7 @@ class BlockServer:
         hello = await connection.receive()
         if not isinstance(hello, Hello):
             raise ProtocolError("no hello")
-        memory = await offer(self._side.shared_gpu, self._staging, hello.memory)
+        memory = await self._offers.to(hello.memory)
         mine = Hello(WIRE_VERSION, self._side.carrier.scheme, self._side.endpoint, memory)
         await connection.send(mine)
         if (hello.version, hello.transport) != (mine.version, mine.transport):
@@ -146,6 +157,9 @@ class BlockServer:
         except Refusal as refusal:
             await link.connection.send(Refused(str(refusal)))
             return
+        if pull.in_place:
+            await self._lend(pull, link.connection)
+            return
         await link.open()
         await link.connection.send(Granted(chunk_blocks, link.route(pull.on_gpu)))
         chunks = chunk_ranges(pull.first_block, pull.num_blocks, chunk_blocks)
@@ -162,6 +176,31 @@ class BlockServer:
         finally:
             await stop([listening])
         if received and not pull.more_follows:
+            self._source.done(pull.request_id)
+
+    async def _lend(self, pull: Pull, connection: Connection) -> None:
+        """Keep the blocks as they are while the peer reads them."""
+        with contextlib.ExitStack() as lending:
+            try:
+                lent = self._source.lend(pull.request_id, pull.first_block, pull.num_blocks)
+                blocks = lending.enter_context(lent)
+            except KeyError as exc:
+                await connection.send(Refused(_why(exc)))
+                return
+            try:
+                ids = np.array(blocks, "<i4").tobytes()
+                await connection.send(Granted(pull.num_blocks, IN_PLACE, ids))
+                reply = await connection.receive()
+            except BaseException:
+                # Before the blocks may change: a peer that still reads them looks at the
+                # connection afterwards.
+                connection.close()
+                raise
+        if isinstance(reply, Stop):
+            await connection.send(Stopped(0))
+        elif not isinstance(reply, Received):
+            raise ProtocolError(f"{reply} in the place of received")
+        elif not pull.more_follows:
             self._source.done(pull.request_id)
 
     async def _deliver(
@@ -210,6 +249,10 @@ class BlockServer:
             raise Refusal(
                 f"{pull.num_blocks} blocks from {pull.first_block} on asked for, {held} held"
             )
+        if pull.in_place:
+            if not self._offers.has_pool or not 0 < pull.num_blocks <= MAX_BLOCKS_IN_PLACE:
+                raise Refusal("these blocks were not offered in place")
+            return pull.num_blocks
         if pull.on_gpu and not self._staging.has_gpu:
             raise Refusal("no GPU memory was offered here")
         mine = self._staging.chunk_blocks(pull.on_gpu, pull.num_blocks)

@@ -34,6 +34,7 @@ class LinkedTransfer(KvTransfer):
         connect_s: float,
         transfer_s: float,
         device: str = "cpu",
+        in_place: bool = True,
     ) -> None:
         super().__init__(
             layout,
@@ -42,6 +43,7 @@ class LinkedTransfer(KvTransfer):
             connect_s=connect_s,
             transfer_s=transfer_s,
             device=device,
+            in_place=in_place,
         )
         self._changing = asyncio.Lock()  # starting and closing exclude each other
         self._side: Side | None = None
@@ -126,6 +128,7 @@ class LinkedTransfer(KvTransfer):
                 ),
                 connect_s=self.connect_s,
                 transfer_s=self.transfer_s,
+                in_place=self.in_place,
             )
             self._puller = Puller(self._side)
         return self._side

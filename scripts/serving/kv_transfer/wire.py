@@ -6,7 +6,8 @@ first; one connection carries one pull at a time and is kept for the next one:
     -> Hello   <- Hello                      once, both with the address of their data endpoint
     -> Follow  <- Computed | Refused         waits for the prefill to get further
     -> Pull    <- Granted | Refused          Refused leaves the connection usable
-       blocks, in chunks, as the transport moves them (a Refused now means: no more will come)
+       blocks, in chunks, as the transport moves them (a Refused now means: no more will come);
+       or, in place, Granted says where they are, and the puller reads them there
     -> Received                              everything is where it belongs
     -> Stop   <- Stopped                     instead: no more blocks, the connection stays usable
 """
@@ -17,28 +18,37 @@ import asyncio
 import contextlib
 import select
 import socket
+from collections.abc import Callable
 
 import msgspec
 from msgspec import Struct
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MAX_FRAME_BYTES = 64 * 1024
+MAX_BLOCKS_IN_PLACE = 8192  # their ids fit into a frame
 MAX_CHUNKS = 1 << 24  # a tag is 40 bits of pull and 24 bits of chunk
 
 
 class SharedMemory(Struct, frozen=True):
-    """Staging memory on a GPU of `host`, which another process there may map by `handle`."""
+    """Memory on a GPU of `host`, which another process there may map by `handle`.
+
+    It is staging memory, or with `is_pool` the engine's own blocks, from `offset` on. `address` is
+    where they are in the source's process, for a puller in the same one.
+    """
 
     host: str
     process: str
     handle: bytes
+    is_pool: bool = False
+    offset: int = 0
+    address: int = 0
 
 
 class Hello(Struct, frozen=True, tag="hello"):
     """`endpoint` is the transport's own address of where blocks go; empty where there is none.
 
-    `memory`: the puller says that its blocks are on a GPU (without a handle), and the source
-    answers with its own memory where the two may meet.
+    `memory`: the puller says that its blocks are on a GPU (without a handle; with `is_pool` if it
+    can read in place), and the source answers with its own memory where the two may meet.
     """
 
     version: int
@@ -66,8 +76,10 @@ class Pull(Struct, frozen=True, tag="pull"):
     """Blocks `first_block .. first_block + num_blocks`, at most `chunk_blocks` at a time.
 
     `tag` is unique to this pull on the pulling side; chunk `i` travels under `tag + i`. With
-    `on_gpu`, both ends stage in the memory that they told each other of. With `more_follows`, the
-    source keeps the blocks when these have arrived.
+    `on_gpu`, both ends stage in the memory that they told each other of. With `in_place`, the
+    puller reads the source's pool, and the source only keeps the blocks from changing until
+    Received, Stop or the end of the connection. With `more_follows`, the source keeps the blocks
+    when these have arrived.
     """
 
     request_id: str
@@ -78,14 +90,17 @@ class Pull(Struct, frozen=True, tag="pull"):
     chunk_blocks: int
     tag: int
     on_gpu: bool = False
+    in_place: bool = False
     more_follows: bool = False
 
 
 class Granted(Struct, frozen=True, tag="granted"):
-    """`chunk_blocks` is what both sides can stage; `route` names what carries the blocks."""
+    """`chunk_blocks` is what both sides can stage; `route` names what carries the blocks. `blocks`,
+    in place: little-endian int32 ids in the source's pool."""
 
     chunk_blocks: int
     route: str = ""
+    blocks: bytes = b""
 
 
 class Refused(Struct, frozen=True, tag="refused"):
@@ -209,6 +224,13 @@ class Connection:
             if not count:
                 raise ConnectionResetError("the peer closed the connection")
             done += count
+
+    def watch(self, ended: Callable[[], None] | None) -> None:
+        """Call `ended` when the peer closes or says something while nobody uses the connection;
+        with None, stop that."""
+        self._loop.remove_reader(self._sock)
+        if ended is not None:
+            self._loop.add_reader(self._sock, ended)
 
     @property
     def quiet(self) -> bool:

@@ -67,6 +67,7 @@ class BlockHandover(Handover):
             connect_s=settings.connect_s,
             transfer_s=settings.transfer_s,
             device=engine.spec.device,
+            in_place=settings.in_place,
         )
         self._prefill = PrefillEndpoint(
             engine,

@@ -13,12 +13,14 @@ import hmac
 import logging
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from serving.engine.base import BlockEngine
+from serving.kv_layout import PoolMemory
 from serving.kv_transfer.base import Progress
 from serving.protocol import EngineOutput, EngineRequest, KvTransferParams
 
@@ -168,6 +170,13 @@ class PrefillEndpoint:
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         self._engine.kv.read(request_id, first, out)
+
+    @property
+    def memory(self) -> PoolMemory | None:
+        return self._engine.kv.memory
+
+    def lend(self, request_id: str, first: int, count: int) -> AbstractContextManager[list[int]]:
+        return self._engine.kv.lend(request_id, first, count)
 
     def done(self, request_id: str) -> None:
         if self._withdraw(request_id):

@@ -22,6 +22,7 @@ from serving.engine.torch.kv_pool import KvPool
 from serving.engine.torch.scheduler import Scheduler
 from serving.engine.torch.sequence import Sequence, State
 from serving.errors import EngineFailed, InvalidRequest
+from serving.kv_layout import PoolMemory
 from serving.protocol import EngineRequest, KvTransferParams
 
 
@@ -71,11 +72,15 @@ class TorchKvBlocks:
             return self._scheduler.num_exportable(request_id)
 
     def read(self, request_id: str, first: int, out: Any, /) -> None:
-        with self._lent(request_id, first, self._count(out)) as blocks:
+        with self.lend(request_id, first, self._count(out)) as blocks:
             self._pool.gather(blocks, out)
 
+    @property
+    def memory(self) -> PoolMemory | None:
+        return self._pool.memory
+
     @contextmanager
-    def _lent(self, request_id: str, first: int, count: int) -> Iterator[list[int]]:
+    def lend(self, request_id: str, first: int, count: int) -> Iterator[list[int]]:
         with self._books.locked():
             blocks = self._scheduler.lend(request_id, first, count)
         try:

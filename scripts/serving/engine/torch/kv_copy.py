@@ -1,4 +1,5 @@
-"""Copies between scattered blocks of a pool on a GPU and packed staging memory.
+"""Copies between scattered blocks of a pool on a GPU and packed staging memory, and from the
+blocks of another GPU's pool.
 
 One kernel a chunk, on a stream of its own: a copy neither waits for the engine's steps nor holds
 them up, and only its own end is waited for. The kernel takes the pool as `[blocks, parts, bytes]`
@@ -9,13 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from serving.kv_layout import BlocksInPlace
+
 # Per program: 16 KiB of 4-byte words, eight 16-byte accesses for each of 128 threads.
 _WORDS = 4096
 _WORD_TYPES = ((4, torch.int32), (2, torch.int16), (1, torch.uint8))
+# Few programs with much in flight each: 16 of them already read as fast as NVLink lets any kernel
+# (0.9 of a copy by the copy engine), and leave the other processors to the engine's steps, which a
+# program per 16 KiB slows down by half (measured on two H100).
+_FETCH_PROGRAMS, _FETCH_WARPS, _FETCH_WORDS = 32, 8, 16384
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -41,6 +49,30 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
         tl.store(in_pool + words, tl.load(in_packed + words, mask=inside), mask=inside)
     else:
         tl.store(in_packed + words, tl.load(in_pool + words, mask=inside), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fetch_kernel(  # type: ignore[no-untyped-def]
+    pool,
+    address,
+    blocks,
+    num_pieces,
+    BLOCK_WORDS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Program i: pieces i, i + programs, ... of all blocks; piece = `WORDS` words of one block.
+
+    `blocks` is int32 `[n, 2]`: where to in `pool`, where from in the pool at `address`.
+    """
+    there = address.to(pool.dtype)
+    pieces: tl.constexpr = (BLOCK_WORDS + WORDS - 1) // WORDS
+    for piece in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
+        row = piece // pieces
+        target = tl.load(blocks + 2 * row).to(tl.int64) * BLOCK_WORDS
+        source = tl.load(blocks + 2 * row + 1).to(tl.int64) * BLOCK_WORDS
+        words = (piece % pieces) * WORDS + tl.arange(0, WORDS)
+        inside = words < BLOCK_WORDS
+        tl.store(pool + target + words, tl.load(there + source + words, mask=inside), mask=inside)
 
 
 def copy_blocks(
@@ -83,6 +115,8 @@ class BlockCopies:
         scratch = torch.empty(pool[0].numel(), dtype=torch.uint8, device=pool.device)
         self.gather([0], scratch)
         self.scatter([0], scratch)
+        itself = BlocksInPlace(pool.data_ptr(), np.zeros(1, np.int32), pool[0].numel(), pool)
+        self.fetch([0], itself)
 
     def gather(self, blocks: Sequence[int], out: torch.Tensor) -> None:
         """Into `out` (uint8, on this GPU or in host memory); it is there when this returns."""
@@ -104,9 +138,32 @@ class BlockCopies:
 
         self._run(copy, blocks)
 
-    def _run(self, copy: Callable[[torch.Tensor], None], blocks: Sequence[int]) -> None:
+    def fetch(self, blocks: Sequence[int], source: BlocksInPlace) -> None:
+        """From another pool of this layout, which this process has mapped."""
+        num_bytes = self._pool[0].numel()
+        assert self._pool.is_contiguous(), "blocks without gaps, as in the other pool"
+        size, dtype = next((s, d) for s, d in _WORD_TYPES if not (num_bytes | source.address) % s)
+        words = min(_FETCH_WORDS, triton.next_power_of_2(num_bytes // size))
+        num_pieces = len(blocks) * triton.cdiv(num_bytes // size, words)
+
+        def copy(index: torch.Tensor) -> None:
+            _fetch_kernel[(min(num_pieces, _FETCH_PROGRAMS),)](
+                self._pool.view(dtype),
+                source.address,
+                index,
+                num_pieces,
+                BLOCK_WORDS=num_bytes // size,
+                WORDS=words,
+                num_warps=_FETCH_WARPS,
+            )
+
+        self._run(copy, np.column_stack((blocks, source.block_ids)))
+
+    def _run(
+        self, copy: Callable[[torch.Tensor], None], blocks: Sequence[int] | np.ndarray
+    ) -> None:
         with torch.cuda.stream(self._stream):
-            index = torch.tensor(blocks, dtype=torch.int32, device=self._pool.device)
+            index = torch.from_numpy(np.asarray(blocks, np.int32)).to(self._pool.device)
             copy(index)
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ended.record(self._stream)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from serving.kv_layout import KvLayout
+from serving.kv_layout import BlocksInPlace, KvLayout, PoolMemory
 
 if TYPE_CHECKING:
     from serving.engine.torch.cpu_kernels import CpuKernels
@@ -51,6 +51,13 @@ class KvPool:
 
             self._copies = BlockCopies(self._bytes.unsqueeze(1))
 
+    @property
+    def memory(self) -> PoolMemory | None:
+        """Of the GPU's; None on CPU."""
+        if not self._copies:
+            return None
+        return PoolMemory(self._bytes.data_ptr(), self._bytes.numel())
+
     def rounded(self, values: torch.Tensor) -> torch.Tensor:
         """Keys or values as the pool keeps them, in its dtype: what is too large saturates."""
         if values.dtype == self.dtype:
@@ -87,12 +94,16 @@ class KvPool:
                 target_rows[row] = source[block]
 
     def scatter(self, blocks: Sequence[int], data: Any) -> None:
-        """Copy whole blocks in wire order from `data` (host buffer or GPU memory) into the pool.
+        """Copy whole blocks in wire order from `data` (host buffer, GPU memory, or blocks of another
+        pool that is mapped here) into the pool.
 
         Done when this returns: steps that start afterwards read them. No step that is computing
         may still use these blocks for something else.
         """
         with torch.inference_mode():
+            if self._copies and isinstance(data, BlocksInPlace):
+                self._copies.fetch(blocks, data)
+                return
             if self._copies:
                 self._copies.scatter(blocks, self._as_tensor(data))
                 return

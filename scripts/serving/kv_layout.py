@@ -7,6 +7,7 @@ whatever the engine's pool looks like inside.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -49,12 +50,17 @@ class KvLayout(Struct, frozen=True):
     @property
     def fingerprint(self) -> str:
         """Equal exactly when blocks can be exchanged."""
-        text = f"{self.block_shape}{self.dtype}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _fingerprint(self)
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` occupy, the last one possibly in part."""
         return -(-num_tokens // self.block_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprint(layout: KvLayout) -> str:
+    text = f"{layout.block_shape}{layout.dtype}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class PoolMemory(NamedTuple):

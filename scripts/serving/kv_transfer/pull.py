@@ -306,14 +306,18 @@ class Puller:
         to the peer knows."""
         if self._side.gpu is None:
             return False, False
-        link, _ = await self._take(address)
-        self._keep(address, link)
-        return link.on_gpu, link.pool is not None
+        if not (links := self._idle.get(address)):
+            link, _ = await self._take(address)
+            self._keep(address, link)
+            links = [link]
+        return links[-1].on_gpu, links[-1].pool is not None
 
     async def _take(self, address: str) -> tuple[Link, bool]:
         """A link to the peer, and whether it was used before."""
-        await self._sweep()
-        if links := self._idle.get(address):
+        while links := self._idle.get(address):
+            if not links[-1].connection.quiet:
+                self._leave(address, links[-1])
+                continue
             link = links.pop()
             link.connection.watch(None)
             return link, True
@@ -354,32 +358,23 @@ class Puller:
         raise ProtocolError(f"not an address of {scheme}")
 
     def _keep(self, address: str, link: Link) -> None:
-        self._idle.setdefault(address, []).append(link)
-        link.connection.watch(functools.partial(self._ended, address, link))
+        links = self._idle.setdefault(address, [])
+        links.append(link)
+        link.connection.watch(functools.partial(self._leave, address, link))
+        if len(links) > MAX_IDLE_LINKS:
+            self._leave(address, links[0])
 
-    def _ended(self, address: str, link: Link) -> None:
-        """An idle link whose peer left: at once, for it keeps the peer's memory."""
+    def _leave(self, address: str, link: Link) -> None:
+        """Close an idle link: one too many, or its peer left. That is done at once, because the
+        link keeps the peer's memory."""
+        links = self._idle[address]
+        links.remove(link)
+        if not links:
+            del self._idle[address]
         link.connection.watch(None)
-        self._idle[address].remove(link)
         leaving = asyncio.create_task(self._discard(link), name="kv-leave")
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
-
-    async def _sweep(self) -> None:
-        """Close idle links whose peer is gone, and those beyond `MAX_IDLE_LINKS`."""
-        gone: list[Link] = []
-        for address, links in list(self._idle.items()):
-            alive = [link for link in links if link.connection.quiet]
-            kept = alive[-MAX_IDLE_LINKS:]
-            gone += [link for link in links if link not in kept]
-            if kept:
-                self._idle[address] = kept
-            else:
-                del self._idle[address]
-        for link in gone:
-            link.connection.watch(None)
-        for link in gone:
-            await self._discard(link)
 
     async def _discard(self, link: Link) -> list[asyncio.Future[object]]:
         unsettled = await finish(link.close())

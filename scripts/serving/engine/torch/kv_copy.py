@@ -8,6 +8,7 @@ with any strides between blocks and parts, so the pool decides about its layout 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -51,28 +52,94 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
         tl.store(in_packed + words, tl.load(in_pool + words, mask=inside), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_pieces"])  # type: ignore[untyped-decorator]
 def _fetch_kernel(  # type: ignore[no-untyped-def]
     pool,
     address,
-    blocks,
+    pairs,
     num_pieces,
     BLOCK_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Program i: pieces i, i + programs, ... of all blocks; piece = `WORDS` words of one block.
+    """Program i: pieces i, i + programs, ... of all blocks; a piece is `WORDS` words of one block.
 
-    `blocks` is int32 `[n, 2]`: where to in `pool`, where from in the pool at `address`.
+    `pairs` is int32 `[n, 2]`: where to in `pool`, where from in the pool at `address`. It is in
+    host memory, so each pair is asked for one piece ahead.
     """
     there = address.to(pool.dtype)
     pieces: tl.constexpr = (BLOCK_WORDS + WORDS - 1) // WORDS
-    for piece in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
-        row = piece // pieces
-        target = tl.load(blocks + 2 * row).to(tl.int64) * BLOCK_WORDS
-        source = tl.load(blocks + 2 * row + 1).to(tl.int64) * BLOCK_WORDS
+    is_even: tl.constexpr = BLOCK_WORDS % WORDS == 0
+    first = tl.program_id(0)
+    to = tl.load(pairs + 2 * (first // pieces))
+    origin = tl.load(pairs + 2 * (first // pieces) + 1)
+    for piece in range(first, num_pieces, tl.num_programs(0)):
+        following = piece + tl.num_programs(0)
+        pair = pairs + 2 * (following // pieces)
+        next_to = tl.load(pair, mask=following < num_pieces, other=0)
+        next_origin = tl.load(pair + 1, mask=following < num_pieces, other=0)
         words = (piece % pieces) * WORDS + tl.arange(0, WORDS)
-        inside = words < BLOCK_WORDS
-        tl.store(pool + target + words, tl.load(there + source + words, mask=inside), mask=inside)
+        source = there + origin.to(tl.int64) * BLOCK_WORDS + words
+        target = pool + to.to(tl.int64) * BLOCK_WORDS + words
+        if is_even:
+            tl.store(target, tl.load(source))
+        else:
+            inside = words < BLOCK_WORDS
+            tl.store(target, tl.load(source, mask=inside), mask=inside)
+        to = next_to
+        origin = next_origin
+
+
+class _Fetch:
+    """The fetch kernel for one pool, compiled once: what a launch costs is on every pull's way."""
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        """`pool` is contiguous uint8 `[blocks, ..., bytes]`."""
+        num_bytes = pool[0].numel()
+        size, dtype = next((s, d) for s, d in _WORD_TYPES if num_bytes % s == 0)
+        self._pool = pool.view(dtype)
+        self._block_words = num_bytes // size
+        self._words = min(_FETCH_WORDS, triton.next_power_of_2(self._block_words))
+        self._pairs = threading.local()
+        # The values of integers but for alignment do not matter to the compiler.
+        self._kernel = _fetch_kernel.warmup(
+            self._pool,
+            pool.data_ptr(),
+            self._pairs_of(1),
+            1,
+            BLOCK_WORDS=self._block_words,
+            WORDS=self._words,
+            num_warps=_FETCH_WARPS,
+            grid=(1,),
+        )
+
+    def __call__(
+        self, blocks: Sequence[int], source: BlocksInPlace, stream: torch.cuda.Stream
+    ) -> None:
+        """Only one at a time from each thread, until `stream` is through with it."""
+        assert source.address % 16 == 0, "as all memory of GPUs is"
+        pairs = self._pairs_of(len(blocks))
+        target = pairs.numpy()
+        target[: len(blocks), 0] = blocks
+        target[: len(blocks), 1] = source.block_ids
+        num_pieces = len(blocks) * triton.cdiv(self._block_words, self._words)
+        with torch.cuda.device(self._pool.device):
+            self._kernel[(min(num_pieces, _FETCH_PROGRAMS), 1, 1)](
+                self._pool,
+                source.address,
+                pairs,
+                num_pieces,
+                self._block_words,
+                self._words,
+                stream=stream.cuda_stream,
+            )
+
+    def _pairs_of(self, count: int) -> torch.Tensor:
+        """This thread's pinned memory, int32 `[at least count, 2]`."""
+        pairs: torch.Tensor | None = getattr(self._pairs, "memory", None)
+        if pairs is None or len(pairs) < count:
+            shape = (max(1024, triton.next_power_of_2(count)), 2)
+            pairs = self._pairs.memory = torch.empty(shape, dtype=torch.int32, pin_memory=True)
+        return pairs
 
 
 def copy_blocks(
@@ -115,6 +182,7 @@ class BlockCopies:
         scratch = torch.empty(pool[0].numel(), dtype=torch.uint8, device=pool.device)
         self.gather([0], scratch)
         self.scatter([0], scratch)
+        self._fetch = _Fetch(pool)
         itself = BlocksInPlace(pool.data_ptr(), np.zeros(1, np.int32), pool[0].numel(), pool)
         self.fetch([0], itself)
 
@@ -140,31 +208,15 @@ class BlockCopies:
 
     def fetch(self, blocks: Sequence[int], source: BlocksInPlace) -> None:
         """From another pool of this layout, which this process has mapped."""
-        num_bytes = self._pool[0].numel()
-        assert self._pool.is_contiguous(), "blocks without gaps, as in the other pool"
-        size, dtype = next((s, d) for s, d in _WORD_TYPES if not (num_bytes | source.address) % s)
-        words = min(_FETCH_WORDS, triton.next_power_of_2(num_bytes // size))
-        num_pieces = len(blocks) * triton.cdiv(num_bytes // size, words)
+        self._fetch(blocks, source, self._stream)
+        self._wait()
 
-        def copy(index: torch.Tensor) -> None:
-            _fetch_kernel[(min(num_pieces, _FETCH_PROGRAMS),)](
-                self._pool.view(dtype),
-                source.address,
-                index,
-                num_pieces,
-                BLOCK_WORDS=num_bytes // size,
-                WORDS=words,
-                num_warps=_FETCH_WARPS,
-            )
-
-        self._run(copy, np.column_stack((blocks, source.block_ids)))
-
-    def _run(
-        self, copy: Callable[[torch.Tensor], None], blocks: Sequence[int] | np.ndarray
-    ) -> None:
+    def _run(self, copy: Callable[[torch.Tensor], None], blocks: Sequence[int]) -> None:
         with torch.cuda.stream(self._stream):
-            index = torch.from_numpy(np.asarray(blocks, np.int32)).to(self._pool.device)
-            copy(index)
-            ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ended.record(self._stream)
+            copy(torch.tensor(blocks, dtype=torch.int32, device=self._pool.device))
+        self._wait()
+
+    def _wait(self) -> None:
+        ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ended.record(self._stream)
         ended.synchronize()  # not the stream: others may have queued copies behind this one

@@ -2,32 +2,97 @@
 
 Each takes a batch of prompts and generates the same number of tokens for all of them, greedily and
 without regard to stop tokens, and says how long each step took in which all of them got a token.
+
+Each runs in a process of its own: this file, which reads and writes lines of JSON. In one process
+the OpenMP runtime counts the threads of all pools together, and with more of them than cores it
+gives up spinning, which doubles the time of a decode step of a small model.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from serving.engine.base import EngineLoad
-from serving.engine.manifest import load_manifest
-from serving.engine.torch.engine import TorchEngine
-from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams
-from transformers import AutoModelForCausalLM, LogitsProcessorList
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "scripts"))
+
+import torch  # noqa: E402
+from serving.engine.base import EngineLoad  # noqa: E402
+from serving.engine.manifest import load_manifest  # noqa: E402
+from serving.engine.torch.engine import TorchEngine  # noqa: E402
+from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams  # noqa: E402
+from transformers import AutoModelForCausalLM, LogitsProcessorList  # noqa: E402
 
 BLOCK_SIZE = 16
+START_S, RUN_S = 120.0, 300.0
+
+
+class Contender:
+    """One of the classes below in a process of its own. A context manager."""
+
+    def __init__(self, kind: str, path: Path, threads: int, max_model_len: int) -> None:
+        """`kind` is `ours`, `generate` or `llama.cpp`; `path` the engine's folder, or the GGUF."""
+        arguments = [kind, str(path), str(threads), str(max_model_len)]
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.name = ""
+        self.cached_tokens = 0  # of the last batch
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    async def start(self) -> None:
+        """Wait until it is ready. Raises ImportError where its library is not installed."""
+        told = await self._answer(START_S)
+        if "missing" in told:
+            raise ImportError(told["missing"])
+        self.name = told["name"]
+
+    async def run(self, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[float]]:
+        """Seconds until all is generated, and those of each step."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps([prompts, num_tokens]) + "\n")
+        self._process.stdin.flush()
+        told = await self._answer(RUN_S)
+        self.cached_tokens = told["cached_tokens"]
+        return told["seconds"], told["steps"]
+
+    async def _answer(self, within_s: float) -> dict[str, Any]:
+        assert self._process.stdout
+        async with asyncio.timeout(within_s):
+            while line := await asyncio.to_thread(self._process.stdout.readline):
+                if line.startswith("{"):
+                    told: dict[str, Any] = json.loads(line)
+                    return told
+        raise RuntimeError(f"it ended with {self._process.wait(5)}")
 
 
 class Ours:
     """The engine, driven through its public interface."""
 
     def __init__(self, engine_dir: Path, threads: int, max_model_len: int) -> None:
+        self.name = f"torch engine, {load_manifest(engine_dir).dtype}"
         self._engine = TorchEngine(
             engine_dir,
             max_model_len=max_model_len,
@@ -84,6 +149,7 @@ class Generate:
     """`generate` in float32 with its default attention and cache."""
 
     name = "transformers generate"
+    cached_tokens = 0
 
     def __init__(self, engine_dir: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(engine_dir, dtype=torch.float32)
@@ -115,6 +181,8 @@ class Generate:
 
 class LlamaCpp:
     """llama.cpp's server inside this process, on the GGUF as it was downloaded."""
+
+    cached_tokens = 0
 
     def __init__(self, gguf: Path, threads: int, max_model_len: int, max_batch: int) -> None:
         """Raises ImportError where `xllamacpp` is not installed."""
@@ -169,3 +237,39 @@ class LlamaCpp:
         longest = max(ends, key=lambda each: sum(first <= end <= last for end in each))
         within = [end for end in longest if first <= end <= last]
         return [after - before for before, after in pairwise(within)]
+
+
+async def serve(kind: str, path: Path, threads: int, max_model_len: int) -> None:
+    """Run what the lines of the standard input ask for, until it ends."""
+    torch.set_num_threads(threads)
+    contender: Ours | Generate | LlamaCpp
+    if kind == "llama.cpp":
+        try:
+            contender = LlamaCpp(path, threads, max_model_len, max_batch=8)
+        except ImportError as exc:
+            print(json.dumps({"missing": str(exc)}), flush=True)
+            return
+    elif kind == "generate":
+        contender = Generate(path)
+    else:
+        contender = Ours(path, threads, max_model_len)
+        await contender.start()
+    print(json.dumps({"name": contender.name}), flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        prompts, num_tokens = json.loads(line)
+        started = time.perf_counter()
+        steps = await contender.run(prompts, num_tokens)
+        told = {"seconds": time.perf_counter() - started, "steps": steps}
+        print(json.dumps({**told, "cached_tokens": contender.cached_tokens}), flush=True)
+    if isinstance(contender, Ours):
+        await contender.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="one contender; engine_cpu.py starts it")
+    parser.add_argument("kind", choices=["ours", "generate", "llama.cpp"])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("threads", type=int)
+    parser.add_argument("max_model_len", type=int)
+    options = parser.parse_args()
+    asyncio.run(serve(options.kind, options.path, options.threads, options.max_model_len))

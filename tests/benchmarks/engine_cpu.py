@@ -3,7 +3,7 @@
     python tests/benchmarks/engine_cpu.py [--engine-dir DIR] [--int8-dir DIR] [--gguf FILE]
                                           [--quick] [--threads N] [--cases b1,b8,512,ttft]
 
-All run in this process, in turns (A B A B), on the same fresh random prompts and with the same
+All run in turns (A B A B), in a process each, on the same fresh random prompts and with the same
 number of threads; medians are compared. Prefill is the time to one token of every prompt; decode
 is the time between two tokens of the whole batch. At batch 8 the prompts have mixed lengths,
 which `generate` pads on the left. The rows of llama.cpp need `envs/benchmark-peers.txt`. The rows
@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 # Before torch: spinning threads would steal time from whatever else shares the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import torch  # noqa: E402
-from cpu_contenders import BLOCK_SIZE, Generate, LlamaCpp, Ours  # noqa: E402
+from cpu_contenders import BLOCK_SIZE, Contender  # noqa: E402
 from engine_under_test import find_engine, find_gguf  # noqa: E402
 from serving.engine.base import EngineLoad  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
@@ -51,7 +51,9 @@ def fresh_prompts(case: str, generator: torch.Generator) -> list[list[int]]:
     ]
 
 
-async def measure(contenders: dict[str, Any], case: str, decode_tokens: int, repeats: int) -> None:
+async def measure(
+    contenders: dict[str, Contender], case: str, decode_tokens: int, repeats: int
+) -> None:
     """Time all of `contenders` in turns and report ours (`fp32`, `int8`) against the others."""
     generator = torch.Generator().manual_seed(len(case))
     prefill_s: dict[str, list[float]] = {who: [] for who in contenders}
@@ -61,9 +63,7 @@ async def measure(contenders: dict[str, Any], case: str, decode_tokens: int, rep
         for num_tokens in lengths:
             prompts = fresh_prompts(case, generator)
             for who, contender in contenders.items():
-                started = time.perf_counter()
-                steps = await contender.run(prompts, num_tokens)
-                elapsed = time.perf_counter() - started
+                elapsed, steps = await contender.run(prompts, num_tokens)
                 if repeat:
                     step_s[who] += steps
                     prefill_s[who] += [elapsed] if num_tokens == 1 else []
@@ -80,7 +80,7 @@ async def measure(contenders: dict[str, Any], case: str, decode_tokens: int, rep
                     report(name, rate[ours], rate[peer], contenders[peer].name)
 
 
-async def measure_prefix_hit(ours: Ours, dtype: str, repeats: int) -> None:
+async def measure_prefix_hit(ours: Contender, dtype: str, repeats: int) -> None:
     """Time to first token of a prompt that is new, and of one whose first 90% are cached."""
     length = 1024
     shared = int(0.9 * length) // BLOCK_SIZE * BLOCK_SIZE
@@ -90,9 +90,7 @@ async def measure_prefix_hit(ours: Ours, dtype: str, repeats: int) -> None:
         prompt, other = torch.randint(10, 40_000, (2, length), generator=generator).tolist()
         seconds = []
         for each in (prompt, prompt[:shared] + other[shared:]):
-            started = time.perf_counter()
-            await ours.run([each], 1)
-            seconds.append(time.perf_counter() - started)
+            seconds.append((await ours.run([each], 1))[0])
         found = ours.cached_tokens
         assert found == shared, f"{found} tokens were found in the cache, not {shared}"
         if repeat:
@@ -183,18 +181,6 @@ def report_times(name: str, ours_s: list[float], peer_s: list[float], peer_name:
     print(json.dumps(row), flush=True)
 
 
-def llama_cpp(gguf: Path | None, threads: int) -> LlamaCpp | None:
-    """None, with a word on stderr, where the peer or its model is not there."""
-    if gguf is None:
-        print("no llama.cpp rows: results/models has no GGUF", file=sys.stderr)
-        return None
-    try:
-        return LlamaCpp(gguf, threads, MAX_MODEL_LEN, max_batch=8)
-    except ImportError:
-        print("no llama.cpp rows: install envs/benchmark-peers.txt for them", file=sys.stderr)
-        return None
-
-
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine-dir", type=Path, help="float32; default: the newest built")
@@ -208,29 +194,33 @@ async def main() -> None:
     if unknown := set(cases) - {*PROMPT_LENGTHS, "ttft"}:
         parser.error(f"no such cases: {', '.join(sorted(unknown))}")
     engine_dir = find_engine(args.engine_dir)
-    int8_dir = find_engine(args.int8_dir, "int8")
-    torch.set_num_threads(args.threads)
-    decode_tokens, repeats = (16, 2) if args.quick else (48, 5)
-    engines = {
-        "fp32": Ours(engine_dir, args.threads, MAX_MODEL_LEN),
-        "int8": Ours(int8_dir, args.threads, MAX_MODEL_LEN),
+    paths = {
+        "fp32": ("ours", engine_dir),
+        "int8": ("ours", find_engine(args.int8_dir, "int8")),
+        "generate": ("generate", engine_dir),
     }
-    contenders: dict[str, Any] = {**engines, "generate": Generate(engine_dir)}
-    if (peer := llama_cpp(args.gguf or find_gguf(), args.threads)) is not None:
-        contenders["llama.cpp"] = peer
-    for engine in engines.values():
-        await engine.start()
-    try:
+    if gguf := args.gguf or find_gguf():
+        paths["llama.cpp"] = ("llama.cpp", gguf)
+    else:
+        print("no llama.cpp rows: results/models has no GGUF", file=sys.stderr)
+    decode_tokens, repeats = (16, 2) if args.quick else (48, 5)
+    with contextlib.ExitStack() as running:
+        contenders = {}
+        for who, (kind, path) in paths.items():
+            contender = running.enter_context(Contender(kind, path, args.threads, MAX_MODEL_LEN))
+            try:
+                await contender.start()
+                contenders[who] = contender
+            except ImportError as exc:
+                print(f"no {who} rows ({exc}): envs/benchmark-peers.txt", file=sys.stderr)
         for case in PROMPT_LENGTHS:
             if case in cases:
                 await measure(contenders, case, decode_tokens, repeats)
         if "ttft" in cases:
-            for dtype, engine in engines.items():
-                await measure_prefix_hit(engine, dtype, repeats)
-    finally:
-        for engine in engines.values():
-            await engine.close()
+            for dtype in ("fp32", "int8"):
+                await measure_prefix_hit(contenders[dtype], dtype, repeats)
     if "ttft" in cases:
+        torch.set_num_threads(args.threads)
         await measure_host_tier(engine_dir, args.threads, repeats)
 
 

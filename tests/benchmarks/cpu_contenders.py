@@ -203,6 +203,7 @@ class LlamaCpp:
         """Its requests start one after the other: a step counts between the last one's first
         token and the first one's last."""
         ends: list[list[float]] = [[] for _ in prompts]
+        generated = [0] * len(prompts)
         failures: list[str] = []
 
         def complete(index: int) -> None:
@@ -211,7 +212,9 @@ class LlamaCpp:
                 if isinstance(content, dict) and "error" in content:
                     failures.append(str(content["error"]))
                 # The last chunk tells of the end and brings no token.
-                elif not (isinstance(content, dict) and content.get("stop")):
+                elif isinstance(content, dict) and content.get("stop"):
+                    generated[index] = content["tokens_predicted"]
+                else:
                     ends[index].append(time.perf_counter())
                 return False
 
@@ -231,8 +234,9 @@ class LlamaCpp:
             thread.start()
         for thread in threads:
             thread.join()
-        if failures or min(map(len, ends)) < num_tokens:
-            raise RuntimeError(f"llama.cpp generated {list(map(len, ends))} tokens: {failures}")
+        # There are fewer chunks than tokens where bytes waited for the rest of a character.
+        if failures or min(generated) < num_tokens:
+            raise RuntimeError(f"llama.cpp generated {generated} tokens: {failures}")
         first, last = max(each[0] for each in ends), min(each[-1] for each in ends)
         longest = max(ends, key=lambda each: sum(first <= end <= last for end in each))
         within = [end for end in longest if first <= end <= last]

@@ -209,11 +209,11 @@ class LlamaCpp:
         def complete(index: int) -> None:
             def receive(chunk: Any) -> bool:
                 content = json.loads(chunk) if isinstance(chunk, str) else chunk
-                if isinstance(content, dict) and "error" in content:
+                if "error" in content:
                     failures.append(str(content["error"]))
                 # The last chunk tells of the end and brings no token.
-                elif isinstance(content, dict) and content.get("stop"):
-                    generated[index] = content["tokens_predicted"]
+                elif content["choices"][0]["finish_reason"]:
+                    generated[index] = content["usage"]["completion_tokens"]
                 else:
                     ends[index].append(time.perf_counter())
                 return False

@@ -23,7 +23,6 @@ from serving.frontend.openai.response import Plan, Usage
 from serving.preprocess import PreparedRequest
 from serving.protocol import EngineOutput, ModelCard, TokenLogprob
 
-
 MAX_SEPARATE = 256
 """Deltas of one choice that wait to be written, before they become one."""
 

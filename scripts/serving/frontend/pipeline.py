@@ -131,14 +131,7 @@ class Pipeline:
     async def _alone(self, sequence: Sequence, role: Phase) -> AsyncGenerator[EngineOutput, None]:
         """Prefill and decode on one instance."""
         await self._take_turn(sequence)
-        async with aclosing(self._on_one(sequence, self._route(sequence, role))) as outputs:
-            async for output in outputs:
-                yield output
-
-    async def _on_one(
-        self, sequence: Sequence, routed: Route
-    ) -> AsyncGenerator[EngineOutput, None]:
-        with routed as route:
+        with self._route(sequence, role) as route:
             async with aclosing(self._stream(sequence, route, "agg")) as outputs:
                 async for output in outputs:
                     yield output
@@ -146,9 +139,10 @@ class Pipeline:
     async def _disaggregated(self, sequence: Sequence) -> AsyncGenerator[EngineOutput, None]:
         await self._take_turn(sequence)
         if local := self._route_local(sequence):
-            async with aclosing(self._on_one(sequence, local)) as outputs:
-                async for output in outputs:
-                    yield output
+            with local as route:
+                async with aclosing(self._stream(sequence, route, "agg")) as outputs:
+                    async for output in outputs:
+                        yield output
             return
         async with (
             EarlyDecode() as early,

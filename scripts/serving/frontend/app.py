@@ -17,8 +17,10 @@ from serving.config import FrontendConfig
 from serving.errors import ServingError
 from serving.frontend.exchange import CHAT, COMPLETIONS, CompletionRoute, Parts
 from serving.frontend.generation import Pipeline
+from serving.frontend.group import Place
 from serving.frontend.limits import InFlight
 from serving.frontend.metrics import CONTENT_TYPE, Metrics
+from serving.frontend.metrics_pages import OWN_PATH, joined
 from serving.frontend.model import ModelLoader
 from serving.frontend.openai.errors import ApiError, routing_error, to_api_error
 from serving.frontend.openai.models import check_model, describe_model
@@ -50,9 +52,11 @@ def create_app(
     metrics: Metrics,
     model_name: str,
     launch_id: str = "",
+    place: Place | None = None,
     lifespan: Lifespan[Starlette] | None = None,
 ) -> Starlette:
-    """The whole HTTP side. `launch_id` tells whoever started this process that it is the one."""
+    """The whole HTTP side. `launch_id` tells whoever started this process that it is the one,
+    `place` which of several it is."""
     started = int(time.time())
     models = ModelLoader()
     parts = Parts(
@@ -75,9 +79,17 @@ def create_app(
             except ServingError as exc:
                 is_ready, reason = False, str(exc)
         content = {"ready": is_ready, "reason": reason, **pipeline.describe()}
+        if place is not None:
+            content["process"] = place.number
         return json_response(content, 200 if is_ready else 503)
 
     async def metrics_page(request: Request) -> Response:
+        page = metrics.render()
+        if place is not None:
+            page = await joined(page, place.number, place.siblings())
+        return Response(page, media_type=CONTENT_TYPE)
+
+    async def own_metrics(request: Request) -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
     async def list_models(request: Request) -> Response:
@@ -104,6 +116,7 @@ def create_app(
             Route("/health", health),
             Route("/ready", ready),
             Route("/metrics", metrics_page),
+            Route(OWN_PATH, own_metrics),
         ],
         exception_handlers={HTTPException: _on_routing_error, Exception: _on_failure},
         lifespan=lifespan,

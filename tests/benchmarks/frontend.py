@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,8 +38,16 @@ from integration.tiny_model import make  # noqa: E402
 from serving.config import EngineConfig, ModelConfig  # noqa: E402
 from serving.deploy.model import fetch_model  # noqa: E402
 from serving.engine.torch.build import build_engine  # noqa: E402
+from serving.protocol import (  # noqa: E402
+    EngineRequest,
+    InstanceInfo,
+    ModelCard,
+    SamplingParams,
+)
+from serving.rpc import RpcClient  # noqa: E402
 
 CONNECTIONS, TOKENS = 64, 128
+SHORT = Shape(1, num_words=8, stream=False)
 ROUTERS = {
     "sglang_router": ["sglang_router.launch_router"],
     "smg": ["smg", "launch"],
@@ -117,7 +126,11 @@ def ours(model: Path, folder: Path, num_workers: int) -> Iterator[Serving]:
         num_instances=num_workers,
     )
     with service:
-        yield Serving(service.port, MODEL, service.pids()["frontend"])
+        row = next(r for r in service.ready()["instances"] if r["instance_id"] == "agg-0")
+        card = ModelCard(MODEL, "", 1024, 16, "", "", 0)
+        address = f"unix:{folder}/service/run/worker-agg-0.sock"
+        worker = InstanceInfo("agg-0", row["epoch"], "agg", [address], "", card, 1, 1, 1, "")
+        yield Serving(service.port, MODEL, service.pids()["frontend"], worker)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -223,8 +236,25 @@ def against_dynamo(args: argparse.Namespace, model: Path, folder: Path, core: se
         tell("first token, kept connection", measured, "first_p50", 1.0, "first_p99")
 
 
+async def worker_alone(worker: InstanceInfo, num_requests: int) -> float:
+    """Median milliseconds of one token from one of our workers, with no frontend between."""
+    client = RpcClient(worker)
+    await client.connect()
+    times = []
+    for number in range(num_requests):
+        prompt = [3 + (number + place) % 1000 for place in range(SHORT.num_words)]
+        asked = EngineRequest(f"r{number}", prompt, len(prompt), SamplingParams(max_tokens=1))
+        began = perf_counter()
+        async with client.generate(asked) as outputs:
+            async for _ in outputs:
+                times.append(perf_counter() - began)
+    await client.close()
+    return percentile(times, 0.5) * 1e3
+
+
 def against_routers(args: argparse.Namespace, model: Path, folder: Path, core: set[int]) -> None:
-    """Milliseconds beyond what a dummy backend takes by itself, at one connection."""
+    """Milliseconds beyond what a worker takes by itself, at one connection: theirs is asked over
+    HTTP and ours over its own connection. Prompts are short, since routers read none."""
     with contextlib.ExitStack() as stack:
         dummies = stack.enter_context(backends(folder / "backends", 2))
         systems = {"ours": stack.enter_context(ours(model, folder / "ours", 2))}
@@ -238,12 +268,12 @@ def against_routers(args: argparse.Namespace, model: Path, folder: Path, core: s
         for system in systems.values():
             pin(system.pid, core)
         singles = 200 if args.quick else 1000
-        measured = in_turns(
-            {"direct": dummies[0], **systems}, args.rounds, Shape(1, stream=False), 1, singles
-        )
-        direct = measured.pop("direct")
-        for each in measured.values():
-            each.add(added=each["whole_p50"] - direct["whole_p50"])
+        measured = in_turns({"direct": dummies[0], **systems}, args.rounds, SHORT, 1, singles)
+        theirs = measured.pop("direct")["whole_p50"]
+        assert systems["ours"].worker is not None
+        own = uvloop.run(worker_alone(systems["ours"].worker, singles))
+        for name, each in measured.items():
+            each.add(added=each["whole_p50"] - (own if name == "ours" else theirs))
         tell("added latency", measured, "added", 1.5, "whole_p50")
 
 

@@ -18,15 +18,19 @@ from benchmarks.dummy_backend import MODEL
 from benchmarks.http_load import Shape, encode
 from benchmarks.running_service import end_with_parent
 from integration.services import Etcd, Nats, free_port
+from serving.protocol import InstanceInfo
 
 START_S = 60.0
 
 
 class Serving:
-    """A server to load: where it listens, what its model is called, whose CPU time counts."""
+    """A server to load: where it listens, what its model is called, whose CPU time counts.
 
-    def __init__(self, port: int, model: str, pid: int) -> None:
-        self.port, self.model, self.pid = port, model, pid
+    `worker` is one of those behind it, if it can be asked directly.
+    """
+
+    def __init__(self, port: int, model: str, pid: int, worker: InstanceInfo | None = None) -> None:
+        self.port, self.model, self.pid, self.worker = port, model, pid, worker
 
 
 @contextlib.contextmanager

@@ -38,12 +38,10 @@ def dynamo(python: Path, model: Path, folder: Path, num_workers: int) -> Iterato
     """Dynamo's frontend, KV routing, before mock workers that take no time."""
     folder.mkdir(parents=True)
     port = free_port()
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        Etcd(folder / "etcd") as etcd,
-        Nats(folder / "nats") as nats,
-        contextlib.ExitStack() as stack,
-    ):
+    with contextlib.ExitStack() as stack:
+        with contextlib.redirect_stdout(sys.stderr):  # they tell where their binaries come from
+            etcd = stack.enter_context(Etcd(folder / "etcd"))
+            nats = stack.enter_context(Nats(folder / "nats"))
         assert isinstance(etcd, Etcd)
         assert isinstance(nats, Nats)
         environment = {

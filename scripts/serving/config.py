@@ -316,7 +316,15 @@ class FrontendConfig(_Section, frozen=True):
     max_body_bytes: Annotated[Positive, Meta(description="Larger request bodies get 413.")] = (
         4 * 1024 * 1024
     )
-    max_inflight: Annotated[Positive, Meta(description="Requests in flight before 429.")] = 512
+    processes: Annotated[
+        Positive,
+        Meta(
+            description="Processes that share the port, each with a router of its own. They tell each other what they send where; a frontend that uses up one core needs another."
+        ),
+    ] = 1
+    max_inflight: Annotated[
+        Positive, Meta(description="Requests in flight in each process before 429.")
+    ] = 512
     drain_s: Annotated[
         Seconds, Meta(description="Time running requests get when the service stops.")
     ] = 10.0

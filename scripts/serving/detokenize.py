@@ -58,8 +58,26 @@ class Detokenizer:
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
 
+    def feed_each(self, output: EngineOutput) -> list[Delta]:
+        """The text that `output` releases, token by token, without those that release none."""
+        if self._stops or output.logprobs is not None or self._held_logprobs:
+            return [delta for piece in _by_token(output) if (delta := self.feed(piece))]
+        step = self._decoder.step
+        deltas = [Delta(text) for token_id in output.token_ids if (text := step(token_id))]
+        self.num_tokens += len(output.token_ids)
+        self._released_chars += sum([len(delta.text) for delta in deltas])
+        if output.finish_reason is not None:
+            tail = self._decoder.flush()
+            self._released_chars += len(tail)
+            self.finish_reason = output.finish_reason
+            last = deltas.pop().text if deltas else ""
+            deltas.append(Delta(last + tail, output.finish_reason))
+        return deltas
+
     def feed(self, output: EngineOutput) -> Delta:
-        """The text that `output` releases, possibly none."""
+        """All of the text that `output` releases, possibly none."""
+        if self.finish_reason is not None:
+            return Delta()  # a stop string, and this came with its last token
         parts = []
         for position, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
@@ -112,6 +130,23 @@ class Detokenizer:
                 count -= 1
         self._held_logprobs = held[count:]
         return [entry for _, entry in held[:count]] or None
+
+
+def _by_token(output: EngineOutput) -> list[EngineOutput]:
+    """An output for each token, the last with the end."""
+    ids, logprobs = output.token_ids, output.logprobs
+    if len(ids) < 2:
+        return [output]
+    last = len(ids) - 1
+    return [
+        EngineOutput(
+            output.request_id,
+            [token_id],
+            output.finish_reason if place == last else None,
+            logprobs=None if logprobs is None else [logprobs[place]],
+        )
+        for place, token_id in enumerate(ids)
+    ]
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> int | None:

@@ -48,10 +48,12 @@ class RunningService:
         device: str,
         dtype: str,
         gpus: list[int],
+        num_instances: int | None = None,
     ) -> None:
         self._folder, self._engine_dir = folder, engine_dir
         self._topology, self._sections = topology, sections
         self._device, self._dtype, self._gpus = device, dtype, gpus
+        self._num_instances = num_instances  # None: one in each worker
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stack = contextlib.ExitStack()
         self.port = free_port()
@@ -75,6 +77,10 @@ class RunningService:
         trace: TracebackType | None,
     ) -> None:
         self._stop()
+
+    def pids(self) -> dict[str, int]:
+        """Of each program."""
+        return {name: process.pid for name, process in self._processes.items()}
 
     def ready(self) -> dict[str, Any]:
         """The body of `/ready`. Raises OSError while nobody answers."""
@@ -141,7 +147,7 @@ class RunningService:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     def _wait_ready(self) -> None:
@@ -150,7 +156,8 @@ class RunningService:
             self.check_alive()
             with contextlib.suppress(OSError, ValueError):
                 state = self.ready()
-                if state["ready"] and len(state["instances"]) == len(self._processes) - 1:
+                expected = self._num_instances or len(self._processes) - 1
+                if state["ready"] and len(state["instances"]) == expected:
                     return
             if time.monotonic() > deadline:
                 tails = "; ".join(f"{name}: {self._tail(name)}" for name in self._processes)
@@ -179,6 +186,6 @@ class RunningService:
         return " | ".join(self._log(name).read_text(errors="replace").splitlines()[-12:])
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child, before it is a program of its own: a GPU must not stay taken by an orphan."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 CORPUS = [
@@ -15,8 +16,10 @@ TEMPLATE = (
 )
 
 
-def make(folder: Path, seed: int = 0) -> Path:
-    """Hidden size 64, 2 layers, 4 heads over 2 KV heads, about 300 tokens; fp32."""
+def make(
+    folder: Path, seed: int = 0, *, corpus: Sequence[str] = CORPUS, vocab_size: int = 320
+) -> Path:
+    """Hidden size 64, 2 layers, 4 heads over 2 KV heads, fp32; at most `vocab_size` tokens."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,12 +28,12 @@ def make(folder: Path, seed: int = 0) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=vocab_size,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.disagg import Measurement, best_at_equal_ttft, verdicts
 from benchmarks.driven_engine import Run
 from benchmarks.dummy_engine import make_engine
+from benchmarks.http_load import Shape, load
 from benchmarks.mixed_load import Load
 from benchmarks.model_costs import ModelCosts
 from benchmarks.streaming_client import Completion
@@ -115,3 +116,32 @@ def test_costs_of_the_8b_shape(tmp_path: Path) -> None:
     assert kv == 16 * 2048 * 131_072
     # Linear layers alone: 6.98 billion weights; attention of 8k adds 15 %.
     assert costs.prefill_flops(8192) == pytest.approx(8192 * 2 * 6.98e9 + 17.6e12, rel=0.01)
+
+
+async def test_load_counts_events_of_answers_that_arrive_in_any_pieces() -> None:
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    event = b'30\r\ndata: {"choices":[{"delta":{"content":"x"}}]}\n\n\r\n'
+    streamed = head + event * 3 + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
+    for answer, num_events, size in (
+        (streamed, 3, 1),
+        (streamed, 3, 50),
+        (whole, 0, 1),
+        (whole, 0, 99),
+    ):
+
+        async def serve(
+            reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer=answer, size=size
+        ) -> None:  # type: ignore[no-untyped-def]
+            while b"content-length: " in await reader.readuntil(b"\r\n\r\n"):
+                await reader.readuntil(b"false}")
+                for start in range(0, len(answer), size):
+                    writer.write(answer[start : start + size])
+                    await writer.drain()
+                    await asyncio.sleep(0)
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            result = await load(port, "m", Shape(3, stream=False), connections=2, num_requests=6)
+        assert (result.num_requests, result.num_events) == (6, 6 * num_events)
+        assert len(result.first_s) == 6

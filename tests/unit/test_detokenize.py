@@ -226,3 +226,22 @@ def test_token_text_has_true_bytes_for_parts_of_characters(
     text = TokenText(sentencepiece)
     assert text(2) == (" hello", b" hello")
     assert text(5 + 0xE9) == ("\ufffd", b"\xe9")
+
+
+@pytest.mark.parametrize(("stop", "logprobs"), [((), False), (("fox",), False), ((), True)])
+def test_tokens_of_one_output_are_told_one_by_one(
+    tokenizer: Tokenizer, stop: tuple[str, ...], logprobs: bool
+) -> None:
+    ids = tokenizer.encode("hello wörld, the fox jumps 日本", add_special_tokens=False).ids
+    whole = Detokenizer(tokenizer, prepare(stop=stop))
+    alone = Detokenizer(tokenizer, prepare(stop=stop))
+    each = whole.feed_each(output(ids[:5], None, logprobs))
+    if whole.finish_reason is None:
+        each += whole.feed_each(output(ids[5:], "length", logprobs))
+    single = [delta for delta in feed_one_by_one(alone, ids) if delta.text]
+    assert "".join(delta.text for delta in each) == "".join(delta.text for delta in single)
+    assert len([delta for delta in each if delta.text]) == len(single)
+    assert (each[-1].finish_reason, whole.num_tokens) == (alone.finish_reason, alone.num_tokens)
+    if logprobs:
+        told = [entry.token_id for delta in each for entry in delta.logprobs or ()]
+        assert told == ids

@@ -137,6 +137,33 @@ async def closed_by_peer(reader: asyncio.StreamReader) -> bool:
     return True
 
 
+async def test_steps_that_wait_for_a_frontend_come_as_one_output(house: House) -> None:
+    client = await house.client()
+    client.merge = True
+    async with client.generate(request("r")) as outputs:
+        await until(lambda: house.handler.requests)
+        house.server.send([EngineOutput("r", [1], cached_tokens=4)])
+        house.server.send([EngineOutput("r", [2, 3])])
+        house.server.send([EngineOutput("r", [4], "length", stop_token_id=9)])
+        await client.ping(5)  # all of it is here
+        found = [output async for output in outputs]
+    assert found == [EngineOutput("r", [1, 2, 3, 4], "length", 4, 9)]
+
+
+async def test_merging_stops_at_what_says_more_than_tokens(house: House) -> None:
+    client = await house.client()
+    client.merge = True
+    async with client.generate(request("r")) as outputs:
+        await until(lambda: house.handler.requests)
+        for token in (1, 2):
+            house.server.send([EngineOutput("r", [token])])
+        house.server.send([EngineOutput("r", [], "error", error=ErrorInfo("EngineFailed", "no"))])
+        await client.ping(5)
+        assert (await anext(outputs)).token_ids == [1, 2]
+        with pytest.raises(EngineFailed):
+            await anext(outputs)
+
+
 # --- frames ------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,13 @@
-"""`python -m serving.frontend FILE`: connect to both planes, listen, serve, drain."""
+"""`python -m serving.frontend FILE`: connect to both planes, listen, serve, drain.
+
+With `frontend.processes` above one it only starts that many (`group.py`), each with its place as a
+second argument.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -11,6 +16,7 @@ import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import msgspec
 import uvicorn
 import uvloop
 
@@ -18,6 +24,7 @@ from serving.discovery import Discovery
 from serving.errors import OperatorError
 from serving.events import EventPlane
 from serving.frontend.app import create_app
+from serving.frontend.group import STARTED, Place, run_group
 from serving.frontend.instances import Instances
 from serving.frontend.metrics import Metrics
 from serving.frontend.pipeline import Pipeline
@@ -29,7 +36,7 @@ from serving.process_config import FrontendProcess, announce_ready, read
 log = logging.getLogger("serving.frontend")
 
 
-async def run(process: FrontendProcess) -> None:
+async def run(process: FrontendProcess, place: Place | None) -> None:
     """Serve until SIGTERM or SIGINT; uvicorn handles both and drains."""
     launch_id = os.environ.get("LAUNCH_ID", "")
     token_file = Path(process.planes.nats_token_file)
@@ -66,6 +73,7 @@ async def run(process: FrontendProcess) -> None:
             metrics=metrics,
             model_name=process.model_name,
             launch_id=launch_id,
+            place=place,
         )
         server = uvicorn.Server(
             uvicorn.Config(
@@ -77,18 +85,24 @@ async def run(process: FrontendProcess) -> None:
                 access_log=False,
                 log_config=None,
                 server_header=False,
+                proxy_headers=False,  # nobody asks who the client is
                 timeout_graceful_shutdown=max(1, round(process.frontend.drain_s)),
             )
         )
         for signum in (signal.SIGTERM, signal.SIGINT):
             # uvicorn raises what it handled once more, for whoever was there before it.
             signal.signal(signum, lambda *_: None)
-        serving = asyncio.create_task(server.serve(), name="http")
+        sockets = None if place is None else place.sockets()
+        serving = asyncio.create_task(server.serve(sockets), name="http")
         # uvicorn offers a flag and no event.
         while not server.started and not serving.done():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         if server.started:
-            announce_ready(process.ready_file, port=process.frontend.port)
+            _collect_rarely()
+            if place is None:
+                announce_ready(process.ready_file, port=process.frontend.port)
+            else:
+                os.write(sys.stdout.fileno(), STARTED)
             log.info("listening on http://%s:%d", process.frontend.host, process.frontend.port)
         await serving
         for task in owned:
@@ -97,14 +111,34 @@ async def run(process: FrontendProcess) -> None:
     log.info("stopped")
 
 
+def _collect_rarely() -> None:
+    """What is here now stays, and requests leave next to no cycles: looking for some over and over
+    would show in the slowest first tokens."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
 def main() -> None:
     process = read(sys.argv[1], FrontendProcess)
+    place = msgspec.json.decode(sys.argv[2], type=Place) if len(sys.argv) > 2 else None
+    name = "frontend" if place is None else f"frontend-{place.number}"
     logging.basicConfig(
         level=os.environ.get("LOG_LEVEL", "INFO"),
-        format="%(asctime)s frontend %(levelname)s %(name)s: %(message)s",
+        format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s",
     )
+    # Not in the format, so not looked up for every line either.
+    logging.logThreads = logging.logProcesses = False
+    logging.logMultiprocessing = False
+    logging._srcfile = None  # the way to do that, by the library's documentation
     try:
-        uvloop.run(run(process))
+        if place is not None:
+            place.end_with_parent()
+            uvloop.run(run(process, place))
+        elif process.frontend.processes > 1:
+            uvloop.run(run_group(process, sys.argv[1]))
+        else:
+            uvloop.run(run(process, None))
     except* OperatorError as group:  # a task group wraps what is raised in it
         for exc in group.exceptions:
             log.critical("%s", exc)  # `deploy.launch` looks for it

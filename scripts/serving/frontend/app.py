@@ -11,17 +11,38 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Lifespan
+from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from serving.config import FrontendConfig
 from serving.errors import ServingError
 from serving.frontend.exchange import CHAT, COMPLETIONS, CompletionRoute, Parts
 from serving.frontend.generation import Pipeline
+from serving.frontend.group import Place
 from serving.frontend.limits import InFlight
 from serving.frontend.metrics import CONTENT_TYPE, Metrics
+from serving.frontend.metrics_pages import OWN_PATH, joined
 from serving.frontend.model import ModelLoader
 from serving.frontend.openai.errors import ApiError, routing_error, to_api_error
 from serving.frontend.openai.models import check_model, describe_model
+
+
+class App(Starlette):
+    """Completions go straight to their routes; all else, wrong methods too, is Starlette's.
+
+    Its middleware and its wrapping of `send` cost more than routing a request by KV.
+    """
+
+    def __init__(self, completions: dict[str, ASGIApp], **more: Any) -> None:
+        super().__init__(**more)
+        self._completions = completions
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            route = self._completions.get(scope["path"])
+            if route is not None:
+                await route(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 def create_app(
@@ -31,9 +52,11 @@ def create_app(
     metrics: Metrics,
     model_name: str,
     launch_id: str = "",
+    place: Place | None = None,
     lifespan: Lifespan[Starlette] | None = None,
 ) -> Starlette:
-    """The whole HTTP side. `launch_id` tells whoever started this process that it is the one."""
+    """The whole HTTP side. `launch_id` tells whoever started this process that it is the one,
+    `place` which of several it is."""
     started = int(time.time())
     models = ModelLoader()
     parts = Parts(
@@ -56,9 +79,17 @@ def create_app(
             except ServingError as exc:
                 is_ready, reason = False, str(exc)
         content = {"ready": is_ready, "reason": reason, **pipeline.describe()}
+        if place is not None:
+            content["process"] = place.number
         return json_response(content, 200 if is_ready else 503)
 
     async def metrics_page(request: Request) -> Response:
+        page = metrics.render()
+        if place is not None:
+            page = await joined(page, place.number, place.siblings())
+        return Response(page, media_type=CONTENT_TYPE)
+
+    async def own_metrics(request: Request) -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
     async def list_models(request: Request) -> Response:
@@ -72,15 +103,20 @@ def create_app(
             return error_response(to_api_error(exc))
         return json_response(describe_model(model_name, pipeline.card, started))
 
-    return Starlette(
+    completions: dict[str, ASGIApp] = {
+        "/v1/chat/completions": CompletionRoute(CHAT, parts),
+        "/v1/completions": CompletionRoute(COMPLETIONS, parts),
+    }
+    return App(
+        completions,
         routes=[
-            Route("/v1/chat/completions", CompletionRoute(CHAT, parts), methods=["POST"]),
-            Route("/v1/completions", CompletionRoute(COMPLETIONS, parts), methods=["POST"]),
+            *(Route(path, route, methods=["POST"]) for path, route in completions.items()),
             Route("/v1/models", list_models),
             Route("/v1/models/{id:path}", one_model),
             Route("/health", health),
             Route("/ready", ready),
             Route("/metrics", metrics_page),
+            Route(OWN_PATH, own_metrics),
         ],
         exception_handlers={HTTPException: _on_routing_error, Exception: _on_failure},
         lifespan=lifespan,

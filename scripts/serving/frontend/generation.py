@@ -1,7 +1,7 @@
 """All sequences of one HTTP request, from the pipeline's outputs to deltas.
 
 `Generation` produces; whoever writes the response takes from its `deltas`. Between the two lies
-a buffer that merges what was not taken yet, so a slow client gets fewer and larger chunks and
+a buffer that merges what was not taken for long, so a slow client gets fewer and larger chunks and
 never slows a worker down.
 """
 
@@ -22,6 +22,9 @@ from serving.frontend.metrics import Metrics
 from serving.frontend.openai.response import Plan, Usage
 from serving.preprocess import PreparedRequest
 from serving.protocol import EngineOutput, ModelCard, TokenLogprob
+
+MAX_SEPARATE = 256
+"""Deltas of one choice that wait to be written, before they become one."""
 
 
 class Pipeline(Protocol):
@@ -45,17 +48,23 @@ class Pipeline(Protocol):
 class Deltas:
     """What was generated and not yet taken, of all choices of one response. One taker.
 
-    A bare future wakes the taker, at half the cost of an Event: it happens once per token.
+    A bare future wakes the taker, at half the cost of an Event: it happens once per token. Each
+    token stays a delta of its own, unless a taker that waits for a slow client leaves more than
+    MAX_SEPARATE of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_whole: bool) -> None:
+        self._is_whole = is_whole  # nobody takes before the end
         self._pending: dict[int, list[Delta]] = {}
         self._taker: asyncio.Future[None] | None = None
         self._closed = False
         self._error: Exception | None = None
 
-    def put(self, index: int, delta: Delta) -> None:
-        self._pending.setdefault(index, []).append(delta)
+    def put(self, index: int, *deltas: Delta) -> None:
+        pending = self._pending.setdefault(index, [])
+        pending += deltas
+        if len(pending) > MAX_SEPARATE and not self._is_whole:
+            pending[:] = [Delta.merged(pending)]
         if self._taker is not None:
             self._wake()
 
@@ -64,8 +73,8 @@ class Deltas:
         self._closed, self._error = True, error
         self._wake()
 
-    async def take(self) -> dict[int, Delta]:
-        """Choice to its new text; waits for some. Empty: that was all.
+    async def take(self) -> dict[int, list[Delta]]:
+        """Choice to its new texts; waits for some. Empty: that was all.
 
         Raises the error that ended the generation, once everything before it was taken.
         """
@@ -75,7 +84,7 @@ class Deltas:
         pending, self._pending = self._pending, {}
         if not pending and self._error is not None:
             raise self._error
-        return {index: Delta.merged(deltas) for index, deltas in pending.items()}
+        return pending
 
     def _wake(self) -> None:
         taker, self._taker = self._taker, None
@@ -110,7 +119,7 @@ class Generation:
         metrics: Metrics,
         arrived: float,
     ) -> None:
-        self.plan, self.deltas = plan, Deltas()
+        self.plan, self.deltas = plan, Deltas(is_whole=not plan.stream)
         self.sequences = [Sequence(prepared) for prepared in plan.samples]
         self._pipeline, self._tokenizer = pipeline, tokenizer
         self._metrics, self._arrived = metrics, arrived
@@ -187,11 +196,11 @@ class Generation:
             sequence.finish_reason = "length"
             self.deltas.put(index, Delta(finish_reason="length"))
             return
-        delta = detokenizer.feed(output)
+        deltas = detokenizer.feed_each(output)
         sequence.completion_tokens = detokenizer.num_tokens
         sequence.finish_reason = detokenizer.finish_reason
-        if delta:
-            self.deltas.put(index, delta)
+        if deltas:
+            self.deltas.put(index, *deltas)
 
     # --- counts --------------------------------------------------------------------------------
 

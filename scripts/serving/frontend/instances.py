@@ -73,7 +73,7 @@ class Instances:
         pause_s = RECONNECT_MIN_S
         while True:
             lost = asyncio.Event()
-            client = RpcClient(info)
+            client = RpcClient(info, merge=True)
             client.on_lost = lost.set
             try:
                 await client.connect(CONNECT_S)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -20,6 +20,7 @@ from serving.frontend.early_decode import EarlyDecode
 from serving.frontend.engine_handover import EngineHandovers
 from serving.frontend.instances import Instances
 from serving.frontend.metrics import Metrics
+from serving.frontend.patience import Patience
 from serving.kv_router.router import KvRouter, PromptHashes, Route
 from serving.preprocess import PreparedRequest
 from serving.process_config import FrontendProcess
@@ -131,14 +132,7 @@ class Pipeline:
     async def _alone(self, sequence: Sequence, role: Phase) -> AsyncGenerator[EngineOutput, None]:
         """Prefill and decode on one instance."""
         await self._take_turn(sequence)
-        async with aclosing(self._on_one(sequence, self._route(sequence, role))) as outputs:
-            async for output in outputs:
-                yield output
-
-    async def _on_one(
-        self, sequence: Sequence, routed: Route
-    ) -> AsyncGenerator[EngineOutput, None]:
-        with routed as route:
+        with self._route(sequence, role) as route:
             async with aclosing(self._stream(sequence, route, "agg")) as outputs:
                 async for output in outputs:
                     yield output
@@ -146,9 +140,10 @@ class Pipeline:
     async def _disaggregated(self, sequence: Sequence) -> AsyncGenerator[EngineOutput, None]:
         await self._take_turn(sequence)
         if local := self._route_local(sequence):
-            async with aclosing(self._on_one(sequence, local)) as outputs:
-                async for output in outputs:
-                    yield output
+            with local as route:
+                async with aclosing(self._stream(sequence, route, "agg")) as outputs:
+                    async for output in outputs:
+                        yield output
             return
         async with (
             EarlyDecode() as early,
@@ -282,35 +277,41 @@ class Pipeline:
         self, sequence: Sequence, route: Route, phase: Phase, **more: Any
     ) -> AsyncGenerator[EngineOutput, None]:
         """One instance's outputs, each within its deadline."""
-        instance_id = route.instance_id
+        instance_id, deadlines = route.instance_id, self._deadlines
         loop = asyncio.get_running_loop()
+        waiting_for: Literal["prefill", "token"] = "prefill"
+
+        def give_up() -> None:
+            if loop.time() >= sequence.deadline:
+                outputs.fail(DeadlineExceeded("total", deadlines.total_s))
+            elif waiting_for == "prefill":
+                outputs.fail(DeadlineExceeded("prefill", deadlines.prefill_s))
+            else:
+                outputs.fail(InstanceLost(instance_id, f"silent for {deadlines.token_s:g} s"))
+
+        shortest_s = min(deadlines.prefill_s, deadlines.token_s)
         try:
             request = sequence.request(phase, sequence.deadline - loop.time(), **more)
-            async with self._instances.client(instance_id).generate(request) as outputs:
-                wait_s, waiting_for = self._deadlines.prefill_s, "prefill"
-                until = loop.time() + wait_s
-                while True:
-                    if waiting_for == "token":  # the caller may have taken its time meanwhile
-                        until = loop.time() + wait_s
-                    try:
-                        async with asyncio.timeout_at(min(until, sequence.deadline)):
-                            output = await anext(outputs)
-                    except TimeoutError:
-                        if loop.time() >= sequence.deadline:
-                            raise DeadlineExceeded("total", self._deadlines.total_s) from None
+            stream = self._instances.client(instance_id).generate(request)
+            async with stream as outputs:
+                with Patience(shortest_s, sequence.deadline, give_up) as patience:
+                    until = loop.time() + deadlines.prefill_s
+                    while True:
+                        patience.until = min(until, sequence.deadline)
+                        output = await anext(outputs)
+                        if output.kv_transfer_params is not None and output.finish_reason is None:
+                            yield output  # the prefill goes on, and so does its deadline
+                            continue
+                        patience.until = None
                         if waiting_for == "prefill":
-                            raise DeadlineExceeded(waiting_for, wait_s) from None
-                        raise InstanceLost(instance_id, f"silent for {wait_s:g} s") from None
-                    if output.kv_transfer_params is not None and output.finish_reason is None:
-                        yield output  # the prefill goes on, and so does its deadline
-                        continue
-                    if waiting_for == "prefill":
-                        route.first_output()
-                        wait_s, waiting_for = self._deadlines.token_s, "token"
-                    route.generated(len(output.token_ids))
-                    yield output
-                    if output.finish_reason is not None:
-                        return
+                            route.first_output()
+                            waiting_for = "token"
+                        route.generated(len(output.token_ids))
+                        yield output
+                        if output.finish_reason is not None:
+                            return
+                        # From now: the caller may have taken its time meanwhile.
+                        until = loop.time() + deadlines.token_s
         except Overloaded:  # busy is not broken
             sequence.tried.add(instance_id)
             raise

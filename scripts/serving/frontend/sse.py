@@ -85,7 +85,7 @@ async def send_deltas(
     async with output.guarded():
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *headers]})
         while ready:
-            await output.write(b"".join([chunks(index, delta) for index, delta in ready.items()]))
+            await output.write(b"".join([chunks(index, deltas) for index, deltas in ready.items()]))
             try:
                 ready = await take()
             except Exception as exc:

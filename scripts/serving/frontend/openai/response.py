@@ -84,10 +84,12 @@ class Writer(ABC):
     def _choice(self, index: int, delta: Delta) -> bytes:
         """The JSON of a finished choice; `delta` is all of it."""
 
-    def chunks(self, index: int, delta: Delta) -> bytes:
-        """The events that tell `delta`."""
+    def chunks(self, index: int, deltas: Sequence[Delta]) -> bytes:
+        """The events that tell `deltas`, each by itself."""
         opening, closing = self._chunk_opening, self._chunk_closing
-        return b"".join(opening + choice + closing for choice in self._chunk_choices(index, delta))
+        between = closing + opening
+        choices = [choice for delta in deltas for choice in self._chunk_choices(index, delta)]
+        return opening + between.join(choices) + closing
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The last event before `[DONE]`, for those who asked for it."""

@@ -1,0 +1,58 @@
+"""Deadlines that cost no timer per output."""
+
+from __future__ import annotations
+
+import asyncio
+
+from serving.frontend.patience import Patience
+
+
+class Told:
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def __call__(self) -> None:
+        self.at.append(asyncio.get_running_loop().time())
+
+
+async def test_gives_up_once_when_nothing_came() -> None:
+    told, loop = Told(), asyncio.get_running_loop()
+    began = loop.time()
+    with Patience(0.1, began + 60, told) as patience:
+        patience.until = began + 0.1
+        await asyncio.sleep(0.4)
+    assert len(told.at) == 1
+    assert 0.1 <= told.at[0] - began < 0.3
+
+
+async def test_outputs_in_time_and_callers_that_take_their_time_are_fine() -> None:
+    told, loop = Told(), asyncio.get_running_loop()
+    with Patience(0.1, loop.time() + 60, told) as patience:
+        for _ in range(5):
+            patience.until = loop.time() + 0.1
+            await asyncio.sleep(0.05)
+        patience.until = None
+        await asyncio.sleep(0.3)
+        assert not told.at
+        patience.until = set_at = loop.time() + 0.1
+        await asyncio.sleep(0.3)
+    assert len(told.at) == 1
+    assert 0 <= told.at[0] - set_at < 0.15
+
+
+async def test_end_of_it_all_comes_before_the_next_output_is_due() -> None:
+    told, loop = Told(), asyncio.get_running_loop()
+    began = loop.time()
+    with Patience(10.0, began + 0.1, told) as patience:
+        patience.until = began + 0.1
+        await asyncio.sleep(0.3)
+    assert len(told.at) == 1
+    assert told.at[0] - began < 0.3
+
+
+async def test_nothing_is_told_after_the_stream_was_left() -> None:
+    told, loop = Told(), asyncio.get_running_loop()
+    with Patience(0.05, loop.time() + 60, told) as patience:
+        patience.until = loop.time() + 0.05
+    await asyncio.sleep(0.15)
+    assert not told.at

@@ -20,6 +20,7 @@ include: "rules/services.smk"
 include: "rules/workers.smk"
 include: "rules/frontend.smk"
 include: "rules/verify.smk"
+include: "rules/bench.smk"
 include: "rules/operate.smk"
 
 

@@ -511,6 +511,61 @@ class PlanConfig(_Section, frozen=True):
     )
 
 
+class BenchConfig(_Section, frozen=True):
+    """What `snakemake bench` sends to the running service: a recorded workload, or a made-up one."""
+
+    name: Annotated[
+        str,
+        Meta(
+            pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$",
+            description="Results go to `results/bench/NAME`; a run of the same name replaces them.",
+        ),
+    ] = "latest"
+    compare: Annotated[
+        list[str],
+        Meta(description="Names of earlier runs to show beside this one, in a table and a plot."),
+    ] = []
+    trace: Annotated[
+        str | None,
+        Meta(
+            description="Recorded workload to replay at its times, `.jsonl` as Mooncake publishes them. Without one, the load is synthetic."
+        ),
+    ] = None
+    speed_up: Annotated[
+        Annotated[float, Meta(gt=0)], Meta(description="Replay a trace so many times faster.")
+    ] = 1.0
+    max_requests: Annotated[Positive, Meta(description="Requests to send.")] = 100
+    concurrency: Annotated[
+        Positive, Meta(description="Synthetic: requests in flight, unless there is a rate.")
+    ] = 8
+    request_rate: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Synthetic: requests per second, at random times (Poisson)."),
+    ] = None
+    input_tokens: Annotated[Positive, Meta(description="Synthetic: tokens of each prompt.")] = 512
+    output_tokens: Annotated[Positive, Meta(description="Synthetic: tokens of each answer.")] = 64
+    shared_prefixes: Annotated[
+        Count,
+        Meta(
+            description="Synthetic: so many different prefixes, one of which each prompt begins with; for the prefix cache."
+        ),
+    ] = 0
+    prefix_tokens: Annotated[Positive, Meta(description="Synthetic: length of these.")] = 256
+    seed: Annotated[
+        Count | None,
+        Meta(
+            description="Of the prompts' texts. Default: another one for each run, so that no run finds the cache of an earlier one."
+        ),
+    ] = None
+    timeout_s: Annotated[Seconds, Meta(description="The whole run ends by then.")] = 1800.0
+    python: Annotated[
+        str | None,
+        Meta(
+            description="A Python that has aiperf and matplotlib. Default: an environment made from `envs/aiperf.txt`."
+        ),
+    ] = None
+
+
 class Config(_Section, frozen=True):
     """Everything in `config/config.yaml`."""
 
@@ -528,6 +583,7 @@ class Config(_Section, frozen=True):
     deployment: DeploymentConfig = DeploymentConfig()
     container: ContainerConfig = ContainerConfig()
     plan: PlanConfig = PlanConfig()
+    bench: BenchConfig = BenchConfig()
 
 
 _DOTTED = re.compile(r"[.-]")

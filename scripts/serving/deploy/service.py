@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.config import Config
 from serving.deploy.topology import address
-from serving.errors import ServingError
+from serving.errors import OperatorError, ServingError
 from serving.process_config import FrontendProcess, WorkerProcess, read
 
 ANSWER_S = 120.0
@@ -75,6 +75,17 @@ def recorded(run_dir: Path) -> tuple[FrontendProcess | None, list[WorkerProcess]
         except (OSError, msgspec.MsgspecError):
             continue
     return frontend, workers
+
+
+def tokenizer_dir(run_dir: Path) -> Path:
+    """Of the model that is served here. Raises OperatorError when nothing was started."""
+    _, workers = recorded(run_dir)
+    if not workers:
+        raise OperatorError(
+            "no worker was started here",
+            remedy="start a service, for example `snakemake serve_agg_router`, then run this again",
+        )
+    return Path(workers[0].engine_dir)
 
 
 class Service:

@@ -1,0 +1,18 @@
+"""One table of the benchmark that was just run and those it is compared with."""
+
+from pathlib import Path
+
+import msgspec
+from serving.deploy.bench import Summary, table
+from serving.deploy.rule_script import telling
+
+with telling(snakemake.log[0]) as say:
+    summaries = [
+        msgspec.json.decode(Path(path).read_bytes(), type=Summary)
+        for path in snakemake.input.summaries
+    ]
+    say("")
+    for line in table(summaries):
+        say(line)
+    say("")
+    Path(snakemake.output[0]).write_text("\n".join(table(summaries)) + "\n", encoding="utf-8")

@@ -1,0 +1,46 @@
+"""Send the load of `bench.*` to the running service. Output: summary, requests and samples."""
+
+import secrets
+import shutil
+from pathlib import Path
+
+import msgspec
+from serving.config import parse
+from serving.deploy import bench
+from serving.deploy.bench_samples import Sampler
+from serving.deploy.rule_script import telling
+from serving.deploy.service import expected, tokenizer_dir
+
+with telling(snakemake.log[0]) as say:
+    config = parse(snakemake.config)
+    seed = secrets.randbelow(2**31) if config.bench.seed is None else config.bench.seed
+    load = msgspec.structs.replace(config.bench, seed=seed)
+    told = expected(Path("run"), config)
+    target = bench.find_target(told.url, tokenizer_dir(Path("run")), told.max_model_len)
+    summary_file = Path(snakemake.output.summary)
+    folder = summary_file.parent / "aiperf"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    trace = None
+    if load.trace is not None:
+        trace = summary_file.parent / "trace.jsonl"
+        count, too_long = bench.cut_trace(load, target.max_model_len, trace)
+        say(f"{count} requests of {load.trace}; {too_long} were too long for the model")
+    say(f"aiperf against {target.topology} ({target.policy}) at {target.url}")
+    python = Path(load.python or "results/bench/env/bin/python")
+    sampler = Sampler(target.url)
+    try:
+        bench.run(
+            bench.command(python, target, load, folder, trace),
+            bench.offline_home(Path(target.tokenizer_dir), (folder / "huggingface").resolve()),
+            summary_file.parent / "aiperf.log",
+            sampler,
+            load.timeout_s,
+            say,
+        )
+    finally:
+        sampler.close()
+    summary, requests = bench.summarise(folder, target, load, sampler.samples)
+    Path(snakemake.output.requests).write_bytes(msgspec.json.encode(requests))
+    Path(snakemake.output.samples).write_bytes(msgspec.json.encode(sampler.samples))
+    summary_file.write_bytes(msgspec.json.format(msgspec.json.encode(summary)))

@@ -16,9 +16,10 @@ from typing import Any
 
 import msgspec
 
+from serving.deploy.credentials import NATS_TOKEN_FILE
 from serving.deploy.ports import listeners
 from serving.deploy.processes import tag_of_pid
-from serving.deploy.topology import NATS_TOKEN_FILE, Program, address
+from serving.deploy.topology import Program, address
 from serving.errors import OperatorError
 from serving.process_config import FrontendProcess
 

@@ -17,13 +17,13 @@ from msgspec import Struct
 
 from serving.config import Config, Topology
 from serving.deploy.containers import identity
+from serving.deploy.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE
 from serving.deploy.nvlink import Links
 from serving.deploy.placement import place, require_room, visible_order
 from serving.errors import ConfigError
 from serving.process_config import FrontendProcess, Planes, WorkerProcess
 from serving.protocol import Role
 
-NATS_TOKEN_FILE = "run/secrets/nats_token"
 NATS_TOKEN = "@TOKEN@"
 """Stands for the token in `nats.conf` until the file is written: plans hold no secrets."""
 FRONTEND_GRACE_S = 5.0
@@ -139,6 +139,7 @@ def plan(
         lease_s=config.etcd.lease_s,
         nats_url=f"nats://{address(config.nats.host, config.nats.port)}",
         nats_token_file=NATS_TOKEN_FILE,
+        rpc_secret_file=RPC_SECRET_FILE,
     )
     name = config.model.name or config.model.id
     places = placed(config, gpus, links) if device == "cuda" else {}

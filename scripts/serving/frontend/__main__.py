@@ -25,6 +25,7 @@ from serving.frontend.router_metrics import RouterMetrics
 from serving.frontend.sharing import Sharing
 from serving.kv_router.router import KvRouter
 from serving.process_config import FrontendProcess, announce_ready, read
+from serving.rpc.handshake import read_secret
 
 log = logging.getLogger("serving.frontend")
 
@@ -40,7 +41,9 @@ async def run(process: FrontendProcess) -> None:
             EventPlane.connect(process.planes.nats_url, process.planes.namespace, token_file)
         )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        instances = Instances(router, events, tasks, metrics)
+        instances = Instances(
+            router, events, tasks, metrics, secret=read_secret(process.planes.rpc_secret_file)
+        )
         events.on_reconnect = instances.on_reconnect
         await events.subscribe(instances.on_kv, instances.on_load)
         sharing = Sharing(router, events)

@@ -7,9 +7,12 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
+from serving.config import FrontendConfig, is_loopback
+
 NATS_TOKEN_FILE = "run/secrets/nats_token"
 RPC_SECRET_FILE = "run/secrets/rpc_secret"
-FILES = (NATS_TOKEN_FILE, RPC_SECRET_FILE)
+API_KEYS_FILE = "run/secrets/api_keys"
+FILES = (NATS_TOKEN_FILE, RPC_SECRET_FILE, API_KEYS_FILE)
 
 
 def ensure_named(settings: str) -> None:
@@ -32,3 +35,23 @@ def ensure(file: str) -> str:
             os.link(made, path)
         made.unlink()
     return path.read_text().strip()
+
+
+def api_keys_file(frontend: FrontendConfig) -> str | None:
+    """Where the keys of the API are: off loopback there are always some."""
+    if frontend.api_keys_file is None and not is_loopback(frontend.host):
+        return API_KEYS_FILE
+    return frontend.api_keys_file
+
+
+def authorization(frontend: FrontendConfig) -> dict[str, str]:
+    """The headers that let this deployment's own commands in. Empty when it needs none, or has
+    no keys yet."""
+    if (file := api_keys_file(frontend)) is None:
+        return {}
+    try:
+        lines = [line.strip() for line in Path(file).expanduser().read_text().splitlines()]
+    except OSError:
+        return {}
+    key = next((line for line in lines if line and not line.startswith("#")), "")
+    return {"authorization": f"Bearer {key}"} if key else {}

@@ -92,9 +92,11 @@ class Deployment(Struct, frozen=True, kw_only=True):
         body = msgspec.json.encode({"model": model, "prompt": "Hello", "max_tokens": 16}).decode()
         dummy = self.config.engine.weights == "dummy"
         noise = " with dummy weights, so answers are noise," if dummy else ""
+        keys = self.config.frontend.api_keys_file
+        bearer = f" -H \"authorization: Bearer $(head -n 1 '{keys}')\"" if keys else ""
         return (
             f"\nServing {model} ({self.plan.topology}){noise} at {url}/v1. Try:\n"
-            f"  curl -s {url}/v1/completions -H 'content-type: application/json' -d '{body}'"
+            f"  curl -s {url}/v1/completions -H 'content-type: application/json'{bearer} -d '{body}'"
         )
 
 

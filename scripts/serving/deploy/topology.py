@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from serving.config import Config, Topology
 from serving.deploy.containers import identity
-from serving.deploy.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE
+from serving.deploy.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE, api_keys_file
 from serving.deploy.nvlink import Links
 from serving.deploy.placement import place, require_room, visible_order
 from serving.errors import ConfigError
@@ -108,11 +108,14 @@ def placed(
 
 
 def pinned(config: Config, topology: Topology) -> Config:
-    """The config as `topology` means it: the `*_router` topologies always route by KV."""
+    """The config as `topology` means it: the `*_router` topologies always route by KV, and off
+    loopback there are API keys."""
     deployment = msgspec.structs.replace(config.deployment, topology=topology)
     policy = "kv" if topology.endswith("_router") else config.router.policy
     router = msgspec.structs.replace(config.router, policy=policy)
-    return msgspec.structs.replace(config, deployment=deployment, router=router)
+    keys = api_keys_file(config.frontend)
+    frontend = msgspec.structs.replace(config.frontend, api_keys_file=keys)
+    return msgspec.structs.replace(config, deployment=deployment, router=router, frontend=frontend)
 
 
 def plan(

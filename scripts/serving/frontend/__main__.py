@@ -13,10 +13,12 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from serving.discovery import Discovery
 from serving.errors import OperatorError
 from serving.events import EventPlane
+from serving.frontend.api_keys import ApiKeys, read_keys
 from serving.frontend.app import create_app
 from serving.frontend.instances import Instances
 from serving.frontend.metrics import Metrics
@@ -70,9 +72,13 @@ async def run(process: FrontendProcess) -> None:
             model_name=process.model_name,
             launch_id=launch_id,
         )
+        served: ASGIApp = app
+        if process.frontend.api_keys_file is not None:
+            keys = read_keys(process.frontend.api_keys_file)
+            served = ApiKeys(app, keys, process.frontend.requests_per_minute)
         server = uvicorn.Server(
             uvicorn.Config(
-                app,
+                served,
                 host=process.frontend.host,
                 port=process.frontend.port,
                 http="httptools",

@@ -312,7 +312,9 @@ class RouterConfig(_Section, frozen=True):
 class FrontendConfig(_Section, frozen=True):
     """The HTTP server."""
 
-    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    host: Annotated[str, Meta(description="Address, network or interface to listen on.")] = (
+        "127.0.0.1"
+    )
     port: Annotated[Port, Meta(description="Port of the OpenAI-compatible API.")] = 8000
     api_keys_file: Annotated[
         str | None,
@@ -390,8 +392,27 @@ class EtcdConfig(_Section, frozen=True):
 class NatsConfig(_Section, frozen=True):
     """KV events, load reports, control."""
 
-    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    host: Annotated[str, Meta(description="Address, network or interface to listen on.")] = (
+        "127.0.0.1"
+    )
     port: Annotated[Port, Meta(description="Client port.")] = 4222
+
+
+class NetworkConfig(_Section, frozen=True):
+    """Where workers listen. What they advertise is the same address."""
+
+    rpc_host: Annotated[
+        str,
+        Meta(
+            description="For frontends: an address, a network (`10.1.0.0/16`) or an interface (`eth0`)."
+        ),
+    ] = "127.0.0.1"
+    kv_host: Annotated[
+        str,
+        Meta(
+            description="For workers that fetch KV, the same. UCX uses its interface alone where there is no InfiniBand, unless `UCX_NET_DEVICES` is set."
+        ),
+    ] = "127.0.0.1"
 
 
 class DeploymentConfig(_Section, frozen=True):
@@ -521,6 +542,7 @@ class Config(_Section, frozen=True):
     kv_transfer: KvTransferConfig = KvTransferConfig()
     etcd: EtcdConfig = EtcdConfig()
     nats: NatsConfig = NatsConfig()
+    network: NetworkConfig = NetworkConfig()
     deployment: DeploymentConfig = DeploymentConfig()
     container: ContainerConfig = ContainerConfig()
     plan: PlanConfig = PlanConfig()

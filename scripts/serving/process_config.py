@@ -51,7 +51,8 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     gpus: list[int]
-    host: str
+    host: str  # for frontends
+    kv_host: str  # for workers that fetch KV
     unix_socket: str
     ready_file: str
     planes: Planes

@@ -58,6 +58,9 @@ def ucx_environment(on_gpu: bool) -> dict[str, str]:
     }
 
 
+INFINIBAND = Path("/sys/class/infiniband")
+
+
 def ucx_options(host: str) -> dict[str, str]:
     """UCX options for a worker that listens on `host`."""
     options = {
@@ -70,10 +73,9 @@ def ucx_options(host: str) -> dict[str, str]:
         "TCP_RX_SEG_SIZE": "256k",
     }
     # UCX would listen on every interface. With InfiniBand its choice of rails is better than ours.
-    infiniband = Path("/sys/class/infiniband")
     if _is_loopback(host) and Path("/sys/class/net/lo").exists():
         options["NET_DEVICES"] = "lo"
-    elif (name := _interface_of(host)) and not any(infiniband.glob("*")):
+    elif (name := _interface_of(host)) and not any(INFINIBAND.glob("*")):
         options["NET_DEVICES"] = name
     return {k: v for k, v in options.items() if f"UCX_{k}" not in os.environ}
 

@@ -105,7 +105,7 @@ rule plot_bench:
     params:
         python=BENCH.python or "results/bench/env/bin/python",
         program=f"{workflow.basedir}/scripts/plot_bench.py",
-        out=BENCH_FOLDER,
+        out=lambda wildcards, output: Path(output[0]).parent,
         folders=[f"results/bench/{run}" for run in BENCH_RUNS],
     shell:
         "{params.python:q} {params.program:q} {params.out:q} {params.folders:q} > {log:q} 2>&1"

@@ -16,7 +16,9 @@ with telling(snakemake.log[0]) as say:
     seed = secrets.randbelow(2**31) if config.bench.seed is None else config.bench.seed
     load = msgspec.structs.replace(config.bench, seed=seed)
     told = expected(Path("run"), config)
-    target = bench.find_target(told.url, tokenizer_dir(Path("run")), told.max_model_len)
+    target = bench.find_target(
+        told.url, told.headers, tokenizer_dir(Path("run")), told.max_model_len
+    )
     summary_file = Path(snakemake.output.summary)
     folder = summary_file.parent / "aiperf"
     shutil.rmtree(folder, ignore_errors=True)
@@ -28,10 +30,10 @@ with telling(snakemake.log[0]) as say:
         say(f"{count} requests of {load.trace}; {too_long} were too long for the model")
     say(f"aiperf against {target.topology} ({target.policy}) at {target.url}")
     python = Path(load.python or "results/bench/env/bin/python")
-    sampler = Sampler(target.url)
+    sampler = Sampler(target.url, told.headers)
     try:
         bench.run(
-            bench.command(python, target, load, folder, trace),
+            bench.command(python, target, load, folder, trace, told.headers),
             bench.offline_home(Path(target.tokenizer_dir), (folder / "huggingface").resolve()),
             summary_file.parent / "aiperf.log",
             sampler,

@@ -9,6 +9,7 @@ beyond what the person wrote.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
@@ -311,8 +312,19 @@ class RouterConfig(_Section, frozen=True):
 class FrontendConfig(_Section, frozen=True):
     """The HTTP server."""
 
-    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    host: Annotated[str, Meta(description="Address, network or interface to listen on.")] = (
+        "127.0.0.1"
+    )
     port: Annotated[Port, Meta(description="Port of the OpenAI-compatible API.")] = 8000
+    api_keys_file: Annotated[
+        str | None,
+        Meta(
+            description="File with one API key a line; requests without one of them get 401. Default: none on loopback; elsewhere `run/secrets/api_keys`, made with one key."
+        ),
+    ] = None
+    requests_per_minute: Annotated[
+        Positive | None, Meta(description="Requests of one API key in a minute; then 429.")
+    ] = None
     max_body_bytes: Annotated[Positive, Meta(description="Larger request bodies get 413.")] = (
         4 * 1024 * 1024
     )
@@ -394,8 +406,27 @@ class EtcdConfig(_Section, frozen=True):
 class NatsConfig(_Section, frozen=True):
     """KV events, load reports, control."""
 
-    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    host: Annotated[str, Meta(description="Address, network or interface to listen on.")] = (
+        "127.0.0.1"
+    )
     port: Annotated[Port, Meta(description="Client port.")] = 4222
+
+
+class NetworkConfig(_Section, frozen=True):
+    """Where workers listen. What they advertise is the same address."""
+
+    rpc_host: Annotated[
+        str,
+        Meta(
+            description="For frontends: an address, a network (`10.1.0.0/16`) or an interface (`eth0`)."
+        ),
+    ] = "127.0.0.1"
+    kv_host: Annotated[
+        str,
+        Meta(
+            description="For workers that fetch KV, the same. UCX uses its interface alone where there is no InfiniBand, unless `UCX_NET_DEVICES` is set."
+        ),
+    ] = "127.0.0.1"
 
 
 class DeploymentConfig(_Section, frozen=True):
@@ -580,6 +611,7 @@ class Config(_Section, frozen=True):
     kv_transfer: KvTransferConfig = KvTransferConfig()
     etcd: EtcdConfig = EtcdConfig()
     nats: NatsConfig = NatsConfig()
+    network: NetworkConfig = NetworkConfig()
     deployment: DeploymentConfig = DeploymentConfig()
     container: ContainerConfig = ContainerConfig()
     plan: PlanConfig = PlanConfig()
@@ -608,6 +640,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
         engine = msgspec.structs.replace(config.engine, weights="dummy")
         config = msgspec.structs.replace(config, engine=engine)
     _check_ports(config)
+    _check_reach(config)
     _check_backend(config)
     _check_mock(config)
     _check_dtype(config)
@@ -677,6 +710,24 @@ def _check_ports(config: Config) -> None:
                 key, f"port {port} is already `{seen[port]}`", remedy="choose another port"
             )
         seen[port] = key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_reach(config: Config) -> None:
+    """What asks nobody for credentials stays where only this machine reaches it."""
+    if not is_loopback(config.etcd.host):
+        raise ConfigError(
+            "etcd.host",
+            f"etcd asks for no credentials, and others reach {config.etcd.host!r}",
+            remedy="set it to 127.0.0.1",
+        )
 
 
 def _check_backend(config: Config) -> None:

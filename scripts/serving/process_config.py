@@ -33,6 +33,7 @@ class Planes(Struct, frozen=True, kw_only=True):
     lease_s: int
     nats_url: str  # nats://host:port
     nats_token_file: str
+    rpc_secret_file: str = ""  # none: workers and frontends prove nothing to each other
 
 
 class WorkerProcess(Struct, frozen=True, kw_only=True):
@@ -50,7 +51,8 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     gpus: list[int]
-    host: str
+    host: str  # for frontends
+    kv_host: str  # for workers that fetch KV
     unix_socket: str
     ready_file: str
     planes: Planes

@@ -17,7 +17,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 Tier = Literal["device", "host"]
 """Where a KV block lies: in the engine's pool, or in host memory, from which it is copied back."""
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 # --- requests and tokens (direct connection, `rpc.py`) ------------------------------------------
@@ -174,11 +174,22 @@ class Ping(Struct, frozen=True, tag="ping"):
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """First message in both directions: both sides check the version, the frontend the epoch."""
+    """First message in both directions: both sides check the version, the frontend the epoch.
+
+    `nonce` is fresh, `proof` the worker's (`rpc/handshake.py`); empty where there is no secret.
+    """
 
     version: int
     instance_id: str = ""
     epoch: int = 0
+    nonce: bytes = b""
+    proof: bytes = b""
+
+
+class Proof(Struct, frozen=True, tag="proof"):
+    """The frontend knows the secret; second message to a worker that has one."""
+
+    proof: bytes
 
 
 class Pong(Struct, frozen=True, tag="pong"):
@@ -195,7 +206,7 @@ class Draining(Struct, frozen=True, tag="draining"):
     """The worker accepts no more requests; running ones are finished."""
 
 
-ToWorker = Hello | Generate | Abort | Release | Ping
+ToWorker = Hello | Proof | Generate | Abort | Release | Ping
 ToFrontend = Hello | Step | Pong | Draining
 
 

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,13 @@ class Summary(Struct, frozen=True):
     hit_rates: dict[str, float]
 
 
-def find_target(url: str, tokenizer_dir: Path, max_model_len: int) -> Target:
+def find_target(
+    url: str, headers: Mapping[str, str], tokenizer_dir: Path, max_model_len: int
+) -> Target:
     """Raises OperatorError when nothing serves at `url`."""
     try:
-        state = httpx.get(f"{url}/ready", timeout=5.0, trust_env=False).json()
+        answer = httpx.get(f"{url}/ready", headers=dict(headers), timeout=5.0, trust_env=False)
+        state = answer.json()
     except (httpx.HTTPError, ValueError) as exc:
         raise OperatorError(
             f"nothing serves at {url}: {exc}",
@@ -77,7 +80,7 @@ def find_target(url: str, tokenizer_dir: Path, max_model_len: int) -> Target:
         ) from None
     if not state.get("ready"):
         raise OperatorError(
-            f"the service at {url} is not ready: {state.get('reason')}",
+            f"the service at {url} is not ready: {state.get('reason') or answer.text[:200]}",
             remedy="see `snakemake status`",
         )
     return Target(
@@ -132,7 +135,12 @@ def cut_trace(config: BenchConfig, max_model_len: int, out: Path) -> tuple[int, 
 
 
 def command(
-    python: Path, target: Target, config: BenchConfig, folder: Path, trace: Path | None
+    python: Path,
+    target: Target,
+    config: BenchConfig,
+    folder: Path,
+    trace: Path | None,
+    headers: Mapping[str, str],
 ) -> list[str]:
     """What starts aiperf. Its export goes to `folder`."""
     arguments: list[str] = [
@@ -143,6 +151,8 @@ def command(
         *("--artifact-dir", str(folder), "--random-seed", str(config.seed), "--ui", "none"),
         *("--no-gpu-telemetry", "--no-server-metrics"),
     ]
+    for name, value in headers.items():
+        arguments += ["--header", f"{name}:{value}"]
     if trace is not None:
         arguments += ["--input-file", str(trace), "--custom-dataset-type", "mooncake_trace"]
         arguments += ["--fixed-schedule"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 
 import httpx
 from msgspec import Struct
@@ -30,8 +31,10 @@ class Sample(Struct, frozen=True):
 class Sampler:
     """Raises httpx.HTTPError when the frontend does not answer."""
 
-    def __init__(self, url: str) -> None:
-        self._client = httpx.Client(base_url=url, timeout=FETCH_S, trust_env=False)
+    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+        self._client = httpx.Client(
+            base_url=url, headers=dict(headers), timeout=FETCH_S, trust_env=False
+        )
         self._started = time.monotonic()
         self.samples: list[Sample] = []
 

@@ -26,6 +26,7 @@ from serving.deploy.fingerprint import (
 )
 from serving.deploy.images import with_built_image
 from serving.deploy.markers import Record, read_record, record_of, sweep
+from serving.deploy.network import listening
 from serving.deploy.nvlink import Links, observed_links
 from serving.deploy.placement import existing_gpus, usable_gpus
 from serving.deploy.request import Request, from_command_line
@@ -92,9 +93,11 @@ class Deployment(Struct, frozen=True, kw_only=True):
         body = msgspec.json.encode({"model": model, "prompt": "Hello", "max_tokens": 16}).decode()
         dummy = self.config.engine.weights == "dummy"
         noise = " with dummy weights, so answers are noise," if dummy else ""
+        keys = self.config.frontend.api_keys_file
+        bearer = f" -H \"authorization: Bearer $(head -n 1 '{keys}')\"" if keys else ""
         return (
             f"\nServing {model} ({self.plan.topology}){noise} at {url}/v1. Try:\n"
-            f"  curl -s {url}/v1/completions -H 'content-type: application/json' -d '{body}'"
+            f"  curl -s {url}/v1/completions -H 'content-type: application/json'{bearer} -d '{body}'"
         )
 
 
@@ -105,7 +108,7 @@ def prepare(raw: Mapping[str, Any], *, main: bool) -> Deployment:
         os.environ[FAILURES] = f".snakemake/failures-{os.getpid()}"
     request = _request(main)
     recorded = read_record(RUN)
-    config = with_built_image(_with_topology(parse(raw), request, recorded))
+    config = with_built_image(_with_topology(listening(parse(raw)), request, recorded))
     device, engine = resolve_device(config), engine_fingerprint(config)
     gpus = _gpus(config) if _needs_gpus(config, device) else []
     deployment = Deployment(

@@ -82,7 +82,7 @@ async def _collect(told: Expected) -> tuple[Evidence, Planes | None]:
     )
     ready, frontend_error = None, ""
     try:
-        async with Service(told.url) as service:
+        async with Service(told.url, told.headers) as service:
             ready = await service.ready()
     except ServiceFailed as exc:
         frontend_error = str(exc)
@@ -190,7 +190,7 @@ async def _listen(planes: Planes, names: Sequence[str]) -> tuple[set[str], dict[
 async def _prove_routing(told: Expected, policy: str) -> Finding:
     """Send one prompt twice and see what was cached, and whether the index knew."""
     try:
-        async with Service(told.url) as service:
+        async with Service(told.url, told.headers) as service:
             await service.first_model()
             prompt = long_prompt(told)
             cold = cached_tokens(await service.chat(prompt, 4))

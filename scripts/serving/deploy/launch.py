@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from serving.config import Config
 from serving.deploy import ports
 from serving.deploy.contained import contain_worker
 from serving.deploy.containers import contains
+from serving.deploy.credentials import NATS_TOKEN_FILE, ensure, ensure_named
 from serving.deploy.markers import write_marker
 from serving.deploy.placement import existing_gpus, usable_gpus
 from serving.deploy.readiness import first_answer, probe_for
@@ -27,7 +27,6 @@ from serving.deploy.source_digest import SCRIPTS
 from serving.deploy.supervisor import LOGS, RUN, ProcessInfo, ProgramSpec, Supervisor
 from serving.deploy.topology import (
     NATS_TOKEN,
-    NATS_TOKEN_FILE,
     Program,
     worker_environment,
 )
@@ -106,22 +105,13 @@ def _write_settings(program: Program) -> None:
     if not program.settings_file:
         return
     text = program.settings
+    ensure_named(text)
     if NATS_TOKEN in text:
-        text = text.replace(NATS_TOKEN, _nats_token())
+        text = text.replace(NATS_TOKEN, ensure(NATS_TOKEN_FILE))
     path = Path(program.settings_file)
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
         file.write(text)
-
-
-def _nats_token() -> str:
-    """Made once per deployment. Only this user can read it."""
-    path = Path(NATS_TOKEN_FILE)
-    if not path.exists():
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(32))
-    return path.read_text()
 
 
 def _wait_ready(

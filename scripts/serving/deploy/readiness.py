@@ -10,15 +10,16 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from serving.deploy.credentials import NATS_TOKEN_FILE, authorization
 from serving.deploy.ports import listeners
 from serving.deploy.processes import tag_of_pid
-from serving.deploy.topology import NATS_TOKEN_FILE, Program, address
+from serving.deploy.topology import Program, address
 from serving.errors import OperatorError
 from serving.process_config import FrontendProcess
 
@@ -75,7 +76,7 @@ def frontend(program: Program, launch_id: str) -> str:
         status, body = _http("GET", where, "/health", None, ANSWER_S)
         if status != 200 or body.get("launch_id") != launch_id:
             return f"another process answers on {where}"
-        status, body = _http("GET", where, "/ready", None, ANSWER_S)
+        status, body = _http("GET", where, "/ready", None, ANSWER_S, _headers(program))
     except (OSError, http.client.HTTPException) as exc:
         return f"no answer on {where}: {exc}"
     return "" if status == 200 else str(body.get("reason") or f"/ready says {status}")
@@ -84,10 +85,11 @@ def frontend(program: Program, launch_id: str) -> str:
 def first_answer(program: Program) -> None:
     """One token through the whole path. Raises OperatorError with the service's own words."""
     where = address(program.host, program.ports["frontend.port"])
-    model = msgspec.json.decode(program.settings, type=FrontendProcess).model_name
+    process = msgspec.json.decode(program.settings, type=FrontendProcess)
+    headers, model = authorization(process.frontend), process.model_name
     request = {"model": model, "prompt": "Hello", "max_tokens": 1}
     try:
-        status, body = _http("POST", where, "/v1/completions", request, FIRST_REQUEST_S)
+        status, body = _http("POST", where, "/v1/completions", request, FIRST_REQUEST_S, headers)
     except (OSError, http.client.HTTPException) as exc:
         status, body = 0, {"error": {"message": str(exc)}}
     if status != 200:
@@ -97,6 +99,10 @@ def first_answer(program: Program) -> None:
             f"the service is up, but its first request failed ({status or 'no answer'}): {message}",
             remedy="run `snakemake doctor`, and see logs/frontend.log",
         )
+
+
+def _headers(program: Program) -> dict[str, str]:
+    return authorization(msgspec.json.decode(program.settings, type=FrontendProcess).frontend)
 
 
 def _announced(program: Program, launch_id: str) -> str:
@@ -116,14 +122,19 @@ def _held_by_launch(port: int, launch_id: str) -> str:
 
 
 def _http(
-    method: str, where: str, path: str, body: Any, timeout_s: float
+    method: str,
+    where: str,
+    path: str,
+    body: Any,
+    timeout_s: float,
+    headers: Mapping[str, str] | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Status and JSON object (empty for any other body). Ignores proxies: we talk to ourselves."""
     connection = http.client.HTTPConnection(where, timeout=timeout_s)
     try:
         content = None if body is None else json.dumps(body)
-        headers = {"content-type": "application/json"} if content else {}
-        connection.request(method, path, content, headers)
+        typed = {"content-type": "application/json"} if content else {}
+        connection.request(method, path, content, {**typed, **(headers or {})})
         response = connection.getresponse()
         text = response.read()
     finally:

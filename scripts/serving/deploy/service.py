@@ -7,7 +7,7 @@ test in a second shell needs no flags. Used by `smoke` and `doctor`.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from msgspec import Struct
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.config import Config
+from serving.deploy.credentials import authorization
 from serving.deploy.topology import address
 from serving.errors import OperatorError, ServingError
 from serving.process_config import FrontendProcess, WorkerProcess, read
@@ -35,6 +36,7 @@ class Expected(Struct, frozen=True, kw_only=True):
     """What the deployment should be. `exact`: float32, so equal prompts give equal greedy text."""
 
     url: str
+    headers: dict[str, str] = {}
     disaggregated: bool
     transport: str
     block_size: int
@@ -52,6 +54,7 @@ def expected(run_dir: Path, config: Config) -> Expected:
     dtype = workers[0].dtype if workers else config.engine.dtype
     return Expected(
         url=f"http://{address(listen.host, listen.port)}",
+        headers=authorization(listen),
         disaggregated=topology.startswith("disagg"),
         transport="mock" if engine.backend == "mock" else transfer.transport,
         block_size=engine.block_size,
@@ -91,10 +94,13 @@ def tokenizer_dir(run_dir: Path) -> Path:
 class Service:
     """An HTTP client for the API. Raises ServiceFailed with the service's own words."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
         # Proxies named in the environment must not get between us and loopback.
         self._client = httpx.AsyncClient(
-            base_url=url, timeout=httpx.Timeout(ANSWER_S, connect=5.0), trust_env=False
+            base_url=url,
+            headers=dict(headers or {}),
+            timeout=httpx.Timeout(ANSWER_S, connect=5.0),
+            trust_env=False,
         )
         self.url, self.model = url, ""
 

@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from serving.config import Config, FrontendConfig
 from serving.deploy import processes
+from serving.deploy.credentials import authorization
 from serving.deploy.markers import read_marker, read_record
 from serving.deploy.supervisor import LOGS, RUN, ProcessInfo, Supervisor
 from serving.deploy.topology import address, stop_tiers
@@ -44,7 +45,11 @@ def report(config: Config) -> list[str]:
         return ["", "Nothing runs here. Start it with: snakemake serve_disagg", ""]
     listen = _listen(config)
     where = address(listen.host, listen.port)
-    answers = _ask(where) if "frontend" in known or "frontend" in strays else Answers()
+    answers = (
+        _ask(where, authorization(listen))
+        if "frontend" in known or "frontend" in strays
+        else Answers()
+    )
     lines = [""]
     if strays:
         lines += [
@@ -148,11 +153,11 @@ def _listen(config: Config) -> FrontendConfig:
         return config.frontend
 
 
-def _ask(where: str) -> Answers:
+def _ask(where: str, headers: dict[str, str]) -> Answers:
     """Nothing when there is no answer, or it is not one of ours."""
     try:
-        ready = json.loads(_get(where, "/ready"))
-        metrics = _get(where, "/metrics").decode(errors="replace")
+        ready = json.loads(_get(where, "/ready", headers))
+        metrics = _get(where, "/metrics", headers).decode(errors="replace")
     except (OSError, http.client.HTTPException, ValueError):
         return Answers()
     return Answers(
@@ -161,10 +166,10 @@ def _ask(where: str) -> Answers:
     )
 
 
-def _get(where: str, path: str) -> bytes:
+def _get(where: str, path: str, headers: dict[str, str]) -> bytes:
     connection = http.client.HTTPConnection(where, timeout=ANSWER_S)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers)
         return connection.getresponse().read()
     finally:
         connection.close()

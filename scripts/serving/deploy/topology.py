@@ -17,13 +17,13 @@ from msgspec import Struct
 
 from serving.config import Config, Topology
 from serving.deploy.containers import identity
+from serving.deploy.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE, api_keys_file
 from serving.deploy.nvlink import Links
 from serving.deploy.placement import place, require_room, visible_order
 from serving.errors import ConfigError
 from serving.process_config import FrontendProcess, Planes, WorkerProcess
 from serving.protocol import Role
 
-NATS_TOKEN_FILE = "run/secrets/nats_token"
 NATS_TOKEN = "@TOKEN@"
 """Stands for the token in `nats.conf` until the file is written: plans hold no secrets."""
 FRONTEND_GRACE_S = 5.0
@@ -108,11 +108,14 @@ def placed(
 
 
 def pinned(config: Config, topology: Topology) -> Config:
-    """The config as `topology` means it: the `*_router` topologies always route by KV."""
+    """The config as `topology` means it: the `*_router` topologies always route by KV, and off
+    loopback there are API keys."""
     deployment = msgspec.structs.replace(config.deployment, topology=topology)
     policy = "kv" if topology.endswith("_router") else config.router.policy
     router = msgspec.structs.replace(config.router, policy=policy)
-    return msgspec.structs.replace(config, deployment=deployment, router=router)
+    keys = api_keys_file(config.frontend)
+    frontend = msgspec.structs.replace(config.frontend, api_keys_file=keys)
+    return msgspec.structs.replace(config, deployment=deployment, router=router, frontend=frontend)
 
 
 def plan(
@@ -139,6 +142,7 @@ def plan(
         lease_s=config.etcd.lease_s,
         nats_url=f"nats://{address(config.nats.host, config.nats.port)}",
         nats_token_file=NATS_TOKEN_FILE,
+        rpc_secret_file=RPC_SECRET_FILE,
     )
     name = config.model.name or config.model.id
     places = placed(config, gpus, links) if device == "cuda" else {}
@@ -156,7 +160,8 @@ def plan(
                 device=device,
                 dtype=dtype,
                 gpus=places.get((role, index), []),
-                host="127.0.0.1",
+                host=config.network.rpc_host,
+                kv_host=config.network.kv_host,
                 unix_socket=f"run/worker-{instance}.sock",
                 ready_file=f"run/worker-{instance}.ready",
                 planes=planes,

@@ -19,10 +19,12 @@ from pathlib import Path
 import msgspec
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from serving.discovery import Discovery
 from serving.errors import OperatorError
 from serving.events import EventPlane
+from serving.frontend.api_keys import ApiKeys, read_keys
 from serving.frontend.app import create_app
 from serving.frontend.group import STARTED, Place, run_group
 from serving.frontend.instances import Instances
@@ -32,6 +34,7 @@ from serving.frontend.router_metrics import RouterMetrics
 from serving.frontend.sharing import Sharing
 from serving.kv_router.router import KvRouter
 from serving.process_config import FrontendProcess, announce_ready, read
+from serving.rpc.handshake import read_secret
 
 log = logging.getLogger("serving.frontend")
 
@@ -47,7 +50,9 @@ async def run(process: FrontendProcess, place: Place | None) -> None:
             EventPlane.connect(process.planes.nats_url, process.planes.namespace, token_file)
         )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        instances = Instances(router, events, tasks, metrics)
+        instances = Instances(
+            router, events, tasks, metrics, secret=read_secret(process.planes.rpc_secret_file)
+        )
         events.on_reconnect = instances.on_reconnect
         await events.subscribe(instances.on_kv, instances.on_load)
         sharing = Sharing(router, events)
@@ -75,9 +80,13 @@ async def run(process: FrontendProcess, place: Place | None) -> None:
             launch_id=launch_id,
             place=place,
         )
+        served: ASGIApp = app
+        if process.frontend.api_keys_file is not None:
+            keys = read_keys(process.frontend.api_keys_file)
+            served = ApiKeys(app, keys, process.frontend.requests_per_minute)
         server = uvicorn.Server(
             uvicorn.Config(
-                app,
+                served,
                 host=process.frontend.host,
                 port=process.frontend.port,
                 http="httptools",

@@ -86,7 +86,8 @@ def create_app(
     async def metrics_page(request: Request) -> Response:
         page = metrics.render()
         if place is not None:
-            page = await joined(page, place.number, place.siblings())
+            key = request.headers.get("authorization", "")
+            page = await joined(page, place.number, place.siblings(), key)
         return Response(page, media_type=CONTENT_TYPE)
 
     async def own_metrics(request: Request) -> Response:

@@ -34,7 +34,11 @@ class Instances:
         events: EventPlane,
         tasks: asyncio.TaskGroup,
         metrics: Metrics,
+        *,
+        secret: bytes = b"",
     ) -> None:
+        """`secret`: what workers ask frontends to know."""
+        self._secret = secret
         self._router, self._events, self._tasks = router, events, tasks
         self._metrics = metrics
         self._keepers: dict[str, tuple[InstanceInfo, asyncio.Task[None]]] = {}
@@ -73,7 +77,7 @@ class Instances:
         pause_s = RECONNECT_MIN_S
         while True:
             lost = asyncio.Event()
-            client = RpcClient(info, merge=True)
+            client = RpcClient(info, secret=self._secret, merge=True)
             client.on_lost = lost.set
             try:
                 await client.connect(CONNECT_S)

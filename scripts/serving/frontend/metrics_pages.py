@@ -12,12 +12,15 @@ OWN_PATH = "/metrics/process"
 ANSWER_S = 1.0
 
 
-async def joined(own: bytes, number: int, siblings: Mapping[int, int]) -> bytes:
-    """`own` page of process `number` and those of `siblings` (number to port on loopback).
+async def joined(
+    own: bytes, number: int, siblings: Mapping[int, int], authorization: str = ""
+) -> bytes:
+    """`own` page of process `number` and those of `siblings` (number to port on loopback), which
+    are asked with the `authorization` of who asks here.
 
     One that does not answer is left out: it is being replaced, and its counters begin anew.
     """
-    pages = await asyncio.gather(*(_page(port) for port in siblings.values()))
+    pages = await asyncio.gather(*(_page(port, authorization) for port in siblings.values()))
     return merge({number: own} | {n: page for n, page in zip(siblings, pages, strict=True) if page})
 
 
@@ -50,18 +53,18 @@ def _labelled(sample: str, number: int) -> str:
     return f'{name}{{process="{number}"}} {value}'
 
 
-async def _page(port: int) -> bytes:
+async def _page(port: int, authorization: str) -> bytes:
     """Empty when there is no answer in time."""
     try:
         async with asyncio.timeout(ANSWER_S):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
-                writer.write(
-                    f"GET {OWN_PATH} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
-                )
-                head, _, body = (await reader.read(-1)).partition(b"\r\n\r\n")
+                head = f"GET {OWN_PATH} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+                key = f"authorization: {authorization}\r\n" if authorization else ""
+                writer.write(f"{head}{key}\r\n".encode())
+                answer, _, body = (await reader.read(-1)).partition(b"\r\n\r\n")
             finally:
                 writer.close()
     except (OSError, TimeoutError):
         return b""
-    return body if b" 200 " in head.partition(b"\r\n")[0] else b""
+    return body if b" 200 " in answer.partition(b"\r\n")[0] else b""

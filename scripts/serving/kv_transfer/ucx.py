@@ -22,6 +22,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from serving.errors import OperatorError
 from serving.kv_transfer.link import SETTLE_S, Carrier, Link, finish, stop
 from serving.kv_transfer.staging import Buffer, Unsettled
@@ -56,6 +58,9 @@ def ucx_environment(on_gpu: bool) -> dict[str, str]:
     }
 
 
+INFINIBAND = Path("/sys/class/infiniband")
+
+
 def ucx_options(host: str) -> dict[str, str]:
     """UCX options for a worker that listens on `host`."""
     options = {
@@ -67,8 +72,11 @@ def ucx_options(host: str) -> dict[str, str]:
         "TCP_TX_SEG_SIZE": "256k",
         "TCP_RX_SEG_SIZE": "256k",
     }
+    # UCX would listen on every interface. With InfiniBand its choice of rails is better than ours.
     if _is_loopback(host) and Path("/sys/class/net/lo").exists():
         options["NET_DEVICES"] = "lo"
+    elif (name := _interface_of(host)) and not any(INFINIBAND.glob("*")):
+        options["NET_DEVICES"] = name
     return {k: v for k, v in options.items() if f"UCX_{k}" not in os.environ}
 
 
@@ -77,6 +85,14 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _interface_of(host: str) -> str:
+    """The interface that has the address `host`; empty for a name or somebody else's address."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == host for entry in entries):
+            return name
+    return ""
 
 
 class UcxContext:

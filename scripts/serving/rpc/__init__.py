@@ -9,6 +9,7 @@ is not.
     connection.py  frames, keep-alive, slow peers
     server.py      the worker's end
     client.py      the frontend's end
+    handshake.py   who may speak to a worker
     errors.py      errors that travel
 """
 

@@ -27,12 +27,14 @@ from serving.protocol import (
     InstanceInfo,
     Ping,
     Pong,
+    Proof,
     Release,
     Step,
     ToFrontend,
 )
 from serving.rpc.connection import STALL_S, Connection, ProtocolViolation
 from serving.rpc.errors import raise_error
+from serving.rpc.handshake import frontend_proof, new_nonce, same, worker_proof
 
 
 class OutputStream:
@@ -209,8 +211,15 @@ class RpcClient:
     """
 
     def __init__(
-        self, info: InstanceInfo, *, stall_s: float = STALL_S, merge: bool = False
+        self,
+        info: InstanceInfo,
+        *,
+        secret: bytes = b"",
+        stall_s: float = STALL_S,
+        merge: bool = False,
     ) -> None:
+        """With a `secret`, only an instance that proves to know it is spoken to."""
+        self._secret = secret
         self.info = info
         self.draining = False
         self.address = ""
@@ -251,8 +260,11 @@ class RpcClient:
         else:
             raise ValueError("neither unix: nor tcp://")
         try:
-            connection.send(Hello(PROTOCOL_VERSION))
-            self._check(await connection.hello)
+            asked = Hello(PROTOCOL_VERSION, nonce=new_nonce() if self._secret else b"")
+            connection.send(asked)
+            answer = await connection.hello
+            self._check(answer)
+            self._prove(connection, asked, answer)
             if connection.closing:
                 raise InstanceLost(self.info.instance_id)
         except BaseException:
@@ -270,6 +282,14 @@ class RpcClient:
                 "version {}, instance {}, epoch {} answered".format(*found)
                 + ", expected {}, {}, {}".format(*wanted),
             )
+
+    def _prove(self, connection: WorkerConnection, asked: Hello, answer: Hello) -> None:
+        if self._secret:
+            if not same(answer.proof, worker_proof(self._secret, asked, answer)):
+                raise InstanceLost(self.info.instance_id, "it does not know the secret")
+            connection.send(Proof(frontend_proof(self._secret, asked, answer)))
+        elif answer.nonce:
+            raise InstanceLost(self.info.instance_id, "it asks for a secret")
 
     @property
     def connected(self) -> bool:

@@ -57,6 +57,11 @@ class FrameParser:
             self._rest = bytearray(view[start:])  # a new buffer: `bodies` look into the old one
         return bodies
 
+    @property
+    def num_pending(self) -> int:
+        """Bytes kept of a frame that is not complete yet."""
+        return len(self._rest)
+
 
 class Connection(asyncio.Protocol):
     """What both ends share: framing, keep-alive, and giving up on a peer that does not read."""

@@ -21,14 +21,21 @@ from serving.protocol import (
     Hello,
     Ping,
     Pong,
+    Proof,
     Release,
     Step,
     ToWorker,
 )
 from serving.rpc.connection import STALL_S, Connection, ProtocolViolation
 from serving.rpc.errors import error_info
+from serving.rpc.handshake import frontend_proof, new_nonce, same, worker_proof
 
 log = logging.getLogger(__name__)
+
+GREET_S = 5.0
+"""Whoever has not introduced itself by then is disconnected."""
+GREET_BYTES = 4096
+"""So much of an unfinished message is kept from a peer that has not introduced itself."""
 
 
 class RpcHandler(Protocol):
@@ -51,15 +58,27 @@ class FrontendConnection(Connection):
         super().__init__(msgspec.msgpack.Decoder(ToWorker), server.stall_s)
         self._server = server
         self._greeted = False
+        self._awaited_proof = b""
+        self._impatience: asyncio.TimerHandle | None = None
         self.live: set[str] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._server.remember(self)
+        loop = asyncio.get_running_loop()
+        self._impatience = loop.call_later(GREET_S, self.fail, "it did not introduce itself")
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._greeted and self._parser.num_pending > GREET_BYTES:
+            self.fail("it sent more than an introduction")
 
     def received(self, message: Any) -> None:
         if not self._greeted:
-            self._greet(message)
+            if self._awaited_proof:
+                self._check_proof(message)
+            else:
+                self._greet(message)
         elif isinstance(message, Generate):
             self._server.generate(self, message.request)
         elif isinstance(message, Abort):
@@ -74,17 +93,41 @@ class FrontendConnection(Connection):
     def _greet(self, message: Any) -> None:
         if not isinstance(message, Hello):
             raise ProtocolViolation("no hello")
-        self.send(self._server.hello)  # also to a peer of another version: it says what we are
+        secret = self._server.secret
+        hello = self._server.hello
+        if secret:
+            hello = msgspec.structs.replace(hello, nonce=new_nonce())
+            hello = msgspec.structs.replace(hello, proof=worker_proof(secret, message, hello))
+        self.send(hello)  # also to a peer of another version: it says what we are
         if message.version != PROTOCOL_VERSION:
             assert self.transport is not None
             log.warning("%s speaks version %d", self.peer, message.version)
             self.transport.close()
             return
+        if secret:
+            self._awaited_proof = frontend_proof(secret, message, hello)
+        else:
+            self._admit()
+
+    def _check_proof(self, message: Any) -> None:
+        if not isinstance(message, Proof) or not same(message.proof, self._awaited_proof):
+            raise ProtocolViolation("no proof that it belongs to this deployment")
+        self._admit()
+
+    def _admit(self) -> None:
         self._greeted = True
+        if self._impatience is not None:
+            self._impatience.cancel()
         if self._server.draining:
+            self.announce_drain()
+
+    def announce_drain(self) -> None:
+        if self._greeted:  # others learn it when they are
             self.send(Draining())
 
     def disconnected(self, why: str) -> None:
+        if self._impatience is not None:
+            self._impatience.cancel()
         self._server.forget(self, why)
 
 
@@ -92,8 +135,16 @@ class RpcServer:
     """Accepts frontends, hands requests to the worker and outputs to whoever asked for them."""
 
     def __init__(
-        self, handler: RpcHandler, instance_id: str, epoch: int, *, stall_s: float = STALL_S
+        self,
+        handler: RpcHandler,
+        instance_id: str,
+        epoch: int,
+        *,
+        secret: bytes = b"",
+        stall_s: float = STALL_S,
     ) -> None:
+        """With a `secret`, only who proves to know it is listened to."""
+        self.secret = secret
         self.hello = Hello(PROTOCOL_VERSION, instance_id, epoch)
         self.stall_s = stall_s
         self.draining = False
@@ -157,7 +208,7 @@ class RpcServer:
         """Tell all frontends, present and future, to send nothing more."""
         self.draining = True
         for connection in self._connections:
-            connection.send(Draining())
+            connection.announce_drain()
 
     async def close(self) -> None:
         """Stop listening and disconnect everybody; their live requests are aborted."""

@@ -62,7 +62,7 @@ class BlockHandover(Handover):
         self._transfer = make_transfer(
             settings.transport,
             layout,
-            host=process.host,
+            host=process.kv_host,
             chunk_bytes=settings.chunk_bytes,
             connect_s=settings.connect_s,
             transfer_s=settings.transfer_s,

@@ -16,6 +16,7 @@ from serving.events import EventPlane
 from serving.process_config import WorkerProcess
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, LoadReport
 from serving.rpc import RpcServer
+from serving.rpc.handshake import read_secret
 from serving.worker.handover import Handover
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,12 @@ class Worker:
     ) -> None:
         self.engine, self._events = engine, events
         self._instance_id, self._epoch = process.instance_id, epoch
-        self.rpc = RpcServer(self, process.instance_id, epoch)
+        self.rpc = RpcServer(
+            self,
+            process.instance_id,
+            epoch,
+            secret=read_secret(process.planes.rpc_secret_file),
+        )
         self.handover: Handover
         self._draining = False
 

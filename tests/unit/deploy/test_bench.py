@@ -88,12 +88,20 @@ def test_a_trace_that_cannot_be_replayed_is_one_paragraph(
 
 def test_a_trace_is_replayed_at_its_times() -> None:
     config = BenchConfig(trace="x", seed=3)
-    told = bench.command(Path("/env/bin/python"), TARGET, config, Path("out"), Path("cut"))
+    told = bench.command(
+        Path("/env/bin/python"),
+        TARGET,
+        config,
+        Path("out"),
+        Path("cut"),
+        {"authorization": "Bearer k"},
+    )
     assert told[:2] == ["/env/bin/aiperf", "profile"]
     assert option(told, "--input-file") == "cut"
     assert "--fixed-schedule" in told
     assert "--concurrency" not in told
     assert option(told, "--random-seed") == "3"
+    assert option(told, "--header") == "authorization:Bearer k"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +121,7 @@ def test_a_synthetic_load_is_told(
     more: dict[str, Any], there: dict[str, str], not_there: list[str]
 ) -> None:
     config = BenchConfig(seed=1, **more)
-    told = bench.command(Path("/env/bin/python"), TARGET, config, Path("out"), None)
+    told = bench.command(Path("/env/bin/python"), TARGET, config, Path("out"), None, {})
     assert {name: option(told, name) for name in there} == there
     assert not set(not_there) & set(told)
     assert option(told, "--request-count") == "100"
@@ -178,4 +186,4 @@ def test_a_run_without_an_answer_fails(tmp_path: Path) -> None:
 
 def test_nothing_serves() -> None:
     with pytest.raises(OperatorError, match="nothing serves at"):
-        bench.find_target("http://127.0.0.1:9", Path("/t"), 10)
+        bench.find_target("http://127.0.0.1:9", {}, Path("/t"), 10)

@@ -124,3 +124,15 @@ def test_token_of_nats_is_made_once_and_only_ours_to_read(here: Path) -> None:
     assert (here / "run" / "tool.conf").read_text() == f"token: {first}"
     launched(program(READY, settings=wanted.settings, fingerprint="two"))
     assert token.read_text() == first
+
+
+def test_secrets_that_settings_name_are_made_once(here: Path) -> None:
+    settings = '{"rpc_secret_file": "run/secrets/rpc_secret"}'
+    launched(program(READY, settings=settings))
+    secret = here / "run" / "secrets" / "rpc_secret"
+    first = secret.read_text()
+    assert len(first) > 30
+    assert secret.stat().st_mode & 0o777 == 0o600
+    launched(program(READY, settings=settings, fingerprint="two"))
+    assert secret.read_text() == first
+    assert [path.name for path in secret.parent.iterdir()] == ["rpc_secret"]

@@ -95,6 +95,7 @@ async def running_worker(
         dtype="float32",
         gpus=[],
         host="127.0.0.1",
+        kv_host="127.0.0.1",
         unix_socket="",
         ready_file="",
         planes=PLANES,

@@ -1,0 +1,88 @@
+"""Off loopback: whoever has no secret gets nothing from any port, and breaks nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from integration.deployment import Deployment, running
+from integration.tiny_model import make
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+
+def outside_address() -> str:
+    """An IPv4 address of this machine that is not loopback."""
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if entry.family == socket.AF_INET and not entry.address.startswith("127."):
+                return entry.address
+    pytest.skip("this machine has no IPv4 address but loopback")
+
+
+def listening_on(deployment: Deployment) -> set[tuple[str, int]]:
+    """Every TCP address that a process of the deployment listens on."""
+    return {
+        (connection.laddr.ip, connection.laddr.port)
+        for process in deployment.processes()
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def say(address: tuple[str, int], words: bytes) -> bytes:
+    """What is answered until the other side hangs up, or says nothing for a while."""
+    answer = b""
+    with socket.create_connection(address, 0.5) as stranger:
+        try:
+            stranger.sendall(words)
+            while data := stranger.recv(65536):
+                answer += data
+        except (TimeoutError, ConnectionError):
+            pass
+    return answer
+
+
+def test_strangers_at_every_port_get_nothing_and_break_nothing(tmp_path: Path) -> None:
+    host = outside_address()
+    deployment = Deployment(
+        tmp_path / "outside",
+        str(make(tmp_path / "tiny")),
+        frontend={"host": f"{host}/32"},
+        nats={"host": host},
+        network={"rpc_host": host, "kv_host": host},
+    )
+    url = f"http://{host}:{deployment.config['frontend']['port']}"
+    with running(deployment, "serve_disagg"):
+        secrets = deployment.directory / "run" / "secrets"
+        assert {path.stat().st_mode & 0o777 for path in secrets.iterdir()} == {0o600}
+        key = (secrets / "api_keys").read_text().strip()
+        bearer = {"authorization": f"Bearer {key}"}
+        pids = deployment.pids()
+        listeners = listening_on(deployment)
+        outside = {address for address in listeners if address[0] == host}
+        # The API, NATS, and each worker's RPC; control of KV where blocks are handed out.
+        assert len(outside) >= 5
+        assert not {ip for ip, _ in listeners} & {"0.0.0.0", "::"}
+
+        assert httpx.get(f"{url}/health").status_code == 200
+        for path in ("/ready", "/metrics", "/v1/models", "/nothing"):
+            assert httpx.get(f"{url}{path}").status_code == 401
+        body = {"model": "tiny", "prompt": "One two", "max_tokens": 2}
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 401
+        nats = say((host, deployment.config["nats"]["port"]), b"CONNECT {}\r\nPING\r\n")
+        assert b"Authorization Violation" in nats
+        assert b"PONG" not in nats
+        for address in outside:
+            for garbage in (os.urandom(4096), b"\xff" * 64, b"GET / HTTP/1.1\r\n\r\n", b"\0" * 4):
+                assert key.encode() not in say(address, garbage)
+
+        assert deployment.pids() == pids
+        answered = httpx.post(f"{url}/v1/completions", json=body, headers=bearer, timeout=60)
+        assert answered.status_code == 200
+        assert "not routed to" not in deployment.snakemake("status").stdout
+        assert "passed" in deployment.snakemake("smoke_test").stdout

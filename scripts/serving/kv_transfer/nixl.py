@@ -170,7 +170,8 @@ class NixlCarrier(Carrier):
             self._agent = await asyncio.to_thread(self._load)
         except Exception as exc:  # ImportError, and whatever the library raises
             raise OperatorError(f"NIXL does not work here: {exc}", remedy=REMEDY) from exc
-        self.reaches_gpus = "VRAM" in self._agent.get_backend_mem_types(BACKEND)
+        kinds = self._agent.get_backend_mem_types(BACKEND)  # `VRAM_SEG`, `DRAM_SEG`
+        self.reaches_gpus = any(kind.startswith("VRAM") for kind in kinds)
         return b""
 
     def _load(self) -> Any:

@@ -11,6 +11,7 @@ import ctypes
 import http.client
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 import msgspec
 from integration.services import Etcd, Nats, free_port
 from serving.config import Topology, parse
+from serving.deploy.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE
 from serving.deploy.topology import Program, pinned, plan, worker_environment
 from serving.engine.manifest import load_manifest
 from serving.process_config import WorkerProcess
@@ -108,7 +110,8 @@ class RunningService:
             nats = self._stack.enter_context(Nats(self._folder / "nats"))
         assert isinstance(etcd, Etcd)
         assert isinstance(nats, Nats)
-        (self._folder / "run" / "secrets" / "nats_token").write_text(nats.token)
+        (self._folder / NATS_TOKEN_FILE).write_text(nats.token)
+        (self._folder / RPC_SECRET_FILE).write_text(secrets.token_urlsafe(32))
         sections = self._sections | {
             "frontend": {"port": self.port, "drain_s": 1} | self._sections.get("frontend", {}),
             "etcd": {"port": int(etcd.endpoint.rpartition(":")[2])},

@@ -105,7 +105,8 @@ def hit_rates(metrics: str) -> dict[str, float]:
     """Share of routed prompt tokens that the chosen instance held already, per instance."""
     values: dict[tuple[str, str], float] = {}
     for name, instance, value in _SAMPLE.findall(metrics):
-        values[name, instance] = float(value)
+        # A frontend of several processes has a sample from each.
+        values[name, instance] = values.get((name, instance), 0.0) + float(value)
     routed = {
         instance: tokens
         for (name, instance), tokens in values.items()
@@ -136,8 +137,13 @@ def _health(name: str, config: Config, answers: Answers) -> str:
         return "ready"
     if name == "frontend":
         return "ready" if answers.ready.get("ready") else "not ready"
-    routed = {row.get("instance_id") for row in answers.ready.get("instances") or []}
-    return "ready" if name.removeprefix("worker-") in routed else "not routed to"
+    breakers = {
+        row.get("instance_id"): row.get("breaker") for row in answers.ready.get("instances") or []
+    }
+    instance_id = name.removeprefix("worker-")
+    if instance_id not in breakers:
+        return "not routed to"
+    return "ready" if breakers[instance_id] in (None, "closed") else "failed lately: avoided"
 
 
 def _instance(row: Mapping[str, Any], rates: Mapping[str, float]) -> tuple[str, ...]:

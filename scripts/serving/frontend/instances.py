@@ -169,6 +169,7 @@ class Instances:
     def describe(self) -> list[dict[str, Any]]:
         """One row an instance, for `/ready` and `status`."""
         unsynchronised = set(self._router.needs_snapshot())
+        breakers = {one.info.instance_id: one.breaker for one in self._router.state()}
         rows = []
         for instance_id in sorted(self._clients):
             info, report = self._keepers[instance_id][0], self._reports.get(instance_id)
@@ -180,6 +181,7 @@ class Instances:
                     "pid": info.pid,
                     "host": info.host,
                     "synchronised": instance_id not in unsynchronised,
+                    "breaker": breakers.get(instance_id, "closed"),
                     "num_running": report.num_running if report else 0,
                     "num_waiting": report.num_waiting if report else 0,
                     "active_blocks": report.active_blocks if report else 0,

@@ -36,9 +36,6 @@ from serving.rpc import RpcClient
 
 log = logging.getLogger(__name__)
 
-SUSPECT_S = 5.0
-"""An instance that failed a request is avoided for this long, unless it is the only one."""
-
 
 class Sequence:
     """A request in progress: its tokens so far, and what must not be said twice."""
@@ -309,15 +306,21 @@ class Pipeline:
                         route.generated(len(output.token_ids))
                         yield output
                         if output.finish_reason is not None:
+                            route.finished()
                             return
                         # From now: the caller may have taken its time meanwhile.
                         until = loop.time() + deadlines.token_s
         except Overloaded:  # busy is not broken
             sequence.tried.add(instance_id)
             raise
-        except (InstanceLost, DeadlineExceeded):
+        except EngineFailed:
+            self._router.answered_error(instance_id, route.instance.epoch)
+            raise
+        except (InstanceLost, DeadlineExceeded) as exc:
             sequence.tried.add(instance_id)
-            self._router.mark_unavailable(instance_id, loop.time() + SUSPECT_S)
+            # A long answer that runs into the end of its time says nothing against who gives it.
+            if not (isinstance(exc, DeadlineExceeded) and exc.phase == "total"):
+                self._router.failed(instance_id, route.instance.epoch)
             raise
 
     def _let_go(self, instance_id: str, request: EngineRequest, prefilled: EngineOutput) -> None:

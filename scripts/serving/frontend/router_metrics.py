@@ -19,6 +19,23 @@ class RouterMetrics(Collector):
     def __init__(self, router: KvRouter, events: EventCounters, sharing: Sharing) -> None:
         self._router, self._events, self._sharing = router, events, sharing
 
+    def _breakers(self) -> Iterable[Metric]:
+        avoided = GaugeMetricFamily(
+            "serving_breaker_open",
+            "1 while an instance that failed is avoided or tried again, else 0.",
+            labels=["instance"],
+        )
+        openings = CounterMetricFamily(
+            "serving_breaker_openings",
+            "Times that an instance was taken out for a while because it failed.",
+            labels=["instance"],
+        )
+        for one in self._router.state():
+            avoided.add_metric([one.info.instance_id], float(one.breaker != "closed"))
+            openings.add_metric([one.info.instance_id], one.openings)
+        yield avoided
+        yield openings
+
     def collect(self) -> Iterable[Metric]:
         blocks = "Blocks that the prefix index knows."
         yield GaugeMetricFamily("serving_kv_index_blocks", blocks, self._router.indexed_blocks)
@@ -37,5 +54,6 @@ class RouterMetrics(Collector):
         for kind, total in vars(self._events).items():
             plane.add_metric([kind], total)
         yield plane
+        yield from self._breakers()
         others = "Other frontends that share what they send where."
         yield GaugeMetricFamily("serving_other_frontends", others, self._sharing.num_others)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from random import Random
 from typing import NamedTuple
 
 from serving.block_hash import root_hash
 from serving.config import RouterConfig
 from serving.errors import InstanceRefused
+from serving.kv_router.breaker import Breaker, State
 from serving.kv_router.load import InstanceLoad, Load
 from serving.kv_router.others import Others
 from serving.kv_router.prefix_index import PrefixIndex
@@ -28,16 +30,17 @@ class InstanceState(NamedTuple):
     last_report: LoadReport | None
     indexed_blocks: int
     synchronised: bool
-    available: bool
+    breaker: State
+    openings: int
 
 
 class Instance:
-    __slots__ = ("events", "info", "instance_id", "load", "unavailable_until_s")
+    __slots__ = ("breaker", "events", "info", "instance_id", "load")
 
-    def __init__(self, info: InstanceInfo, events: EventSequence) -> None:
+    def __init__(self, info: InstanceInfo, events: EventSequence, rng: Random) -> None:
         self.info, self.instance_id, self.events = info, info.instance_id, events
         self.load = InstanceLoad()
-        self.unavailable_until_s = 0.0
+        self.breaker = Breaker(rng)
 
 
 class Membership:
@@ -59,9 +62,11 @@ class Membership:
         hash_salt: str | None = None,
         *,
         model: str | None = None,
+        rng: Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
+        self._rng = rng or Random()
         self._required: dict[str, str | int | None] = {
             "block size": block_size,
             "hash salt": hash_salt,
@@ -117,7 +122,7 @@ class Membership:
         if self._card is None:
             self._card, self._root = info.model, root_hash(info.model.hash_salt)
         events = EventSequence(self._index, info.instance_id, self.counters)
-        self._instances[info.instance_id] = Instance(info, events)
+        self._instances[info.instance_id] = Instance(info, events, self._rng)
 
     def remove_instance(self, instance_id: str, epoch: int) -> None:
         """The registration is gone: no more requests go there. Routes that exist stay valid."""
@@ -129,11 +134,16 @@ class Membership:
         else:
             self._forget(instance_id)
 
-    def mark_unavailable(self, instance_id: str, until_s: float) -> None:
-        """Avoid a draining or suspect instance until the clock shows `until_s` (`math.inf`: for
-        good), unless nothing else has its role."""
-        if known := self._instances.get(instance_id):
-            known.unavailable_until_s = until_s
+    def failed(self, instance_id: str, epoch: int) -> None:
+        """It is gone, or said nothing for too long: avoid it for a while, unless nothing else has
+        its role. See `breaker.py`, here and below."""
+        if known := self._instance(instance_id, epoch):
+            known.breaker.failed(self._clock())
+
+    def answered_error(self, instance_id: str, epoch: int) -> None:
+        """It ended a request with an error of its own."""
+        if known := self._instance(instance_id, epoch):
+            known.breaker.answered_error(self._clock())
 
     def instances(self, role: Role, *, exclude: Collection[str] = ()) -> list[InstanceInfo]:
         """Accepted instances of a role, the oldest registration first."""
@@ -153,7 +163,8 @@ class Membership:
                 one.load.last_report,
                 self._index.num_blocks(instance_id),
                 one.events.synchronised,
-                one.unavailable_until_s <= now_s,
+                one.breaker.state(now_s),
+                one.breaker.openings,
             )
             for instance_id, one in self._instances.items()
         ]
@@ -223,6 +234,11 @@ class Membership:
             if known is not None and known.info.epoch == routed.epoch:
                 load = Load(routed.queued_tokens, routed.blocks, 1)
                 known.load.sent_by_another(load, now_s)
+
+    def _instance(self, instance_id: str, epoch: int) -> Instance | None:
+        """None when it is gone or has restarted: what an earlier one did says nothing of it."""
+        known = self._instances.get(instance_id)
+        return known if known is not None and known.info.epoch == epoch else None
 
     def _of_epoch(self, instance_id: str, epoch: int) -> Instance | None:
         known = self._instances.get(instance_id)

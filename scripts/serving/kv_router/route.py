@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from serving.kv_router.breaker import Breaker
 from serving.kv_router.load import Reservation
 from serving.kv_router.policy import PromptSize
 from serving.protocol import InstanceInfo, Role
@@ -25,8 +26,10 @@ class Route:
 
     __slots__ = (
         "_block_size",
+        "_breaker",
         "_reservation",
         "_room",
+        "_tries",
         "instance",
         "overlap_blocks",
         "prompt_blocks",
@@ -42,10 +45,14 @@ class Route:
         size: PromptSize,
         overlap_blocks: int,
         reservation: Reservation,
+        breaker: Breaker,
+        tries: bool,
     ) -> None:
+        """`tries`: whether this request shows if an instance that failed can be trusted again."""
         self.request_id, self.role, self.instance = request_id, role, instance
         self.overlap_blocks, self.prompt_blocks = overlap_blocks, size.num_blocks
         self._reservation = reservation
+        self._breaker, self._tries = breaker, tries
         self._block_size = size.block_size
         self._room = size.num_blocks * size.block_size - size.num_tokens
 
@@ -59,6 +66,8 @@ class Route:
         trace: TracebackType | None,
     ) -> None:
         self._reservation.release()
+        if self._tries:
+            self._breaker.try_over()
 
     @property
     def instance_id(self) -> str:
@@ -72,6 +81,11 @@ class Route:
     def first_output(self) -> None:
         """The prompt is computed: it no longer counts as queued."""
         self._reservation.prefilled()
+        self._breaker.succeeded()
+
+    def finished(self) -> None:
+        """The last output, and no error."""
+        self._breaker.finished()
 
     def generated(self, num_tokens: int) -> None:
         """`num_tokens` more were generated, and are held in blocks."""

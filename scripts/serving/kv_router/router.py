@@ -63,7 +63,7 @@ class KvRouter(Membership):
         clock: Callable[[], float] = time.monotonic,
         select: Select | None = None,
     ) -> None:
-        super().__init__(config, block_size, hash_salt, model=model, clock=clock)
+        super().__init__(config, block_size, hash_salt, model=model, rng=rng, clock=clock)
         self._turns: dict[Role, int] = {"agg": 0, "prefill": 0, "decode": 0}
         self._sessions = Sessions()
         self._select = select or partial(policy.select, config=config, rng=rng or Random())
@@ -150,7 +150,7 @@ class KvRouter(Membership):
             tried = f" besides {', '.join(sorted(exclude))}" if exclude else ""
             raise NoInstances(f"no live instance for role {role}{tried}")
         now_s = self._clock()
-        return [one for one in allowed if one.unavailable_until_s <= now_s] or allowed
+        return [one for one in allowed if one.breaker.admits(now_s)] or allowed
 
     def _question(
         self, prompt: Prompt, one: Instance, request_id: str, session: str | None
@@ -207,4 +207,8 @@ class KvRouter(Membership):
         reservation = one.load.reserve(
             queued_tokens=queued_tokens, blocks=blocks, now_s=question.now_s
         )
-        return Route(question.request_id, role, one.info, size, overlap_blocks, reservation)
+        breaker = one.breaker
+        tries = breaker.sent()
+        return Route(
+            question.request_id, role, one.info, size, overlap_blocks, reservation, breaker, tries
+        )

@@ -1,6 +1,5 @@
 """The router keeps its picture of the instances true and spreads requests over them."""
 
-import math
 from collections import Counter
 from contextlib import ExitStack
 from random import Random
@@ -183,13 +182,25 @@ def test_unavailable_instances_are_avoided_until_their_time_or_need_comes() -> N
     clock = Clock()
     router = make_router(info("w0"), info("w1"), clock=clock)
     store(router, "w0", prompt(160))
-    router.mark_unavailable("w0", clock.now_s + 5)
-    router.mark_unavailable("stranger", math.inf)
+    router.failed("w0", epoch=1)
+    router.failed("stranger", epoch=1)
     assert chosen(router, prompt(160)) == "w1"
     assert chosen(router, prompt(160), exclude=frozenset({"w1"})) == "w0"
-    assert [one.available for one in router.state()] == [False, True]
+    assert [one.breaker for one in router.state()] == ["open", "closed"]
     clock.now_s += 5
-    assert chosen(router, prompt(160)) == "w0"
+    assert [one.breaker for one in router.state()] == ["half_open", "closed"]
+    with router.route(prompt(160), "agg", request_id="tries") as tries:
+        assert tries.instance_id == "w0"
+        assert chosen(router, prompt(160)) == "w1", "one at a time"
+        tries.first_output()
+        assert chosen(router, prompt(160)) == "w0"
+
+
+def test_what_an_earlier_process_did_says_nothing_of_a_new_one() -> None:
+    router = make_router(info("w0"), info("w1"))
+    router.add_instance(info("w0", epoch=2))
+    router.failed("w0", epoch=1)
+    assert [one.breaker for one in router.state()] == ["closed", "closed"]
 
 
 def test_excluded_instances_are_never_chosen() -> None:

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
+from serving.errors import NoInstances, Overloaded
 from serving.frontend.generation import Generation, Pipeline
 from serving.frontend.limits import ClientGone, InFlight, cancelled_on_disconnect, read_body
 from serving.frontend.metrics import Metrics
@@ -102,6 +103,8 @@ class Exchange(Generic[Body]):
         except ClientGone:
             pass
         except Exception as exc:
+            if isinstance(exc, Overloaded) and not isinstance(exc, NoInstances):
+                exc.retry_after_s = max(exc.retry_after_s, in_flight.place_s())
             error = to_api_error(exc)
             status = error.status
             await send_error(self._send, error, self._headers)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from prometheus_client import Gauge
@@ -13,6 +15,12 @@ from serving.errors import InvalidRequest, Overloaded, RequestTooLarge
 
 BODY_TIMEOUT_S = 60.0
 """Time a client gets to send its request."""
+
+
+MEMORY_S = 10.0
+"""How far back the rate counts at which sequences end: an e-th after this time."""
+MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+FORGOTTEN = 0.01
 
 
 class TooManyInFlight(Overloaded):
@@ -28,22 +36,41 @@ class ClientGone(Exception):
 
 
 class InFlight:
-    """Counts sequences being generated, and refuses more than `limit`."""
+    """Counts sequences being generated, and refuses more than `limit`: the newest, so that what was
+    begun is finished."""
 
-    def __init__(self, limit: int, gauge: Gauge) -> None:
-        self._limit, self._gauge = limit, gauge
+    def __init__(self, limit: int, gauge: Gauge, now: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._gauge, self._now = limit, gauge, now
         self.count = 0
+        # Sequences that ended, each counting for less the longer ago that was.
+        self._ended, self._ended_at = 0.0, now()
 
     @contextmanager
     def hold(self, num_sequences: int) -> Iterator[None]:
         """Take places until exit. Raises TooManyInFlight."""
         if self.count + num_sequences > self._limit:
-            raise TooManyInFlight(f"{self._limit} requests are in flight already")
+            raise TooManyInFlight(
+                f"{self._limit} requests are in flight already", retry_after_s=self.place_s()
+            )
         self._add(num_sequences)
         try:
             yield
         finally:
             self._add(-num_sequences)
+        self._ended = self._recently_ended() + num_sequences  # not those that failed
+
+    def place_s(self) -> float:
+        """Seconds until a place is free, at the rate at which sequences have lately ended."""
+        ended = self._recently_ended()
+        if ended < FORGOTTEN:
+            return MIN_RETRY_S  # nothing is known
+        return min(MAX_RETRY_S, max(MIN_RETRY_S, MEMORY_S / ended))
+
+    def _recently_ended(self) -> float:
+        now = self._now()
+        self._ended *= math.exp((self._ended_at - now) / MEMORY_S)
+        self._ended_at = now
+        return self._ended
 
     def check_possible(self, num_sequences: int) -> None:
         """Raises InvalidRequest for what would not fit even into an idle frontend."""

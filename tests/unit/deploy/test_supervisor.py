@@ -218,8 +218,9 @@ def test_program_that_writes_its_own_log_logs_on_without_supervisor(
     info = started(supervisor, spec(owns_log=True))
     keeper = psutil.Process(info.pid).parent()
     assert keeper is not None
-    keeper.kill()
     log = Path("logs/loop.log")
+    eventually(log.exists)
+    keeper.kill()
     size = log.stat().st_size
     eventually(lambda: log.stat().st_size > size)
 

@@ -36,6 +36,7 @@ from benchmarks.http_load import Result, Shape, load, load_alone  # noqa: E402
 from benchmarks.running_service import RunningService  # noqa: E402
 from integration.tiny_model import make  # noqa: E402
 from serving.config import EngineConfig, ModelConfig  # noqa: E402
+from serving.deploy.credentials import RPC_SECRET_FILE  # noqa: E402
 from serving.deploy.model import fetch_model  # noqa: E402
 from serving.engine.torch.build import build_engine  # noqa: E402
 from serving.protocol import (  # noqa: E402
@@ -130,7 +131,8 @@ def ours(model: Path, folder: Path, num_workers: int) -> Iterator[Serving]:
         card = ModelCard(MODEL, "", 1024, 16, "", "", 0)
         address = f"unix:{folder}/service/run/worker-agg-0.sock"
         worker = InstanceInfo("agg-0", row["epoch"], "agg", [address], "", card, 1, 1, 1, "")
-        yield Serving(service.port, MODEL, service.pids()["frontend"], worker)
+        secret = (folder / "service" / RPC_SECRET_FILE).read_bytes()
+        yield Serving(service.port, MODEL, service.pids()["frontend"], worker, secret)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def tell(row: str, measured: dict[str, Measured], key: str, goal: float, *more: str) -> None:
-    fields: dict[str, Any] = {"row": row, "ours": round(measured["ours"][key], 3)}
+    fields: dict[str, Any] = {"name": row, "ours": round(measured["ours"][key], 3)}
     peers = {name: each for name, each in measured.items() if name != "ours"}
     for name, each in peers.items():
         fields[name] = round(each[key], 3)
@@ -207,7 +209,7 @@ def tell(row: str, measured: dict[str, Measured], key: str, goal: float, *more: 
 
 
 def skipped(row: str, why: str) -> None:
-    print(json.dumps({"row": row, "skipped": why}), flush=True)
+    print(json.dumps({"name": row, "skipped": why}), flush=True)
 
 
 def against_dynamo(args: argparse.Namespace, model: Path, folder: Path, core: set[int]) -> None:
@@ -236,9 +238,9 @@ def against_dynamo(args: argparse.Namespace, model: Path, folder: Path, core: se
         tell("first token, kept connection", measured, "first_p50", 1.0, "first_p99")
 
 
-async def worker_alone(worker: InstanceInfo, num_requests: int) -> float:
+async def worker_alone(worker: InstanceInfo, secret: bytes, num_requests: int) -> float:
     """Median milliseconds of one token from one of our workers, with no frontend between."""
-    client = RpcClient(worker)
+    client = RpcClient(worker, secret=secret)
     await client.connect()
     times = []
     for number in range(num_requests):
@@ -271,7 +273,7 @@ def against_routers(args: argparse.Namespace, model: Path, folder: Path, core: s
         measured = in_turns({"direct": dummies[0], **systems}, args.rounds, SHORT, 1, singles)
         theirs = measured.pop("direct")["whole_p50"]
         assert systems["ours"].worker is not None
-        own = uvloop.run(worker_alone(systems["ours"].worker, singles))
+        own = uvloop.run(worker_alone(systems["ours"].worker, systems["ours"].secret, singles))
         for name, each in measured.items():
             each.add(added=each["whole_p50"] - (own if name == "ours" else theirs))
         tell("added latency", measured, "added", 1.5, "whole_p50")

@@ -26,11 +26,19 @@ START_S = 60.0
 class Serving:
     """A server to load: where it listens, what its model is called, whose CPU time counts.
 
-    `worker` is one of those behind it, if it can be asked directly.
+    `worker` is one of those behind it, if it can be asked directly, with `secret`.
     """
 
-    def __init__(self, port: int, model: str, pid: int, worker: InstanceInfo | None = None) -> None:
-        self.port, self.model, self.pid, self.worker = port, model, pid, worker
+    def __init__(
+        self,
+        port: int,
+        model: str,
+        pid: int,
+        worker: InstanceInfo | None = None,
+        secret: bytes = b"",
+    ) -> None:
+        self.port, self.model, self.pid = port, model, pid
+        self.worker, self.secret = worker, secret
 
 
 @contextlib.contextmanager

@@ -315,7 +315,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def tell(row: str, ours: float, peer: float | None, goal: float | None = None, **more: Any) -> None:
-    fields: dict[str, Any] = {"row": row, "ours": round(ours, 3)}
+    fields: dict[str, Any] = {"name": row, "ours": round(ours, 3)}
     if peer is not None:
         fields |= {"peer": round(peer, 3), "ratio": round(ours / peer, 3)}
     if goal is not None:

@@ -14,6 +14,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+MOST_LABELS = 16
+
 
 def load(folder: Path, name: str) -> Any:
     return json.loads((folder / f"{name}.json").read_text())
@@ -69,7 +71,8 @@ def hit_rate(folder: Path, out: Path) -> None:
                 rates.append(hit / routed)
         axes.step(times, rates, where="post", label=instance)
     axes.set(xlabel="time (s)", ylabel="hit rate so far", ylim=(0, 1))
-    axes.legend()
+    if len(samples[-1]["routed_tokens"]) <= MOST_LABELS:
+        axes.legend()
     save(figure, out)
 
 

@@ -124,7 +124,7 @@ def figures(outcome: Outcome) -> dict[str, float]:
 
 
 def tell(row: str, **fields: Any) -> None:
-    print(json.dumps({"row": row, **fields}), flush=True)
+    print(json.dumps({"name": row, **fields}), flush=True)
 
 
 def shape(**more: Any) -> ClusterShape:

@@ -20,6 +20,7 @@ from serving.deploy.service import Expected, Service, ServiceFailed
 from serving.errors import OperatorError
 
 NUM_AT_ONCE = 8
+MOST_NAMES = 16
 REPORT_S = 10.0
 """Loads and counters reach the frontend with the workers' reports, at least once a second."""
 EVENTS_S = 0.5
@@ -63,6 +64,8 @@ class Smoke:
             raise ServiceFailed(f"not ready: {state.get('reason') or 'no reason given'}")
         self._before = _by_instance(state)
         names = ", ".join(self._before)
+        if len(self._before) > MOST_NAMES:
+            names = f"{len(self._before)} instances"
         noise = "; dummy weights: answers are noise" if state.get("dummy_weights") else ""
         return f"{state['topology']}, policy {state['policy']}: {names}{noise}"
 

@@ -55,6 +55,19 @@ rule serve_disagg_router:
         lambda wildcards: service("disagg_router"),
 
 
+rule serve_disagg_multinode:
+    """Serve from this head node: planes, frontend, and its workers; other nodes `join`."""
+    input:
+        lambda wildcards: service("disagg_multinode"),
+        "run/cluster.open",
+
+
+rule join:
+    """Start this node's workers for the head that `cluster.head` names."""
+    input:
+        lambda wildcards: joined(),
+
+
 onsuccess:
     announce()
 

@@ -29,7 +29,7 @@ BOOT = deployment.boot_id()
 
 wildcard_constraints:
     role="agg|prefill|decode",
-    index=r"\d+",
+    index=r"([a-z0-9-]+-)?\d+",
     check="host|container|gpu|ucx",
 
 
@@ -56,6 +56,18 @@ def service(topology):
     if topology != PLAN.topology:
         raise WorkflowError(f"serve_{topology} must be named on the command line")
     return [*checks(), "run/topology.json", *markers()]
+
+
+def joined():
+    """Everything that runs on a node that joined."""
+    if not REQUEST.joins:
+        raise WorkflowError("join must be named on the command line")
+    return [*checks(), "run/topology.json", *markers()]
+
+
+def planes():
+    """Markers of etcd and NATS, where they are this machine's."""
+    return [f"run/{name}.up" for name in ("etcd", "nats") if name in PLAN.fingerprints]
 
 
 def markers():

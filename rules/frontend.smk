@@ -2,7 +2,7 @@ rule start_frontend:
     """Start the HTTP frontend, and have it answer a request."""
     input:
         # The first worker of each role: with more of them, or with new ones, it goes on running.
-        workers=ancient([f"run/worker-{role}-0.up" for role in DEPLOYMENT.roles]),
+        workers=ancient([f"run/{name}.up" for name in DEPLOYMENT.first_workers]),
         planes=ancient(["run/etcd.up", "run/nats.up"]),
         room=ancient("run/topology.json"),
     output:

@@ -48,3 +48,21 @@ rule start_nats:
         program=lambda wildcards: program("nats"),
     script:
         "../scripts/start_nats.py"
+
+
+rule open_cluster:
+    """Tell nodes that join what is served here."""
+    input:
+        etcd="run/etcd.up",
+        nats=ancient("run/nats.up"),
+        engine=f"{PLAN.engine_dir}/engine.json",
+    output:
+        "run/cluster.open",
+    log:
+        "logs/open_cluster.log",
+    conda:
+        ENVIRONMENT
+    params:
+        told=sections("model", "engine", "kv_transfer", "deployment", "etcd", "nats"),
+    script:
+        "../scripts/open_cluster.py"

@@ -18,7 +18,7 @@ rule start_worker:
     """Start one worker. It reconnects by itself when etcd or NATS restart."""
     input:
         engine=f"{PLAN.engine_dir}/engine.json",
-        planes=ancient(["run/etcd.up", "run/nats.up"]),
+        planes=ancient(planes()),
         room=ancient("run/topology.json"),
     output:
         "run/worker-{role}-{index}.up",

@@ -8,14 +8,13 @@ from serving.deploy.checks_host import judge_host, observe
 from serving.deploy.checks_ports import judge_ports
 from serving.deploy.fingerprint import resolve_device
 from serving.deploy.rule_script import telling
-from serving.deploy.topology import num_workers
+from serving.deploy.topology import workers_here
 
 with telling(snakemake.log[0]) as say:
     config = parse(snakemake.config)
-    topology = config.deployment.topology
     run_dir = Path("run")
     findings = judge_host(
-        config, num_workers(config, topology), resolve_device(config), observe(run_dir)
+        config, sum(workers_here(config).values()), resolve_device(config), observe(run_dir)
     )
     findings += judge_ports(config, run_dir)
     conclude(judge("check_host", findings), Path(snakemake.output[0]), say=say)

@@ -26,7 +26,7 @@ Count = Annotated[int, Meta(ge=0, le=4096)]
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Policy = Literal["kv", "round_robin", "random", "least_loaded"]
-Topology = Literal["agg", "agg_router", "disagg", "disagg_router"]
+Topology = Literal["agg", "agg_router", "disagg", "disagg_router", "disagg_multinode"]
 Weights = Literal["real", "dummy"]
 
 
@@ -394,9 +394,14 @@ class KvTransferConfig(_Section, frozen=True):
 class EtcdConfig(_Section, frozen=True):
     """Discovery."""
 
-    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    host: Annotated[
+        str,
+        Meta(
+            description="Address, network or interface to listen on. Off loopback it speaks mutual TLS, with certificates made at the first start."
+        ),
+    ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="Client port.")] = 2379
-    peer_port: Annotated[Port, Meta(description="Peer port.")] = 2380
+    peer_port: Annotated[Port, Meta(description="Peer port, on loopback.")] = 2380
     lease_s: Annotated[
         Annotated[int, Meta(ge=2)],
         Meta(description="A worker that stops renewing is gone after this time."),
@@ -427,6 +432,41 @@ class NetworkConfig(_Section, frozen=True):
             description="For workers that fetch KV, the same. UCX uses its interface alone where there is no InfiniBand, unless `UCX_NET_DEVICES` is set."
         ),
     ] = "127.0.0.1"
+
+
+class ClusterConfig(_Section, frozen=True):
+    """More than one machine: `serve_disagg_multinode` on the head, `join` on the other nodes."""
+
+    address: Annotated[
+        str | None,
+        Meta(
+            description="Where the other nodes reach this one: an address, a network (`10.1.0.0/16`) or an interface (`eth0`). `etcd`, `nats` and `network` follow it unless they say otherwise. Default on the head: `HEAD_NODE_IP` of the environment; on a node that joins: the address it reaches the head from."
+        ),
+    ] = None
+    head: Annotated[
+        str | None,
+        Meta(
+            description="For `join`: the head's address, with `:PORT` where `etcd.port` is not the head's. Or `HEAD_NODE_IP`, or `ETCD_ENDPOINTS`, in the environment."
+        ),
+    ] = None
+    role: Annotated[
+        Literal["prefill", "decode"],
+        Meta(description="For `join`: what this node's workers do. `workers` says how many."),
+    ] = "prefill"
+    head_roles: Annotated[
+        tuple[Literal["prefill", "decode"], ...],
+        Meta(description="Which workers run on the head itself."),
+    ] = ("decode",)
+    node: Annotated[
+        Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)] | None,
+        Meta(description="This node in the names of its workers. Default: from its address."),
+    ] = None
+    join_file: Annotated[
+        str,
+        Meta(
+            description="For `join`: a copy of the head's `run/secrets/join.pem`, which lets its holder in."
+        ),
+    ] = "join.pem"
 
 
 class DeploymentConfig(_Section, frozen=True):
@@ -612,6 +652,7 @@ class Config(_Section, frozen=True):
     etcd: EtcdConfig = EtcdConfig()
     nats: NatsConfig = NatsConfig()
     network: NetworkConfig = NetworkConfig()
+    cluster: ClusterConfig = ClusterConfig()
     deployment: DeploymentConfig = DeploymentConfig()
     container: ContainerConfig = ContainerConfig()
     plan: PlanConfig = PlanConfig()
@@ -630,7 +671,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
     Raises ConfigError that names the key and the remedy: unknown key, wrong type, value out of
     range, two programs on one port.
     """
-    raw = _nest(raw)
+    raw = nest(raw)
     try:
         # Not strict: nested values given by `--config section='{key: 1}'` reach us as strings.
         config = msgspec.convert(raw, Config, strict=False)
@@ -640,7 +681,6 @@ def parse(raw: Mapping[str, Any]) -> Config:
         engine = msgspec.structs.replace(config.engine, weights="dummy")
         config = msgspec.structs.replace(config, engine=engine)
     _check_ports(config)
-    _check_reach(config)
     _check_backend(config)
     _check_mock(config)
     _check_dtype(config)
@@ -648,7 +688,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
     return config
 
 
-def _nest(raw: Mapping[str, Any]) -> dict[str, Any]:
+def nest(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`--config router-policy=x` means `{"router": {"policy": x}}`; so does a dotted key in YAML.
 
     Snakemake itself refuses dots in `--config` keys, hence the dash; no section has one in its name.
@@ -718,16 +758,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _check_reach(config: Config) -> None:
-    """What asks nobody for credentials stays where only this machine reaches it."""
-    if not is_loopback(config.etcd.host):
-        raise ConfigError(
-            "etcd.host",
-            f"etcd asks for no credentials, and others reach {config.etcd.host!r}",
-            remedy="set it to 127.0.0.1",
-        )
 
 
 def _check_backend(config: Config) -> None:

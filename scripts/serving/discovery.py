@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import grpc
 import grpc.aio
@@ -25,6 +26,7 @@ from etcd3aio.kv import KVService, prefix_range_end
 from etcd3aio.lease import LeaseService
 
 from serving.errors import OperatorError
+from serving.process_config import ETCD_SERVER_NAME, Planes
 from serving.protocol import InstanceInfo
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ _REMEDY = "is etcd running? `snakemake status` tells, and the serve target start
 OnUp = Callable[[InstanceInfo], None]
 OnDown = Callable[[str, int], None]
 
+_T = TypeVar("_T")
 _FAILURES = (EtcdError, grpc.aio.AioRpcError, TimeoutError, OSError)
 
 
@@ -57,20 +60,32 @@ class Discovery:
         self._kv = KVService(channel, max_attempts=1)
         self._leases = LeaseService(channel, max_attempts=1)
         self._watches = WatchStub(channel)
-        self._prefix = f"/{namespace}/instances/"
+        self._root = f"/{namespace}/"
+        self._prefix = f"{self._root}instances/"
         self._lease_s = lease_s
         self._lease_id = 0
         self._registration: asyncio.Task[None] | None = None
         self._obstacle = ""
 
     @classmethod
+    def of(cls, planes: Planes) -> AbstractAsyncContextManager[Discovery]:
+        """As `connect`, for what a program was told."""
+        return cls.connect(
+            planes.etcd_endpoint,
+            planes.namespace,
+            lease_s=planes.lease_s,
+            join_file=planes.etcd_join_file,
+        )
+
+    @classmethod
     @asynccontextmanager
     async def connect(
-        cls, endpoint: str, namespace: str, *, lease_s: int = 10
+        cls, endpoint: str, namespace: str, *, lease_s: int = 10, join_file: str = ""
     ) -> AsyncIterator[Discovery]:
         """`endpoint` is host:port. Enters at once, whether or not etcd is there.
 
-        On the way out what was registered is unregistered.
+        `join_file` has the certificates for mutual TLS, for an etcd off loopback. On the way out
+        what was registered is unregistered. Raises OSError for a file that cannot be read.
         """
         manager = ConnectionManager([endpoint])
         manager.grpc_options += [
@@ -78,7 +93,11 @@ class Discovery:
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", MAX_BACKOFF_MS),
         ]
-        channel = manager.get_channel()
+        if join_file:
+            certificate, key, authority = read_join_file(join_file)
+            channel = manager.get_channel(authority, key, certificate, ETCD_SERVER_NAME)
+        else:
+            channel = manager.get_channel()
         discovery = cls(channel, endpoint, namespace, lease_s)
         try:
             yield discovery
@@ -92,22 +111,38 @@ class Discovery:
 
     async def instances(self, deadline_s: float = 5.0) -> list[InstanceInfo]:
         """Who is registered now, by id. Raises OperatorError when etcd does not answer in time."""
+        return (await self._insist(self._list, deadline_s))[1]
+
+    async def publish(self, name: str, value: bytes, deadline_s: float = 5.0) -> None:
+        """Keep `value` under `/{namespace}/{name}`, with no lease. Raises OperatorError."""
+        await self._insist(
+            lambda: self._kv.put(f"{self._root}{name}", value, timeout=CALL_S), deadline_s
+        )
+
+    async def published(self, name: str, deadline_s: float = 5.0) -> bytes | None:
+        """What `publish` was last given; None when it was not called. Raises OperatorError."""
+        held = await self._insist(
+            lambda: self._kv.get(f"{self._root}{name}", timeout=CALL_S), deadline_s
+        )
+        return held.kvs[0].value if held.kvs else None
+
+    async def _insist(self, call: Callable[[], Awaitable[_T]], deadline_s: float) -> _T:
+        """Again until it succeeds. Raises OperatorError when it has not in time."""
+        reason = ""
         try:
             async with asyncio.timeout(deadline_s):
                 while True:
                     try:
-                        return (await self._list())[1]
+                        return await call()
                     except _FAILURES as exc:
-                        log.debug("etcd at %s: %s", self._endpoint, exc)
+                        reason = f": {_reason(exc)}"
+                        log.debug("etcd at %s%s", self._endpoint, reason)
                     await asyncio.sleep(RETRY_S)
         except TimeoutError:
-            raise self._unreachable(deadline_s) from None
-
-    def _unreachable(self, deadline_s: float) -> OperatorError:
-        return OperatorError(
-            f"etcd at {self._endpoint} did not answer within {deadline_s:g} s",
-            remedy=_REMEDY,
-        )
+            raise OperatorError(
+                f"etcd at {self._endpoint} did not answer within {deadline_s:g} s{reason}",
+                remedy=_REMEDY,
+            ) from None
 
     async def _list(self) -> tuple[int, list[InstanceInfo]]:
         """The revision that the list is of, and the instances by id."""
@@ -354,6 +389,13 @@ class _Membership:
             callback()
         except Exception:
             log.exception("a listener of membership failed")
+
+
+def read_join_file(path: str) -> tuple[bytes, bytes, bytes]:
+    """A node's certificate, its key, and the certificate of the authority that signed it (PEM)."""
+    own, begin, authority = Path(path).read_bytes().rpartition(b"-----BEGIN CERTIFICATE-----")
+    certificate, begin_key, key = own.partition(b"-----BEGIN PRIVATE KEY-----")
+    return certificate, begin_key + key, begin + authority
 
 
 def _reason(exc: BaseException) -> str:

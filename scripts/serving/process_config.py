@@ -24,6 +24,9 @@ from serving.config import (
 )
 from serving.protocol import Role
 
+ETCD_SERVER_NAME = "serving-etcd"
+"""Whom the certificate of an etcd off loopback names, wherever it is."""
+
 
 class Planes(Struct, frozen=True, kw_only=True):
     """Where etcd and NATS are, and how to behave towards them."""
@@ -34,6 +37,7 @@ class Planes(Struct, frozen=True, kw_only=True):
     nats_url: str  # nats://host:port
     nats_token_file: str
     rpc_secret_file: str = ""  # none: workers and frontends prove nothing to each other
+    etcd_join_file: str = ""  # PEM for mutual TLS; none: plain, on loopback
 
 
 class WorkerProcess(Struct, frozen=True, kw_only=True):
@@ -82,11 +86,13 @@ class FrontendProcess(Struct, frozen=True, kw_only=True):
     topology: str
     disaggregated: bool
     model_name: str
+    engine_dir: str  # where this machine has the tokenizer
     frontend: FrontendConfig
     router: RouterConfig
     deadlines: DeadlinesConfig
     planes: Planes
     ready_file: str
+    own_instances: list[str] | None = None  # on a head: those of this machine
 
 
 ProcessConfig = TypeVar("ProcessConfig", WorkerProcess, FrontendProcess)

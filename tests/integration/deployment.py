@@ -37,6 +37,7 @@ class Deployment:
     def __init__(self, directory: Path, model: str | None = None, **sections: Any) -> None:
         self.directory = directory
         self.environment: dict[str, str] = {}  # what this person has set
+        self.prefix: list[str] = []  # runs a command on the machine that this is deployed on
         directory.mkdir(parents=True, exist_ok=True)
         frontend, etcd, peer, nats = free_ports(4)
         self.config: dict[str, Any] = {
@@ -50,6 +51,7 @@ class Deployment:
         for name, section in sections.items():
             self.config.setdefault(name, {}).update(section)
         self.url = f"http://127.0.0.1:{frontend}"
+        self.headers: dict[str, str] = {}  # what the API wants to see
 
     def snakemake(
         self, *args: str, check: bool = True, timeout_s: float = SNAKEMAKE_S
@@ -57,7 +59,7 @@ class Deployment:
         """Run `snakemake ARGS` here; stdout and stderr together in `.stdout`."""
         config = self.directory / "config.yaml"
         config.write_text(yaml.safe_dump(self.config))
-        command = [sys.executable, "-m", "snakemake", *args, "--cores", "all"]
+        command = [*self.prefix, sys.executable, "-m", "snakemake", *args, "--cores", "all"]
         command += ["--snakefile", str(REPO / "Snakefile"), "--directory", str(self.directory)]
         command += ["--configfile", str(config)]
         done = subprocess.run(
@@ -114,7 +116,7 @@ class Deployment:
     # --- the API -------------------------------------------------------------------------------
 
     def ready(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/ready", timeout=5).json()
+        return httpx.get(f"{self.url}/ready", headers=self.headers, timeout=5).json()
 
     def wait(self, condition: str, check: Any, deadline_s: float = 20) -> Any:
         """Poll `check(ready())` until it is true."""
@@ -137,7 +139,9 @@ class Deployment:
             "temperature": 0,
             **more,
         }
-        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        response = httpx.post(
+            f"{self.url}/v1/completions", json=body, headers=self.headers, timeout=120
+        )
         assert response.status_code == 200, response.text
         return response.json()
 

@@ -8,16 +8,18 @@ from pathlib import Path
 from serving.config import Config
 from serving.deploy.checks import Finding
 from serving.deploy.ports import claim
-from serving.deploy.topology import address
+from serving.deploy.topology import address, joins
 from serving.errors import OperatorError
 
 
 def judge_ports(config: Config, run_dir: Path) -> list[Finding]:
     """Each port the deployment will listen on is free, or held by a program of its own."""
+    if joins(config):
+        return []  # workers take any that is free
     wanted = {
         "frontend.port": (config.frontend.host, config.frontend.port),
         "etcd.port": (config.etcd.host, config.etcd.port),
-        "etcd.peer_port": (config.etcd.host, config.etcd.peer_port),
+        "etcd.peer_port": ("127.0.0.1", config.etcd.peer_port),
         "nats.port": (config.nats.host, config.nats.port),
     }
     findings = []

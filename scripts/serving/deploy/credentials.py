@@ -13,6 +13,9 @@ NATS_TOKEN_FILE = "run/secrets/nats_token"
 RPC_SECRET_FILE = "run/secrets/rpc_secret"
 API_KEYS_FILE = "run/secrets/api_keys"
 FILES = (NATS_TOKEN_FILE, RPC_SECRET_FILE, API_KEYS_FILE)
+AUTHORITY_FILE = "run/secrets/authority.pem"
+ETCD_SERVER_FILE = "run/secrets/etcd.pem"
+JOIN_FILE = "run/secrets/join.pem"
 
 
 def ensure_named(settings: str) -> None:
@@ -20,21 +23,43 @@ def ensure_named(settings: str) -> None:
     for file in FILES:
         if file in settings:
             ensure(file)
+    if ETCD_SERVER_FILE in settings:
+        _ensure_certificates()
 
 
 def ensure(file: str) -> str:
     """The secret in `file`, which is made when it does not exist."""
+    if not Path(file).exists():
+        put(file, secrets.token_urlsafe(32))
+    return Path(file).read_text().strip()
+
+
+def put(file: str, secret: str, *, replace: bool = False) -> None:
+    """Write a file that only this user can read; one that exists stays, unless `replace`."""
     path = Path(file)
-    if not path.exists():
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        # Programs are started side by side: the file appears with its content, and only once.
-        made = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
-            handle.write(secrets.token_urlsafe(32))
-        with suppress(FileExistsError):
-            os.link(made, path)
-        made.unlink()
-    return path.read_text().strip()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Programs are started side by side: the file appears with its content, and only once.
+    made = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
+        handle.write(secret)
+    if replace:
+        made.replace(path)
+        return
+    with suppress(FileExistsError):
+        os.link(made, path)
+    made.unlink()
+
+
+def _ensure_certificates() -> None:
+    """All three or none: only etcd's own start makes them, and a part fits no other part."""
+    files = (AUTHORITY_FILE, ETCD_SERVER_FILE, JOIN_FILE)
+    if all(Path(file).exists() for file in files):
+        return
+    from serving.deploy import certificates  # slow to load, and rarely needed
+
+    made = certificates.make()
+    for file, text in zip(files, (made.authority, made.server, made.join), strict=True):
+        put(file, text, replace=True)
 
 
 def api_keys_file(frontend: FrontendConfig) -> str | None:

@@ -16,8 +16,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from serving.config import Config, Topology, as_plain, parse
+from serving.config import Config, EtcdConfig, Topology, as_plain, parse
 from serving.deploy import ports
+from serving.deploy.credentials import JOIN_FILE
 from serving.deploy.fingerprint import (
     engine_fingerprint,
     model_key,
@@ -25,7 +26,14 @@ from serving.deploy.fingerprint import (
     resolve_dtype,
 )
 from serving.deploy.images import with_built_image
-from serving.deploy.markers import Record, read_record, record_of, sweep
+from serving.deploy.markers import (
+    JOINED,
+    Record,
+    read_joined,
+    read_record,
+    record_of,
+    sweep,
+)
 from serving.deploy.network import listening
 from serving.deploy.nvlink import Links, observed_links
 from serving.deploy.placement import existing_gpus, usable_gpus
@@ -34,10 +42,12 @@ from serving.deploy.rule_script import FAILURES
 from serving.deploy.source_digest import SCRIPTS, source_digest
 from serving.deploy.supervisor import RUN, Supervisor
 from serving.deploy.topology import (
+    MULTINODE,
     Plan,
     Program,
     address,
     gpus_per_worker,
+    joins,
     pinned,
     plan,
     roles,
@@ -45,8 +55,8 @@ from serving.deploy.topology import (
 from serving.errors import ConfigError, OperatorError
 from serving.protocol import Role
 
-_TOPOLOGY = "SERVING_TOPOLOGY"
-"""Tells Snakemake's own sub-processes what the command line said."""
+_TOPOLOGY, _JOINED = "SERVING_TOPOLOGY", "SERVING_JOINED"
+"""Tell Snakemake's own sub-processes what the command line said, and whose configuration counts."""
 
 
 class Deployment(Struct, frozen=True, kw_only=True):
@@ -61,6 +71,19 @@ class Deployment(Struct, frozen=True, kw_only=True):
     @property
     def roles(self) -> tuple[Role, ...]:
         return roles(self.plan.topology)
+
+    @property
+    def first_workers(self) -> list[str]:
+        """The first program of each role that this machine runs."""
+        wanted = {f"{role}": "" for role in self.roles}
+        for name in reversed(self.plan.workers):
+            wanted[name.split("-")[1]] = name
+        return [name for name in wanted.values() if name]
+
+    @property
+    def is_head(self) -> bool:
+        """Whether other nodes can join what runs here."""
+        return self.plan.topology == MULTINODE and not joins(self.config)
 
     @property
     def checks(self) -> list[str]:
@@ -87,7 +110,10 @@ class Deployment(Struct, frozen=True, kw_only=True):
         return self.request.serves or self.recorded is None
 
     def announcement(self) -> str:
-        """The URL, and a command to try it."""
+        """The URL, and a command to try it; at a node that joined, what it joined."""
+        if self.request.joins:
+            workers = ", ".join(name.removeprefix("worker-") for name in self.plan.workers)
+            return f"\nJoined {self.config.cluster.head} with {workers}."
         url = f"http://{address(self.config.frontend.host, self.config.frontend.port)}"
         model = self.config.model.name or self.config.model.id
         body = msgspec.json.encode({"model": model, "prompt": "Hello", "max_tokens": 16}).decode()
@@ -98,6 +124,17 @@ class Deployment(Struct, frozen=True, kw_only=True):
         return (
             f"\nServing {model} ({self.plan.topology}){noise} at {url}/v1. Try:\n"
             f"  curl -s {url}/v1/completions -H 'content-type: application/json'{bearer} -d '{body}'"
+            + (self._invitation() if self.is_head else "")
+        )
+
+    def _invitation(self) -> str:
+        head, port = self.config.cluster.address, self.config.etcd.port
+        where = f"{head}:{port}" if port != EtcdConfig().port else head
+        missing = [role for role in self.roles if role not in self.config.cluster.head_roles]
+        role = missing[0] if missing else "prefill"
+        return (
+            f"\nOther nodes join with a copy of {JOIN_FILE} as join.pem:\n"
+            f"  snakemake join --cores all --config cluster-head={where} cluster-role={role}"
         )
 
 
@@ -108,7 +145,15 @@ def prepare(raw: Mapping[str, Any], *, main: bool) -> Deployment:
         os.environ[FAILURES] = f".snakemake/failures-{os.getpid()}"
     request = _request(main)
     recorded = read_record(RUN)
-    config = with_built_image(_with_topology(listening(parse(raw)), request, recorded))
+    if main:
+        os.environ.pop(_JOINED, None)
+    config = parse(_of_cluster(raw, request, main=main))
+    wanted = request.topology or config.deployment.topology
+    if wanted == MULTINODE and _JOINED not in os.environ:
+        from serving.deploy import cluster  # its libraries are slow to load
+
+        config = cluster.with_head_addresses(config)
+    config = with_built_image(_with_topology(listening(config), request, recorded))
     device, engine = resolve_device(config), engine_fingerprint(config)
     gpus = _gpus(config) if _needs_gpus(config, device) else []
     deployment = Deployment(
@@ -129,6 +174,25 @@ def prepare(raw: Mapping[str, Any], *, main: bool) -> Deployment:
     if main and request.executes and _will_serve(deployment):
         _make_true(deployment)
     return deployment
+
+
+def _of_cluster(raw: Mapping[str, Any], request: Request, *, main: bool) -> Mapping[str, Any]:
+    """On a node that joins, or did: the head's configuration with what is its own."""
+    if request.joins:
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what fails is said in our words
+        from serving.deploy import cluster  # its libraries are slow to load
+
+        os.environ[_JOINED] = "1"
+        return cluster.join(raw, write=request.executes)
+    if main and request.serves:
+        if request.executes:
+            (RUN / JOINED).unlink(missing_ok=True)
+        return raw
+    kept = read_joined(RUN) if main or _JOINED in os.environ else None
+    if kept is None:
+        return raw
+    os.environ[_JOINED] = "1"
+    return kept
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -201,7 +265,7 @@ def _gpus(config: Config) -> list[int]:
 
 def links(config: Config, gpus: Sequence[int]) -> Links:
     """The driver is only asked when a worker's GPUs are to be neighbours."""
-    several = max(gpus_per_worker(config, config.deployment.topology).values()) > 1
+    several = max(gpus_per_worker(config).values(), default=0) > 1
     return observed_links() if several and len(gpus) > 2 else frozenset()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 from serving.config import Config
+from serving.deploy.certificates import client_context
 from serving.deploy.checks import Finding, Say, render
 from serving.deploy.checks_ports import judge_ports
 from serving.deploy.diagnosis import Evidence, diagnose, judge_routing
@@ -77,9 +78,7 @@ async def _collect(told: Expected) -> tuple[Evidence, Planes | None]:
     )
     if planes is None:
         return evidence, None
-    etcd_error, nats_error = await asyncio.gather(
-        _try_etcd(planes.etcd_endpoint), _try_nats(planes.nats_url)
-    )
+    etcd_error, nats_error = await asyncio.gather(_try_etcd(planes), _try_nats(planes.nats_url))
     ready, frontend_error = None, ""
     try:
         async with Service(told.url, told.headers) as service:
@@ -123,12 +122,15 @@ def last_words(program: str, logs: Path = LOGS) -> list[str]:
     return [line[:300] for line in (complaints or lines[-1:])[-TAIL_LINES:]]
 
 
-async def _try_etcd(endpoint: str) -> str:
+async def _try_etcd(planes: Planes) -> str:
     """What keeps etcd from answering, or nothing."""
+    join_file = planes.etcd_join_file
+    scheme = "https" if join_file else "http"
     try:
-        async with httpx.AsyncClient(timeout=ASK_S, trust_env=False) as client:
-            response = await client.get(f"http://{endpoint}/health")
-    except httpx.HTTPError as exc:
+        verify = client_context(join_file) if join_file else True
+        async with httpx.AsyncClient(timeout=ASK_S, trust_env=False, verify=verify) as client:
+            response = await client.get(f"{scheme}://{planes.etcd_endpoint}/health")
+    except (httpx.HTTPError, OSError) as exc:
         return str(exc) or type(exc).__name__
     healthy = response.status_code == 200 and '"true"' in response.text
     return "" if healthy else f"its health is {response.text.strip()[:200]}"
@@ -153,9 +155,7 @@ async def _try_nats(url: str) -> str:
 
 
 async def _registered(planes: Planes) -> list[InstanceInfo] | None:
-    async with Discovery.connect(
-        planes.etcd_endpoint, planes.namespace, lease_s=planes.lease_s
-    ) as discovery:
+    async with Discovery.of(planes) as discovery:
         try:
             return await discovery.instances(ASK_S)
         except OperatorError:

@@ -102,10 +102,10 @@ def _write_settings(program: Program) -> None:
     """The file the program reads, and no trace of the one before it."""
     for leftover in ("ready", "sock", "up"):
         (RUN / f"{program.name}.{leftover}").unlink(missing_ok=True)
+    text = program.settings
+    ensure_named(text + " ".join(program.command))
     if not program.settings_file:
         return
-    text = program.settings
-    ensure_named(text)
     if NATS_TOKEN in text:
         text = text.replace(NATS_TOKEN, ensure(NATS_TOKEN_FILE))
     path = Path(program.settings_file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -18,6 +19,7 @@ from serving.deploy.supervisor import ProcessInfo
 from serving.deploy.topology import Plan
 
 RECORD = "topology.json"
+JOINED = "joined.json"
 
 
 class Marker(Struct, frozen=True, kw_only=True):
@@ -77,6 +79,20 @@ def read_record(run_dir: Path) -> Record | None:
         return None
 
 
+def write_joined(config: dict[str, Any], run_dir: Path) -> None:
+    """Keep the configuration of a node that joined, for its other commands."""
+    _write(run_dir / JOINED, config)
+
+
+def read_joined(run_dir: Path) -> dict[str, Any] | None:
+    """None on a machine that did not join."""
+    try:
+        config: dict[str, Any] = msgspec.json.decode((run_dir / JOINED).read_bytes())
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return config
+
+
 def no_longer_wanted(wanted: Record, known: Mapping[str, ProcessInfo]) -> list[str]:
     """Programs to stop before others start: not asked for, or serving another engine.
 
@@ -119,7 +135,7 @@ def sweep(plan: Plan, running: Mapping[str, ProcessInfo], run_dir: Path) -> list
     return removed
 
 
-def _write(path: Path, content: Struct) -> None:
+def _write(path: Path, content: Struct | dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
     temporary.replace(path)

@@ -27,35 +27,40 @@ def listening(config: Config) -> Config:
             config.frontend, host=listen_address(config.frontend.host, "frontend.host")
         ),
         nats=replace(config.nats, host=listen_address(config.nats.host, "nats.host")),
+        etcd=replace(config.etcd, host=listen_address(config.etcd.host, "etcd.host")),
     )
 
 
 def listen_address(wanted: str, key: str) -> str:
     """An address or `localhost` as it is; else the first address of this machine within a
     network (`10.1.0.0/16`) or of an interface, IPv4 first."""
-    if wanted == "localhost" or _is_address(wanted):
+    if wanted == "localhost" or is_address(wanted):
         return wanted
-    interfaces = _addresses()
-    everywhere = sorted((a for found in interfaces.values() for a in found), key=_v4_first)
+    by_interface = _addresses()
+    everywhere = sorted((a for found in by_interface.values() for a in found), key=_v4_first)
     try:
         network = ipaddress.ip_network(wanted, strict=False)
     except ValueError:
-        found = sorted(interfaces.get(wanted, []), key=_v4_first)
+        found = sorted(by_interface.get(wanted, []), key=_v4_first)
     else:
         found = [address for address in everywhere if ipaddress.ip_address(address) in network]
     if found:
         return found[0]
-    there = ", ".join(f"{name} ({' '.join(a)})" for name, a in sorted(interfaces.items()))
     raise ConfigError(
         key,
         f"{wanted!r} is no address, and no network or interface that this machine has one in",
-        remedy=f"choose from: {there}",
+        remedy=f"choose from: {interfaces()}",
     )
+
+
+def interfaces() -> str:
+    """This machine's, with their addresses, for a person to choose from."""
+    return ", ".join(f"{name} ({' '.join(a)})" for name, a in sorted(_addresses().items()))
 
 
 def _advertised(wanted: str, key: str) -> str:
     host = listen_address(wanted, key)
-    if _is_address(host) and ipaddress.ip_address(host).is_unspecified:
+    if is_address(host) and ipaddress.ip_address(host).is_unspecified:
         raise ConfigError(
             key,
             f"nobody can connect to {host}, and workers advertise where they listen",
@@ -74,7 +79,7 @@ def _addresses() -> dict[str, list[str]]:
     return found
 
 
-def _is_address(text: str) -> bool:
+def is_address(text: str) -> bool:
     try:
         ipaddress.ip_address(text)
     except ValueError:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from serving.deploy.credentials import NATS_TOKEN_FILE, authorization
+from serving.deploy.credentials import ETCD_SERVER_FILE, JOIN_FILE, NATS_TOKEN_FILE, authorization
 from serving.deploy.ports import listeners
 from serving.deploy.processes import tag_of_pid
 from serving.deploy.topology import Program, address
@@ -34,8 +35,9 @@ def probe_for(name: str) -> Probe:
 
 def etcd(program: Program, launch_id: str) -> str:
     port = program.ports["etcd.port"]
+    where = address(program.host, port)
     try:
-        status, body = _http("GET", address(program.host, port), "/health", None, ANSWER_S)
+        status, body = _http("GET", where, "/health", None, ANSWER_S, tls=_tls(program))
     except (OSError, http.client.HTTPException) as exc:
         return f"no answer on port {port}: {exc}"
     if status != 200 or body.get("health") != "true":
@@ -79,13 +81,24 @@ def frontend(program: Program, launch_id: str) -> str:
         status, body = _http("GET", where, "/ready", None, ANSWER_S, _headers(program))
     except (OSError, http.client.HTTPException) as exc:
         return f"no answer on {where}: {exc}"
-    return "" if status == 200 else str(body.get("reason") or f"/ready says {status}")
+    if status == 200 or _serves_what_is_here(program, body):
+        return ""
+    return str(body.get("reason") or f"/ready says {status}")
+
+
+def _serves_what_is_here(program: Program, body: Mapping[str, Any]) -> bool:
+    """A head is ready with its own workers: those of other nodes join when they like."""
+    process = msgspec.json.decode(program.settings, type=FrontendProcess)
+    seen = {row["instance_id"] for row in body.get("instances") or []}
+    return process.own_instances is not None and seen.issuperset(process.own_instances)
 
 
 def first_answer(program: Program) -> None:
     """One token through the whole path. Raises OperatorError with the service's own words."""
     where = address(program.host, program.ports["frontend.port"])
     process = msgspec.json.decode(program.settings, type=FrontendProcess)
+    if process.own_instances == []:
+        return  # there is nobody to answer before other nodes join
     headers, model = authorization(process.frontend), process.model_name
     request = {"model": model, "prompt": "Hello", "max_tokens": 1}
     try:
@@ -99,6 +112,14 @@ def first_answer(program: Program) -> None:
             f"the service is up, but its first request failed ({status or 'no answer'}): {message}",
             remedy="run `snakemake doctor`, and see logs/frontend.log",
         )
+
+
+def _tls(etcd: Program) -> ssl.SSLContext | None:
+    if ETCD_SERVER_FILE not in " ".join(etcd.command):
+        return None
+    from serving.deploy.certificates import client_context  # slow to load, and rarely needed
+
+    return client_context(JOIN_FILE)
 
 
 def _headers(program: Program) -> dict[str, str]:
@@ -128,9 +149,14 @@ def _http(
     body: Any,
     timeout_s: float,
     headers: Mapping[str, str] | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Status and JSON object (empty for any other body). Ignores proxies: we talk to ourselves."""
-    connection = http.client.HTTPConnection(where, timeout=timeout_s)
+    connection: http.client.HTTPConnection
+    if tls is None:
+        connection = http.client.HTTPConnection(where, timeout=timeout_s)
+    else:
+        connection = http.client.HTTPSConnection(where, timeout=timeout_s, context=tls)
     try:
         content = None if body is None else json.dumps(body)
         typed = {"content-type": "application/json"} if content else {}

@@ -23,8 +23,10 @@ PINNED: dict[str, Topology] = {
     "serve_agg_router": "agg_router",
     "serve_disagg": "disagg",
     "serve_disagg_router": "disagg_router",
+    "serve_disagg_multinode": "disagg_multinode",
 }
 SERVE = frozenset({"serve", *PINNED})
+JOIN = "join"
 
 # Everything that makes Snakemake look, print or tidy instead of running jobs.
 _LOOKS_ONLY = (
@@ -47,7 +49,13 @@ class Request(Struct, frozen=True):
     @property
     def serves(self) -> bool:
         """Whether programs should run afterwards: a serve target, a marker, or no target."""
-        return self.announces or any(target.endswith(".up") for target in self.targets)
+        started = any(target.endswith(".up") for target in self.targets)
+        return self.announces or self.joins or started
+
+    @property
+    def joins(self) -> bool:
+        """Whether this machine should work for a head."""
+        return JOIN in self.targets
 
     @property
     def announces(self) -> bool:
@@ -69,6 +77,11 @@ def from_command_line(argv: Sequence[str]) -> Request:
         raise OperatorError(
             f"{named} cannot be served at the same time",
             remedy="ask for one of them; a second deployment needs a directory and ports of its own",
+        )
+    if JOIN in targets and not SERVE.isdisjoint(targets):
+        raise OperatorError(
+            "a node that joins serves what its head does",
+            remedy="ask for `join` alone; a head starts with `serve_disagg_multinode`",
         )
     return Request(
         targets=targets,

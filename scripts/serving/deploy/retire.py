@@ -10,13 +10,25 @@ from serving.config import Config
 from serving.deploy import ports, processes
 from serving.deploy.markers import RECORD, Record, no_longer_wanted, write_record
 from serving.deploy.supervisor import RUN, Supervisor
-from serving.deploy.topology import stop_tiers
+from serving.deploy.topology import joins, stop_tiers
 from serving.errors import ConfigError, OperatorError
 
 Say = Callable[[str], None]
 
-_LEFTOVERS = ("*.up", "*.ready", "*.sock", "*.json", "*.conf", "*.pid", "*.tmp", "*.lock")
-_FOLDERS = ("programs", "secrets", "etcd")
+_LEFTOVERS = (
+    "*.up",
+    "*.open",
+    "*.engine",
+    "*.ready",
+    "*.sock",
+    "*.json",
+    "*.conf",
+    "*.pid",
+    "*.tmp",
+    "*.lock",
+)
+_FOLDERS = ("programs", "etcd")
+"""Secrets stay: clients have the API keys by now, and other nodes the file they join with."""
 
 
 def retire(wanted: Record, say: Say) -> None:
@@ -72,6 +84,8 @@ def _tidy() -> None:
 
 def _check_ports(config: Config, say: Say) -> None:
     """A port that is still taken is somebody else's by now; say so, since the next start needs it."""
+    if joins(config):
+        return
     planes = {"etcd.port": config.etcd.port, "etcd.peer_port": config.etcd.peer_port}
     wanted = (
         (config.frontend.host, {"frontend.port": config.frontend.port}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import re
@@ -17,9 +18,12 @@ from serving.config import Config, FrontendConfig
 from serving.deploy import processes
 from serving.deploy.credentials import authorization
 from serving.deploy.markers import read_marker, read_record
+from serving.deploy.service import recorded
 from serving.deploy.supervisor import LOGS, RUN, ProcessInfo, Supervisor
-from serving.deploy.topology import address, stop_tiers
-from serving.process_config import FrontendProcess, read
+from serving.deploy.topology import MULTINODE, address, joins, stop_tiers
+from serving.errors import OperatorError
+from serving.process_config import FrontendProcess, Planes, read
+from serving.protocol import InstanceInfo
 
 ANSWER_S = 2.0
 _COLUMNS = (
@@ -45,11 +49,14 @@ def report(config: Config) -> list[str]:
         return ["", "Nothing runs here. Start it with: snakemake serve_disagg", ""]
     listen = _listen(config)
     where = address(listen.host, listen.port)
-    answers = (
-        _ask(where, authorization(listen))
-        if "frontend" in known or "frontend" in strays
-        else Answers()
-    )
+    head, workers = recorded(RUN)
+    planes = head.planes if head else workers[0].planes if workers else None
+    node = joins(config)
+    answers = Answers()
+    if "frontend" in known or "frontend" in strays:
+        answers = _ask(where, authorization(listen))
+    elif node and planes:
+        answers = _registered(planes)
     lines = [""]
     if strays:
         lines += [
@@ -58,7 +65,7 @@ def report(config: Config) -> list[str]:
         ]
     else:
         ordered = [name for tier in reversed(stop_tiers(sorted(known))) for name in tier]
-        rows = [_program(known[name], config, answers) for name in ordered]
+        rows = [_program(known[name], planes, answers) for name in ordered]
         rows += [
             (name, "missing", "-", "-", "run the serve target again")
             for name in (record.programs if record else [])
@@ -75,11 +82,30 @@ def report(config: Config) -> list[str]:
         f"model     {model}{noise}",
         f"topology  {topology}, router: {ready.get('policy', '-')}",
     ]
-    lines += [f"URL       http://{where}/v1 ({verdict})", ""]
+    if node:
+        lines += [
+            f"head      {config.cluster.head} ({verdict}): `snakemake status` there says more",
+            "",
+        ]
+    else:
+        lines += [f"URL       http://{where}/v1 ({verdict})", ""]
     instances = [row for row in ready.get("instances") or [] if isinstance(row, dict)]
     if instances:
-        titles = ("instance", "role", "running", "waiting", "active", "cached", "blocks", "hits")
+        titles: tuple[str, ...] = (
+            "instance",
+            "role",
+            "running",
+            "waiting",
+            "active",
+            "cached",
+            "blocks",
+            "hits",
+        )
         rows = [_instance(row, answers.hit_rates) for row in instances]
+        if topology == MULTINODE:
+            titles = (*titles, "host")
+            hosts = [str(row.get("host", "-")) for row in instances]
+            rows = [(*row, host) for row, host in zip(rows, hosts, strict=True)]
         lines += [*table(titles, rows), ""]
     refused = ready.get("refused") or {}
     return lines + [f"refused: {name}: {reason}" for name, reason in refused.items()]
@@ -116,20 +142,41 @@ def hit_rates(metrics: str) -> dict[str, float]:
     return {instance: values.get((hits, instance), 0.0) / t for instance, t in routed.items()}
 
 
-def _program(info: ProcessInfo, config: Config, answers: Answers) -> tuple[str, ...]:
+def _registered(planes: Planes) -> Answers:
+    """What etcd says, on a node that has no frontend."""
+    from serving.discovery import Discovery  # slow to load, and rarely needed
+
+    async def ask() -> list[InstanceInfo]:
+        async with Discovery.of(planes) as discovery:
+            return await discovery.instances(ANSWER_S)
+
+    try:
+        found = asyncio.run(ask())
+    except OperatorError as exc:
+        return Answers(ready={"reason": exc.what})
+    rows = [
+        {"instance_id": i.instance_id, "role": i.role, "num_blocks": i.num_blocks, "host": i.host}
+        for i in found
+    ]
+    return Answers(ready={"ready": True, "joined": True, "instances": rows})
+
+
+def _program(info: ProcessInfo, planes: Planes | None, answers: Answers) -> tuple[str, ...]:
     if not info.running:
         state = f"{info.state.lower()} ({info.exit_status})"
         return (info.name, state, "-", "-", f"see {LOGS / info.name}.log")
     marker = read_marker(RUN / f"{info.name}.up")
     proven = marker is not None and marker.launch_id == info.launch_id
-    health = _health(info.name, config, answers) if proven else "starting"
+    health = _health(info.name, planes, answers) if proven else "starting"
     return (info.name, "running", str(info.pid), duration(time.time() - info.started), health)
 
 
-def _health(name: str, config: Config, answers: Answers) -> str:
+def _health(name: str, planes: Planes | None, answers: Answers) -> str:
     if name in {"etcd", "nats"}:
-        plane = config.etcd if name == "etcd" else config.nats
-        host, _, port = address(plane.host, plane.port).rpartition(":")
+        if planes is None:
+            return "ready"  # nothing was started that would need it
+        endpoint = planes.etcd_endpoint if name == "etcd" else planes.nats_url
+        host, _, port = endpoint.rpartition("/")[2].rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
         except OSError as exc:
@@ -142,7 +189,7 @@ def _health(name: str, config: Config, answers: Answers) -> str:
     }
     instance_id = name.removeprefix("worker-")
     if instance_id not in breakers:
-        return "not routed to"
+        return "not registered" if answers.ready.get("joined") else "not routed to"
     return "ready" if breakers[instance_id] in (None, "closed") else "failed lately: avoided"
 
 

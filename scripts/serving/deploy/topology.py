@@ -15,15 +15,23 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from serving.config import Config, Topology
+from serving.config import Config, Topology, is_loopback
 from serving.deploy.containers import identity
-from serving.deploy.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE, api_keys_file
+from serving.deploy.credentials import (
+    AUTHORITY_FILE,
+    ETCD_SERVER_FILE,
+    JOIN_FILE,
+    NATS_TOKEN_FILE,
+    RPC_SECRET_FILE,
+    api_keys_file,
+)
 from serving.deploy.nvlink import Links
 from serving.deploy.placement import place, require_room, visible_order
 from serving.errors import ConfigError
 from serving.process_config import FrontendProcess, Planes, WorkerProcess
 from serving.protocol import Role
 
+MULTINODE: Topology = "disagg_multinode"
 NATS_TOKEN = "@TOKEN@"
 """Stands for the token in `nats.conf` until the file is written: plans hold no secrets."""
 FRONTEND_GRACE_S = 5.0
@@ -80,23 +88,31 @@ def roles(topology: Topology) -> tuple[Role, ...]:
     return ("prefill", "decode") if topology.startswith("disagg") else ("agg",)
 
 
-def num_workers(config: Config, topology: Topology) -> int:
-    return sum(getattr(config.workers, role) for role in roles(topology))
+def joins(config: Config) -> bool:
+    """Whether this machine works for the head of another."""
+    return config.deployment.topology == MULTINODE and config.cluster.head is not None
 
 
-def gpus_per_worker(config: Config, topology: Topology) -> dict[Role, int]:
+def workers_here(config: Config) -> dict[Role, int]:
+    """How many workers of each role run on this machine."""
+    topology, cluster = config.deployment.topology, config.cluster
+    here: Sequence[Role] = roles(topology)
+    if topology == MULTINODE:
+        here = [cluster.role] if joins(config) else sorted(set(cluster.head_roles), reverse=True)
+    return {role: getattr(config.workers, role) for role in here}
+
+
+def gpus_per_worker(config: Config) -> dict[Role, int]:
     """How many GPUs a worker of each role computes on."""
     tensor, pipeline = config.workers.tensor_parallel, config.workers.pipeline_parallel
-    return {role: tensor.get(role, 1) * pipeline.get(role, 1) for role in roles(topology)}
+    return {role: tensor.get(role, 1) * pipeline.get(role, 1) for role in workers_here(config)}
 
 
 def placed(
     config: Config, gpus: Sequence[int], links: Links = frozenset()
 ) -> dict[tuple[Role, int], list[int]]:
     """The GPUs of each worker by role and index. Raises ConfigError when they do not suffice."""
-    topology = config.deployment.topology
-    sizes = gpus_per_worker(config, topology)
-    counts: dict[Role, int] = {role: getattr(config.workers, role) for role in sizes}
+    sizes, counts = gpus_per_worker(config), workers_here(config)
     engine = config.engine
     may_share = engine.backend == "torch" or engine.kv_cache_tokens is not None
     require_room(counts, sizes, gpus, may_share=may_share)
@@ -111,7 +127,8 @@ def pinned(config: Config, topology: Topology) -> Config:
     """The config as `topology` means it: the `*_router` topologies always route by KV, and off
     loopback there are API keys."""
     deployment = msgspec.structs.replace(config.deployment, topology=topology)
-    policy = "kv" if topology.endswith("_router") else config.router.policy
+    by_kv = topology.endswith("_router") or topology == MULTINODE
+    policy = "kv" if by_kv else config.router.policy
     router = msgspec.structs.replace(config.router, policy=policy)
     keys = api_keys_file(config.frontend)
     frontend = msgspec.structs.replace(config.frontend, api_keys_file=keys)
@@ -143,13 +160,15 @@ def plan(
         nats_url=f"nats://{address(config.nats.host, config.nats.port)}",
         nats_token_file=NATS_TOKEN_FILE,
         rpc_secret_file=RPC_SECRET_FILE,
+        etcd_join_file="" if is_loopback(config.etcd.host) else JOIN_FILE,
     )
     name = config.model.name or config.model.id
     places = placed(config, gpus, links) if device == "cuda" else {}
-    programs = [_etcd(config), _nats(config)]
-    for role in roles(topology):
-        for index in range(getattr(config.workers, role)):
-            instance = f"{role}-{index}"
+    programs = [] if joins(config) else [_etcd(config), _nats(config)]
+    node = f"{config.cluster.node}-" if topology == MULTINODE else ""
+    for role, count in workers_here(config).items():
+        for index in range(count):
+            instance = f"{role}-{node}{index}"
             worker = WorkerProcess(
                 instance_id=instance,
                 role=role,
@@ -185,15 +204,30 @@ def plan(
                     container=identity(config.container, role),
                 )
             )
+    if joins(config):
+        return Plan(
+            topology=topology,
+            engine_fingerprint=engine_fingerprint,
+            engine_dir=engine_dir,
+            programs=programs,
+        )
     frontend = FrontendProcess(
         topology=topology,
         disaggregated="prefill" in roles(topology),
         model_name=name,
+        engine_dir=engine_dir,
         frontend=config.frontend,
         router=config.router,
         deadlines=config.deadlines,
         planes=planes,
         ready_file="run/frontend.ready",
+        own_instances=[
+            program.name.removeprefix("worker-")
+            for program in programs
+            if program.name.startswith("worker-")
+        ]
+        if topology == MULTINODE
+        else None,
     )
     programs.append(
         _python(
@@ -235,7 +269,7 @@ def worker_environment(
     config: Config, worker: WorkerProcess, gpus: Sequence[int], num_cores: int
 ) -> dict[str, str]:
     """What a worker finds in its environment; not part of its fingerprint."""
-    share = max(1, num_cores // num_workers(config, config.deployment.topology))
+    share = max(1, num_cores // max(1, sum(workers_here(config).values())))
     threads = str(config.engine.num_threads or share)
     environment = {
         "OMP_NUM_THREADS": threads,
@@ -302,24 +336,33 @@ def _plane(
 
 def _etcd(config: Config) -> Program:
     etcd = config.etcd
-    listen = f"http://{_bracketed(etcd.host)}"
-    reached = f"http://{address(etcd.host, etcd.peer_port)}"
+    plain = is_loopback(etcd.host)
+    scheme = "http" if plain else "https"
+    # It is alone: what would be its peers' port stays where nobody else gets to it.
+    peers = f"http://127.0.0.1:{etcd.peer_port}"
+    trust = [
+        f"--cert-file={ETCD_SERVER_FILE}",
+        f"--key-file={ETCD_SERVER_FILE}",
+        f"--trusted-ca-file={AUTHORITY_FILE}",
+        "--client-cert-auth",
+    ]
     command = [
         "results/bin/etcd",
         "--name=serving",
         "--data-dir=run/etcd",
-        f"--listen-client-urls={listen}:{etcd.port}",
-        f"--advertise-client-urls=http://{address(etcd.host, etcd.port)}",
-        f"--listen-peer-urls={listen}:{etcd.peer_port}",
-        f"--initial-advertise-peer-urls={reached}",
-        f"--initial-cluster=serving={reached}",
+        f"--listen-client-urls={scheme}://{_bracketed(etcd.host)}:{etcd.port}",
+        f"--advertise-client-urls={scheme}://{address(etcd.host, etcd.port)}",
+        f"--listen-peer-urls={peers}",
+        f"--initial-advertise-peer-urls={peers}",
+        f"--initial-cluster=serving={peers}",
+        *([] if plain else trust),
         # Every lease renewal and every load of membership leaves revisions behind.
         "--auto-compaction-mode=periodic",
         "--auto-compaction-retention=1h",
         "--logger=zap",
         "--log-level=warn",
     ]
-    ports = {"etcd.port": etcd.port, "etcd.peer_port": etcd.peer_port}
+    ports = {"etcd.port": etcd.port, **({"etcd.peer_port": etcd.peer_port} if plain else {})}
     return _plane("etcd", command, "", etcd.host, ports, config)
 
 

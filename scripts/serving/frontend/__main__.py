@@ -51,20 +51,19 @@ async def run(process: FrontendProcess, place: Place | None) -> None:
         )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         instances = Instances(
-            router, events, tasks, metrics, secret=read_secret(process.planes.rpc_secret_file)
+            router,
+            events,
+            tasks,
+            metrics,
+            secret=read_secret(process.planes.rpc_secret_file),
+            tokenizer_dir=process.engine_dir,
         )
         events.on_reconnect = instances.on_reconnect
         await events.subscribe(instances.on_kv, instances.on_load)
         sharing = Sharing(router, events)
         await events.subscribe_routed(sharing.on_batch)
         metrics.add(RouterMetrics(router, events.counters, sharing))
-        discovery = await stack.enter_async_context(
-            Discovery.connect(
-                process.planes.etcd_endpoint,
-                process.planes.namespace,
-                lease_s=process.planes.lease_s,
-            )
-        )
+        discovery = await stack.enter_async_context(Discovery.of(process.planes))
         owned = [
             tasks.create_task(instances.synchronise_forever(), name="synchronise"),
             tasks.create_task(discovery.watch(instances.up, instances.down), name="watch"),

@@ -10,6 +10,8 @@ import asyncio
 import logging
 from typing import Any
 
+from msgspec.structs import replace
+
 from serving.errors import InstanceLost, InstanceRefused, ServingError
 from serving.events import EventPlane
 from serving.frontend.engine_handover import warm_up
@@ -36,9 +38,11 @@ class Instances:
         metrics: Metrics,
         *,
         secret: bytes = b"",
+        tokenizer_dir: str = "",
     ) -> None:
-        """`secret`: what workers ask frontends to know."""
-        self._secret = secret
+        """`secret`: what workers ask frontends to know. `tokenizer_dir`: where this machine has
+        what a worker's card says of its own."""
+        self._secret, self._tokenizer_dir = secret, tokenizer_dir
         self._router, self._events, self._tasks = router, events, tasks
         self._metrics = metrics
         self._keepers: dict[str, tuple[InstanceInfo, asyncio.Task[None]]] = {}
@@ -101,7 +105,7 @@ class Instances:
             self._router.add_instance(info)
             if self.card is None and info.model.dummy_weights:
                 log.warning("%s has dummy weights: answers are noise", info.model.name)
-            self.card = self.card or info.model
+            self.card = self.card or self._readable(info.model)
             self._clients[info.instance_id] = client
         self._unsynchronised.set()
         try:
@@ -112,6 +116,12 @@ class Instances:
             self._reports.pop(info.instance_id, None)
             self._router.remove_instance(info.instance_id, info.epoch)
             self._metrics.forget_instance(info.instance_id)
+
+    def _readable(self, card: ModelCard) -> ModelCard:
+        """A worker may be on another machine; the tokenizer is on this one too."""
+        if not self._tokenizer_dir:
+            return card
+        return replace(card, tokenizer_dir=self._tokenizer_dir)
 
     def _kv_peers(self, info: InstanceInfo) -> list[RpcClient]:
         roles = {info.role, "agg"}

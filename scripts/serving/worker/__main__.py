@@ -97,13 +97,7 @@ async def serve(
         reports = tasks.create_task(worker.report_forever(), name="load-reports")
         stack.callback(reports.cancel)
 
-        discovery = await stack.enter_async_context(
-            Discovery.connect(
-                process.planes.etcd_endpoint,
-                process.planes.namespace,
-                lease_s=process.planes.lease_s,
-            )
-        )
+        discovery = await stack.enter_async_context(Discovery.of(process.planes))
         info = InstanceInfo(
             instance_id=process.instance_id,
             epoch=epoch,

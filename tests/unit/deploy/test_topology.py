@@ -12,11 +12,11 @@ from serving.deploy.source_digest import source_digest
 from serving.deploy.topology import (
     Plan,
     address,
-    num_workers,
     pinned,
     plan,
     stop_tiers,
     worker_environment,
+    workers_here,
 )
 from serving.errors import ConfigError
 from serving.process_config import FrontendProcess, WorkerProcess
@@ -176,7 +176,10 @@ def test_cores_are_shared_out_between_workers_unless_the_config_says() -> None:
     environment = worker_environment(chosen, worker, [], 8)
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
-    assert num_workers(parse({"workers": {"prefill": 2, "decode": 3}}), "disagg") == 5
+    assert workers_here(parse({"workers": {"prefill": 2, "decode": 3}})) == {
+        "prefill": 2,
+        "decode": 3,
+    }
 
 
 def test_source_digest_ignores_what_the_program_does_not_import(tmp_path: Any) -> None:

@@ -1,0 +1,16 @@
+"""Tell nodes that join what is served here. Output: `run/cluster.open`."""
+
+from pathlib import Path
+
+from serving.config import parse
+from serving.deploy import cluster
+from serving.deploy.rule_script import telling
+from serving.deploy.topology import address
+from serving.engine.manifest import load_manifest
+
+with telling(snakemake.log[0]) as say:
+    config = parse(snakemake.config)
+    endpoint = address(config.etcd.host, config.etcd.port)
+    cluster.tell(config, load_manifest(Path(snakemake.input.engine).parent), endpoint)
+    Path(snakemake.output[0]).write_text(f"{endpoint}\n")
+    say(f"nodes can join at {endpoint}")

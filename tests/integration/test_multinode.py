@@ -1,0 +1,440 @@
+"""A head and two more nodes, each a network namespace with its own address; everything is real.
+
+Times that a person would ask for are printed (`pytest -s`): how long until a lost node is noticed,
+until it is back, and until the head's planes are.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from integration.deployment import Deployment, share_results, shared_memory
+from integration.namespaces import Cluster, Machine, copy_join_file, machines
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+LEASE_S = 3
+PROMPTS = ["The capital of France is", "def fibonacci(n):", "Roses are red, violets are"]
+KV_BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * 4
+"""SmolLM2-135M: layers, K and V, heads, their size, float32."""
+
+
+def long_prompt(seed: int) -> str:
+    """About 700 tokens that no other prompt begins with."""
+    return f"{seed} " + "The keeper of the lighthouse climbs the stairs and counts them. " * 50
+
+
+class Nodes:
+    """The head, the nodes that join it, and the machines that they are."""
+
+    def __init__(self, cluster: Cluster, folder: Path, results: Path) -> None:
+        self.cluster = cluster
+        head, *others = cluster.machines
+        self.head = Deployment(
+            folder / "head",
+            cluster={"address": f"{head.address}/32"},
+            frontend={"host": head.address},
+            deadlines={"token_s": 5, "prefill_s": 60},
+            kv_transfer={"transfer_s": 5},
+        )
+        port = self.head.config["frontend"]["port"]
+        self.head.url = f"http://{head.address}:{port}"
+        self.head.prefix = head.inside()
+        self.nodes: list[Deployment] = []
+        for machine in others:
+            node = Deployment(folder / machine.namespace)
+            node.prefix = machine.inside()
+            self.nodes.append(node)
+        for deployment in (self.head, *self.nodes):
+            share_results(results, deployment.directory / "results")
+
+    @property
+    def head_address(self) -> str:
+        return self.cluster.machines[0].address
+
+    def start_head(self) -> str:
+        said = self.head.snakemake("serve_disagg_multinode").stdout
+        key = (self.head.directory / "run" / "secrets" / "api_keys").read_text().strip()
+        self.head.headers = {"authorization": f"Bearer {key}"}
+        return said
+
+    def join(self, number: int, *more: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Node `number` (1, 2, ...) joins, as the head's invitation says."""
+        node = self.nodes[number - 1]
+        if not (node.directory / "join.pem").exists():
+            copy_join_file(self.head.directory, node.directory)
+        where = f"{self.head_address}:{self.head.config['etcd']['port']}"
+        return node.snakemake("join", "--config", f"cluster-head={where}", *more, check=check)
+
+    def machine(self, number: int) -> Machine:
+        return self.cluster.machines[number]
+
+    def instances(self) -> set[str]:
+        return {row["instance_id"] for row in self.head.ready()["instances"]}
+
+    def wait_for(self, expected: set[str], deadline_s: float) -> float:
+        """Until exactly these are routed to; returns how long it took."""
+        started = time.monotonic()
+        self.head.wait(
+            f"{expected} are routed to",
+            lambda r: {row["instance_id"] for row in r["instances"]} == expected,
+            deadline_s,
+        )
+        return time.monotonic() - started
+
+    def texts(self, prompts: list[str] | None = None) -> list[str]:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(self.head.complete, prompts or PROMPTS))
+        return [answer["choices"][0]["text"] for answer in answers]
+
+    def stop(self) -> None:
+        for deployment in (*self.nodes, self.head):
+            done = deployment.snakemake("stop", check=False)
+            left = deployment.processes()
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            assert done.returncode == 0, done.stdout
+            assert not left, left
+
+
+DECODE = "decode-10-213-8-1-0"
+PREFILL, SECOND = "prefill-10-213-8-2-0", "prefill-10-213-8-3-0"
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory, default_results: Path) -> Iterator[Nodes]:
+    shm_before = shared_memory()
+    with machines(3) as cluster:
+        nodes = Nodes(cluster, tmp_path_factory.mktemp("cluster"), default_results)
+        try:
+            yield nodes
+        finally:
+            nodes.stop()
+    assert not shared_memory() - shm_before
+
+
+@pytest.fixture(scope="module")
+def expected(nodes: Nodes) -> dict[str, str]:
+    """What the head answers alone, by prompt: its decode worker computes everything."""
+    said = nodes.start_head()
+    assert "snakemake join" in said
+    assert nodes.instances() == {DECODE}
+    prompts = [*PROMPTS, *(long_prompt(seed) for seed in range(3))]
+    return dict(zip(prompts, nodes.texts(prompts), strict=True))
+
+
+@pytest.fixture
+def two(nodes: Nodes, expected: dict[str, str]) -> Nodes:
+    """The head and one node, whatever the test before left."""
+    if PREFILL not in nodes.instances():
+        nodes.join(1)
+    nodes.wait_for({DECODE, PREFILL}, 20)
+    return nodes
+
+
+def test_node_joins_and_tokens_stay_the_same(two: Nodes, expected: dict[str, str]) -> None:
+    """The smoke test passes, greedy text is what one worker alone gives, and KV is on the link."""
+    smoke = two.head.snakemake("smoke_test").stdout
+    assert "over ucx (tcp)" in smoke
+    before = two.machine(1).received_bytes(), two.machine(0).received_bytes()
+    assert two.texts() == [expected[prompt] for prompt in PROMPTS]
+    answer = two.head.complete(long_prompt(100))
+    num_bytes = answer["usage"]["prompt_tokens"] // 16 * 16 * KV_BYTES_PER_TOKEN
+    into_head = two.machine(0).received_bytes() - before[1]
+    assert into_head >= num_bytes
+    assert two.machine(1).received_bytes() - before[0] < num_bytes / 2  # it only goes one way
+    print(f"\nKV of one prompt: {num_bytes / 1e6:.0f} MB, on the link: {into_head / 1e6:.0f} MB")
+
+
+def test_second_run_on_each_node_is_a_no_op(two: Nodes) -> None:
+    before = two.head.pids(), two.nodes[0].pids()
+    two.head.snakemake("serve_disagg_multinode")
+    two.join(1)
+    assert (two.head.pids(), two.nodes[0].pids()) == before
+
+
+def test_status_names_every_node(two: Nodes) -> None:
+    head, node = (d.snakemake("status").stdout for d in (two.head, two.nodes[0]))
+    for said in (head, node):
+        assert DECODE in said
+        assert PREFILL in said
+    assert "not" not in node.split("worker-prefill")[1].splitlines()[0]
+    assert two.head_address in node
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("engine", "block_size", 32), ("model", "id", "./elsewhere"), ("engine", "dtype", "bfloat16")],
+)
+def test_node_that_differs_is_refused_with_the_difference(
+    two: Nodes, section: str, key: str, value: Any
+) -> None:
+    stranger = two.nodes[1]
+    whole = {name: dict(keys) for name, keys in stranger.config.items()}
+    stranger.config.setdefault(section, {})[key] = value
+    try:
+        done = two.join(2, check=False)
+    finally:
+        stranger.config = whole
+    assert done.returncode != 0
+    assert f"{section}.{key}: {value!r} here, " in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not stranger.processes()
+    assert two.instances() == {DECODE, PREFILL}
+
+
+def test_other_code_is_refused(two: Nodes, tmp_path: Path) -> None:
+    """A checkout that differs by a line of the worker's code."""
+
+    from integration import deployment
+
+    checkout = tmp_path / "checkout"
+    for name in ("scripts", "rules", "profiles"):
+        shutil.copytree(deployment.REPO / name, checkout / name)
+    shutil.copy(deployment.REPO / "Snakefile", checkout)
+    with (checkout / "scripts" / "serving" / "block_hash.py").open("a") as source:
+        source.write("\n# another commit\n")
+    copy_join_file(two.head.directory, two.nodes[1].directory)
+    where = f"{two.head_address}:{two.head.config['etcd']['port']}"
+    command = ["-m", "snakemake", "join", "--cores", "all", "--config", f"cluster-head={where}"]
+    done = subprocess.run(
+        two.machine(2).inside(sys.executable, *command, "-s", str(checkout / "Snakefile")),
+        cwd=two.nodes[1].directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
+    assert done.returncode != 0
+    assert "version: " in done.stderr, done.stderr
+    assert "at the head" in done.stderr
+
+
+def test_stranger_with_a_join_file_of_another_cluster_gets_nothing(two: Nodes) -> None:
+    from serving.deploy import certificates
+
+    file = two.nodes[1].directory / "join.pem"
+    file.write_text(certificates.make().join)
+    try:
+        started = time.monotonic()
+        done = two.join(2, check=False)
+        assert time.monotonic() - started < 30
+    finally:
+        file.unlink()
+    assert done.returncode != 0
+    assert "is join.pem a copy of its run/secrets/join.pem?" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_strangers_at_every_port_of_every_node_get_nothing(two: Nodes) -> None:
+    """From a third machine, without any secret; and nothing listens everywhere."""
+    secrets = [
+        (folder.directory / "run" / "secrets" / name).read_bytes().strip()
+        for folder in (two.head, two.nodes[0])
+        for name in ("nats_token", "rpc_secret")
+    ]
+    before = two.head.pids(), two.nodes[0].pids()
+    num_ports = 0
+    for machine in (two.machine(0), two.machine(1)):
+        listening = machine.python(
+            "import psutil; print([tuple(c.laddr) for c in psutil.net_connections('tcp')"
+            " if c.status == psutil.CONN_LISTEN])"
+        )
+        ports = {tuple(address) for address in eval(listening)}
+        assert not {host for host, _ in ports} & {"0.0.0.0", "::"}, ports
+        for host, port in sorted(ports):
+            if host != machine.address:
+                continue
+            num_ports += 1
+            garbage = [os.urandom(2048), b"\xff" * 64, b"GET /v3/kv/range HTTP/1.1\r\n\r\n"]
+            for words in (*garbage, b"CONNECT {}\r\nPING\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+                answer = say((host, port), words)
+                assert b"PONG" not in answer
+                assert not any(secret in answer for secret in secrets)
+    assert num_ports >= 6  # API, NATS, etcd, RPC of both, KV of the prefill worker
+    etcd = f"{two.head_address}:{two.head.config['etcd']['port']}"
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"https://{etcd}/health", verify=False, timeout=5)
+    assert httpx.get(f"{two.head.url}/ready", timeout=5).status_code == 401
+    assert (two.head.pids(), two.nodes[0].pids()) == before
+    assert two.instances() == {DECODE, PREFILL}
+    assert two.texts(PROMPTS[:1])
+
+
+def say(address: tuple[str, int], words: bytes) -> bytes:
+    """What is answered until the other side hangs up, or says nothing for a while."""
+    answer = b""
+    with socket.create_connection(address, 2) as stranger:
+        stranger.settimeout(0.3)
+        try:
+            stranger.sendall(words)
+            while data := stranger.recv(65536):
+                answer += data
+        except (TimeoutError, ConnectionError):
+            pass
+    return answer
+
+
+def test_link_cut_in_the_middle_of_a_transfer(two: Nodes, expected: dict[str, str]) -> None:
+    """Answers are right and in time without the node; it comes back by itself."""
+    node = two.machine(1)
+    if not node.shape("tbf", "rate", "60mbit", "burst", "64kb", "latency", "400ms"):
+        pytest.skip("this kernel has no token bucket filter to slow the link down with")
+    restart_prefill_cache(two)
+    prompts = [long_prompt(seed) for seed in range(3)]
+    received = two.machine(0).received_bytes()
+    pid = two.nodes[0].pids()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(two.head.complete, prompt) for prompt in prompts]
+        ends = time.monotonic() + 30
+        while two.machine(0).received_bytes() < received + 4e6 and time.monotonic() < ends:
+            time.sleep(0.02)
+        assert not any(answer.done() for answer in answers)
+        node.cut()
+        started = time.monotonic()
+        try:
+            texts = [answer.result(60)["choices"][0]["text"] for answer in answers]
+            answered_s = time.monotonic() - started
+            noticed_s = two.wait_for({DECODE}, 20) + answered_s
+            assert texts == [expected[prompt] for prompt in prompts]
+        finally:
+            node.unshape()
+            node.mend(two.cluster.bridge)
+    back_s = two.wait_for({DECODE, PREFILL}, 30)
+    assert two.nodes[0].pids() == pid
+    assert two.texts() == [expected[prompt] for prompt in PROMPTS]
+    assert_nothing_held(two)
+    print(
+        f"\nlink cut: answers after {answered_s:.1f} s, gone for good within {noticed_s:.1f} s, "
+        f"back {back_s:.1f} s after it was mended"
+    )
+
+
+def restart_prefill_cache(two: Nodes) -> None:
+    """Start both workers anew: what they have cached would not be moved."""
+    for deployment, target in ((two.head, ["serve_disagg_multinode"]), (two.nodes[0], [])):
+        [name] = [name for name in deployment.pids() if name.startswith("worker-")]
+        os.kill(deployment.pids()[name], signal.SIGKILL)
+        if target:
+            deployment.snakemake(*target)
+        else:
+            two.join(1)
+    two.wait_for({DECODE, PREFILL}, 20)
+
+
+def assert_nothing_held(two: Nodes) -> None:
+    """No block is active anywhere once nothing runs."""
+    two.head.wait(
+        "every block is free again",
+        lambda r: (
+            r["instances"]
+            and all(
+                row["active_blocks"] == 0 and row["num_running"] == 0 and row["num_waiting"] == 0
+                for row in r["instances"]
+            )
+        ),
+        deadline_s=75,  # what nobody fetches is held for a minute
+    )
+
+
+def test_flapping_link(two: Nodes, expected: dict[str, str]) -> None:
+    """A link that fails for a moment again and again: answers stay right, and all of them come."""
+    stop = threading.Event()
+
+    def flap() -> None:
+        while not stop.wait(0.7):
+            two.machine(1).cut()
+            stop.wait(0.4)
+            two.machine(1).mend(two.cluster.bridge)
+
+    flapping = threading.Thread(target=flap)
+    flapping.start()
+    try:
+        for _ in range(4):
+            assert two.texts() == [expected[prompt] for prompt in PROMPTS]
+    finally:
+        stop.set()
+        flapping.join()
+    two.wait_for({DECODE, PREFILL}, 30)
+    assert_nothing_held(two)
+
+
+def test_lossy_and_slow_link(two: Nodes, expected: dict[str, str]) -> None:
+    """30% of the packets lost and 100 ms of delay."""
+    if not two.machine(1).shape("netem", "loss", "30%", "delay", "100ms"):
+        pytest.skip("this kernel has no netem")
+    try:
+        assert two.texts() == [expected[prompt] for prompt in PROMPTS]
+    finally:
+        two.machine(1).unshape()
+    two.wait_for({DECODE, PREFILL}, 30)
+
+
+def test_killed_node_is_noticed_and_joins_again(two: Nodes, expected: dict[str, str]) -> None:
+    """The plug is pulled and every process there dies: nobody says goodbye."""
+    two.machine(1).cut()
+    for process in two.nodes[0].processes():
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    started = time.monotonic()
+    assert two.texts() == [expected[prompt] for prompt in PROMPTS]
+    two.wait_for({DECODE}, 20)
+    noticed_s = time.monotonic() - started
+    two.machine(1).mend(two.cluster.bridge)
+    started = time.monotonic()
+    two.join(1)
+    two.wait_for({DECODE, PREFILL}, 20)
+    print(
+        f"\nnode killed: gone within {noticed_s:.1f} s; joined in {time.monotonic() - started:.1f} s"
+    )
+    assert noticed_s < LEASE_S + 3
+    assert two.texts() == [expected[prompt] for prompt in PROMPTS]
+
+
+def test_planes_of_the_head_are_restarted(two: Nodes, expected: dict[str, str]) -> None:
+    """Requests go on without etcd and NATS, and the other node finds them again by itself."""
+    pids = two.nodes[0].pids()
+    for name in ("etcd", "nats"):
+        os.kill(two.head.pids()[name], signal.SIGKILL)
+    assert two.texts() == [expected[prompt] for prompt in PROMPTS]
+    started = time.monotonic()
+    two.head.snakemake("serve_disagg_multinode")
+    two.wait_for({DECODE, PREFILL}, 20)
+    two.head.wait("events flow again", lambda r: all(row["synchronised"] for row in r["instances"]))
+    print(
+        f"\netcd and NATS killed: whole again {time.monotonic() - started:.1f} s after the command"
+    )
+    assert two.nodes[0].pids() == pids
+    assert two.texts() == [expected[prompt] for prompt in PROMPTS]
+    two.join(1)  # what the head tells is there again, too
+
+
+def test_third_node_joins_and_drains(two: Nodes, expected: dict[str, str]) -> None:
+    """Three nodes; one leaves while it is asked, and nothing is lost."""
+    two.join(2)
+    two.wait_for({DECODE, PREFILL, SECOND}, 20)
+    prompts = [f"{number}. {prompt}" for number in range(4) for prompt in PROMPTS]
+    whole = two.texts(prompts)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(two.texts, prompts)
+        left = two.nodes[1].snakemake("stop").stdout
+        assert answers.result(120) == whole
+    assert "nothing is left" in left
+    assert two.instances() == {DECODE, PREFILL}
+    assert not two.nodes[1].processes()

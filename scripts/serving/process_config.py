@@ -86,12 +86,12 @@ class FrontendProcess(Struct, frozen=True, kw_only=True):
     topology: str
     disaggregated: bool
     model_name: str
-    engine_dir: str  # where this machine has the tokenizer
     frontend: FrontendConfig
     router: RouterConfig
     deadlines: DeadlinesConfig
     planes: Planes
     ready_file: str
+    engine_dir: str = ""  # where this machine has the tokenizer; none: where workers say
     own_instances: list[str] | None = None  # on a head: those of this machine
 
 

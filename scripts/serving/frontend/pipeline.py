@@ -42,6 +42,7 @@ class Sequence:
 
     def __init__(self, prepared: PreparedRequest, deadline: float) -> None:
         self.prepared, self.deadline = prepared, deadline
+        self.attempt = 1
         self.token_ids = list(prepared.token_ids)
         self.tried: set[str] = set()
         self._told_cached = False
@@ -62,8 +63,11 @@ class Sequence:
         return output
 
     def request(self, phase: Phase, left_s: float, **more: Any) -> EngineRequest:
+        """Each attempt has an id of its own: what an instance still says about the one that was
+        given up must not be taken for the next one's."""
+        again = f"~{self.attempt}" if self.attempt > 1 else ""
         return EngineRequest(
-            request_id=self.prepared.request_id,
+            request_id=self.prepared.request_id + again,
             token_ids=more.pop("token_ids", self.token_ids),
             num_prompt_tokens=len(self.prepared.token_ids),
             sampling=self.prepared.sampling,
@@ -116,6 +120,7 @@ class Pipeline:
                 if not self._can_retry(sequence):
                     raise
                 log.warning("%s goes on elsewhere: %s", prepared.request_id, exc)
+                sequence.attempt += 1
 
     def _attempt(self, sequence: Sequence) -> AsyncGenerator[EngineOutput, None]:
         if not self._process.disaggregated:

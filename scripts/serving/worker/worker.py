@@ -117,6 +117,7 @@ class Worker:
         deadline = time.monotonic() + drain_s
         while self.rpc.num_live or self.handover.num_held:
             if time.monotonic() > deadline:
-                log.warning("still %d requests after %g s of draining", self.rpc.num_live, drain_s)
+                left = self.rpc.num_live, self.handover.num_held
+                log.warning("%g s of draining leave %d requests, and KV of %d", drain_s, *left)
                 return
             await asyncio.sleep(0.05)

@@ -53,3 +53,12 @@ async def test_a_frontend_waits_for_its_turn_in_a_burst(monkeypatch) -> None:
     others.coinciding = 2.0
     assert await collect(pipeline, prepared(2000)) == [7, 8]
     assert waited == [TURN_S]
+
+
+async def test_each_attempt_has_an_id_of_its_own() -> None:
+    """Or an instance's last word about the one that was given up would end the next one."""
+    prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
+    prefill.broken = True
+    pipeline = make_pipeline(prefill, decode, router=RouterConfig())
+    assert await collect(pipeline, prepared(100)) == [8]
+    assert [asked.request_id for asked in (*prefill.requests, *decode.requests)] == ["r", "r~2"]

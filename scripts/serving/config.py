@@ -457,6 +457,12 @@ class ClusterConfig(_Section, frozen=True):
         tuple[Literal["prefill", "decode"], ...],
         Meta(description="Which workers run on the head itself."),
     ] = ("decode",)
+    launcher: Annotated[
+        Literal["local", "slurm"],
+        Meta(
+            description="What starts the workers of `serve_disagg_multinode`: the head itself those of `head_roles`, or Slurm all of them, as `slurm` says."
+        ),
+    ] = "local"
     node: Annotated[
         Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)] | None,
         Meta(description="This node in the names of its workers. Default: from its address."),
@@ -467,6 +473,46 @@ class ClusterConfig(_Section, frozen=True):
             description="For `join`: a copy of the head's `run/secrets/join.pem`, which lets its holder in."
         ),
     ] = "join.pem"
+
+
+class SlurmConfig(_Section, frozen=True):
+    """Workers as Slurm jobs (`cluster.launcher: slurm`), in a folder that all nodes see."""
+
+    partition: Annotated[str | None, Meta(description="Partition. Default: Slurm's.")] = None
+    account: Annotated[str | None, Meta(description="Account to charge.")] = None
+    qos: Annotated[str | None, Meta(description="Quality of service.")] = None
+    time_limit: Annotated[
+        str | None, Meta(description="As `--time` takes it. Default: the partition's.")
+    ] = None
+    nodelist: Annotated[str | None, Meta(description="Nodes to choose from.")] = None
+    cpus_per_task: Annotated[
+        Positive | None, Meta(description="Cores of each worker. Default: Slurm's, mostly 1.")
+    ] = None
+    memory: Annotated[str | None, Meta(description="Memory of each worker, as `32G`.")] = None
+    gres: Annotated[
+        str | None,
+        Meta(
+            description="Devices of each worker. Default: `gpu:N` with the GPUs it computes on, none on CPU."
+        ),
+    ] = None
+    network: Annotated[
+        str | None,
+        Meta(
+            description="Network or interface of the workers' addresses. Default: from where a node reaches the head."
+        ),
+    ] = None
+    mpi: Annotated[
+        Literal["none", "pmix", "pmi2"],
+        Meta(
+            description="Start TensorRT-LLM workers of several GPUs with `srun --mpi`, a task for each GPU."
+        ),
+    ] = "none"
+    pending_s: Annotated[
+        Seconds, Meta(description="How long a job may pend before the start gives up.")
+    ] = 3600.0
+    extra_flags: Annotated[
+        list[str], Meta(description="More options of `sbatch`, as `--constraint=h100`.")
+    ] = []
 
 
 class DeploymentConfig(_Section, frozen=True):
@@ -653,6 +699,7 @@ class Config(_Section, frozen=True):
     nats: NatsConfig = NatsConfig()
     network: NetworkConfig = NetworkConfig()
     cluster: ClusterConfig = ClusterConfig()
+    slurm: SlurmConfig = SlurmConfig()
     deployment: DeploymentConfig = DeploymentConfig()
     container: ContainerConfig = ContainerConfig()
     plan: PlanConfig = PlanConfig()

@@ -135,8 +135,7 @@ def expected(nodes: Nodes) -> dict[str, str]:
     said = nodes.start_head()
     assert "snakemake join" in said
     assert nodes.instances() == {DECODE}
-    prompts = [*PROMPTS, *(long_prompt(seed) for seed in range(3))]
-    return dict(zip(prompts, nodes.texts(prompts), strict=True))
+    return dict(zip(PROMPTS, nodes.texts(), strict=True))
 
 
 @pytest.fixture
@@ -295,11 +294,10 @@ def test_link_cut_in_the_middle_of_a_transfer(two: Nodes, expected: dict[str, st
     node = two.machine(1)
     if not node.shape("tbf", "rate", "60mbit", "burst", "64kb", "latency", "400ms"):
         pytest.skip("this kernel has no token bucket filter to slow the link down with")
-    restart_prefill_cache(two)
-    prompts = [long_prompt(seed) for seed in range(3)]
+    prompts = [long_prompt(seed) for seed in range(2)]
     received = two.machine(0).received_bytes()
     pid = two.nodes[0].pids()
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(two.head.complete, prompt) for prompt in prompts]
         ends = time.monotonic() + 30
         while two.machine(0).received_bytes() < received + 4e6 and time.monotonic() < ends:
@@ -308,33 +306,21 @@ def test_link_cut_in_the_middle_of_a_transfer(two: Nodes, expected: dict[str, st
         node.cut()
         started = time.monotonic()
         try:
+            noticed_s = two.wait_for({DECODE}, LEASE_S + 3)
             texts = [answer.result(60)["choices"][0]["text"] for answer in answers]
             answered_s = time.monotonic() - started
-            noticed_s = two.wait_for({DECODE}, 20) + answered_s
-            assert texts == [expected[prompt] for prompt in prompts]
         finally:
             node.unshape()
             node.mend(two.cluster.bridge)
     back_s = two.wait_for({DECODE, PREFILL}, 30)
     assert two.nodes[0].pids() == pid
     assert two.texts() == [expected[prompt] for prompt in PROMPTS]
+    assert two.texts(prompts) == texts
     assert_nothing_held(two)
     print(
-        f"\nlink cut: answers after {answered_s:.1f} s, gone for good within {noticed_s:.1f} s, "
+        f"\nlink cut: noticed within {noticed_s:.1f} s, answers after {answered_s:.1f} s, "
         f"back {back_s:.1f} s after it was mended"
     )
-
-
-def restart_prefill_cache(two: Nodes) -> None:
-    """Start both workers anew: what they have cached would not be moved."""
-    for deployment, target in ((two.head, ["serve_disagg_multinode"]), (two.nodes[0], [])):
-        [name] = [name for name in deployment.pids() if name.startswith("worker-")]
-        os.kill(deployment.pids()[name], signal.SIGKILL)
-        if target:
-            deployment.snakemake(*target)
-        else:
-            two.join(1)
-    two.wait_for({DECODE, PREFILL}, 20)
 
 
 def assert_nothing_held(two: Nodes) -> None:

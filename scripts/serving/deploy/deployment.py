@@ -39,6 +39,7 @@ from serving.deploy.nvlink import Links, observed_links
 from serving.deploy.placement import existing_gpus, usable_gpus
 from serving.deploy.request import Request, from_command_line
 from serving.deploy.rule_script import FAILURES
+from serving.deploy.slurm import SlurmJobs
 from serving.deploy.source_digest import SCRIPTS, source_digest
 from serving.deploy.supervisor import RUN, Supervisor
 from serving.deploy.topology import (
@@ -51,6 +52,7 @@ from serving.deploy.topology import (
     pinned,
     plan,
     roles,
+    uses_slurm,
 )
 from serving.errors import ConfigError, OperatorError
 from serving.protocol import Role
@@ -92,7 +94,8 @@ class Deployment(Struct, frozen=True, kw_only=True):
         ours = self.config.engine.backend == "torch"
         moves_kv = "decode" in self.roles and ours and self.config.kv_transfer.transport == "ucx"
         contained = self.config.container.runtime != "none"
-        return ["host", "gpu", *["ucx"] * moves_kv, *["container"] * contained]
+        gpu = ["gpu"] * (not uses_slurm(self.config))  # jobs compute on others
+        return ["host", *gpu, *["ucx"] * moves_kv, *["container"] * contained]
 
     @property
     def build_checks(self) -> list[str]:
@@ -155,7 +158,8 @@ def prepare(raw: Mapping[str, Any], *, main: bool) -> Deployment:
         config = cluster.with_head_addresses(config)
     config = with_built_image(_with_topology(listening(config), request, recorded))
     device, engine = resolve_device(config), engine_fingerprint(config)
-    gpus = _gpus(config) if _needs_gpus(config, device) else []
+    own_gpus = _needs_gpus(config, device) and not uses_slurm(config)
+    gpus = _gpus(config) if own_gpus else []
     deployment = Deployment(
         config=config,
         plan=plan(
@@ -279,7 +283,7 @@ def _make_true(deployment: Deployment) -> None:
     if not RUN.is_dir():
         running = {}
     else:
-        running = Supervisor().state()
+        running = {**Supervisor().state(), **SlurmJobs().state()}
         sweep(deployment.plan, running, RUN)
     for program in deployment.plan.programs:
         if not (RUN / f"{program.name}.up").exists():

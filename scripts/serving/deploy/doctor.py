@@ -19,6 +19,7 @@ from serving.deploy.checks import Finding, Say, render
 from serving.deploy.checks_ports import judge_ports
 from serving.deploy.diagnosis import Evidence, diagnose, judge_routing
 from serving.deploy.service import Expected, Service, ServiceFailed, expected, recorded
+from serving.deploy.slurm import SlurmJobs
 from serving.deploy.smoke import cached_tokens, long_prompt
 from serving.deploy.supervisor import LOGS, RUN, Supervisor
 from serving.discovery import Discovery
@@ -64,7 +65,8 @@ def conclude_doctor(findings: Sequence[Finding], *, say: Say) -> None:
 async def _collect(told: Expected) -> tuple[Evidence, Planes | None]:
     frontend, workers = recorded(RUN)
     supervisor = Supervisor()
-    states = {name: info.state for name, info in supervisor.state().items()}
+    known = {**supervisor.state(), **SlurmJobs().state()}
+    states = {name: info.state for name, info in known.items()}
     wanted = [f"worker-{worker.instance_id}" for worker in workers]
     wanted += ["frontend"] if frontend else []
     if wanted:

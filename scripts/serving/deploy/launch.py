@@ -23,11 +23,14 @@ from serving.deploy.credentials import NATS_TOKEN_FILE, ensure, ensure_named
 from serving.deploy.markers import write_marker
 from serving.deploy.placement import existing_gpus, usable_gpus
 from serving.deploy.readiness import first_answer, probe_for
+from serving.deploy.slurm import SlurmJobs
 from serving.deploy.source_digest import SCRIPTS
 from serving.deploy.supervisor import LOGS, RUN, ProcessInfo, ProgramSpec, Supervisor
 from serving.deploy.topology import (
     NATS_TOKEN,
     Program,
+    gpus_per_worker,
+    uses_slurm,
     worker_environment,
 )
 from serving.errors import OperatorError
@@ -37,6 +40,9 @@ Say = Callable[[str], None]
 TELL_EVERY_S = 5.0
 LAST_LINES = 15
 _PROBE_S = 0.1
+_PEND_S = 1.0
+_OF_THE_NODE = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"}
+"""What a job finds out on its node."""
 _LINE_HEAD = re.compile(r"^\S+ \S+ \S+ (?:INFO|WARNING|ERROR|CRITICAL|DEBUG) \S+: ")
 _OWN_HEAD = re.compile(r"^\S+ \S+ \S+ CRITICAL \S+: ")
 """Our programs say only one thing at this level: the OperatorError that they end with."""
@@ -46,21 +52,23 @@ _REMEDY = "  -> "
 def launch(program: Program, config: Config, say: Say) -> None:
     """Have `program` run and ready, and write its marker. Raises OperatorError."""
     started = time.monotonic()
-    supervisor = Supervisor()
+    supervisor: Supervisor | SlurmJobs = Supervisor()
+    if program.name.startswith("worker-") and uses_slurm(config):
+        supervisor = SlurmJobs(config)
     supervisor.ensure()
     info = supervisor.state().get(program.name)
     log = LOGS / f"{program.name}.log"
     log_from = log.stat().st_size if log.exists() else 0
     if info is not None and info.running and info.fingerprint == program.fingerprint:
-        say(f"{program.name}: already running (pid {info.pid})")
+        say(f"{program.name}: already running ({_place(info)})")
     else:
         supervisor.stop([program.name])
         ports.claim(program.host, program.ports, RUN)
         _write_settings(program)
-        info = supervisor.start(_spec(program, config))
-        say(f"{program.name}: started (pid {info.pid}), log: {log}")
+        info = _start(supervisor, program, config)
+        say(f"{program.name}: started ({_place(info)}), log: {log}")
     try:
-        _wait_ready(supervisor, program, info, log_from, say)
+        _wait_ready(supervisor, program, info, log_from, config, say)
         if program.name == "frontend":
             first_answer(program)
     except OperatorError:
@@ -68,6 +76,24 @@ def launch(program: Program, config: Config, say: Say) -> None:
         raise
     write_marker(info, RUN)
     say(f"{program.name}: ready after {time.monotonic() - started:.1f} s")
+
+
+def _place(info: ProcessInfo) -> str:
+    return info.place or f"pid {info.pid}"
+
+
+def _start(supervisor: Supervisor | SlurmJobs, program: Program, config: Config) -> ProcessInfo:
+    spec = _spec(program, config)
+    if isinstance(supervisor, Supervisor):
+        return supervisor.start(spec)
+    process = msgspec.json.decode(program.settings, type=WorkerProcess)
+    on_gpus = gpus_per_worker(config)[process.role] if process.device == "cuda" else 0
+    network = [config.slurm.network] if config.slurm.network else []
+    head = config.cluster.address or ""
+    module = ["-m", "serving.deploy.slurm_worker", program.settings_file, head, *network]
+    env = {key: value for key, value in spec.env.items() if key not in _OF_THE_NODE}
+    spec = msgspec.structs.replace(spec, command=[sys.executable, *module], env=env)
+    return supervisor.start(spec, on_gpus)
 
 
 def _spec(program: Program, config: Config) -> ProgramSpec:
@@ -115,9 +141,17 @@ def _write_settings(program: Program) -> None:
 
 
 def _wait_ready(
-    supervisor: Supervisor, program: Program, info: ProcessInfo, log_from: int, say: Say
+    supervisor: Supervisor | SlurmJobs,
+    program: Program,
+    info: ProcessInfo,
+    log_from: int,
+    config: Config,
+    say: Say,
 ) -> None:
-    """Raises OperatorError as soon as the process ends, or when `start_s` has passed."""
+    """Raises OperatorError as soon as the process ends, or when `start_s` has passed since it
+    began: a job may pend for longer."""
+    if isinstance(supervisor, SlurmJobs):
+        _wait_allocated(supervisor, program, config, say)
     probe = probe_for(program.name)
     log = LOGS / f"{program.name}.log"
     started = told = time.monotonic()
@@ -144,7 +178,24 @@ def _wait_ready(
             told = now
             doing = (_new_lines(log, log_from) or [missing])[-1]
             say(f"{program.name}: {_LINE_HEAD.sub('', doing)[:100]} ({now - started:.0f} s)")
-        time.sleep(_PROBE_S)
+        time.sleep(_PROBE_S if isinstance(supervisor, Supervisor) else _PEND_S / 2)
+
+
+def _wait_allocated(jobs: SlurmJobs, program: Program, config: Config, say: Say) -> None:
+    """Until Slurm has found room for it, saying what it waits for."""
+    started, told, last = time.monotonic(), 0.0, ""
+    while obstacle := jobs.obstacle(program.name):
+        now = time.monotonic()
+        if now - started > config.slurm.pending_s:
+            raise OperatorError(
+                f"{program.name} still pends after {config.slurm.pending_s:g} s ({obstacle})",
+                remedy="see `squeue --start`; change what `slurm` asks for, or raise "
+                "`slurm.pending_s`",
+            )
+        if obstacle != last or now - told >= 6 * TELL_EVERY_S:
+            say(f"{program.name}: {obstacle} ({now - started:.0f} s)")
+            told, last = now, obstacle
+        time.sleep(_PEND_S)
 
 
 def _own_words(lines: list[str]) -> str:

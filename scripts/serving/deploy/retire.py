@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from serving.config import Config
 from serving.deploy import ports, processes
 from serving.deploy.markers import RECORD, Record, no_longer_wanted, write_record
+from serving.deploy.slurm import SlurmJobs
 from serving.deploy.supervisor import RUN, Supervisor
 from serving.deploy.topology import joins, stop_tiers
 from serving.errors import ConfigError, OperatorError
@@ -19,6 +20,7 @@ _LEFTOVERS = (
     "*.up",
     "*.open",
     "*.engine",
+    "*.node",
     "*.ready",
     "*.sock",
     "*.json",
@@ -27,7 +29,7 @@ _LEFTOVERS = (
     "*.tmp",
     "*.lock",
 )
-_FOLDERS = ("programs", "etcd")
+_FOLDERS = ("programs", "etcd", "slurm")
 """Secrets stay: clients have the API keys by now, and other nodes the file they join with."""
 
 
@@ -35,7 +37,8 @@ def retire(wanted: Record, say: Say) -> None:
     """Stop what `wanted` has no place for, and record `wanted` as what is deployed."""
     supervisor = Supervisor()
     supervisor.ensure()
-    _stop(supervisor, no_longer_wanted(wanted, supervisor.state()), say)
+    running = {**supervisor.state(), **SlurmJobs().state()}
+    _stop(supervisor, no_longer_wanted(wanted, running), say)
     write_record(wanted, RUN)
 
 
@@ -45,7 +48,7 @@ def stop_all(config: Config, say: Say) -> None:
     Raises OperatorError when a process survives or a port stays taken by one of ours.
     """
     supervisor = Supervisor()
-    names = list(supervisor.state())
+    names = [*supervisor.state(), *SlurmJobs().state()]
     strays = sorted({tag.program for _, tag in supervisor.orphans()} - {""})
     _stop(supervisor, names, say)
     if strays:
@@ -65,6 +68,7 @@ def _stop(supervisor: Supervisor, names: Sequence[str], say: Say) -> None:
     for tier in stop_tiers(names):
         say(f"stopping {', '.join(tier)}")
         supervisor.stop(tier)
+        SlurmJobs().stop(tier)
         for name in tier:
             for leftover in ("up", "ready", "sock", "json"):
                 (RUN / f"{name}.{leftover}").unlink(missing_ok=True)

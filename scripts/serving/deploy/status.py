@@ -19,6 +19,7 @@ from serving.deploy import processes
 from serving.deploy.credentials import authorization
 from serving.deploy.markers import read_marker, read_record
 from serving.deploy.service import recorded
+from serving.deploy.slurm import SlurmJobs
 from serving.deploy.supervisor import LOGS, RUN, ProcessInfo, Supervisor
 from serving.deploy.topology import MULTINODE, address, joins, stop_tiers
 from serving.errors import OperatorError
@@ -43,7 +44,7 @@ class Answers(Struct, frozen=True, kw_only=True):
 def report(config: Config) -> list[str]:
     """The lines of `snakemake status`."""
     record = read_record(RUN)
-    known = Supervisor().state() if RUN.is_dir() else {}
+    known = {**Supervisor().state(), **SlurmJobs().state()} if RUN.is_dir() else {}
     strays = {tag.program for _, tag in processes.deployed(RUN)} - {""} if not known else set()
     if not known and not strays:
         return ["", "Nothing runs here. Start it with: snakemake serve_disagg", ""]
@@ -168,7 +169,10 @@ def _program(info: ProcessInfo, planes: Planes | None, answers: Answers) -> tupl
     marker = read_marker(RUN / f"{info.name}.up")
     proven = marker is not None and marker.launch_id == info.launch_id
     health = _health(info.name, planes, answers) if proven else "starting"
-    return (info.name, "running", str(info.pid), duration(time.time() - info.started), health)
+    pid = info.place or str(info.pid)
+    if info.state != "RUNNING" and info.place:
+        return (info.name, "waiting", pid, "-", SlurmJobs().obstacle(info.name))
+    return (info.name, "running", pid, duration(time.time() - info.started), health)
 
 
 def _health(name: str, planes: Planes | None, answers: Answers) -> str:

@@ -69,6 +69,7 @@ class ProcessInfo(Struct, frozen=True, kw_only=True):
     fingerprint: str = ""
     engine: str = ""
     launch_id: str = ""
+    place: str = ""  # where, when not a process of this machine
 
     @property
     def running(self) -> bool:

@@ -93,11 +93,17 @@ def joins(config: Config) -> bool:
     return config.deployment.topology == MULTINODE and config.cluster.head is not None
 
 
+def uses_slurm(config: Config) -> bool:
+    """Whether workers are jobs."""
+    head = config.deployment.topology == MULTINODE and not joins(config)
+    return head and config.cluster.launcher == "slurm"
+
+
 def workers_here(config: Config) -> dict[Role, int]:
-    """How many workers of each role run on this machine."""
+    """How many workers of each role this machine starts."""
     topology, cluster = config.deployment.topology, config.cluster
     here: Sequence[Role] = roles(topology)
-    if topology == MULTINODE:
+    if topology == MULTINODE and not uses_slurm(config):
         here = [cluster.role] if joins(config) else sorted(set(cluster.head_roles), reverse=True)
     return {role: getattr(config.workers, role) for role in here}
 
@@ -163,9 +169,11 @@ def plan(
         etcd_join_file="" if is_loopback(config.etcd.host) else JOIN_FILE,
     )
     name = config.model.name or config.model.id
-    places = placed(config, gpus, links) if device == "cuda" else {}
+    slurm = uses_slurm(config)
+    places = placed(config, gpus, links) if device == "cuda" and not slurm else {}
     programs = [] if joins(config) else [_etcd(config), _nats(config)]
-    node = f"{config.cluster.node}-" if topology == MULTINODE else ""
+    # Jobs move from node to node, and are the head's wherever they are.
+    node = f"{config.cluster.node}-" if topology == MULTINODE and not slurm else ""
     for role, count in workers_here(config).items():
         for index in range(count):
             instance = f"{role}-{node}{index}"
@@ -179,8 +187,8 @@ def plan(
                 device=device,
                 dtype=dtype,
                 gpus=places.get((role, index), []),
-                host=config.network.rpc_host,
-                kv_host=config.network.kv_host,
+                host="" if slurm else config.network.rpc_host,  # known on the node only
+                kv_host="" if slurm else config.network.kv_host,
                 unix_socket=f"run/worker-{instance}.sock",
                 ready_file=f"run/worker-{instance}.ready",
                 planes=planes,

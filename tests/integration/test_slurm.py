@@ -1,0 +1,137 @@
+"""`serve_disagg_multinode` through a real slurmctld with two slurmd nodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from integration.deployment import Deployment
+from integration.slurm_cluster import queue, run, slurm
+from integration.test_strangers import outside_address
+from integration.tiny_model import make
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("slurm")
+    deployment = Deployment(
+        folder / "shared",
+        str(make(folder / "tiny")),
+        cluster={"address": outside_address(), "launcher": "slurm"},
+        slurm={"partition": "debug", "cpus_per_task": 2, "time_limit": "30"},
+    )
+    with slurm(folder / "slurm"):
+        try:
+            deployment.snakemake("serve_disagg_multinode")
+            yield deployment
+        finally:
+            deployment.snakemake("stop", check=False)
+            left = queue()
+    assert not left
+
+
+def jobs() -> dict[str, list[str]]:
+    """By worker: number, state and node of its job."""
+    return {
+        name.removeprefix("serving-"): [number, state, *node]
+        for number, name, state, *node in (line.split() for line in queue())
+    }
+
+
+def test_each_worker_is_a_job_on_a_node_and_the_service_works(service: Deployment) -> None:
+    running = jobs()
+    assert set(running) == {"prefill-0", "decode-0"}
+    assert {state for _, state, _ in running.values()} == {"RUNNING"}
+    assert {node for _, _, node in running.values()} == {"n1", "n2"}
+    assert "over ucx" in service.snakemake("smoke_test").stdout
+    said = service.snakemake("status").stdout
+    for number, _, node in running.values():
+        assert f"job {number} on {node}" in said
+
+
+def test_worker_sees_nothing_of_slurm(service: Deployment) -> None:
+    """What makes MPI and its like believe that they are a task of a parallel job."""
+    import psutil
+
+    workers = [
+        process
+        for process in psutil.process_iter()
+        if process.status() != psutil.STATUS_ZOMBIE
+        and "serving.worker" in process.cmdline()
+        and str(service.directory) == process.cwd()
+    ]
+    assert len(workers) == 2
+    for worker in workers:
+        environment = worker.environ()
+        assert not [name for name in environment if name.startswith(("SLURM_", "PMI"))]
+        assert environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_second_serve_submits_nothing(service: Deployment) -> None:
+    before = jobs()
+    done = service.snakemake("serve_disagg_multinode")
+    assert "Nothing to be done" in done.stdout
+    assert jobs() == before
+
+
+def test_requeued_job_comes_back_by_itself(service: Deployment) -> None:
+    """As after a preemption: the same job, perhaps elsewhere, and the frontend finds it."""
+    expected = service.complete("One two three", max_tokens=8)["choices"]
+    number = jobs()["prefill-0"][0]
+    started = time.monotonic()
+    run("scontrol", "requeue", number)
+    service.wait("it is out", lambda r: len(r["instances"]) == 1, 30)
+    assert service.complete("One two three", max_tokens=8)["choices"] == expected
+    service.wait("it is back", lambda r: len(r["instances"]) == 2, 150)
+    print(f"\nrequeued: routed to again after {time.monotonic() - started:.0f} s")
+    assert jobs()["prefill-0"][:2] == [number, "RUNNING"]
+    assert service.complete("One two three", max_tokens=8)["choices"] == expected
+
+
+def test_killed_job_is_submitted_again_by_the_next_serve(service: Deployment) -> None:
+    before = jobs()
+    run("scancel", "--signal=KILL", "--full", before["decode-0"][0])
+    service.wait("it is out", lambda r: len(r["instances"]) == 1, 30)
+    service.snakemake("serve_disagg_multinode")
+    after = jobs()
+    assert after["prefill-0"] == before["prefill-0"]
+    assert after["decode-0"][0] != before["decode-0"][0]
+    service.wait("it is back", lambda r: len(r["instances"]) == 2, 20)
+
+
+def test_pending_job_says_why_and_gives_up_in_time(service: Deployment) -> None:
+    """Three workers do not fit two nodes."""
+    service.config["workers"] = {"decode": 2}
+    service.config["slurm"]["pending_s"] = 8
+    try:
+        done = service.snakemake("serve_disagg_multinode", check=False)
+        assert done.returncode != 0
+        assert "pending: Resources" in done.stdout or "pending: Priority" in done.stdout
+        assert "`slurm.pending_s`" in done.stdout
+    finally:
+        service.config["workers"] = {}
+        del service.config["slurm"]["pending_s"]
+    assert set(jobs()) == {"prefill-0", "decode-0"}, "what gave up is cancelled"
+    service.snakemake("serve_disagg_multinode")
+
+
+def test_what_slurm_refuses_is_said_in_its_words(service: Deployment) -> None:
+    service.config["workers"] = {"decode": 2}
+    service.config["slurm"]["extra_flags"] = ["--constraint=unobtainium"]
+    try:
+        done = service.snakemake("serve_disagg_multinode", check=False)
+    finally:
+        service.config["workers"] = {}
+        del service.config["slurm"]["extra_flags"]
+    assert done.returncode != 0
+    assert "Slurm does not take worker-decode-1: " in done.stdout
+    assert "Traceback" not in done.stdout
+    service.snakemake("serve_disagg_multinode")
+
+
+def test_stop_leaves_the_queue_empty(service: Deployment) -> None:
+    assert "nothing is left" in service.snakemake("stop").stdout
+    assert queue() == []

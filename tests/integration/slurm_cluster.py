@@ -101,7 +101,9 @@ def slurm(folder: Path) -> Iterator[None]:
         if not run("munge", "-n", check=False):
             munge_run.mkdir(exist_ok=True)
             shutil.chown(munge_run, "munge", "munge")
-            started.append(_start(folder, "runuser", "-u", "munge", "--", "munged", "-F", "--force"))
+            started.append(
+                _start(folder, "runuser", "-u", "munge", "--", "munged", "-F", "--force")
+            )
             _wait("munge answers", lambda: run("munge", "-n", check=False) != "")
         started.append(_start(folder, "slurmctld", "-D"))
         for node in NODES:

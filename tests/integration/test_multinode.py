@@ -25,6 +25,7 @@ import psutil
 import pytest
 from integration.deployment import Deployment, share_results, shared_memory
 from integration.namespaces import Cluster, Machine, copy_join_file, machines
+from integration.readme import snakemake_arguments
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -47,7 +48,6 @@ class Nodes:
         head, *others = cluster.machines
         self.head = Deployment(
             folder / "head",
-            cluster={"address": f"{head.address}/32"},
             frontend={"host": head.address},
             deadlines={"token_s": 5, "prefill_s": 60},
             kv_transfer={"transfer_s": 5, "hold_s": 10},
@@ -68,7 +68,9 @@ class Nodes:
         return self.cluster.machines[0].address
 
     def start_head(self) -> str:
-        said = self.head.snakemake("serve_disagg_multinode").stdout
+        [command] = snakemake_arguments("head", self.head_address)
+        said = self.head.snakemake(*command).stdout
+        self.head.config["cluster"] = {"address": f"{self.head_address}/32"}  # from now on
         key = (self.head.directory / "run" / "secrets" / "api_keys").read_text().strip()
         self.head.headers = {"authorization": f"Bearer {key}"}
         return said
@@ -79,7 +81,7 @@ class Nodes:
         if not (node.directory / "join.pem").exists():
             copy_join_file(self.head.directory, node.directory)
         where = f"{self.head_address}:{self.head.config['etcd']['port']}"
-        return node.snakemake("join", "--config", f"cluster-head={where}", *more, check=check)
+        return node.snakemake(*snakemake_arguments("node", where)[0], *more, check=check)
 
     def machine(self, number: int) -> Machine:
         return self.cluster.machines[number]
@@ -169,7 +171,8 @@ def test_second_run_on_each_node_is_a_no_op(two: Nodes) -> None:
 
 
 def test_status_names_every_node(two: Nodes) -> None:
-    head, node = (d.snakemake("status").stdout for d in (two.head, two.nodes[0]))
+    _, status = snakemake_arguments("node", "")
+    head, node = (d.snakemake(*status).stdout for d in (two.head, two.nodes[0]))
     for said in (head, node):
         assert DECODE in said
         assert PREFILL in said

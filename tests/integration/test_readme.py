@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -13,19 +12,11 @@ from pathlib import Path
 
 import pytest
 from integration.deployment import REPO, share_results
+from integration.readme import block
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 DEFAULT_PORTS = {"frontend": 8000, "etcd": 2379, "etcd peer": 2380, "nats": 4222}
-
-
-def block(name: str) -> str:
-    """The fenced commands that follow `<!-- name -->`."""
-    match = re.search(
-        rf"<!-- {name} -->\n```bash\n(.*?)```", (REPO / "README.md").read_text(), re.S
-    )
-    assert match, f"no block after <!-- {name} -->"
-    return match.group(1)
 
 
 def test_the_two_set_up_commands_differ_only_in_what_they_are_for() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from integration.deployment import Deployment
+from integration.readme import snakemake_arguments
 from integration.slurm_cluster import queue, run, slurm
 from integration.test_strangers import outside_address
 from integration.tiny_model import make
@@ -20,12 +21,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     deployment = Deployment(
         folder / "shared",
         str(make(folder / "tiny")),
-        cluster={"address": outside_address(), "launcher": "slurm"},
-        slurm={"partition": "debug", "cpus_per_task": 2, "time_limit": "30"},
+        slurm={"cpus_per_task": 2, "time_limit": "30"},
     )
     with slurm(folder / "slurm"):
         try:
-            deployment.snakemake("serve_disagg_multinode")
+            serve, *_ = snakemake_arguments("slurm", outside_address())
+            deployment.snakemake(*serve)
+            deployment.config["cluster"] = {"address": outside_address(), "launcher": "slurm"}
+            deployment.config["slurm"]["partition"] = "debug"
             yield deployment
         finally:
             deployment.snakemake("stop", check=False)
@@ -47,7 +50,8 @@ def test_each_worker_is_a_job_on_a_node_and_the_service_works(service: Deploymen
     assert {state for _, state, _ in running.values()} == {"RUNNING"}
     assert {node for _, _, node in running.values()} == {"n1", "n2"}
     assert "over ucx" in service.snakemake("smoke_test").stdout
-    said = service.snakemake("status").stdout
+    _, status, _ = snakemake_arguments("slurm", "")
+    said = service.snakemake(*status).stdout
     for number, _, node in running.values():
         assert f"job {number} on {node}" in said
 
@@ -133,5 +137,6 @@ def test_what_slurm_refuses_is_said_in_its_words(service: Deployment) -> None:
 
 
 def test_stop_leaves_the_queue_empty(service: Deployment) -> None:
-    assert "nothing is left" in service.snakemake("stop").stdout
+    *_, stop = snakemake_arguments("slurm", "")
+    assert "nothing is left" in service.snakemake(*stop).stdout
     assert queue() == []

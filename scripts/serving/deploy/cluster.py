@@ -31,7 +31,7 @@ from serving.deploy.credentials import (
 )
 from serving.deploy.fingerprint import resolve_dtype, resolve_source
 from serving.deploy.markers import write_joined
-from serving.deploy.network import interfaces, listen_address
+from serving.deploy.network import advertised_address, interfaces
 from serving.deploy.source_digest import source_digest
 from serving.deploy.supervisor import RUN
 from serving.discovery import Discovery
@@ -83,7 +83,7 @@ def with_head_addresses(config: Config) -> Config:
             "other nodes cannot reach this one, and it does not say where they should",
             remedy=f"set it, or `HEAD_NODE_IP`, to one of: {interfaces()}",
         )
-    return _at(config, listen_address(wanted, "cluster.address"), head=None)
+    return _at(config, advertised_address(wanted, "cluster.address"), head=None)
 
 
 def tell(config: Config, manifest: EngineManifest, planes: str) -> None:
@@ -225,7 +225,7 @@ def _join_file(own: Config) -> Path:
 
 def _own_address(own: Config, host: str, port: int) -> str:
     if own.cluster.address is not None:
-        return listen_address(own.cluster.address, "cluster.address")
+        return advertised_address(own.cluster.address, "cluster.address")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sends nothing, and shows the way there
         return str(probe.getsockname()[0])
@@ -300,7 +300,8 @@ def _at(config: Config, address: str, head: str | None) -> Config:
 def _with_planes_of_head(config: Config, host: str, port: int) -> Config:
     """Where this node reaches them, which need not be where the head listens."""
     replace = msgspec.structs.replace
-    nats_host, nats_port = config.nats.host, config.nats.port
+    everywhere = config.nats.host in {"0.0.0.0", "::"}
+    nats_host, nats_port = host if everywhere else config.nats.host, config.nats.port
     if server := os.environ.get("NATS_SERVER"):
         name, _, number = server.rpartition("/")[2].rpartition(":")
         if not name or not number.isdigit():

@@ -17,8 +17,8 @@ def listening(config: Config) -> Config:
     replace = msgspec.structs.replace
     network = replace(
         config.network,
-        rpc_host=_advertised(config.network.rpc_host, "network.rpc_host"),
-        kv_host=_advertised(config.network.kv_host, "network.kv_host"),
+        rpc_host=advertised_address(config.network.rpc_host, "network.rpc_host"),
+        kv_host=advertised_address(config.network.kv_host, "network.kv_host"),
     )
     return replace(
         config,
@@ -58,7 +58,8 @@ def interfaces() -> str:
     return ", ".join(f"{name} ({' '.join(a)})" for name, a in sorted(_addresses().items()))
 
 
-def _advertised(wanted: str, key: str) -> str:
+def advertised_address(wanted: str, key: str) -> str:
+    """As `listen_address`, for one that others are told to connect to."""
     host = listen_address(wanted, key)
     if is_address(host) and ipaddress.ip_address(host).is_unspecified:
         raise ConfigError(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from serving.config import parse
+from serving.deploy.cluster import with_head_addresses
 from serving.deploy.network import listen_address, listening
 from serving.errors import ConfigError
 
@@ -74,7 +75,8 @@ def test_workers_need_an_address_that_others_can_use(key: str, wildcard: str) ->
         listening(parse({"network": {key: wildcard}}))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "10.1.2.3", "eth0", "::"])
-def test_etcd_stays_on_loopback(host: str) -> None:
-    with pytest.raises(ConfigError, match=r"etcd\.host"):
-        parse({"etcd": {"host": host}})
+def test_address_of_a_cluster_is_one_that_others_can_use() -> None:
+    config = parse({"cluster": {"address": "192.168.0.0/16"}})
+    assert with_head_addresses(config).etcd.host == "192.168.9.4"
+    with pytest.raises(ConfigError, match=r"cluster\.address.*nobody can connect"):
+        with_head_addresses(parse({"cluster": {"address": "0.0.0.0"}}))

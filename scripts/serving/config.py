@@ -322,6 +322,16 @@ class FrontendConfig(_Section, frozen=True):
             description="File with one API key a line; requests without one of them get 401. Default: none on loopback; elsewhere `run/secrets/api_keys`, made with one key."
         ),
     ] = None
+    tls: Annotated[
+        bool,
+        Meta(
+            description="Speak HTTPS: with `tls_cert_file`, or with a certificate for `host` that a private authority signs at the first start. Clients then trust `run/secrets/api_authority.pem`."
+        ),
+    ] = False
+    tls_cert_file: Annotated[
+        str | None, Meta(description="PEM file: a certificate of yours and its chain.")
+    ] = None
+    tls_key_file: Annotated[str | None, Meta(description="PEM file: the key to it.")] = None
     requests_per_minute: Annotated[
         Positive | None, Meta(description="Requests of one API key in a minute; then 429.")
     ] = None
@@ -728,6 +738,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
         engine = msgspec.structs.replace(config.engine, weights="dummy")
         config = msgspec.structs.replace(config, engine=engine)
     _check_ports(config)
+    _check_tls(config.frontend)
     _check_backend(config)
     _check_mock(config)
     _check_dtype(config)
@@ -797,6 +808,16 @@ def _check_ports(config: Config) -> None:
                 key, f"port {port} is already `{seen[port]}`", remedy="choose another port"
             )
         seen[port] = key
+
+
+def _check_tls(frontend: FrontendConfig) -> None:
+    if (frontend.tls_cert_file is None) != (frontend.tls_key_file is None):
+        missing = "tls_key_file" if frontend.tls_key_file is None else "tls_cert_file"
+        raise ConfigError(
+            f"frontend.{missing}",
+            "a certificate and its key belong together",
+            remedy="name both, or neither and set `frontend.tls`",
+        )
 
 
 def is_loopback(host: str) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
-from integration.deployment import Deployment
+from integration.deployment import REPO, Deployment
 from integration.readme import snakemake_arguments
 from integration.slurm_cluster import queue, run, slurm
 from integration.test_strangers import outside_address
@@ -137,6 +140,33 @@ def test_what_slurm_refuses_is_said_in_its_words(service: Deployment) -> None:
 
 
 def test_stop_leaves_the_queue_empty(service: Deployment) -> None:
+    """The last one that needs the service of this module."""
     *_, stop = snakemake_arguments("slurm", "")
     assert "nothing is left" in service.snakemake(*stop).stdout
     assert queue() == []
+
+
+def test_whole_workflow_inside_one_allocation(service: Deployment) -> None:
+    """Workers are steps of it; nothing is submitted."""
+    said = service.directory / "said"
+    serve, *_ = snakemake_arguments("slurm", outside_address())
+    commands = [[*serve], ["smoke_test"], ["status"], ["stop"]]
+    common = ["--cores", "all", "--snakefile", str(REPO / "Snakefile")]
+    common += ["--configfile", str(service.directory / "config.yaml")]
+    lines = [shlex.join([sys.executable, "-m", "snakemake", *c, *common]) for c in commands]
+    script = "\n".join(["set -e", *lines[:3], "squeue -h -s -o 'step %i' >>steps", lines[3]])
+    with said.open("wb") as log:
+        done = subprocess.run(
+            ["salloc", "--nodes=2", "--ntasks=2", "--cpus-per-task=2", "bash", "-c", script],
+            cwd=service.directory,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            timeout=200,
+        )
+    text = said.read_text()
+    assert done.returncode == 0, text + service.logs()
+    assert "smoke test passed" in text
+    assert "nothing is left" in text
+    assert "Submitted batch job" not in text
+    assert not service.processes()

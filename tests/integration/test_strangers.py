@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 from pathlib import Path
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 from integration.deployment import Deployment, running
 from integration.tiny_model import make
 
+AUTHORITY = "api_authority.pem"
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 
@@ -52,11 +54,12 @@ def test_strangers_at_every_port_get_nothing_and_break_nothing(tmp_path: Path) -
     deployment = Deployment(
         tmp_path / "outside",
         str(make(tmp_path / "tiny")),
-        frontend={"host": f"{host}/32"},
+        frontend={"host": f"{host}/32", "tls": True},
         nats={"host": host},
+        etcd={"host": host},
         network={"rpc_host": host, "kv_host": host},
     )
-    url = f"http://{host}:{deployment.config['frontend']['port']}"
+    url = f"https://{host}:{deployment.config['frontend']['port']}"
     with running(deployment, "serve_disagg"):
         secrets = deployment.directory / "run" / "secrets"
         assert {path.stat().st_mode & 0o777 for path in secrets.iterdir()} == {0o600}
@@ -65,15 +68,20 @@ def test_strangers_at_every_port_get_nothing_and_break_nothing(tmp_path: Path) -
         pids = deployment.pids()
         listeners = listening_on(deployment)
         outside = {address for address in listeners if address[0] == host}
-        # The API, NATS, and each worker's RPC; control of KV where blocks are handed out.
-        assert len(outside) >= 5
+        # The API, NATS, etcd, and each worker's RPC; control of KV where blocks are handed out.
+        assert len(outside) >= 6
         assert not {ip for ip, _ in listeners} & {"0.0.0.0", "::"}
 
-        assert httpx.get(f"{url}/health").status_code == 200
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx.get(f"{url}/health")
+        client = httpx.Client(verify=ssl.create_default_context(cafile=secrets / AUTHORITY))
+        assert client.get(f"{url}/health").status_code == 200
         for path in ("/ready", "/metrics", "/v1/models", "/nothing"):
-            assert httpx.get(f"{url}{path}").status_code == 401
+            assert client.get(f"{url}{path}").status_code == 401
         body = {"model": "tiny", "prompt": "One two", "max_tokens": 2}
-        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 401
+        assert client.post(f"{url}/v1/completions", json=body).status_code == 401
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"https://{host}:{deployment.config['etcd']['port']}/health", verify=False)
         nats = say((host, deployment.config["nats"]["port"]), b"CONNECT {}\r\nPING\r\n")
         assert b"Authorization Violation" in nats
         assert b"PONG" not in nats
@@ -82,7 +90,8 @@ def test_strangers_at_every_port_get_nothing_and_break_nothing(tmp_path: Path) -
                 assert key.encode() not in say(address, garbage)
 
         assert deployment.pids() == pids
-        answered = httpx.post(f"{url}/v1/completions", json=body, headers=bearer, timeout=60)
+        answered = client.post(f"{url}/v1/completions", json=body, headers=bearer, timeout=60)
+        client.close()
         assert answered.status_code == 200
         assert "not routed to" not in deployment.snakemake("status").stdout
         assert "passed" in deployment.snakemake("smoke_test").stdout

@@ -69,7 +69,12 @@ class Summary(Struct, frozen=True):
 def find_target(
     url: str, headers: Mapping[str, str], tokenizer_dir: Path, max_model_len: int
 ) -> Target:
-    """Raises OperatorError when nothing serves at `url`."""
+    """Raises OperatorError when nothing serves at `url`, or it is not what can be measured."""
+    if url.startswith("https:"):
+        raise OperatorError(
+            f"{url} speaks HTTPS, and the load is sent in the clear",
+            remedy="serve without `frontend.tls` while you measure",
+        )
     try:
         answer = httpx.get(f"{url}/ready", headers=dict(headers), timeout=5.0, trust_env=False)
         state = answer.json()

@@ -142,7 +142,7 @@ def join(raw: Mapping[str, Any], *, write: bool) -> dict[str, Any]:
             (RPC_SECRET_FILE, told.rpc_secret),
             (JOIN_FILE, join_file.read_text()),
         ):
-            put(file, secret, replace=True)
+            put(file, secret, anew=True)
         write_joined(as_plain(config), RUN)
         _TOLD.write_bytes(msgspec.json.encode({"hash_salt": told.hash_salt}))
     return as_plain(config)

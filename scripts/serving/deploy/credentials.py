@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import ssl
 from contextlib import suppress
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from serving.config import FrontendConfig, is_loopback
 
@@ -16,15 +19,20 @@ FILES = (NATS_TOKEN_FILE, RPC_SECRET_FILE, API_KEYS_FILE)
 AUTHORITY_FILE = "run/secrets/authority.pem"
 ETCD_SERVER_FILE = "run/secrets/etcd.pem"
 JOIN_FILE = "run/secrets/join.pem"
+API_AUTHORITY_FILE = "run/secrets/api_authority.pem"
+API_CERTIFICATE_FILE = "run/secrets/api.pem"
 
 
-def ensure_named(settings: str) -> None:
-    """Make those of `FILES` that are missing and that a program's settings name."""
+def ensure_named(settings: str, host: str = "127.0.0.1") -> None:
+    """Make those secrets and certificates that are missing and that the settings of a program,
+    which listens on `host`, name."""
     for file in FILES:
         if file in settings:
             ensure(file)
     if ETCD_SERVER_FILE in settings:
         _ensure_certificates()
+    if API_CERTIFICATE_FILE in settings:
+        _ensure_api_certificate(host)
 
 
 def ensure(file: str) -> str:
@@ -34,15 +42,15 @@ def ensure(file: str) -> str:
     return Path(file).read_text().strip()
 
 
-def put(file: str, secret: str, *, replace: bool = False) -> None:
-    """Write a file that only this user can read; one that exists stays, unless `replace`."""
+def put(file: str, secret: str, *, anew: bool = False) -> None:
+    """Write a file that only this user can read; one that exists stays, unless `anew`."""
     path = Path(file)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Programs are started side by side: the file appears with its content, and only once.
     made = path.with_suffix(f".{os.getpid()}.tmp")
     with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
         handle.write(secret)
-    if replace:
+    if anew:
         made.replace(path)
         return
     with suppress(FileExistsError):
@@ -59,7 +67,44 @@ def _ensure_certificates() -> None:
 
     made = certificates.make()
     for file, text in zip(files, (made.authority, made.server, made.join), strict=True):
-        put(file, text, replace=True)
+        put(file, text, anew=True)
+
+
+def _ensure_api_certificate(host: str) -> None:
+    """One for `host`; a new one when it listened elsewhere before."""
+    from serving.deploy import certificates  # slow to load, and rarely needed
+
+    path = Path(API_CERTIFICATE_FILE)
+    if path.exists() and certificates.names(path.read_text(), host):
+        return
+    made = certificates.make_for_host(host)
+    put(API_AUTHORITY_FILE, made.authority, anew=True)
+    put(API_CERTIFICATE_FILE, made.server, anew=True)
+
+
+def with_certificate(frontend: FrontendConfig) -> FrontendConfig:
+    """With the files that HTTPS needs, where it is asked for."""
+    if frontend.tls_cert_file is not None:
+        return replace(frontend, tls=True)
+    if not frontend.tls:
+        return frontend
+    return replace(frontend, tls_cert_file=API_CERTIFICATE_FILE, tls_key_file=API_CERTIFICATE_FILE)
+
+
+def scheme(frontend: FrontendConfig) -> str:
+    return "https" if with_certificate(frontend).tls else "http"
+
+
+def trust(frontend: FrontendConfig) -> ssl.SSLContext | None:
+    """For this deployment's own requests over HTTPS: the very certificate it shows, under whatever
+    name. None for HTTP. Raises OSError."""
+    file = with_certificate(frontend).tls_cert_file
+    if file is None:
+        return None
+    context = ssl.create_default_context(cafile=str(Path(file).expanduser()))
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.check_hostname = False
+    return context
 
 
 def api_keys_file(frontend: FrontendConfig) -> str | None:

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from serving.config import Config, EtcdConfig, Topology, as_plain, parse
 from serving.deploy import ports
-from serving.deploy.credentials import JOIN_FILE
+from serving.deploy.credentials import API_AUTHORITY_FILE, API_CERTIFICATE_FILE, JOIN_FILE, scheme
 from serving.deploy.fingerprint import (
     engine_fingerprint,
     model_key,
@@ -117,7 +117,10 @@ class Deployment(Struct, frozen=True, kw_only=True):
         if self.request.joins:
             workers = ", ".join(name.removeprefix("worker-") for name in self.plan.workers)
             return f"\nJoined {self.config.cluster.head} with {workers}."
-        url = f"http://{address(self.config.frontend.host, self.config.frontend.port)}"
+        listen = self.config.frontend
+        url = f"{scheme(listen)}://{address(listen.host, listen.port)}"
+        generated = listen.tls_cert_file == API_CERTIFICATE_FILE
+        trusting = f" --cacert {API_AUTHORITY_FILE}" if generated else ""
         model = self.config.model.name or self.config.model.id
         body = msgspec.json.encode({"model": model, "prompt": "Hello", "max_tokens": 16}).decode()
         dummy = self.config.engine.weights == "dummy"
@@ -126,7 +129,7 @@ class Deployment(Struct, frozen=True, kw_only=True):
         bearer = f" -H \"authorization: Bearer $(head -n 1 '{keys}')\"" if keys else ""
         return (
             f"\nServing {model} ({self.plan.topology}){noise} at {url}/v1. Try:\n"
-            f"  curl -s {url}/v1/completions -H 'content-type: application/json'{bearer} -d '{body}'"
+            f"  curl -s{trusting} {url}/v1/completions -H 'content-type: application/json'{bearer} -d '{body}'"
             + (self._invitation() if self.is_head else "")
         )
 

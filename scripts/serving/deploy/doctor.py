@@ -83,7 +83,7 @@ async def _collect(told: Expected) -> tuple[Evidence, Planes | None]:
     etcd_error, nats_error = await asyncio.gather(_try_etcd(planes), _try_nats(planes.nats_url))
     ready, frontend_error = None, ""
     try:
-        async with Service(told.url, told.headers) as service:
+        async with Service(told.url, told.headers, told.tls_cert_file) as service:
             ready = await service.ready()
     except ServiceFailed as exc:
         frontend_error = str(exc)
@@ -192,7 +192,7 @@ async def _listen(planes: Planes, names: Sequence[str]) -> tuple[set[str], dict[
 async def _prove_routing(told: Expected, policy: str) -> Finding:
     """Send one prompt twice and see what was cached, and whether the index knew."""
     try:
-        async with Service(told.url, told.headers) as service:
+        async with Service(told.url, told.headers, told.tls_cert_file) as service:
             await service.first_model()
             prompt = long_prompt(told)
             cold = cached_tokens(await service.chat(prompt, 4))

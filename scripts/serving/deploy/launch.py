@@ -23,7 +23,7 @@ from serving.deploy.credentials import NATS_TOKEN_FILE, ensure, ensure_named
 from serving.deploy.markers import write_marker
 from serving.deploy.placement import existing_gpus, usable_gpus
 from serving.deploy.readiness import first_answer, probe_for
-from serving.deploy.slurm import SlurmJobs
+from serving.deploy.slurm import SlurmJobs, inside_allocation, step_command
 from serving.deploy.source_digest import SCRIPTS
 from serving.deploy.supervisor import LOGS, RUN, ProcessInfo, ProgramSpec, Supervisor
 from serving.deploy.topology import (
@@ -53,7 +53,7 @@ def launch(program: Program, config: Config, say: Say) -> None:
     """Have `program` run and ready, and write its marker. Raises OperatorError."""
     started = time.monotonic()
     supervisor: Supervisor | SlurmJobs = Supervisor()
-    if program.name.startswith("worker-") and uses_slurm(config):
+    if _is_job(program, config) and not inside_allocation():
         supervisor = SlurmJobs(config)
     supervisor.ensure()
     info = supervisor.state().get(program.name)
@@ -84,7 +84,8 @@ def _place(info: ProcessInfo) -> str:
 
 def _start(supervisor: Supervisor | SlurmJobs, program: Program, config: Config) -> ProcessInfo:
     spec = _spec(program, config)
-    if isinstance(supervisor, Supervisor):
+    if not _is_job(program, config):
+        assert isinstance(supervisor, Supervisor)
         return supervisor.start(spec)
     process = msgspec.json.decode(program.settings, type=WorkerProcess)
     on_gpus = gpus_per_worker(config)[process.role] if process.device == "cuda" else 0
@@ -92,8 +93,16 @@ def _start(supervisor: Supervisor | SlurmJobs, program: Program, config: Config)
     head = config.cluster.address or ""
     module = ["-m", "serving.deploy.slurm_worker", program.settings_file, head, *network]
     env = {key: value for key, value in spec.env.items() if key not in _OF_THE_NODE}
-    spec = msgspec.structs.replace(spec, command=[sys.executable, *module], env=env)
-    return supervisor.start(spec, on_gpus)
+    command = [sys.executable, *module]
+    if isinstance(supervisor, Supervisor):
+        # It passes signals on, and ends when its step does: it stands for the worker here.
+        command = [*step_command(config, on_gpus), *command]
+        return supervisor.start(msgspec.structs.replace(spec, command=command, env=env))
+    return supervisor.start(msgspec.structs.replace(spec, command=command, env=env), on_gpus)
+
+
+def _is_job(program: Program, config: Config) -> bool:
+    return program.name.startswith("worker-") and uses_slurm(config)
 
 
 def _spec(program: Program, config: Config) -> ProgramSpec:
@@ -129,7 +138,7 @@ def _write_settings(program: Program) -> None:
     for leftover in ("ready", "sock", "up"):
         (RUN / f"{program.name}.{leftover}").unlink(missing_ok=True)
     text = program.settings
-    ensure_named(text + " ".join(program.command))
+    ensure_named(text + " ".join(program.command), program.host)
     if not program.settings_file:
         return
     if NATS_TOKEN in text:

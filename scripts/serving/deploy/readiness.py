@@ -17,7 +17,13 @@ from typing import Any
 
 import msgspec
 
-from serving.deploy.credentials import ETCD_SERVER_FILE, JOIN_FILE, NATS_TOKEN_FILE, authorization
+from serving.deploy.credentials import (
+    ETCD_SERVER_FILE,
+    JOIN_FILE,
+    NATS_TOKEN_FILE,
+    authorization,
+    trust,
+)
 from serving.deploy.ports import listeners
 from serving.deploy.processes import tag_of_pid
 from serving.deploy.topology import Program, address
@@ -75,10 +81,11 @@ def frontend(program: Program, launch_id: str) -> str:
         return missing
     where = address(program.host, program.ports["frontend.port"])
     try:
-        status, body = _http("GET", where, "/health", None, ANSWER_S)
+        tls = trust(msgspec.json.decode(program.settings, type=FrontendProcess).frontend)
+        status, body = _http("GET", where, "/health", None, ANSWER_S, tls=tls)
         if status != 200 or body.get("launch_id") != launch_id:
             return f"another process answers on {where}"
-        status, body = _http("GET", where, "/ready", None, ANSWER_S, _headers(program))
+        status, body = _http("GET", where, "/ready", None, ANSWER_S, _headers(program), tls)
     except (OSError, http.client.HTTPException) as exc:
         return f"no answer on {where}: {exc}"
     if status == 200 or _serves_what_is_here(program, body):
@@ -102,7 +109,10 @@ def first_answer(program: Program) -> None:
     headers, model = authorization(process.frontend), process.model_name
     request = {"model": model, "prompt": "Hello", "max_tokens": 1}
     try:
-        status, body = _http("POST", where, "/v1/completions", request, FIRST_REQUEST_S, headers)
+        tls = trust(process.frontend)
+        status, body = _http(
+            "POST", where, "/v1/completions", request, FIRST_REQUEST_S, headers, tls
+        )
     except (OSError, http.client.HTTPException) as exc:
         status, body = 0, {"error": {"message": str(exc)}}
     if status != 200:

@@ -18,8 +18,8 @@ import msgspec
 from msgspec import Struct
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.config import Config
-from serving.deploy.credentials import authorization
+from serving.config import Config, FrontendConfig
+from serving.deploy.credentials import authorization, scheme, trust, with_certificate
 from serving.deploy.topology import address
 from serving.errors import OperatorError, ServingError
 from serving.process_config import FrontendProcess, WorkerProcess, read
@@ -37,6 +37,7 @@ class Expected(Struct, frozen=True, kw_only=True):
 
     url: str
     headers: dict[str, str] = {}
+    tls_cert_file: str | None = None
     disaggregated: bool
     transport: str
     block_size: int
@@ -53,8 +54,9 @@ def expected(run_dir: Path, config: Config) -> Expected:
     topology = frontend.topology if frontend else config.deployment.topology
     dtype = workers[0].dtype if workers else config.engine.dtype
     return Expected(
-        url=f"http://{address(listen.host, listen.port)}",
+        url=f"{scheme(listen)}://{address(listen.host, listen.port)}",
         headers=authorization(listen),
+        tls_cert_file=with_certificate(listen).tls_cert_file,
         disaggregated=topology.startswith("disagg"),
         transport="mock" if engine.backend == "mock" else transfer.transport,
         block_size=engine.block_size,
@@ -94,13 +96,19 @@ def tokenizer_dir(run_dir: Path) -> Path:
 class Service:
     """An HTTP client for the API. Raises ServiceFailed with the service's own words."""
 
-    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        tls_cert_file: str | None = None,
+    ) -> None:
         # Proxies named in the environment must not get between us and loopback.
         self._client = httpx.AsyncClient(
             base_url=url,
             headers=dict(headers or {}),
             timeout=httpx.Timeout(ANSWER_S, connect=5.0),
             trust_env=False,
+            verify=trust(FrontendConfig(tls_cert_file=tls_cert_file)) or True,
         )
         self.url, self.model = url, ""
 

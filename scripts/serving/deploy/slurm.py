@@ -7,6 +7,7 @@ or preempted keeps its number and registers again by itself. Every command has a
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shlex
@@ -73,6 +74,28 @@ def batch_script(spec: ProgramSpec, config: Config, num_gpus: int) -> str:
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.env.items())]
     launcher = ["srun", f"--mpi={slurm.mpi}", "trtllm-llmapi-launch"] if several else []
     return "\n".join([*lines, f"exec {shlex.join([*launcher, *spec.command])}", ""])
+
+
+def inside_allocation() -> bool:
+    """Whether this runs in an allocation, whose steps workers can be."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def step_command(config: Config, num_gpus: int) -> list[str]:
+    """What runs a worker as a step of the allocation that this process is in."""
+    slurm = config.slurm
+    gres = slurm.gres or (f"gpu:{num_gpus}" if num_gpus else None)
+    options = {
+        "nodes": 1,
+        "ntasks": 1,
+        "nodelist": slurm.nodelist,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.memory,
+        "gres": gres,
+    }
+    chosen = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    # Exactly what it needs, so that steps lie side by side; a step that cannot be placed says so.
+    return ["srun", "--exact", "--immediate=60", *chosen]
 
 
 class SlurmJobs:

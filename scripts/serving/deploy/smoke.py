@@ -213,7 +213,7 @@ class Smoke:
 async def run_smoke(expected: Expected, *, say: Say) -> list[Outcome]:
     """Run the checks, telling each as it ends. Without readiness the others are not tried."""
     outcomes: list[Outcome] = []
-    async with Service(expected.url, expected.headers) as service:
+    async with Service(expected.url, expected.headers, expected.tls_cert_file) as service:
         say(f"smoke test of {expected.url}")
         for name, check in Smoke(service, expected).checks():
             started = time.monotonic()

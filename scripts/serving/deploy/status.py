@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from serving.config import Config, FrontendConfig
 from serving.deploy import processes
-from serving.deploy.credentials import authorization
+from serving.deploy.credentials import authorization, scheme, trust
 from serving.deploy.markers import read_marker, read_record
 from serving.deploy.service import recorded
 from serving.deploy.slurm import SlurmJobs
@@ -55,7 +55,7 @@ def report(config: Config) -> list[str]:
     node = joins(config)
     answers = Answers()
     if "frontend" in known or "frontend" in strays:
-        answers = _ask(where, authorization(listen))
+        answers = _ask(where, listen)
     elif node and planes:
         answers = _registered(planes)
     lines = [""]
@@ -89,7 +89,7 @@ def report(config: Config) -> list[str]:
             "",
         ]
     else:
-        lines += [f"URL       http://{where}/v1 ({verdict})", ""]
+        lines += [f"URL       {scheme(listen)}://{where}/v1 ({verdict})", ""]
     instances = [row for row in ready.get("instances") or [] if isinstance(row, dict)]
     if instances:
         titles: tuple[str, ...] = (
@@ -210,11 +210,11 @@ def _listen(config: Config) -> FrontendConfig:
         return config.frontend
 
 
-def _ask(where: str, headers: dict[str, str]) -> Answers:
+def _ask(where: str, listen: FrontendConfig) -> Answers:
     """Nothing when there is no answer, or it is not one of ours."""
     try:
-        ready = json.loads(_get(where, "/ready", headers))
-        metrics = _get(where, "/metrics", headers).decode(errors="replace")
+        ready = json.loads(_get(where, "/ready", listen))
+        metrics = _get(where, "/metrics", listen).decode(errors="replace")
     except (OSError, http.client.HTTPException, ValueError):
         return Answers()
     return Answers(
@@ -223,10 +223,14 @@ def _ask(where: str, headers: dict[str, str]) -> Answers:
     )
 
 
-def _get(where: str, path: str, headers: dict[str, str]) -> bytes:
-    connection = http.client.HTTPConnection(where, timeout=ANSWER_S)
+def _get(where: str, path: str, listen: FrontendConfig) -> bytes:
+    connection: http.client.HTTPConnection
+    if (tls := trust(listen)) is not None:
+        connection = http.client.HTTPSConnection(where, timeout=ANSWER_S, context=tls)
+    else:
+        connection = http.client.HTTPConnection(where, timeout=ANSWER_S)
     try:
-        connection.request("GET", path, headers=headers)
+        connection.request("GET", path, headers=authorization(listen))
         return connection.getresponse().read()
     finally:
         connection.close()

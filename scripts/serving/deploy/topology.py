@@ -24,6 +24,7 @@ from serving.deploy.credentials import (
     NATS_TOKEN_FILE,
     RPC_SECRET_FILE,
     api_keys_file,
+    with_certificate,
 )
 from serving.deploy.nvlink import Links
 from serving.deploy.placement import place, require_room, visible_order
@@ -130,14 +131,14 @@ def placed(
 
 
 def pinned(config: Config, topology: Topology) -> Config:
-    """The config as `topology` means it: the `*_router` topologies always route by KV, and off
-    loopback there are API keys."""
+    """The config as `topology` means it: the `*_router` topologies always route by KV, off loopback
+    there are API keys, and HTTPS has a certificate."""
     deployment = msgspec.structs.replace(config.deployment, topology=topology)
     by_kv = topology.endswith("_router") or topology == MULTINODE
     policy = "kv" if by_kv else config.router.policy
     router = msgspec.structs.replace(config.router, policy=policy)
     keys = api_keys_file(config.frontend)
-    frontend = msgspec.structs.replace(config.frontend, api_keys_file=keys)
+    frontend = with_certificate(msgspec.structs.replace(config.frontend, api_keys_file=keys))
     return msgspec.structs.replace(config, deployment=deployment, router=router, frontend=frontend)
 
 

@@ -92,6 +92,8 @@ async def run(process: FrontendProcess, place: Place | None) -> None:
                 ws="none",
                 access_log=False,
                 log_config=None,
+                ssl_certfile=process.frontend.tls_cert_file,
+                ssl_keyfile=process.frontend.tls_key_file,
                 server_header=False,
                 proxy_headers=False,  # nobody asks who the client is
                 timeout_graceful_shutdown=max(1, round(process.frontend.drain_s)),
@@ -111,7 +113,7 @@ async def run(process: FrontendProcess, place: Place | None) -> None:
                 announce_ready(process.ready_file, port=process.frontend.port)
             else:
                 os.write(sys.stdout.fileno(), STARTED)
-            log.info("listening on http://%s:%d", process.frontend.host, process.frontend.port)
+            log.info("listening on %s:%d", process.frontend.host, process.frontend.port)
         await serving
         for task in owned:
             task.cancel()

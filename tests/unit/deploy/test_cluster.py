@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.config import Config, as_plain, nest, parse
+from serving.config import Config, FrontendConfig, as_plain, nest, parse
 from serving.deploy import certificates, cluster, credentials
 from serving.deploy.cluster import Cluster
 from serving.deploy.topology import MULTINODE, pinned, plan, workers_here
@@ -264,3 +264,32 @@ def test_certificates_are_made_once_and_only_for_this_user(
     credentials.ensure_named(f"--cert-file={credentials.ETCD_SERVER_FILE}")
     assert Path(credentials.JOIN_FILE).read_text() == first
     assert {path.stat().st_mode & 0o777 for path in Path("run/secrets").iterdir()} == {0o600}
+
+
+def test_api_gets_a_certificate_for_where_it_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    frontend = credentials.with_certificate(FrontendConfig(tls=True))
+    settings = f"{frontend.tls_cert_file} {frontend.tls_key_file}"
+    credentials.ensure_named(settings, "10.0.0.1")
+    first = Path(credentials.API_CERTIFICATE_FILE).read_text()
+    assert certificates.names(first, "10.0.0.1")
+    assert certificates.names(first, "localhost")
+    assert not certificates.names(first, "10.0.0.2")
+    credentials.ensure_named(settings, "10.0.0.1")
+    assert Path(credentials.API_CERTIFICATE_FILE).read_text() == first
+    credentials.ensure_named(settings, "10.0.0.2")
+    assert certificates.names(Path(credentials.API_CERTIFICATE_FILE).read_text(), "10.0.0.2")
+    assert credentials.trust(frontend) is not None
+    assert credentials.trust(FrontendConfig()) is None
+
+
+def test_own_certificate_means_https_and_needs_its_key() -> None:
+    given = {"tls_cert_file": "a.pem", "tls_key_file": "k.pem"}
+    config = pinned(parse({"frontend": given}), "agg")
+    assert config.frontend.tls
+    assert credentials.scheme(config.frontend) == "https"
+    with pytest.raises(ConfigError, match=r"frontend\.tls_key_file"):
+        parse({"frontend": {"tls_cert_file": "a.pem"}})

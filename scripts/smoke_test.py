@@ -7,7 +7,15 @@ from serving.config import parse
 from serving.deploy.rule_script import telling
 from serving.deploy.service import expected
 from serving.deploy.smoke import conclude_smoke, run_smoke
+from serving.deploy.topology import joins
+from serving.errors import OperatorError
 
 with telling(snakemake.log[0]) as say:
-    told = expected(Path("run"), parse(snakemake.config))
+    config = parse(snakemake.config)
+    if joins(config):
+        raise OperatorError(
+            f"this node works for {config.cluster.head}, which has the frontend",
+            remedy="run `snakemake smoke_test` there",
+        )
+    told = expected(Path("run"), config)
     conclude_smoke(asyncio.run(run_smoke(told, say=say)), say=say)

@@ -180,6 +180,14 @@ def test_status_names_every_node(two: Nodes) -> None:
     assert two.head_address in node
 
 
+def test_doctor_is_content_on_both_and_the_smoke_test_is_for_the_head(two: Nodes) -> None:
+    for deployment in (two.head, two.nodes[0]):
+        assert "nothing wrong in" in deployment.snakemake("doctor").stdout
+    refused = two.nodes[0].snakemake("smoke_test", check=False)
+    assert refused.returncode != 0
+    assert f"works for {two.head_address}" in refused.stdout
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [("engine", "block_size", 32), ("model", "id", "./elsewhere"), ("engine", "dtype", "bfloat16")],

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -23,6 +23,8 @@ class Evidence(Struct, frozen=True, kw_only=True):
     them (`RUNNING`, `EXITED`...), `logs` the last words of those that do not run. `ready` is the
     body of the frontend's `/ready`. `heard` are the instances whose load reports arrived, and
     `snapshots` the number of block hashes each instance says it caches, or why it did not answer.
+    `place` is this machine's in a cluster of several: others have workers too, and a node has no
+    frontend.
     """
 
     supervisor: bool
@@ -36,6 +38,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     ready: dict[str, Any] | None = None
     heard: set[str] | None = None
     snapshots: dict[str, int | str] = {}
+    place: Literal["alone", "head", "node"] = "alone"
 
 
 def diagnose(evidence: Evidence) -> list[Finding]:
@@ -94,7 +97,11 @@ def _registrations(evidence: Evidence) -> Iterable[Finding]:
             "has a lease in etcd" if instance in registered else "has no lease in etcd",
             f"if it is RUNNING, logs/worker-{instance}.log says why it cannot register; else {_START}",
         )
+    hosts = {info.instance_id: info.host for info in evidence.instances}
     for instance in sorted(registered - set(workers)):
+        if evidence.place != "alone":
+            yield Finding(f"{instance} registered", True, f"from {hosts[instance]}")
+            continue
         yield Finding(
             f"{instance} registered",
             False,
@@ -113,8 +120,9 @@ def _agreement(evidence: Evidence) -> Iterable[Finding]:
         "block size": lambda card: card.block_size,
         "hash salt": lambda card: card.hash_salt,
         "model": lambda card: card.name,
-        "engine": lambda card: card.engine_fingerprint,
     }
+    if evidence.place == "alone":  # which covers how a machine names the model, too
+        aspects["engine"] = lambda card: card.engine_fingerprint
     for name, aspect in aspects.items():
         values = {instance: aspect(card) for instance, card in cards.items()}
         same = len(set(values.values())) == 1
@@ -129,6 +137,8 @@ def _pairs(values: Mapping[str, Any]) -> str:
 def _frontend(evidence: Evidence) -> Iterable[Finding]:
     """The frontend can serve, refuses nobody, and sees whom etcd names."""
     state = evidence.ready
+    if evidence.place == "node":
+        return
     if state is None:
         yield Finding("frontend answers", False, evidence.frontend_error, _START)
         return

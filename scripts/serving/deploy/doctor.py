@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import httpx
 
@@ -22,6 +23,7 @@ from serving.deploy.service import Expected, Service, ServiceFailed, expected, r
 from serving.deploy.slurm import SlurmJobs
 from serving.deploy.smoke import cached_tokens, long_prompt
 from serving.deploy.supervisor import LOGS, RUN, Supervisor
+from serving.deploy.topology import MULTINODE, joins
 from serving.discovery import Discovery
 from serving.errors import OperatorError, ServingError
 from serving.events import EventPlane
@@ -39,7 +41,7 @@ _COMPLAINTS = ("ERROR", "CRITICAL", "Error:", "panic", "fatal", "Killed")
 async def examine(config: Config) -> list[Finding]:
     """All findings about the deployment that `run/` and `logs/` tell of."""
     told = expected(RUN, config)
-    evidence, planes = await _collect(told)
+    evidence, planes = await _collect(told, _place(config))
     findings = [*diagnose(evidence), *judge_ports(config, RUN)]
     state = evidence.ready
     if planes and state and state["ready"]:
@@ -62,14 +64,22 @@ def conclude_doctor(findings: Sequence[Finding], *, say: Say) -> None:
     say(f"nothing wrong in {len(findings)} findings")
 
 
-async def _collect(told: Expected) -> tuple[Evidence, Planes | None]:
+def _place(config: Config) -> Literal["alone", "head", "node"]:
+    if config.deployment.topology != MULTINODE:
+        return "alone"
+    return "node" if joins(config) else "head"
+
+
+async def _collect(
+    told: Expected, place: Literal["alone", "head", "node"]
+) -> tuple[Evidence, Planes | None]:
     frontend, workers = recorded(RUN)
     supervisor = Supervisor()
     known = {**supervisor.state(), **SlurmJobs().state()}
     states = {name: info.state for name, info in known.items()}
     wanted = [f"worker-{worker.instance_id}" for worker in workers]
     wanted += ["frontend"] if frontend else []
-    if wanted:
+    if wanted and place != "node":
         wanted = ["etcd", "nats", *wanted]
     planes = frontend.planes if frontend else workers[0].planes if workers else None
     evidence = Evidence(
@@ -82,11 +92,12 @@ async def _collect(told: Expected) -> tuple[Evidence, Planes | None]:
         return evidence, None
     etcd_error, nats_error = await asyncio.gather(_try_etcd(planes), _try_nats(planes.nats_url))
     ready, frontend_error = None, ""
-    try:
-        async with Service(told.url, told.headers, told.tls_cert_file) as service:
-            ready = await service.ready()
-    except ServiceFailed as exc:
-        frontend_error = str(exc)
+    if place != "node":
+        try:
+            async with Service(told.url, told.headers, told.tls_cert_file) as service:
+                ready = await service.ready()
+        except ServiceFailed as exc:
+            frontend_error = str(exc)
     instances = None if etcd_error else await _registered(planes)
     heard: set[str] | None = None
     snapshots: dict[str, int | str] = {}
@@ -106,6 +117,7 @@ async def _collect(told: Expected) -> tuple[Evidence, Planes | None]:
             ready=ready,
             heard=heard,
             snapshots=snapshots,
+            place=place,
         ),
         planes,
     )

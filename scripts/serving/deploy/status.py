@@ -108,6 +108,11 @@ def report(config: Config) -> list[str]:
             hosts = [str(row.get("host", "-")) for row in instances]
             rows = [(*row, host) for row, host in zip(rows, hosts, strict=True)]
         lines += [*table(titles, rows), ""]
+    carried = sorted(
+        {f"{r['kv_transport']} over {r['kv_route']}" for r in instances if r.get("kv_route")}
+    )
+    if carried:
+        lines += [f"KV moved by {', '.join(carried)}", ""]
     refused = ready.get("refused") or {}
     return lines + [f"refused: {name}: {reason}" for name, reason in refused.items()]
 

@@ -184,3 +184,21 @@ async def test_nothing_deployed_ends_with_how_to_start(
     with pytest.raises(OperatorError, match="nothing was started here"):
         doctor.conclude_doctor(findings, say=said.append)
     assert said
+
+
+def test_instances_of_other_nodes_belong_to_a_cluster() -> None:
+    assert WELL.instances
+    first = WELL.instances[0]
+    card = msgspec.structs.replace(first.model, engine_fingerprint="built elsewhere")
+    other = msgspec.structs.replace(first, instance_id="prefill-n2-0", host="n2", model=card)
+    alone = replace(WELL, instances=[*WELL.instances, other])
+    assert any(not finding.ok for finding in diagnose(alone))
+    head = replace(alone, place="head")
+    found = {finding.name: finding for finding in diagnose(head)}
+    assert found["prefill-n2-0 registered"].ok
+    assert "one engine" not in found
+
+
+def test_node_has_no_frontend_to_ask() -> None:
+    node = replace(WELL, place="node", ready=None)
+    assert not [finding for finding in diagnose(node) if finding.name.startswith("frontend")]

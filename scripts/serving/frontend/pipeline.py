@@ -15,7 +15,15 @@ from typing import Any, Literal
 
 import msgspec
 
-from serving.errors import DeadlineExceeded, EngineFailed, InstanceLost, NoInstances, Overloaded
+from serving.config import DeadlinesConfig
+from serving.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InstanceLost,
+    NoInstances,
+    Overloaded,
+    QueuedTooLong,
+)
 from serving.frontend.early_decode import EarlyDecode
 from serving.frontend.engine_handover import EngineHandovers
 from serving.frontend.instances import Instances
@@ -38,13 +46,20 @@ log = logging.getLogger(__name__)
 
 
 class Sequence:
-    """A request in progress: its tokens so far, and what must not be said twice."""
+    """A request in progress: its tokens so far, and what must not be said twice.
 
-    def __init__(self, prepared: PreparedRequest, deadline: float) -> None:
-        self.prepared, self.deadline = prepared, deadline
+    `has_begun` with its first output. `now` and the deadlines are loop time.
+    """
+
+    def __init__(self, prepared: PreparedRequest, deadlines: DeadlinesConfig, now: float) -> None:
+        self.prepared = prepared
+        self.deadline = now + deadlines.total_s
+        self.first_token_deadline = now + deadlines.first_token_s
         self.token_ids = list(prepared.token_ids)
         self.tried: set[str] = set()
-        self._told_cached = False
+        self.has_begun = False
+        self.num_queues_left = 0  # by the deadline, without having been begun
+        self._queue_s = deadlines.queue_s
         self._hashes: PromptHashes | None = None
 
     def hashes(self, router: KvRouter) -> PromptHashes:
@@ -56,10 +71,15 @@ class Sequence:
     def take(self, output: EngineOutput) -> EngineOutput:
         """Remember the tokens; report cached tokens with the first output only."""
         self.token_ids += output.token_ids
-        if self._told_cached and output.cached_tokens is not None:
+        if self.has_begun and output.cached_tokens is not None:
             output = msgspec.structs.replace(output, cached_tokens=None)
-        self._told_cached = True
+        self.has_begun = True
         return output
+
+    def awaits_first_token(self, phase: Phase) -> bool:
+        """Whether an instance asked for `phase` is to bring it. A decode is not: its prefill did,
+        or does meanwhile."""
+        return not self.has_begun and phase != "decode"
 
     def request(self, phase: Phase, left_s: float, **more: Any) -> EngineRequest:
         return EngineRequest(
@@ -69,6 +89,8 @@ class Sequence:
             sampling=self.prepared.sampling,
             phase=phase,
             deadline_s=left_s,
+            # What was begun is finished, however long it takes to go on.
+            queue_s=self._queue_s if self.awaits_first_token(phase) else None,
             **more,
         )
 
@@ -99,11 +121,10 @@ class Pipeline:
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[EngineOutput, None]:
         """Outputs in order; the last has a finish_reason. Closing this aborts on every worker.
 
-        Raises InvalidRequest, Overloaded (nothing can take it), InstanceLost (and nobody else
-        could go on), DeadlineExceeded.
+        Raises InvalidRequest, Overloaded (nothing can take it, or takes it up in time),
+        InstanceLost (and nobody else could go on), DeadlineExceeded.
         """
-        now = asyncio.get_running_loop().time()
-        sequence = Sequence(prepared, now + self._deadlines.total_s)
+        sequence = Sequence(prepared, self._deadlines, asyncio.get_running_loop().time())
         while True:
             try:
                 async with aclosing(self._attempt(sequence)) as outputs:
@@ -112,7 +133,13 @@ class Pipeline:
                 return
             except NoInstances:
                 raise
+            except DeadlineExceeded as exc:
+                self._metrics.observe_deadline(exc.phase)
+                raise
             except (InstanceLost, Overloaded) as exc:
+                if isinstance(exc, QueuedTooLong):
+                    self._metrics.observe_deadline("queue")
+                    sequence.num_queues_left += 1
                 if not self._can_retry(sequence):
                     raise
                 log.warning("%s goes on elsewhere: %s", prepared.request_id, exc)
@@ -279,22 +306,29 @@ class Pipeline:
         waiting_for: Literal["prefill", "token"] = "prefill"
 
         def give_up() -> None:
-            if loop.time() >= sequence.deadline:
-                outputs.fail(DeadlineExceeded("total", deadlines.total_s))
+            now = loop.time()
+            if now >= sequence.deadline:
+                outputs.fail(_exceeded("total", deadlines.total_s))
+            elif waiting_for == "prefill" and now >= until:
+                outputs.fail(_exceeded("prefill", deadlines.prefill_s))
             elif waiting_for == "prefill":
-                outputs.fail(DeadlineExceeded("prefill", deadlines.prefill_s))
+                outputs.fail(_exceeded("first token", deadlines.first_token_s))
             else:
+                self._metrics.observe_deadline("token")
                 outputs.fail(InstanceLost(instance_id, f"silent for {deadlines.token_s:g} s"))
 
         shortest_s = min(deadlines.prefill_s, deadlines.token_s)
+        at_last = sequence.deadline
+        if sequence.awaits_first_token(phase):
+            at_last = min(at_last, sequence.first_token_deadline)
         try:
             request = sequence.request(phase, sequence.deadline - loop.time(), **more)
             stream = self._instances.client(instance_id).generate(request)
             async with stream as outputs:
-                with Patience(shortest_s, sequence.deadline, give_up) as patience:
-                    until = loop.time() + deadlines.prefill_s
+                until = loop.time() + deadlines.prefill_s
+                with Patience(shortest_s, at_last, give_up) as patience:
                     while True:
-                        patience.until = min(until, sequence.deadline)
+                        patience.until = min(until, patience.at_last)
                         output = await anext(outputs)
                         if output.kv_transfer_params is not None and output.finish_reason is None:
                             yield output  # the prefill goes on, and so does its deadline
@@ -303,6 +337,7 @@ class Pipeline:
                         if waiting_for == "prefill":
                             route.first_output()
                             waiting_for = "token"
+                            patience.at_last = sequence.deadline
                         route.generated(len(output.token_ids))
                         yield output
                         if output.finish_reason is not None:
@@ -318,8 +353,9 @@ class Pipeline:
             raise
         except (InstanceLost, DeadlineExceeded) as exc:
             sequence.tried.add(instance_id)
-            # A long answer that runs into the end of its time says nothing against who gives it.
-            if not (isinstance(exc, DeadlineExceeded) and exc.phase == "total"):
+            # A long answer that runs into the end of its time says nothing against who gives it,
+            # nor does a first token that is late for what happened elsewhere.
+            if not (isinstance(exc, DeadlineExceeded) and exc.phase != "prefill"):
                 self._router.failed(instance_id, route.instance.epoch)
             raise
 
@@ -339,6 +375,9 @@ class Pipeline:
             return self._instances.client(route.instance_id)
 
     def _can_retry(self, sequence: Sequence) -> bool:
+        # After a second queue everybody is busy, it seems: better told than made to wait in each.
+        if sequence.num_queues_left > 1:
+            return False
         roles: tuple[Phase, ...] = (
             ("prefill", "decode") if self._process.disaggregated else ("agg",)
         )
@@ -365,3 +404,8 @@ class Pipeline:
             "instances": self._instances.describe(),
             "refused": dict(self._router.refused),
         }
+
+
+def _exceeded(phase: str, deadline_s: float) -> DeadlineExceeded:
+    setting = f"deadlines.{phase.replace(' ', '_')}_s"
+    return DeadlineExceeded(phase, deadline_s, setting=setting)

@@ -358,7 +358,7 @@ class DeadlinesConfig(_Section, frozen=True):
     first_token_s: Annotated[
         Seconds,
         Meta(
-            description="From a request's arrival to its first token, on however many workers it was tried; then 504."
+            description="From when a request was read to its first token, on however many workers it was tried; then 504."
         ),
     ] = 150.0
     token_s: Annotated[

@@ -68,12 +68,11 @@ async def test_end_that_is_put_off_is_no_end_and_costs_no_looking(
     began = loop.time()
     with Patience(10.0, began + 0.1, told) as patience:
         patience.until = began + 0.1
-        await asyncio.sleep(0.05)
-        patience.at_last = patience.until = began + 0.5
-        await asyncio.sleep(0.35)
+        patience.at_last = patience.until = began + 0.7
+        await asyncio.sleep(0.4)
         assert not told.at
         assert num_looks == 1
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.5)
     assert len(told.at) == 1
 
 

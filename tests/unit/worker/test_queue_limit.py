@@ -37,7 +37,7 @@ async def test_prompt_goes_to_the_decode_instance_when_its_time_in_the_queue_is_
     model: Path,
 ) -> None:
     [prompt] = random_prompts([90])
-    async with running_pair(model, deadlines=DeadlinesConfig(queue_s=0.2), **ROOM) as pair:
+    async with running_pair(model, deadlines=DeadlinesConfig(queue_s=0.5), **ROOM) as pair:
         await fill(pair.prefill)
         assert await pair.answer("a", prompt, greedy(8)) == generate(model, prompt, 8)
         assert [asked.phase for asked in pair.decode.asked] == ["agg"]
@@ -47,12 +47,12 @@ async def test_prompt_goes_to_the_decode_instance_when_its_time_in_the_queue_is_
 
 async def test_caller_is_told_when_both_instances_are_busy(model: Path) -> None:
     [prompt] = random_prompts([90])
-    deadlines = DeadlinesConfig(queue_s=0.2)
+    deadlines = DeadlinesConfig(queue_s=0.5)
     async with running_pair(model, deadlines=deadlines, decode=ROOM, **ROOM) as pair:
         workers = (pair.prefill, pair.decode)
         for worker in workers:
             await fill(worker)
-        with pytest.raises(QueuedTooLong, match=r"0.2 s \(`deadlines.queue_s`\)") as caught:
+        with pytest.raises(QueuedTooLong, match=r"0.5 s \(`deadlines.queue_s`\)") as caught:
             await pair.answer("a", prompt, greedy(8))
         assert isinstance(caught.value, Overloaded), "503 with Retry-After"
         for worker in workers:

@@ -356,9 +356,21 @@ class DeadlinesConfig(_Section, frozen=True):
     """How long each phase of a request may take, in seconds."""
 
     total_s: Annotated[Seconds, Meta(description="Whole request; then 504.")] = 600.0
+    queue_s: Annotated[
+        Seconds,
+        Meta(
+            description="Waiting in one worker's queue until the prompt begins to be computed; then another worker is tried once, then 503 with `Retry-After`. Not with TensorRT-LLM, which has its queue inside: there `prefill_s` covers it."
+        ),
+    ] = 60.0
     prefill_s: Annotated[
-        Seconds, Meta(description="Waiting for and computing the prompt; then 504.")
+        Seconds, Meta(description="Waiting for and computing the prompt on one worker; then 504.")
     ] = 120.0
+    first_token_s: Annotated[
+        Seconds,
+        Meta(
+            description="From when a request was read to its first token, on however many workers it was tried; then 504."
+        ),
+    ] = 150.0
     token_s: Annotated[
         Seconds, Meta(description="Gap between two outputs before the worker counts as lost.")
     ] = 30.0

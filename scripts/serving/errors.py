@@ -45,12 +45,20 @@ class NoInstances(Overloaded):
     """No live instance has the role that the request needs (HTTP 503)."""
 
 
-class DeadlineExceeded(ServingError):
-    """A phase (`queue`, `prefill`, `transfer`, `decode`, `total`) ran past its deadline (HTTP 504)."""
+class QueuedTooLong(Overloaded):
+    """It was not begun within `deadlines.queue_s` of coming to a worker (HTTP 503)."""
 
-    def __init__(self, phase: str, deadline_s: float) -> None:
-        super().__init__(f"{phase} ran past its deadline of {deadline_s:g} s")
-        self.phase, self.deadline_s = phase, deadline_s
+
+class DeadlineExceeded(ServingError):
+    """A phase (`prefill`, `first token`, `total`) ran past its deadline (HTTP 504).
+
+    `setting` is the config key that says how many seconds it may take, where there is one.
+    """
+
+    def __init__(self, phase: str, deadline_s: float, *, setting: str = "") -> None:
+        where = f" (`{setting}`)" if setting else ""
+        super().__init__(f"{phase} ran past its deadline of {deadline_s:g} s{where}")
+        self.phase, self.deadline_s, self.setting = phase, deadline_s, setting
 
 
 # --- the router or the worker can act ----------------------------------------------------------

@@ -97,7 +97,8 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
     `token_ids[:num_prompt_tokens]` is the prompt; anything after it was generated before (a
     request continued on another worker after a failure, or handed from prefill to decode) and
     counts as output for penalties, seeds and `max_tokens`. `deadline_s` is the time left, in
-    seconds, when the message was sent.
+    seconds, when the message was sent. `queue_s`: after so many seconds in the queue of an engine
+    that has not begun it, it is refused with QueuedTooLong; None: it waits.
 
     phase `agg`: prefill and decode here. `prefill`: compute the prompt, sample one token, hold
     the KV for a decode worker. `decode`: fetch the KV described by `kv_transfer_params`, go on.
@@ -113,6 +114,7 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
     kv_transfer_params: TransferParams | None = None
     deadline_s: float = 600.0
     follows_prefill: bool = False
+    queue_s: float | None = None
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True):

@@ -17,6 +17,7 @@ from serving.errors import (
     ModelNotFound,
     NoInstances,
     Overloaded,
+    QueuedTooLong,
     ServingError,
 )
 from serving.protocol import (
@@ -344,7 +345,9 @@ async def test_request_id_of_another_frontend_is_refused(house: House) -> None:
         ModelNotFound("m"),
         Overloaded("m", retry_after_s=2.0),
         NoInstances("m", retry_after_s=2.0),
+        QueuedTooLong("m", retry_after_s=2.0),
         DeadlineExceeded("prefill", 2.5),
+        DeadlineExceeded("first token", 2.5, setting="deadlines.first_token_s"),
         EngineFailed("m"),
     ],
 )

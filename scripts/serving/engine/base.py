@@ -81,9 +81,10 @@ class Engine(ABC):
     def submit(self, request: EngineRequest) -> None:
         """Queue a request of phase `agg` or `prefill`; outputs arrive at the sink.
 
-        Raises InvalidRequest (it can never run) or Overloaded (`max_waiting` reached). An output
-        without tokens and finish_reason says that a `prefill` got further. It ends with its first token and `finish_reason="length"` or `"stop"`;
-        its blocks stay held (see KvBlocks.exported) until released.
+        Raises InvalidRequest (it can never run) or Overloaded (`max_waiting` reached). One that is
+        not begun within its `queue_s` ends with the error QueuedTooLong, unless the queue is a
+        library's own. An output without tokens and finish_reason says that a `prefill` got
+        further. It ends with its first token and `finish_reason="length"` or `"stop"`; its blocks stay held (see KvBlocks.exported) until released.
         """
 
     @abstractmethod

@@ -31,6 +31,7 @@ from serving.engine.mock_text import MockText, printable_ids
 from serving.engine.mock_timing import step_seconds, transfer_seconds, work_of
 from serving.engine.torch.block_pool import BlockPool
 from serving.engine.torch.host_tier import Copies, HostTier
+from serving.engine.torch.queue_timer import QueueTimer
 from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
 from serving.engine.torch.sequence import Chunk, Sequence, State
 from serving.errors import EngineFailed, InvalidRequest, OperatorError
@@ -97,6 +98,7 @@ class MockEngine(TransferringEngine):
         self._scheduler = Scheduler(BlockPool(self.spec.num_blocks, tier), self._limits)
         self._root = block_hash.root_hash(manifest.hash_salt)
         self._arrivals = itertools.count()
+        self._queue_timer = QueueTimer(self._expire)
         self._step: tuple[list[Chunk], Copies] | None = None  # under way
         self._next: asyncio.Handle | None = None  # the call that ends it, or begins one
         self._due = 0.0  # when the step under way ends, whenever its timer fires
@@ -121,6 +123,7 @@ class MockEngine(TransferringEngine):
         if self._is_closed or not hasattr(self, "_loop"):
             return
         self._is_closed = True
+        self._queue_timer.cancel()
         if self._next is not None:
             self._next.cancel()
         for request_id in self._scheduler.request_ids():
@@ -154,8 +157,16 @@ class MockEngine(TransferringEngine):
         sequence.seed = self._text.seed(prompt, request.sampling.seed)
         if params is not None:
             sequence.on_settled = lambda: self._settled(sequence)
+        self._queue_timer.watch(sequence)
         self._scheduler.add(sequence)
         self._wake()
+
+    def _expire(self, now: float) -> float | None:
+        """See `Scheduler.expire`."""
+        due = self._scheduler.expire(now)
+        self._wake()
+        self._tell_soon()
+        return due
 
     def abort(self, request_id: str) -> None:
         self._scheduler.abort(request_id)

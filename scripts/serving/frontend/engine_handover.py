@@ -78,6 +78,7 @@ class EngineHandovers:
             phase="decode",
             kv_transfer_params=prefilled.kv_transfer_params,
             sampling=msgspec.structs.replace(request.sampling, max_tokens=last, min_tokens=0),
+            queue_s=None,
         )
         try:
             await last_output(self._decode_client(), decode, FETCH_S)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, get_args
 
 from msgspec import Struct
 from prometheus_client import (
@@ -38,6 +38,7 @@ ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 
 E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 IndexEvent = Literal["batch", "gap", "stale", "snapshot", "snapshot_failed"]
+DeadlinePhase = Literal["queue", "prefill", "first_token", "token", "total"]
 
 
 class Metrics:
@@ -112,6 +113,15 @@ class Metrics:
             ["instance", "kind"],
             registry=registry,
         )
+        self.deadlines_exceeded = Counter(
+            "serving_deadlines_exceeded",
+            "Deadlines that requests ran past, by phase; after `queue` and `token` they are tried "
+            "elsewhere. Transfers that did are among serving_kv_transfer_failures.",
+            ["phase"],
+            registry=registry,
+        )
+        for phase in get_args(DeadlinePhase):
+            self.deadlines_exceeded.labels(phase)  # from zero, so that the first one is a rise
         self._reports = _Reports()
         latencies = (self.time_to_first_token, self.inter_token_latency, self.e2e_request_latency)
         for collector in (*latencies, self._reports):
@@ -136,6 +146,10 @@ class Metrics:
         self.routed_requests.labels(policy, role, instance_id).inc()
         self.routed_tokens.labels(role, instance_id).inc(prompt_tokens)
         self.prefix_hit_tokens.labels(role, instance_id).inc(hit_tokens)
+
+    def observe_deadline(self, phase: str) -> None:
+        """A request ran past a deadline; `phase` as DeadlineExceeded names it, or a DeadlinePhase."""
+        self.deadlines_exceeded.labels(phase.replace(" ", "_")).inc()
 
     def observe_index(self, instance_id: str, kind: IndexEvent) -> None:
         """Something happened between an instance's event stream and the index."""

@@ -16,14 +16,16 @@ class Patience:
     """A context manager around reading a stream; calls `give_up` once when `until` has passed.
 
     `until` is loop time, and None while nobody waits: a caller may take its time between two
-    outputs. It is set at least `shortest_s` ahead, or to `at_last`, when all of it ends.
+    outputs. It is set at least `shortest_s` ahead, or to `at_last`, when all of it ends; that
+    may be put off.
     """
 
-    __slots__ = ("_at_last", "_give_up", "_loop", "_shortest_s", "_timer", "until")
+    __slots__ = ("_give_up", "_loop", "_shortest_s", "_timer", "at_last", "until")
 
     def __init__(self, shortest_s: float, at_last: float, give_up: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._shortest_s, self._at_last, self._give_up = shortest_s, at_last, give_up
+        self._shortest_s, self._give_up = shortest_s, give_up
+        self.at_last = at_last
         self.until: float | None = None
 
     def __enter__(self) -> Self:
@@ -46,7 +48,7 @@ class Patience:
             latest = min(latest, self.until)
         # Past the end only while nobody waits: whoever does next is then told within moments.
         soonest = now + min(0.05, self._shortest_s)
-        self._timer = self._loop.call_at(max(min(latest, self._at_last), soonest), self._look)
+        self._timer = self._loop.call_at(max(min(latest, self.at_last), soonest), self._look)
 
     def _look(self) -> None:
         if self.until is not None and self._loop.time() >= self.until:

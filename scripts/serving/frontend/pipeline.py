@@ -15,13 +15,21 @@ from typing import Any, Literal
 
 import msgspec
 
-from serving.errors import DeadlineExceeded, EngineFailed, InstanceLost, NoInstances, Overloaded
+from serving.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InstanceLost,
+    NoInstances,
+    Overloaded,
+    QueuedTooLong,
+)
 from serving.frontend.early_decode import EarlyDecode
 from serving.frontend.engine_handover import EngineHandovers
 from serving.frontend.instances import Instances
 from serving.frontend.metrics import Metrics
 from serving.frontend.patience import Patience
-from serving.kv_router.router import KvRouter, PromptHashes, Route
+from serving.frontend.sequence import Sequence
+from serving.kv_router.router import KvRouter, Route
 from serving.preprocess import PreparedRequest
 from serving.process_config import FrontendProcess
 from serving.protocol import (
@@ -35,46 +43,6 @@ from serving.protocol import (
 from serving.rpc import RpcClient
 
 log = logging.getLogger(__name__)
-
-
-class Sequence:
-    """A request in progress: its tokens so far, and what must not be said twice."""
-
-    def __init__(self, prepared: PreparedRequest, deadline: float) -> None:
-        self.prepared, self.deadline = prepared, deadline
-        self.attempt = 1
-        self.token_ids = list(prepared.token_ids)
-        self.tried: set[str] = set()
-        self._told_cached = False
-        self._hashes: PromptHashes | None = None
-
-    def hashes(self, router: KvRouter) -> PromptHashes:
-        """Of all tokens so far; computed once however often they are routed."""
-        if self._hashes is None or self._hashes.num_tokens != len(self.token_ids):
-            self._hashes = router.hash(self.token_ids)
-        return self._hashes
-
-    def take(self, output: EngineOutput) -> EngineOutput:
-        """Remember the tokens; report cached tokens with the first output only."""
-        self.token_ids += output.token_ids
-        if self._told_cached and output.cached_tokens is not None:
-            output = msgspec.structs.replace(output, cached_tokens=None)
-        self._told_cached = True
-        return output
-
-    def request(self, phase: Phase, left_s: float, **more: Any) -> EngineRequest:
-        """Each attempt has an id of its own: what an instance still says about the one that was
-        given up must not be taken for the next one's."""
-        again = f"~{self.attempt}" if self.attempt > 1 else ""
-        return EngineRequest(
-            request_id=self.prepared.request_id + again,
-            token_ids=more.pop("token_ids", self.token_ids),
-            num_prompt_tokens=len(self.prepared.token_ids),
-            sampling=self.prepared.sampling,
-            phase=phase,
-            deadline_s=left_s,
-            **more,
-        )
 
 
 class Pipeline:
@@ -103,11 +71,10 @@ class Pipeline:
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[EngineOutput, None]:
         """Outputs in order; the last has a finish_reason. Closing this aborts on every worker.
 
-        Raises InvalidRequest, Overloaded (nothing can take it), InstanceLost (and nobody else
-        could go on), DeadlineExceeded.
+        Raises InvalidRequest, Overloaded (nothing can take it, or takes it up in time),
+        InstanceLost (and nobody else could go on), DeadlineExceeded.
         """
-        now = asyncio.get_running_loop().time()
-        sequence = Sequence(prepared, now + self._deadlines.total_s)
+        sequence = Sequence(prepared, self._deadlines, asyncio.get_running_loop().time())
         while True:
             try:
                 async with aclosing(self._attempt(sequence)) as outputs:
@@ -116,7 +83,13 @@ class Pipeline:
                 return
             except NoInstances:
                 raise
+            except DeadlineExceeded as exc:
+                self._metrics.observe_deadline(exc.phase)
+                raise
             except (InstanceLost, Overloaded) as exc:
+                if isinstance(exc, QueuedTooLong):
+                    self._metrics.observe_deadline("queue")
+                    sequence.num_queues_left += 1
                 if not self._can_retry(sequence):
                     raise
                 log.warning("%s goes on elsewhere: %s", prepared.request_id, exc)
@@ -284,22 +257,29 @@ class Pipeline:
         waiting_for: Literal["prefill", "token"] = "prefill"
 
         def give_up() -> None:
-            if loop.time() >= sequence.deadline:
-                outputs.fail(DeadlineExceeded("total", deadlines.total_s))
+            now = loop.time()
+            if now >= sequence.deadline:
+                outputs.fail(_exceeded("total", deadlines.total_s))
+            elif waiting_for == "prefill" and now >= until:
+                outputs.fail(_exceeded("prefill", deadlines.prefill_s))
             elif waiting_for == "prefill":
-                outputs.fail(DeadlineExceeded("prefill", deadlines.prefill_s))
+                outputs.fail(_exceeded("first token", deadlines.first_token_s))
             else:
+                self._metrics.observe_deadline("token")
                 outputs.fail(InstanceLost(instance_id, f"silent for {deadlines.token_s:g} s"))
 
         shortest_s = min(deadlines.prefill_s, deadlines.token_s)
+        at_last = sequence.deadline
+        if sequence.awaits_first_token(phase):
+            at_last = min(at_last, sequence.first_token_deadline)
         try:
             request = sequence.request(phase, sequence.deadline - loop.time(), **more)
             stream = self._instances.client(instance_id).generate(request)
             async with stream as outputs:
-                with Patience(shortest_s, sequence.deadline, give_up) as patience:
-                    until = loop.time() + deadlines.prefill_s
+                until = loop.time() + deadlines.prefill_s
+                with Patience(shortest_s, at_last, give_up) as patience:
                     while True:
-                        patience.until = min(until, sequence.deadline)
+                        patience.until = min(until, patience.at_last)
                         output = await anext(outputs)
                         if output.kv_transfer_params is not None and output.finish_reason is None:
                             yield output  # the prefill goes on, and so does its deadline
@@ -308,6 +288,7 @@ class Pipeline:
                         if waiting_for == "prefill":
                             route.first_output()
                             waiting_for = "token"
+                            patience.at_last = sequence.deadline
                         route.generated(len(output.token_ids))
                         yield output
                         if output.finish_reason is not None:
@@ -323,8 +304,9 @@ class Pipeline:
             raise
         except (InstanceLost, DeadlineExceeded) as exc:
             sequence.tried.add(instance_id)
-            # A long answer that runs into the end of its time says nothing against who gives it.
-            if not (isinstance(exc, DeadlineExceeded) and exc.phase == "total"):
+            # A long answer that runs into the end of its time says nothing against who gives it,
+            # nor does a first token that is late for what happened elsewhere.
+            if not (isinstance(exc, DeadlineExceeded) and exc.phase != "prefill"):
                 self._router.failed(instance_id, route.instance.epoch)
             raise
 
@@ -344,6 +326,9 @@ class Pipeline:
             return self._instances.client(route.instance_id)
 
     def _can_retry(self, sequence: Sequence) -> bool:
+        # After a second queue everybody is busy, it seems: better told than made to wait in each.
+        if sequence.num_queues_left > 1:
+            return False
         roles: tuple[Phase, ...] = (
             ("prefill", "decode") if self._process.disaggregated else ("agg",)
         )
@@ -370,3 +355,8 @@ class Pipeline:
             "instances": self._instances.describe(),
             "refused": dict(self._router.refused),
         }
+
+
+def _exceeded(phase: str, deadline_s: float) -> DeadlineExceeded:
+    setting = f"deadlines.{phase.replace(' ', '_')}_s"
+    return DeadlineExceeded(phase, deadline_s, setting=setting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ from serving.errors import (
     ModelNotFound,
     NoInstances,
     Overloaded,
+    QueuedTooLong,
     RequestTooLarge,
     ServingError,
 )
@@ -23,8 +25,10 @@ _REBUILT: dict[str, Callable[[ErrorInfo], ServingError]] = {
     "RequestTooLarge": lambda info: RequestTooLarge(info.message),
     "Overloaded": lambda info: Overloaded(info.message, retry_after_s=info.retry_after_s),
     "NoInstances": lambda info: NoInstances(info.message, retry_after_s=info.retry_after_s),
+    "QueuedTooLong": lambda info: QueuedTooLong(info.message, retry_after_s=info.retry_after_s),
     "DeadlineExceeded": lambda info: _deadline_exceeded(info.message),
 }
+_DEADLINE = re.compile(r"(.*) ran past its deadline of (\S+) s(?: \(`(.*)`\))?")
 
 
 def error_info(exc: ServingError) -> ErrorInfo:
@@ -43,8 +47,10 @@ def raise_error(info: ErrorInfo) -> NoReturn:
 
 
 def _deadline_exceeded(message: str) -> ServingError:
-    phase, _, rest = message.partition(" ran past its deadline of ")
+    found = _DEADLINE.fullmatch(message)
     try:
-        return DeadlineExceeded(phase, float(rest.removesuffix(" s")))
+        if found is not None:
+            return DeadlineExceeded(found[1], float(found[2]), setting=found[3] or "")
     except ValueError:
-        return EngineFailed(message)
+        pass
+    return EngineFailed(message)

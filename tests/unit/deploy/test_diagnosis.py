@@ -191,14 +191,14 @@ def test_instances_of_other_nodes_belong_to_a_cluster() -> None:
     first = WELL.instances[0]
     card = msgspec.structs.replace(first.model, engine_fingerprint="built elsewhere")
     other = msgspec.structs.replace(first, instance_id="prefill-n2-0", host="n2", model=card)
-    alone = replace(WELL, instances=[*WELL.instances, other])
+    alone = msgspec.structs.replace(WELL, instances=[*WELL.instances, other])
     assert any(not finding.ok for finding in diagnose(alone))
-    head = replace(alone, place="head")
+    head = msgspec.structs.replace(alone, place="head")
     found = {finding.name: finding for finding in diagnose(head)}
     assert found["prefill-n2-0 registered"].ok
     assert "one engine" not in found
 
 
 def test_node_has_no_frontend_to_ask() -> None:
-    node = replace(WELL, place="node", ready=None)
-    assert not [finding for finding in diagnose(node) if finding.name.startswith("frontend")]
+    node = msgspec.structs.replace(WELL, place="node", ready=None)
+    assert "frontend answers" not in {finding.name for finding in diagnose(node)}

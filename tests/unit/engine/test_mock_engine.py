@@ -216,6 +216,26 @@ def test_abort_in_any_phase_frees_everything(
     on_virtual_time(main())
 
 
+def test_waiting_for_too_long_is_refused_in_time(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Rig(tmp_path, SLOW, max_batch_size=1) as rig:
+            rig.submit("long", prompt(8), 200, queue_s=0.001)  # begins at once
+            rig.submit("b", prompt(8, 2), 2, queue_s=1.0)
+            await asyncio.sleep(0.3)
+            rig.submit("c", prompt(8, 3), 2, queue_s=0.5)
+            rig.submit("d", prompt(8, 4), 2)
+            await rig.end_of("b", "c")
+            assert rig.ended == pytest.approx({"b": 1.0, "c": 0.8})
+            for name in ("b", "c"):
+                error = rig.last(name).error
+                assert error is not None
+                assert error.kind == "QueuedTooLong"
+            await rig.end_of("long", "d")
+            assert len(rig.tokens("long")) == 200
+
+    on_virtual_time(main())
+
+
 def test_release_frees_a_prefill_that_nobody_fetches(tmp_path: Path) -> None:
     async def main() -> None:
         async with Rig(tmp_path, SLOW, role="prefill") as rig:

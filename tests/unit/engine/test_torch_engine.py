@@ -229,6 +229,30 @@ async def test_full_queue_refuses_and_bad_requests_are_named(model: Path) -> Non
         await sink.finished("a", "b", "c")
 
 
+async def test_who_waits_too_long_is_refused_though_nothing_is_computed(model: Path) -> None:
+    """A prefill that nobody fetches has all blocks, so that no step comes that could look."""
+    full, other = random_prompts([120, 100])
+    async with running(model, kv_cache_tokens=128) as (engine, sink):
+        engine.submit(request("full", full, greedy(5), phase="prefill"))
+        await sink.finished("full")
+        engine.submit(request("short", other, greedy(2), queue_s=0.1))
+        engine.submit(request("patient", other, greedy(2), queue_s=60.0))
+        engine.submit(request("forever", other[:40], greedy(2)))
+        await sink.finished("short")
+        error = sink.last["short"].error
+        assert error is not None
+        assert error.kind == "QueuedTooLong"
+        assert engine.load().num_waiting == 2
+        engine.check_integrity()
+        assert sink.last.keys() == {"full", "short"}
+        engine.kv.release("full")
+        await sink.finished("patient", "forever")
+        engine.submit(request("short", other, greedy(2), queue_s=9.0))  # the id is free again
+        del sink.last["short"], sink.tokens["short"]
+        await sink.finished("short")
+        assert sink.tokens["short"] == generate(model, other, 2)
+
+
 async def test_failing_step_ends_its_requests_and_the_engine_goes_on(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,49 @@ def test_queue_is_bounded(new: Arrivals) -> None:
         books.add(new(4))
 
 
+def queued(sequence: Sequence, until: float) -> Sequence:
+    sequence.queued_until = until
+    return sequence
+
+
+def test_who_waited_too_long_leaves_the_queue_and_others_stay(new: Arrivals) -> None:
+    books = scheduler(max_batch_size=1)
+    books.add(queued(new(4), 5.0))
+    step(books)
+    settled = []
+    reservation = queued(new(9, phase="decode", queue_s=5.0), 8.0)
+    reservation.on_settled = lambda: settled.append(True)
+    for sequence in (queued(new(4, queue_s=5.0), 5.0), new(4), reservation):
+        books.add(sequence)
+    books.take_outputs()
+    assert books.expire(4.9) == 5.0
+    assert books.take_outputs() == []
+    assert books.expire(5.0) == 8.0
+    [output] = books.take_outputs()
+    assert output.request_id == "r3"
+    assert output.error is not None
+    assert output.error.kind == "QueuedTooLong"
+    assert "5 s (`deadlines.queue_s`)" in output.error.message
+    assert not settled
+    assert books.expire(9.0) is None
+    assert settled, "whoever waits for the reservation is told"
+    assert [s.request_id for s in books.waiting] == ["r4"]
+    assert books.load().num_waiting == 1
+    books.check_integrity()
+
+
+def test_preempted_request_is_not_in_the_queue_for_the_first_time(new: Arrivals) -> None:
+    books = scheduler(num_blocks=8, max_model_len=32)
+    for _ in range(2):
+        books.add(queued(new(12), 5.0))
+        step(books)
+    while not books.preemptions:
+        step(books)
+    assert [s.request_id for s in books.waiting] == ["r2"]
+    assert books.expire(100.0) is None
+    assert [s.request_id for s in books.waiting] == ["r2"]
+
+
 def test_failed_step_stores_nothing(new: Arrivals) -> None:
     books = scheduler()
     books.add(new(8))

@@ -15,6 +15,7 @@ from serving.errors import (
     KvTransferFailed,
     NoInstances,
     Overloaded,
+    QueuedTooLong,
 )
 from serving.frontend.metrics import Metrics
 from serving.protocol import LoadReport
@@ -23,6 +24,7 @@ from unit.frontend.fakes import MODEL, FakePipeline
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 CASES = [
     (Overloaded("full", retry_after_s=2.5), 503, "overloaded", "3"),
+    (QueuedTooLong("waited", retry_after_s=1.5), 503, "overloaded", "2"),
     (NoInstances("none"), 503, "no_instances", "1"),
     (InstanceLost("decode-0"), 503, "instance_lost", "1"),
     (DeadlineExceeded("prefill", 5), 504, "deadline_exceeded", None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from serving.frontend.patience import Patience
 
 
@@ -49,6 +50,30 @@ async def test_end_of_it_all_comes_before_the_next_output_is_due() -> None:
         await asyncio.sleep(0.3)
     assert len(told.at) == 1
     assert told.at[0] - began < 0.3
+
+
+async def test_end_that_is_put_off_is_no_end_and_costs_no_looking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A first token came, say: now the whole answer has its deadline."""
+    told, loop = Told(), asyncio.get_running_loop()
+    num_looks, look = 0, Patience._look
+
+    def counted(patience: Patience) -> None:
+        nonlocal num_looks
+        num_looks += 1
+        look(patience)
+
+    monkeypatch.setattr(Patience, "_look", counted)
+    began = loop.time()
+    with Patience(10.0, began + 0.1, told) as patience:
+        patience.until = began + 0.1
+        patience.at_last = patience.until = began + 0.7
+        await asyncio.sleep(0.4)
+        assert not told.at
+        assert num_looks == 1
+        await asyncio.sleep(0.5)
+    assert len(told.at) == 1
 
 
 async def test_nothing_is_told_after_the_stream_was_left() -> None:

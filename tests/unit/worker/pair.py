@@ -139,7 +139,9 @@ async def running_worker(
 class Pair:
     """Both workers and the pipeline. `answer` is what a client would get."""
 
-    def __init__(self, prefill: RunningWorker, decode: RunningWorker) -> None:
+    def __init__(
+        self, prefill: RunningWorker, decode: RunningWorker, deadlines: DeadlinesConfig
+    ) -> None:
         self.prefill, self.decode = prefill, decode
         self.card = CARD
         process = FrontendProcess(
@@ -148,7 +150,7 @@ class Pair:
             model_name="m",
             frontend=FrontendConfig(),
             router=RouterConfig(),
-            deadlines=DeadlinesConfig(),
+            deadlines=deadlines,
             planes=PLANES,
             ready_file="",
         )
@@ -178,7 +180,11 @@ class Pair:
 
 @asynccontextmanager
 async def running_pair(
-    folder: Path, *, decode: dict[str, Any] | None = None, **options: Any
+    folder: Path,
+    *,
+    decode: dict[str, Any] | None = None,
+    deadlines: DeadlinesConfig | None = None,
+    **options: Any,
 ) -> AsyncIterator[Pair]:
     """`options` are those of the prefill engine, or of `kv_transfer`."""
     names = ("overlap", "transfer_s", "hold_s", "chunk_bytes")
@@ -188,6 +194,6 @@ async def running_pair(
         running_worker("prefill", folder, settings, **options) as source,
         running_worker("decode", folder, settings, **(decode or {})) as target,
     ):
-        pair = Pair(source, target)
+        pair = Pair(source, target, deadlines or DeadlinesConfig())
         yield pair
         await pair.check_nothing_is_left()

@@ -33,6 +33,7 @@ from serving.engine.torch.host_blocks import HostBlocks, open_host_blocks
 from serving.engine.torch.host_tier import Copies, HostTier
 from serving.engine.torch.kv_access import TorchKvBlocks
 from serving.engine.torch.model_runner import Launched, ModelRunner
+from serving.engine.torch.queue_timer import QueueTimer
 from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
 from serving.engine.torch.sequence import Chunk, Sequence
 from serving.errors import EngineFailed, OperatorError
@@ -107,6 +108,7 @@ class TorchEngine(BlockEngine):
         self._broken = ""
         self._thread: threading.Thread | None = None
         self._guides = Guides(engine_dir)
+        self._queue_timer = QueueTimer(self._expire)
         self._outbox: list[tuple[list[EngineOutput], list[KvEvent]]] = []
         # Hashes, as the sink has been told.
         self._delivered: dict[Tier, set[int]] = {"device": set(), "host": set()}
@@ -146,6 +148,7 @@ class TorchEngine(BlockEngine):
         with self._work:
             self._closing = True
             self._work.notify_all()
+        self._queue_timer.cancel()
         await asyncio.to_thread(self._thread.join, _CLOSE_S)
         if self._thread.is_alive():
             log.error("the compute thread is still busy after %.0f s", _CLOSE_S)
@@ -186,7 +189,19 @@ class TorchEngine(BlockEngine):
         require_runnable(request, self._limits.max_model_len, self._runner.vocab_size)
         sequence = Sequence(request, next(self._arrivals), self._root, self._limits.block_size)
         self._guides.begin(sequence, lambda: self.on_loop(lambda: self._compiled(sequence)))
+        self._queue_timer.watch(sequence)
         return sequence
+
+    def _expire(self, now: float) -> float | None:
+        """See `Scheduler.expire`."""
+        due: float | None = None
+
+        def expire() -> None:
+            nonlocal due
+            due = self._scheduler.expire(now)
+
+        self.change(expire)
+        return due
 
     def _compiled(self, sequence: Sequence) -> None:
         """Its grammar is there, or it has none that can be used."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from serving.engine.base import EngineLoad
 from serving.engine.torch.block_pool import BlockPool
 from serving.engine.torch.sequence import UNKNOWN_TOKEN, Chunk, Sequence, State
-from serving.errors import InvalidRequest, Overloaded
+from serving.errors import InvalidRequest, Overloaded, QueuedTooLong
 from serving.protocol import EngineOutput, ErrorInfo, FinishReason, KvEvent, TokenLogprob
 
 # Prompt tokens in a step whose log-probabilities are told: each needs a row of logits.
@@ -83,6 +83,19 @@ class Scheduler:
         """End it with an error that is its own."""
         if self._live.get(sequence.request_id) is sequence:
             self._finish(sequence, EngineOutput(sequence.request_id, [], "error", error=error))
+
+    def expire(self, now: float) -> float | None:
+        """End what has waited for too long to begin. Returns when the next one will have."""
+        for sequence in list(self.waiting):
+            if sequence.queued_until is not None and now >= sequence.queued_until:
+                exc = QueuedTooLong(
+                    f"it waited in the queue of a worker for {sequence.request.queue_s:g} s "
+                    "(`deadlines.queue_s`)"
+                )
+                self.refuse(sequence, ErrorInfo("QueuedTooLong", str(exc), exc.retry_after_s))
+        return min(
+            (s.queued_until for s in self.waiting if s.queued_until is not None), default=None
+        )
 
     def lend(self, request_id: str, first: int, count: int) -> list[int]:
         """Blocks of a prefill, held until `take_back` whatever becomes of the request.
@@ -298,6 +311,7 @@ class Scheduler:
         if not self.pool.fits(matched, num_new + len(self.running)):
             return False
         self.waiting.remove(sequence)
+        sequence.queued_until = None
         sequence.blocks, sequence.num_stored = self.pool.claim(matched, known, num_new)
         sequence.num_computed = sequence.num_stored * self.limits.block_size
         sequence.num_scheduled = sequence.num_computed

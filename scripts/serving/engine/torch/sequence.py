@@ -80,6 +80,9 @@ class Sequence:
     num_cached: int | None = None  # set at the first admission, told with the first output
     told_cached: bool = False
     in_flight: int = 0  # steps under way that it is part of: blocks must outlive them
+    # When it will have waited too long (loop time). None once it was admitted, which it stays
+    # where it is preempted; or if it may wait for ever.
+    queued_until: float | None = None
     # Where a CUDA runner keeps its block table, and how many of its blocks are in there.
     slot: int | None = None
     num_tabled: int = 0

@@ -57,7 +57,8 @@ class Worker:
     def on_generate(self, asked: EngineRequest) -> None:
         self.asked.append(asked)
         for after_s, output in self.script:
-            asyncio.get_running_loop().call_later(after_s, self.server.send, [output])
+            own = msgspec.structs.replace(output, request_id=asked.request_id)
+            asyncio.get_running_loop().call_later(after_s, self.server.send, [own])
 
     def on_abort(self, request_id: str) -> None:
         assert request_id.partition("~")[0] == "r"

@@ -19,13 +19,16 @@ ENOUGH = 0.5
 """Take turns when so many requests of others coincide with one of ours, on average."""
 LEARNING = 0.05
 """Weight of the newest observation in that average."""
+FIRST_GUESS = 1.0
+"""That average before anything was observed. Frontends start together, and workers are idle then: a
+first burst would meet. To be wrong costs a dozen requests some milliseconds."""
 
 
 class Others:
     """Who else is there, and how often they decide when we do. Times are seconds of one clock."""
 
     def __init__(self) -> None:
-        self.coinciding = 0.0
+        self.coinciding = FIRST_GUESS
         """Requests that others sent somewhere within a turn's time of one of ours, on average."""
         self._position = 0
         self._window_ends_s = float("-inf")

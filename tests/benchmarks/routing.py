@@ -46,9 +46,12 @@ TRACES = {
     "conversation": "mooncake_conversation_first_half.jsonl",
     "agentic": "agentic_dev.jsonl",
 }
-LIVE = {"conversation": (72.0, 2.0), "agentic": (180.0, 5.0)}
-"""Seconds of each trace that are replayed, in its own time, and how many times as fast: requests of
-the one come in bursts and find the machine busy, those of the other are few."""
+LIVE = {
+    "conversation": live.Pace(first_s=72.0, speedup=2.0),
+    "agentic": live.Pace(first_s=180.0, speedup=5.0, shrink=4),
+}
+"""Requests of the one come in bursts and find the machine busy; those of the other are few, and
+their prompts a hundred thousand tokens long."""
 SYNTHETIC = "mooncake_synthetic_trace.jsonl"
 
 
@@ -211,55 +214,45 @@ def endure(name: str, trace: Trace, max_blocks: int) -> None:
     )
 
 
-def go_live(traces: dict[str, Trace], speedup: float | None, rounds: int, share: float) -> None:
-    """Their first seconds, or that share of those."""
+def go_live(traces: dict[str, Trace], paces: dict[str, live.Pace], rounds: int) -> None:
     with (
         tempfile.TemporaryDirectory(prefix="bench-routing-") as folder,
         live.deployments(Path(folder), list(live.KINDS)) as systems,
     ):
         for name, whole in traces.items():
-            seconds, usual = LIVE[name]
-            part = live.first_seconds(whole, seconds * share)
-            replay_in_turns(name, part, speedup or usual, systems, rounds)
+            replay_in_turns(name, whole, paces[name], systems, rounds)
 
 
 def replay_in_turns(
-    name: str, part: Trace, speedup: float, systems: dict[str, live.Live], rounds: int
+    name: str, whole: Trace, pace: live.Pace, systems: dict[str, live.Live], rounds: int
 ) -> None:
-    trace = live.scaled(part, speedup)
+    trace = pace.of(whole)
     results: dict[str, list[dict[str, float]]] = {kind: [] for kind in systems}
     for kind, system in systems.items():
-        live.say(f"starting {kind}, {speedup:g} times as fast")
-        system.run_at(speedup)
+        live.say(f"{name}: starting {kind}, {pace.speedup:g} times as fast")
+        system.run_at(pace)
     for number in range(rounds):
         for kind, system in systems.items():
-            live.say(
-                f"{name}, round {number + 1} of {rounds}: {kind}, for {trace.duration_s:.0f} s"
-            )
-            done = asyncio.run(live.replay(system, trace, number, speedup))
+            which = f"round {number + 1} of {rounds}"
+            live.say(f"{name}: {kind}, {which}, {trace.duration_s:.0f} s and until all have ended")
+            done = asyncio.run(live.replay(system, trace, number, pace.speedup))
             results[kind].append(figures(done.outcome) | done.costs())
-    about = {
-        "requests": len(trace.requests),
-        "first_s": round(part.duration_s, 1),
-        "speedup": speedup,
-        "rounds": rounds,
-    }
+    about = {"requests": len(trace.requests), **msgspec.structs.asdict(pace), "rounds": rounds}
     medians = {kind: live.median_of(rows) for kind, rows in results.items()}
-    tell_live(name, medians, simulated_alike(trace, speedup), about)
+    tell_live(name, medians, simulated_alike(trace, pace), about)
 
 
-def simulated_alike(trace: Trace, speedup: float) -> dict[str, dict[str, float]]:
-    """Every policy on a scaled trace, with times of the original."""
-    one = shape(speed=live.engine_speed(speedup))
-    four = shape(speed=live.engine_speed(speedup), frontends=4)
+def simulated_alike(trace: Trace, pace: live.Pace) -> dict[str, dict[str, float]]:
+    """Every policy on what was replayed, with times of the original."""
+    speed = pace.engine_speed()
     outcomes = {
-        policy: simulate(trace, one, RouterConfig(), make_router=make)
+        policy: simulate(trace, shape(speed=speed), RouterConfig(), make_router=make)
         for policy, make in POLICIES.items()
     }
-    outcomes["4 frontends"] = simulate(trace, four, RouterConfig())
+    outcomes["4 frontends"] = simulate(trace, shape(speed=speed, frontends=4), RouterConfig())
     for outcome in outcomes.values():
         for each in outcome.requests:
-            each.ttft_s *= speedup
+            each.ttft_s *= pace.speedup
     return {kind: figures(outcome) for kind, outcome in outcomes.items()}
 
 
@@ -332,7 +325,13 @@ def main() -> None:
             compare_policies(name, shortened(trace))
             compare_frontends(name, shortened(trace))
     if not args.simulated and traces:
-        go_live(traces, args.speedup, args.rounds, 0.2 if args.quick else 1)
+        paces = {
+            name: live.Pace(
+                pace.first_s / (5 if args.quick else 1), args.speedup or pace.speedup, pace.shrink
+            )
+            for name, pace in LIVE.items()
+        }
+        go_live(traces, paces, args.rounds)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ One deployment of each kind is started by `snakemake` and stays for all traces, 
 etcd, NATS, frontends, router and KV events; requests go to them in turns (A B A B). What the
 machine can do is the limit of all this, so:
 
-- An engine's blocks have 128 tokens at most and a trace's 512. A token here stands for 4 of the
-  trace's prompts: blocks are as many, and a worker computes a fourth of the tokens in a second.
 - Time runs `speedup` times as fast, for arrivals and engines. What is told is time of the trace.
   The service itself does not run faster: a millisecond that it takes counts as `speedup`.
+- Where prompts are very long, a token stands for `shrink` of theirs: then blocks have fewer tokens
+  and are as many, and a worker computes fewer tokens in a second.
 - The first seconds of a trace, not all of it.
 
-Prompts are token ids, the same 128 for the same block of the trace. Each round has ids of its own,
+Prompts are token ids, the same for the same block of the trace, which is one or several of the
+engine's: those have 128 tokens at most. Each round has ids of its own,
 so that it finds caches full of what nobody asks for any more, and no hits of the round before.
 The simulation that stands beside it is of the same slice, with the same delays.
 """
@@ -36,12 +37,13 @@ from integration.deployment import Deployment
 from integration.tiny_model import make
 from msgspec import Struct
 from serving.simulate.outcome import Outcome, RequestOutcome
-from serving.simulate.trace import Trace, TraceRequest
+from serving.simulate.trace import HASH_TOKENS, Trace, TraceRequest
 from serving.simulate.worker import EngineSpeed
 
 MODEL = "tiny"
 WORKERS, BLOCKS = 8, 2000
 BLOCK_SIZE = 128
+MAX_MODEL_LEN = 256_000
 STEP_S = 0.02
 LATE_S = 120.0
 _FIRST_ID, _NUM_IDS = 10, 90  # two digits each: less to send
@@ -61,56 +63,61 @@ def first_seconds(trace: Trace, seconds: float) -> Trace:
     return Trace([each for each in trace.requests if each.arrival_s < seconds], trace.block_size)
 
 
-def scaled(trace: Trace, speedup: float) -> Trace:
-    """Arrivals so much closer together, and blocks of `BLOCK_SIZE` tokens with prompts to match."""
-    factor = trace.block_size // BLOCK_SIZE
-    requests = []
-    for each in trace.faster(speedup).requests:
-        num_blocks = len(each.block_hashes)
-        rest = (each.prompt_tokens - num_blocks * trace.block_size) // factor
-        tokens = max(1, num_blocks * BLOCK_SIZE + rest)
-        requests.append(
-            TraceRequest(each.arrival_s, tokens, each.completion_tokens, each.block_hashes)
-        )
-    return Trace(requests, BLOCK_SIZE)
+class Pace(Struct, frozen=True):
+    """How much of a trace is replayed, in its own time; and, see the module, in what scale."""
 
+    first_s: float
+    speedup: float
+    shrink: int = 1
 
-def engine_speed(speedup: float) -> EngineSpeed:
-    """20,000 tokens of the trace in a second, and 20 ms a token."""
-    usual = EngineSpeed(itl_s=STEP_S)
-    return EngineSpeed(
-        prefill_tokens_per_s=usual.prefill_tokens_per_s * BLOCK_SIZE / 512 * speedup,
-        itl_s=usual.itl_s / speedup,
-    )
+    def block_tokens(self) -> int:
+        return HASH_TOKENS // self.shrink
 
+    def engine_speed(self) -> EngineSpeed:
+        """20,000 tokens of the trace in a second, and 20 ms a token."""
+        tokens_per_s = EngineSpeed().prefill_tokens_per_s / self.shrink * self.speedup
+        return EngineSpeed(prefill_tokens_per_s=tokens_per_s, itl_s=STEP_S / self.speedup)
 
-def engine_sections(speedup: float) -> dict[str, Any]:
-    """The same for the mock engine, which computes prompts in chunks beside what it decodes.
+    def of(self, trace: Trace) -> Trace:
+        """That part of it, in that scale."""
+        requests = []
+        for each in first_seconds(trace, self.first_s).faster(self.speedup).requests:
+            full = len(each.block_hashes)
+            rest = (each.prompt_tokens - full * HASH_TOKENS) // self.shrink
+            tokens = max(1, full * self.block_tokens() + rest)
+            requests.append(
+                TraceRequest(each.arrival_s, tokens, each.completion_tokens, each.block_hashes)
+            )
+        return Trace(requests, self.block_tokens())
 
-    A step with nothing but decodes takes `STEP_S`. One with a chunk of one block, which is the
-    least there can be and does not shrink with the number of decodes, takes as long as computing
-    the chunk does; so neither slows the other much, as in the simulation.
-    """
-    chunk_s = BLOCK_SIZE / engine_speed(1).prefill_tokens_per_s
-    return {
-        "engine": {
-            "backend": "mock",
-            "dtype": "bfloat16",
-            "block_size": BLOCK_SIZE,
-            "max_model_len": BLOCKS * BLOCK_SIZE,
-            "kv_cache_tokens": BLOCKS * BLOCK_SIZE,
-            "max_batch_size": 256,
-            "max_num_batched_tokens": BLOCK_SIZE,
-            "max_waiting": 4096,
-        },
-        "mock": {
-            "step_s": STEP_S,
-            "step_sequence_s": 0.0,
-            "prefill_tokens_per_s": BLOCK_SIZE / (chunk_s - STEP_S),
-            "speedup": speedup,
-        },
-        "workers": {"agg": 1, "instances_per_process": WORKERS},
-    }
+    def engine_sections(self) -> dict[str, Any]:
+        """The same speed for the mock engine, which computes prompts in chunks beside decodes.
+
+        A step with nothing but decodes takes `STEP_S`, and one with a chunk of a block of the trace
+        as long as that would take to compute, which is a little longer: so neither slows the other
+        much, as in the simulation.
+        """
+        chunk = self.block_tokens()
+        chunk_s = chunk / self.engine_speed().prefill_tokens_per_s * self.speedup
+        return {
+            "engine": {
+                "backend": "mock",
+                "dtype": "bfloat16",
+                "block_size": BLOCK_SIZE,
+                "max_model_len": MAX_MODEL_LEN,
+                "kv_cache_tokens": BLOCKS * chunk,
+                "max_batch_size": 256,
+                "max_num_batched_tokens": chunk,
+                "max_waiting": 4096,
+            },
+            "mock": {
+                "step_s": STEP_S,
+                "step_sequence_s": 0.0,
+                "prefill_tokens_per_s": chunk / (chunk_s - STEP_S),
+                "speedup": self.speedup,
+            },
+            "workers": {"agg": 1, "instances_per_process": WORKERS},
+        }
 
 
 class Prompts:
@@ -120,13 +127,13 @@ class Prompts:
         self._salt = salt
         self._blocks: dict[int, list[int]] = {}
 
-    def token_ids(self, request: TraceRequest, number: int) -> list[int]:
+    def token_ids(self, request: TraceRequest, number: int, block_tokens: int) -> list[int]:
         """What follows the full blocks is shared with no other request, by its `number`."""
         ids: list[int] = []
         for block_hash in request.block_hashes:
             block = self._blocks.get(block_hash)
             if block is None:
-                block = self._blocks[block_hash] = _ids(f"{self._salt} {block_hash}", BLOCK_SIZE)
+                block = self._blocks[block_hash] = _ids(f"{self._salt} {block_hash}", block_tokens)
             ids += block
         return ids + _ids(f"{self._salt} rest {number}", request.prompt_tokens - len(ids))
 
@@ -143,14 +150,14 @@ class Live:
 
     def __init__(self, folder: Path, model: Path, kind: str) -> None:
         self._target, more = KINDS[kind]
-        self._deployment = Deployment(folder, str(model), **engine_sections(1.0) | more)
+        self._deployment = Deployment(folder, str(model), **more)
         self._deployment.config["frontend"]["max_inflight"] = 4096
         self.client = Client(self._deployment.config["frontend"]["port"], MODEL)
 
-    def run_at(self, speedup: float) -> None:
-        """Start it; or its workers again, when they are as fast as something else was."""
+    def run_at(self, pace: Pace) -> None:
+        """Start it; or its workers again, when they ran at another pace."""
         deployment = self._deployment
-        deployment.config |= engine_sections(speedup)
+        deployment.config |= pace.engine_sections()
         deployment.snakemake(self._target)
         deployment.wait(
             f"{WORKERS} workers",
@@ -175,7 +182,7 @@ def deployments(folder: Path, kinds: list[str]) -> Iterator[dict[str, Live]]:
     with contextlib.redirect_stdout(sys.stderr):
         model = make(folder / "tiny")
     config = model / "config.json"
-    told = json.loads(config.read_text()) | {"max_position_embeddings": BLOCKS * BLOCK_SIZE}
+    told = json.loads(config.read_text()) | {"max_position_embeddings": MAX_MODEL_LEN}
     config.write_text(json.dumps(told))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_terminated_like_interrupted())
@@ -228,7 +235,9 @@ async def replay(live: Live, trace: Trace, salt: int, speedup: float) -> Replay:
     """Send a scaled trace. Raises RuntimeError when a request fails."""
     prompts = Prompts(salt)
     requests = [
-        live.client.encode(prompts.token_ids(each, number), each.completion_tokens)
+        live.client.encode(
+            prompts.token_ids(each, number, trace.block_size), each.completion_tokens
+        )
         for number, each in enumerate(trace.requests)
     ]
 

@@ -14,13 +14,7 @@ from benchmarks.dummy_engine import make_engine
 from benchmarks.http_load import Shape, load
 from benchmarks.mixed_load import Load
 from benchmarks.model_costs import ModelCosts
-from benchmarks.routing_live import (
-    Prompts,
-    engine_sections,
-    engine_speed,
-    first_seconds,
-    scaled,
-)
+from benchmarks.routing_live import Pace, Prompts
 from benchmarks.streaming_client import Completion
 from serving.block_hash import chain
 from serving.config import MockConfig
@@ -166,40 +160,48 @@ def trace_of(*requests: tuple[float, int, list[int]]) -> Trace:
 
 def test_live_slice_is_as_long_as_asked_and_keeps_blocks() -> None:
     trace = trace_of((0, 1100, [5, 6]), (9.5, 512, [5]), (10, 3, []))
-    part = scaled(first_seconds(trace, 10), speedup=4)
+    part = Pace(first_s=10, speedup=4, shrink=4).of(trace)
     assert [each.arrival_s for each in part.requests] == [0, 9.5 / 4]
     assert [each.prompt_tokens for each in part.requests] == [256 + 76 // 4, 128]
     assert [each.block_hashes for each in part.requests] == [[5, 6], [5]]
     assert part.block_size == 128
+    assert Pace(first_s=99, speedup=1).of(trace) == trace
 
 
 def test_prompt_is_never_empty() -> None:
-    (only,) = scaled(trace_of((0, 3, [])), speedup=1).requests
-    assert len(Prompts(0).token_ids(only, 0)) == only.prompt_tokens == 1
+    (only,) = Pace(first_s=9, speedup=1, shrink=4).of(trace_of((0, 3, []))).requests
+    assert len(Prompts(0).token_ids(only, 0, 128)) == only.prompt_tokens == 1
 
 
-def test_prompts_share_the_blocks_that_the_trace_says_and_no_more() -> None:
-    requests = scaled(trace_of((0, 1400, [5, 6]), (1, 1400, [5, 7]), (2, 1400, [5, 6])), 1).requests
+@pytest.mark.parametrize("shrink", [1, 4])
+def test_prompts_share_the_blocks_that_the_trace_says_and_no_more(shrink: int) -> None:
+    trace = trace_of((0, 1400, [5, 6]), (1, 1400, [5, 7]), (2, 1400, [5, 6]))
+    part = Pace(first_s=9, speedup=1, shrink=shrink).of(trace)
 
     def hashes(salt: int) -> list[list[int]]:
-        prompts = Prompts(salt)
-        ids = [prompts.token_ids(each, number) for number, each in enumerate(requests)]
-        assert [len(each) for each in ids] == [each.prompt_tokens for each in requests]
-        return [chain(each, 32, 0) for each in ids]  # finer, so that the rest has blocks too
+        prompts, size = Prompts(salt), part.block_size
+        ids = [prompts.token_ids(each, n, size) for n, each in enumerate(part.requests)]
+        assert [len(each) for each in ids] == [each.prompt_tokens for each in part.requests]
+        return [chain(each, size // 4, 0) for each in ids]  # finer: so the rest has blocks too
 
     one, other, again = hashes(0)
     assert again[:8] == one[:8]
     assert one[:4] == other[:4]
+    assert len(one) > 8
     shared = [set(one) & set(other), set(one) & set(again)]
     assert [len(each) for each in shared] == [4, 8]
     assert not set(one) & {each for prompt in hashes(1) for each in prompt}
 
 
-def test_live_engine_computes_a_chunk_of_a_block_as_fast_as_the_simulated_one() -> None:
-    sections = engine_sections(3)
+@pytest.mark.parametrize("shrink", [1, 4])
+def test_live_engine_computes_a_block_of_the_trace_as_fast_as_the_simulated_one(
+    shrink: int,
+) -> None:
+    pace = Pace(first_s=9, speedup=3, shrink=shrink)
+    sections, speed = pace.engine_sections(), pace.engine_speed()
     timing = msgspec.convert(sections["mock"], MockConfig)
     chunk = sections["engine"]["max_num_batched_tokens"]
-    speed = engine_speed(3)
     assert step_seconds(timing, Work(num_decodes=5)) == pytest.approx(speed.itl_s)
     took_s = step_seconds(timing, Work(prefill_tokens=chunk, num_decodes=5))
     assert chunk / took_s == pytest.approx(speed.prefill_tokens_per_s)
+    assert speed.prefill_tokens_per_s * shrink == 3 * 20_000

@@ -1,6 +1,6 @@
 """Routing policies on recorded workloads, in virtual time, with the routers that serve.
 
-    python tests/benchmarks/routing.py [--traces FOLDER] [--quick]
+    python tests/benchmarks/routing.py [--traces FOLDER] [--quick] [--live | --simulated]
 
 Eight workers, 20,000 tokens/s of prefill and 20 ms a token each, 2,000 blocks of 512 tokens. Ours is
 the product's router as configured by default. The others are here: round robin, the cost function
@@ -8,23 +8,30 @@ of NVIDIA Dynamo's router, and the rules of SGLang's cache-aware router with its
 (told of a prompt when it is routed, evicted like a worker's cache). All get the same events and
 load reports, equally late. Prints one JSON object a line: times in seconds, `hit` as the share of
 prompt tokens that were cached.
+
+Then the same live (`routing_live.py`): real deployments of mock workers replay the first minutes of
+each trace, sped up, and the simulation of just that stands beside each. `cpu_...` are shares of a
+core, `cpu_machine` of all: near 1, the machine is what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import sys
+import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from random import Random
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import msgspec  # noqa: E402
+from benchmarks import routing_live as live  # noqa: E402
 from serving.config import RouterConfig  # noqa: E402
 from serving.kv_router.policy import Choice, Select  # noqa: E402
 from serving.kv_router.router import KvRouter  # noqa: E402
@@ -39,6 +46,12 @@ TRACES = {
     "conversation": "mooncake_conversation_first_half.jsonl",
     "agentic": "agentic_dev.jsonl",
 }
+LIVE = {
+    "conversation": live.Pace(first_s=72.0, speedup=2.0),
+    "agentic": live.Pace(first_s=180.0, speedup=5.0, shrink=4),
+}
+"""Requests of the one come in bursts and find the machine busy; those of the other are few, and
+their prompts a hundred thousand tokens long."""
 SYNTHETIC = "mooncake_synthetic_trace.jsonl"
 
 
@@ -201,10 +214,94 @@ def endure(name: str, trace: Trace, max_blocks: int) -> None:
     )
 
 
+def go_live(traces: dict[str, Trace], paces: dict[str, live.Pace], rounds: int) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-routing-") as folder,
+        live.deployments(Path(folder), list(live.KINDS)) as systems,
+    ):
+        for name, whole in traces.items():
+            replay_in_turns(name, whole, paces[name], systems, rounds)
+
+
+def replay_in_turns(
+    name: str, whole: Trace, pace: live.Pace, systems: dict[str, live.Live], rounds: int
+) -> None:
+    trace = pace.of(whole)
+    results: dict[str, list[dict[str, float]]] = {kind: [] for kind in systems}
+    for kind, system in systems.items():
+        live.say(f"{name}: starting {kind}, {pace.speedup:g} times as fast")
+        system.run_at(pace)
+    for number in range(rounds):
+        for kind, system in systems.items():
+            which = f"round {number + 1} of {rounds}"
+            live.say(f"{name}: {kind}, {which}, {trace.duration_s:.0f} s and until all have ended")
+            done = asyncio.run(live.replay(system, trace, number, pace.speedup))
+            results[kind].append(figures(done.outcome) | done.costs())
+    about = {"requests": len(trace.requests), **msgspec.structs.asdict(pace), "rounds": rounds}
+    medians = {kind: live.median_of(rows) for kind, rows in results.items()}
+    tell_live(name, medians, simulated_alike(trace, pace), about)
+
+
+def simulated_alike(trace: Trace, pace: live.Pace) -> dict[str, dict[str, float]]:
+    """Every policy on what was replayed, with times of the original."""
+    speed = pace.engine_speed()
+    outcomes = {
+        policy: simulate(trace, shape(speed=speed), RouterConfig(), make_router=make)
+        for policy, make in POLICIES.items()
+    }
+    outcomes["4 frontends"] = simulate(trace, shape(speed=speed, frontends=4), RouterConfig())
+    for outcome in outcomes.values():
+        for each in outcome.requests:
+            each.ttft_s *= pace.speedup
+    return {kind: figures(outcome) for kind, outcome in outcomes.items()}
+
+
+def tell_live(
+    name: str,
+    medians: dict[str, dict[str, float]],
+    simulated: dict[str, dict[str, float]],
+    about: dict[str, Any],
+) -> None:
+    ours = medians["ours"]
+    for kind, each in medians.items():
+        more: dict[str, Any] = {}
+        if kind == "round robin":
+            for key in ("ttft_p90", "ttft_p99"):
+                more[f"{key}_ratio"] = round(ours[key] / each[key], 3)
+            more["goal"] = "ratios below 1"
+        if kind == "4 frontends":
+            ratio = round(each["ttft_p90"] / ours["ttft_p90"], 3)
+            more = {"one_ttft_p90": ours["ttft_p90"], "ratio": ratio, "goal": 1.1}
+        against = {
+            key: round(each[key] / value, 3) if value else None
+            for key, value in simulated[kind].items()
+        }
+        tell(
+            f"live {name}: {kind}",
+            **about,
+            **each,
+            **more,
+            simulated=simulated[kind],
+            live_over_simulated=against,
+        )
+    best = max(each["hit"] for each in (*medians.values(), *simulated.values()))
+    tell(
+        f"live {name}: hit rate against the best, live or simulated",
+        ratio=round(ours["hit"] / best, 3),
+        goal=0.9,
+        simulated={kind: each["hit"] for kind, each in simulated.items()},
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=Path, default=ROOT.parent / "shared" / "traces")
     parser.add_argument("--quick", action="store_true", help="the first 600 requests of each")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--live", action="store_true", help="live alone, no hours in virtual time")
+    only.add_argument("--simulated", action="store_true", help="nothing live")
+    parser.add_argument("--speedup", type=float, help="of what is live, for both traces")
+    parser.add_argument("--rounds", type=int, default=1, help="of what is live; medians are told")
     args = parser.parse_args()
 
     def load(file: str) -> Trace | None:
@@ -212,18 +309,29 @@ def main() -> None:
         if not path.exists():
             tell(file, skipped=f"{path} does not exist; --traces names the folder")
             return None
-        trace = load_trace(path)
+        return load_trace(path)
+
+    def shortened(trace: Trace) -> Trace:
         return trace.part(600) if args.quick else trace
 
     # First, since memory that others leave behind would hide a growth.
-    if trace := load(SYNTHETIC):
-        hour = an_hour_of(trace).part(600) if args.quick else an_hour_of(trace)
+    if not args.live and (trace := load(SYNTHETIC)):
+        hour = shortened(an_hour_of(trace))
         endure("synthetic", hour, 100_000)
         endure("synthetic", hour, 8_000)
-    for name, file in TRACES.items():
-        if trace := load(file):
-            compare_policies(name, trace)
-            compare_frontends(name, trace)
+    traces = {name: trace for name, file in TRACES.items() if (trace := load(file))}
+    if not args.live:
+        for name, trace in traces.items():
+            compare_policies(name, shortened(trace))
+            compare_frontends(name, shortened(trace))
+    if not args.simulated and traces:
+        paces = {
+            name: live.Pace(
+                pace.first_s / (5 if args.quick else 1), args.speedup or pace.speedup, pace.shrink
+            )
+            for name, pace in LIVE.items()
+        }
+        go_live(traces, paces, args.rounds)
 
 
 if __name__ == "__main__":

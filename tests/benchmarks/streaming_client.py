@@ -13,12 +13,14 @@ from time import perf_counter
 from typing import Any
 
 _USAGE = re.compile(rb'"completion_tokens":(\d+)')
+_CACHED = re.compile(rb'"cached_tokens":(\d+)')
 
 
 class Completion(asyncio.Protocol):
     """One request. `sent` and `times` are `perf_counter` seconds, `times` one per event with text.
 
-    `num_tokens` is what the server counted; None until the end. `error` is empty if all was well.
+    `num_tokens` and, of the prompt's, `num_cached` are what the server counted; the former is None
+    until the end. `error` is empty if all was well.
     """
 
     def __init__(self, request: bytes) -> None:
@@ -28,6 +30,7 @@ class Completion(asyncio.Protocol):
         self.sent = 0.0
         self.times: list[float] = []
         self.num_tokens: int | None = None
+        self.num_cached = 0
         self.error = ""
         self.ended = asyncio.Event()
         self.began = asyncio.Event()
@@ -46,6 +49,8 @@ class Completion(asyncio.Protocol):
                 self.began.set()
             elif b'"usage":{' in event and (found := _USAGE.search(event)):
                 self.num_tokens = int(found[1])
+                if cached := _CACHED.search(event):
+                    self.num_cached = int(cached[1])
             elif b'"error"' in event:
                 self._fail(event)
 

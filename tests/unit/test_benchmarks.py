@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from benchmarks.disagg import Measurement, best_at_equal_ttft, verdicts
 from benchmarks.driven_engine import Run
@@ -13,8 +14,13 @@ from benchmarks.dummy_engine import make_engine
 from benchmarks.http_load import Shape, load
 from benchmarks.mixed_load import Load
 from benchmarks.model_costs import ModelCosts
+from benchmarks.routing_live import Pace, Prompts
 from benchmarks.streaming_client import Completion
+from serving.block_hash import chain
+from serving.config import MockConfig
+from serving.engine.mock_timing import Work, step_seconds
 from serving.protocol import EngineOutput
+from serving.simulate.trace import Trace, TraceRequest
 
 LOAD = Load(
     streams=2,
@@ -66,7 +72,7 @@ def test_verdict_compares_the_newest_measurements_under_one_load() -> None:
 
 async def test_events_are_counted_however_the_bytes_are_cut() -> None:
     event = b'e4\r\ndata: {"id":"x","choices":[{"index":0,"text":"\\n\\n"}],"usage":null}\n\n\r\n'
-    usage = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3}}\n\n'
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4}}}\n\n'
     stream = b"HTTP/1.1 200 OK\r\ncontent-type: x\r\n\r\n" + event * 3 + usage + b"data: [DONE]\n\n"
     for size in (1, 7, len(stream)):
         completion = Completion(b"")
@@ -74,6 +80,7 @@ async def test_events_are_counted_however_the_bytes_are_cut() -> None:
             completion.data_received(stream[start : start + size])
         completion.connection_lost(None)
         assert (len(completion.times), completion.num_tokens, completion.error) == (3, 3, "")
+        assert completion.num_cached == 4
 
 
 async def test_refused_request_says_why() -> None:
@@ -145,3 +152,56 @@ async def test_load_counts_events_of_answers_that_arrive_in_any_pieces() -> None
             result = await load(port, "m", Shape(3, stream=False), connections=2, num_requests=6)
         assert (result.num_requests, result.num_events) == (6, 6 * num_events)
         assert len(result.first_s) == 6
+
+
+def trace_of(*requests: tuple[float, int, list[int]]) -> Trace:
+    return Trace([TraceRequest(at, tokens, 9, hashes) for at, tokens, hashes in requests], 512)
+
+
+def test_live_slice_is_as_long_as_asked_and_keeps_blocks() -> None:
+    trace = trace_of((0, 1100, [5, 6]), (9.5, 512, [5]), (10, 3, []))
+    part = Pace(first_s=10, speedup=4, shrink=4).of(trace)
+    assert [each.arrival_s for each in part.requests] == [0, 9.5 / 4]
+    assert [each.prompt_tokens for each in part.requests] == [256 + 76 // 4, 128]
+    assert [each.block_hashes for each in part.requests] == [[5, 6], [5]]
+    assert part.block_size == 128
+    assert Pace(first_s=99, speedup=1).of(trace) == trace
+
+
+def test_prompt_is_never_empty() -> None:
+    (only,) = Pace(first_s=9, speedup=1, shrink=4).of(trace_of((0, 3, []))).requests
+    assert len(Prompts(0).token_ids(only, 0, 128)) == only.prompt_tokens == 1
+
+
+@pytest.mark.parametrize("shrink", [1, 4])
+def test_prompts_share_the_blocks_that_the_trace_says_and_no_more(shrink: int) -> None:
+    trace = trace_of((0, 1400, [5, 6]), (1, 1400, [5, 7]), (2, 1400, [5, 6]))
+    part = Pace(first_s=9, speedup=1, shrink=shrink).of(trace)
+
+    def hashes(salt: int) -> list[list[int]]:
+        prompts, size = Prompts(salt), part.block_size
+        ids = [prompts.token_ids(each, n, size) for n, each in enumerate(part.requests)]
+        assert [len(each) for each in ids] == [each.prompt_tokens for each in part.requests]
+        return [chain(each, size // 4, 0) for each in ids]  # finer: so the rest has blocks too
+
+    one, other, again = hashes(0)
+    assert again[:8] == one[:8]
+    assert one[:4] == other[:4]
+    assert len(one) > 8
+    shared = [set(one) & set(other), set(one) & set(again)]
+    assert [len(each) for each in shared] == [4, 8]
+    assert not set(one) & {each for prompt in hashes(1) for each in prompt}
+
+
+@pytest.mark.parametrize("shrink", [1, 4])
+def test_live_engine_computes_a_block_of_the_trace_as_fast_as_the_simulated_one(
+    shrink: int,
+) -> None:
+    pace = Pace(first_s=9, speedup=3, shrink=shrink)
+    sections, speed = pace.engine_sections(), pace.engine_speed()
+    timing = msgspec.convert(sections["mock"], MockConfig)
+    chunk = sections["engine"]["max_num_batched_tokens"]
+    assert step_seconds(timing, Work(num_decodes=5)) == pytest.approx(speed.itl_s)
+    took_s = step_seconds(timing, Work(prefill_tokens=chunk, num_decodes=5))
+    assert chunk / took_s == pytest.approx(speed.prefill_tokens_per_s)
+    assert speed.prefill_tokens_per_s * shrink == 3 * 20_000

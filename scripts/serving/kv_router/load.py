@@ -19,7 +19,9 @@ from typing import NamedTuple
 from serving.protocol import LoadReport
 
 REPORT_MAX_AGE_S = 3.0
-REPORT_LAG_S = 0.01
+REPORT_LAG_S = 0.1
+"""A burst of long prompts keeps a frontend and a worker busy for some 50 ms: a report that was made
+before a request arrived is then read that much after it was sent."""
 
 
 class Load(NamedTuple):

@@ -3,8 +3,8 @@
 What a frontend sends is known to the others some milliseconds later. Requests of one burst are
 decided within that time by all of them, each seeing the same idle instance, and meet there. Where
 that happens, frontends take turns: each waits as many `TURN_S` as there are frontends before it,
-and by then knows what those did. Only long prompts wait: against their own computing it is
-nothing, and they are what others would wait behind.
+and by then knows what those did. Only the shortest prompts do not wait: against computing the others
+it is little, and less than to be sent, at the same moment as a long one, where that one goes.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from collections.abc import Collection
 TURN_S = 0.005
 """Longer than the news of a decision takes, batching included."""
 MAX_TURNS = 4
-MIN_PROMPT_TOKENS = 1024
+MIN_PROMPT_TOKENS = 256
 ENOUGH = 0.5
 """Take turns when so many requests of others coincide with one of ours, on average."""
 LEARNING = 0.05
 """Weight of the newest observation in that average."""
+FIRST_GUESS = 1.0
+"""That average before anything was observed. Frontends start together, and workers are idle then: a
+first burst would meet. To be wrong costs a dozen requests some milliseconds."""
 
 
 class Others:
     """Who else is there, and how often they decide when we do. Times are seconds of one clock."""
 
     def __init__(self) -> None:
-        self.coinciding = 0.0
+        self.coinciding = FIRST_GUESS
         """Requests that others sent somewhere within a turn's time of one of ours, on average."""
         self._position = 0
         self._window_ends_s = float("-inf")

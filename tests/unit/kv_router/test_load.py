@@ -48,6 +48,14 @@ def test_a_request_on_the_wire_while_the_report_was_written_still_counts() -> No
     assert load.estimate(LATER) == Load()
 
 
+def test_a_request_that_a_busy_worker_reads_late_is_not_forgotten_meanwhile() -> None:
+    load = InstanceLoad()
+    send(load)
+    for number in range(1, 6):  # each made before the worker came to read what it was sent
+        load.report(report(), number * 0.01)
+        assert load.estimate(number * 0.01) == Load(100, 7, 1)
+
+
 def test_a_prompt_that_is_partly_computed_counts_as_the_report_says() -> None:
     load = InstanceLoad()
     send(load, 100_000, 70)

@@ -31,6 +31,15 @@ def test_in_bursts_each_waits_longer_than_the_one_before() -> None:
     assert waits == [min(n, MAX_TURNS) * TURN_S for n in range(len(NAMES))]
 
 
+def test_those_that_just_started_take_turns_until_they_know_better() -> None:
+    others = Others()
+    assert others.turn_s(LONG) == 0.0, "alone"
+    others.set_frontends("b", ["a"])
+    assert others.turn_s(LONG) == TURN_S
+    bursts(others, 20, heard=0)
+    assert others.turn_s(LONG) == 0.0
+
+
 def test_short_prompts_do_not_wait() -> None:
     others = Others()
     others.set_frontends("b", ["a"])

@@ -343,10 +343,14 @@ class Routed(Struct, frozen=True, array_like=True):
 
 
 class RoutedBatch(Struct, frozen=True, array_like=True):
-    """What one frontend sent within a few milliseconds; empty: it is there. May be lost."""
+    """What one frontend sent within a few milliseconds; empty: it is there. May be lost.
+
+    `sent_s` is by the sender's own clock, for the sender: it hears itself, too.
+    """
 
     frontend_id: str
     routed: list[Routed]
+    sent_s: float = 0.0
 
 
 msgpack_encode = msgspec.msgpack.encode

@@ -46,6 +46,7 @@ class Sharing:
         """A frontend has spoken; our own messages come back too."""
         other = batch.frontend_id
         if other == self.frontend_id:
+            self._router.others.echoed(BATCH_S + self._loop.time() - batch.sent_s)
             return
         is_new = other not in self._others
         self._others[other] = self._loop.time()
@@ -71,4 +72,4 @@ class Sharing:
 
     def _publish(self) -> None:
         batch, self._batch = self._batch, []
-        self._events.publish_routed(RoutedBatch(self.frontend_id, batch))
+        self._events.publish_routed(RoutedBatch(self.frontend_id, batch, self._loop.time()))

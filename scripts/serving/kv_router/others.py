@@ -2,8 +2,8 @@
 
 What a frontend sends is known to the others some milliseconds later. Requests of one burst are
 decided within that time by all of them, each seeing the same idle instance, and meet there. Where
-that happens, frontends take turns: each waits as many `TURN_S` as there are frontends before it,
-and by then knows what those did. Only the shortest prompts do not wait: against computing the others
+that happens, frontends take turns: each waits a turn for every frontend before it, and by then knows
+what those did. A turn is as long as news take, which each frontend sees by its own coming back. Only the shortest prompts do not wait: against computing the others
 it is little, and less than to be sent, at the same moment as a long one, where that one goes.
 """
 
@@ -12,7 +12,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 TURN_S = 0.005
-"""Longer than the news of a decision takes, batching included."""
+"""Longer than the news of a decision takes on a machine that is not busy, batching included."""
+LONGEST_TURN_S = 0.02
+NEWS_PER_TURN = 1.5
+"""The others may be busier than we are, who measure."""
 MAX_TURNS = 4
 MIN_PROMPT_TOKENS = 256
 ENOUGH = 0.5
@@ -33,6 +36,7 @@ class Others:
         self._position = 0
         self._window_ends_s = float("-inf")
         self._met = 0
+        self._news_s = 0.0
 
     def set_frontends(self, own: str, others: Collection[str]) -> None:
         """Who is there. All frontends should agree on it, or turns coincide."""
@@ -42,7 +46,15 @@ class Others:
         """How long a prompt should wait for its turn to be routed; mostly 0."""
         if self.coinciding < ENOUGH or prompt_tokens < MIN_PROMPT_TOKENS:
             return 0.0
-        return min(self._position, MAX_TURNS) * TURN_S
+        return min(self._position, MAX_TURNS) * self._turn_s
+
+    @property
+    def _turn_s(self) -> float:
+        return min(max(TURN_S, NEWS_PER_TURN * self._news_s), LONGEST_TURN_S)
+
+    def echoed(self, after_s: float) -> None:
+        """What we told came back to us."""
+        self._news_s += LEARNING * (after_s - self._news_s)
 
     def decided(self, now_s: float) -> None:
         """We sent a request somewhere."""
@@ -50,7 +62,7 @@ class Others:
             self.coinciding += LEARNING * (self._met - self.coinciding)
             self._met = 0
         # Whoever takes turns with us does so before or after.
-        self._window_ends_s = now_s + MAX_TURNS * TURN_S
+        self._window_ends_s = now_s + MAX_TURNS * self._turn_s
 
     def heard(self, num_requests: int, now_s: float) -> None:
         """Others sent so many."""

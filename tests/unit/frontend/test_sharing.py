@@ -67,7 +67,8 @@ async def test_a_frontend_alone_says_only_that_it_is_there(nats: FakeNats) -> No
     await asyncio.sleep(0)
     frontend.send()
     await asyncio.sleep(0.02)
-    assert nats.sent == [RoutedBatch(frontend.sharing.frontend_id, [])]
+    [sent] = nats.sent
+    assert (sent.frontend_id, sent.routed) == (frontend.sharing.frontend_id, [])
 
 
 async def test_what_one_sends_weighs_on_the_decisions_of_the_other(nats: FakeNats) -> None:

@@ -1,6 +1,15 @@
 """Frontends take turns when, and only when, their decisions coincide."""
 
-from serving.kv_router.others import LEARNING, MAX_TURNS, MIN_PROMPT_TOKENS, TURN_S, Others
+import pytest
+from serving.kv_router.others import (
+    LEARNING,
+    LONGEST_TURN_S,
+    MAX_TURNS,
+    MIN_PROMPT_TOKENS,
+    NEWS_PER_TURN,
+    TURN_S,
+    Others,
+)
 
 LONG = 10 * MIN_PROMPT_TOKENS
 NAMES = ["a", "b", "c", "d", "e", "f", "g"]
@@ -63,3 +72,18 @@ def test_waiting_ends_when_bursts_do() -> None:
     assert others.turn_s(LONG) > 0
     bursts(others, int(3 / LEARNING), heard=0)
     assert others.turn_s(LONG) == 0.0
+
+
+def test_turns_are_as_long_as_news_take_within_limits() -> None:
+    others = Others()
+    others.set_frontends("b", ["a"])
+    assert others.turn_s(LONG) == TURN_S
+    for _ in range(200):
+        others.echoed(0.008)
+    assert others.turn_s(LONG) == pytest.approx(NEWS_PER_TURN * 0.008, rel=0.01)
+    for _ in range(200):
+        others.echoed(1.0)
+    assert others.turn_s(LONG) == LONGEST_TURN_S
+    for _ in range(200):
+        others.echoed(0.001)
+    assert others.turn_s(LONG) == TURN_S

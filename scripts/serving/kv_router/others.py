@@ -22,6 +22,8 @@ ENOUGH = 0.5
 """Take turns when so many requests of others coincide with one of ours, on average."""
 LEARNING = 0.05
 """Weight of the newest observation in that average."""
+LEARNING_NEWS = 0.2
+"""Of the newest in the time that news take, which a burst changes."""
 FIRST_GUESS = 1.0
 """That average before anything was observed. Frontends start together, and workers are idle then: a
 first burst would meet. To be wrong costs a dozen requests some milliseconds."""
@@ -54,7 +56,7 @@ class Others:
 
     def echoed(self, after_s: float) -> None:
         """What we told came back to us."""
-        self._news_s += LEARNING * (after_s - self._news_s)
+        self._news_s += LEARNING_NEWS * (after_s - self._news_s)
 
     def decided(self, now_s: float) -> None:
         """We sent a request somewhere."""

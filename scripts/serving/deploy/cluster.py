@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from serving.config import Config, as_plain, nest, parse
+from serving.config import Config, as_plain, is_loopback, nest, parse
 from serving.deploy.certificates import is_join_file
 from serving.deploy.credentials import (
     JOIN_FILE,
@@ -40,6 +40,7 @@ from serving.errors import ConfigError, OperatorError
 from serving.protocol import InstanceInfo
 
 _TOLD = Path("run/joined.engine")
+"""What the head's engine is known by, until this node has its own."""
 ANSWER_S = 10.0
 _NAME = "cluster"
 _OF_THE_NODE = {
@@ -83,11 +84,18 @@ def with_head_addresses(config: Config) -> Config:
             "other nodes cannot reach this one, and it does not say where they should",
             remedy=f"set it, or `HEAD_NODE_IP`, to one of: {interfaces()}",
         )
-    return _at(config, advertised_address(wanted, "cluster.address"), head=None)
+    address = advertised_address(wanted, "cluster.address")
+    if is_loopback(address):
+        raise ConfigError(
+            "cluster.address",
+            f"only this machine reaches {address}",
+            remedy=f"choose another of: {interfaces()}; on one machine, `serve_disagg_router` will do",
+        )
+    return _at(config, address, head=None)
 
 
-def tell(config: Config, manifest: EngineManifest, planes: str) -> None:
-    """Have the head's etcd say what is served. `planes` is the endpoint. Raises OperatorError."""
+def tell(config: Config, manifest: EngineManifest, endpoint: str) -> None:
+    """Have the head's etcd, at `endpoint`, say what is served. Raises OperatorError."""
     told = Cluster(
         code=_code(),
         config=as_plain(config),
@@ -100,7 +108,7 @@ def tell(config: Config, manifest: EngineManifest, planes: str) -> None:
 
     async def publish() -> None:
         async with Discovery.connect(
-            planes, config.deployment.namespace, join_file=JOIN_FILE
+            endpoint, config.deployment.namespace, join_file=JOIN_FILE
         ) as discovery:
             await discovery.publish(_NAME, msgspec.json.encode(told), ANSWER_S)
 

@@ -19,7 +19,7 @@ from serving.protocol import InstanceInfo, ModelCard
 HEAD = {
     "model": {"id": "org/model", "source": "hub", "revision": "main"},
     "engine": {"block_size": 32, "num_threads": 8, "max_model_len": 4096},
-    "cluster": {"address": "127.0.0.1"},
+    "cluster": {"address": "10.0.0.1"},
 }
 
 
@@ -51,8 +51,11 @@ def test_head_without_an_address_is_asked_for_one(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match=r"lo \(127\.0\.0\.1") as caught:
         cluster.with_head_addresses(Config())
     assert caught.value.key == "cluster.address"
+    monkeypatch.setenv("HEAD_NODE_IP", "10.0.0.1")
+    assert cluster.with_head_addresses(Config()).cluster.address == "10.0.0.1"
     monkeypatch.setenv("HEAD_NODE_IP", "127.0.0.1")
-    assert cluster.with_head_addresses(Config()).cluster.address == "127.0.0.1"
+    with pytest.raises(ConfigError, match="only this machine"):
+        cluster.with_head_addresses(Config())
 
 
 def test_planes_follow_the_address_of_the_head_unless_they_were_moved() -> None:
@@ -188,8 +191,8 @@ def programs_of(config: Config) -> list[str]:
 
 def test_head_runs_planes_and_its_own_workers() -> None:
     config = head_config()
-    assert programs_of(config) == ["etcd", "nats", "worker-decode-127-0-0-1-0", "frontend"]
-    alone = head_config(cluster={"address": "127.0.0.1", "head_roles": []})
+    assert programs_of(config) == ["etcd", "nats", "worker-decode-10-0-0-1-0", "frontend"]
+    alone = head_config(cluster={"address": "10.0.0.1", "head_roles": []})
     assert programs_of(alone) == ["etcd", "nats", "frontend"]
 
 

@@ -287,6 +287,7 @@ def worker_environment(
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
+        "PYTHONFAULTHANDLER": "1",  # a crash in a library leaves a trace in the log
         "CUDA_VISIBLE_DEVICES": "",
     }
     if worker.gpus:

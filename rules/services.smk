@@ -63,6 +63,9 @@ rule open_cluster:
     conda:
         ENVIRONMENT
     params:
-        told=sections("model", "engine", "kv_transfer", "deployment", "etcd", "nats"),
+        told=sections(
+            *("model", "engine", "tensorrt_llm", "mock", "kv_transfer"),
+            *("deadlines", "deployment", "etcd", "nats"),
+        ),
     script:
         "../scripts/open_cluster.py"

@@ -11,7 +11,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ import pytest
 from integration.deployment import Deployment, share_results, shared_memory
 from integration.namespaces import Cluster, Machine, copy_join_file, machines
 from integration.readme import snakemake_arguments
+from integration.test_strangers import say
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -429,17 +429,3 @@ def test_strangers_at_every_port_of_every_node_get_nothing(two: Nodes) -> None:
     assert (two.head.pids(), two.nodes[0].pids()) == before
     assert two.instances() == {DECODE, PREFILL}
     assert two.texts(PROMPTS[:1])
-
-
-def say(address: tuple[str, int], words: bytes) -> bytes:
-    """What is answered until the other side hangs up, or says nothing for a while."""
-    answer = b""
-    with socket.create_connection(address, 2) as stranger:
-        stranger.settimeout(0.3)
-        try:
-            stranger.sendall(words)
-            while data := stranger.recv(65536):
-                answer += data
-        except (TimeoutError, ConnectionError):
-            pass
-    return answer

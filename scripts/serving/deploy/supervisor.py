@@ -36,6 +36,7 @@ from serving.deploy.supervisor_conf import (
     RUN,
     SOCKET,
     ProgramSpec,
+    expressible,
     program_conf,
     supervisord_conf,
 )
@@ -142,6 +143,7 @@ class Supervisor:
         launch_id = secrets.token_hex(16)
         conf = PROGRAMS / f"{spec.name}.conf"
         temporary = conf.with_suffix(".tmp")
+        spec = replace(spec, env={**self._environment_since_boot(), **spec.env})
         temporary.write_text(program_conf(spec, self.deployment, launch_id))
         with self._lock():
             temporary.replace(conf)
@@ -213,8 +215,21 @@ class Supervisor:
                 remove(json.loads(path.read_text()))
                 path.unlink(missing_ok=True)
 
+    def _environment_since_boot(self) -> dict[str, str]:
+        """What is set here and was not, or otherwise, when supervisord began.
+
+        A program inherits from supervisord, which an earlier command may have started; what a
+        person exports before this one must reach it too.
+        """
+        try:
+            booted = psutil.Process(self._call("getPID")).environ()
+        except (OSError, psutil.Error):
+            return {}
+        now = {k: v for k, v in _environment().items() if booted.get(k) != v}
+        return {key: value for key, value in now.items() if expressible(key, value)}
+
     def _boot(self) -> None:
-        environment = {k: v for k, v in os.environ.items() if k not in _SECRETS}
+        environment = _environment()
         environment[processes.DEPLOYMENT] = self.deployment
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(CONF)]
         done = subprocess.run(
@@ -271,6 +286,10 @@ class Supervisor:
         """For calls whose refusal means that it is so already."""
         with contextlib.suppress(OSError, xmlrpc.client.Fault):
             self._call(method, *arguments)
+
+
+def _environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in _SECRETS}
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -111,6 +111,15 @@ stdout_logfile_backups = {_LOG_BACKUPS}
 """
 
 
+def expressible(key: str, value: str) -> bool:
+    """Whether a variable can be given to a program: exported shell functions cannot."""
+    try:
+        _quoted(key, value)
+    except OperatorError:
+        return False
+    return key.isidentifier()
+
+
 def _quoted(key: str, value: str) -> str:
     """supervisord takes values between quotes, and strips all quotes from both ends of them."""
     quote = "'" if '"' in value else '"'

@@ -96,6 +96,22 @@ def test_started_program_runs_with_its_tags_and_environment(supervisor: Supervis
     eventually(lambda: "tick" in Path("logs/loop.log").read_text())
 
 
+def test_what_is_exported_after_the_supervisor_began_reaches_programs(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first command that failed has left a supervisor with the environment of that day."""
+    monkeypatch.setenv("SERVING_TEST_CHANGED", "old")
+    supervisor.ensure()
+    monkeypatch.setenv("SERVING_TEST_CHANGED", "new 100%")
+    monkeypatch.setenv("SERVING_TEST_GREETING", "over the supervisor's, under the program's")
+    monkeypatch.setenv("SERVING_TEST_LINES", "a shell function\nhas several lines")
+    info = started(supervisor, spec(env={"GREETING": "hello", "SERVING_TEST_GREETING": "hello"}))
+    environment = psutil.Process(info.pid).environ()
+    assert environment["SERVING_TEST_CHANGED"] == "new 100%"
+    assert environment["SERVING_TEST_GREETING"] == "hello"
+    assert "SERVING_TEST_LINES" not in environment
+
+
 def test_run_folder_and_socket_are_private(supervisor: Supervisor) -> None:
     supervisor.ensure()
     assert RUN.stat().st_mode & 0o777 == 0o700

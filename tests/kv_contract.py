@@ -436,8 +436,9 @@ class TransferContract:
         held = Held(a=blocks)
         async with pulling(self.name, chunk_bytes=4 * BLOCK) as end:
             async with serving(self.name, held, chunk_bytes=4 * BLOCK) as source:
+                # The source is slow, not the sink: 4 MiB may all be on their way in socket buffers.
+                held.pause_s = 0.1
                 got = Got(blocks)
-                got.pause_s = 0.05
                 task = asyncio.create_task(end.pull(params(source.address, "a", 64), 0, 64, got))
                 await until(got.started.is_set)
             with pytest.raises(KvTransferFailed):

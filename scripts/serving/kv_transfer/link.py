@@ -42,6 +42,9 @@ class Link(ABC):
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
+    def let_in(self) -> None:  # noqa: B027, most have no port of their own
+        """The peer may reach this side's data endpoint, because this side chose to pull from it."""
+
     @abstractmethod
     async def open(self) -> None:
         """Make ready to send. Called before each pull, and only once the peer is entitled."""

@@ -340,6 +340,7 @@ class Puller:
             if (hello.version, hello.transport) != (WIRE_VERSION, carrier.scheme):
                 raise ProtocolError(f"it speaks {hello.transport} version {hello.version}")
             link = carrier.link(connection, hello)
+            link.let_in()
             link.pool = await self._reach.pool(address, hello.memory)
             link.on_gpu = await self._reach.includes(address, hello.memory)
             return link

@@ -1,9 +1,10 @@
 """KV blocks over UCX: one tagged message per chunk, several under way.
 
 Only the source has an endpoint, one per peer, made from the worker address in the peer's Hello
-and only after the peer proved with a nonce that it may pull: UCX itself authenticates nobody. The
-control connections stay beside it because they report a dead peer at once and cost nothing while
-idle. The only module that knows `ucxx`.
+and only after the peer proved with a nonce that it may pull: UCX itself authenticates nobody. Its
+port lets in who proved that, the source that this side pulls from, and processes of this machine.
+The control connections stay beside it because they report a dead peer at once and cost nothing
+while idle. The only module that knows `ucxx`.
 
 UCX can withdraw a message only by closing the endpoint, which ends the messages of all pulls on
 it. So a pull that is given up settles its own: the source says how many chunks it sent, those are
@@ -19,9 +20,11 @@ import importlib
 import ipaddress
 import logging
 import os
+import socket
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import psutil
 
 from serving.errors import OperatorError
@@ -29,6 +32,7 @@ from serving.kv_transfer.link import SETTLE_S, Carrier, Link, finish, stop
 from serving.kv_transfer.staging import Buffer, Unsettled
 from serving.kv_transfer.transfer import LinkedTransfer
 from serving.kv_transfer.ucx_lanes import lanes
+from serving.kv_transfer.ucx_port import GuardedPorts
 from serving.kv_transfer.wire import (
     Connection,
     Hello,
@@ -43,6 +47,7 @@ from serving.kv_transfer.wire import (
 log = logging.getLogger(__name__)
 
 CLOSE_NS = 10**9
+MAX_HOSTS = 32
 
 InFlight = asyncio.Task[Any]  # a UCX message that was posted
 
@@ -95,6 +100,32 @@ def _interface_of(host: str) -> str:
     return ""
 
 
+def own_hosts(host: str, device: str | None) -> list[str]:
+    """IPv4 addresses that a peer may see connections of this worker come from.
+
+    Those of `device`, or of every interface where UCX chooses; of loopback only if `host` is.
+    """
+    interfaces = psutil.net_if_addrs()
+    found = [
+        entry.address
+        for name in ([device] if device else interfaces)
+        for entry in interfaces.get(name, [])
+        if entry.family == socket.AF_INET
+    ]
+    local = _is_loopback(host)
+    return [each for each in found if _is_loopback(each) == local][:MAX_HOSTS]
+
+
+class Endpoint(msgspec.Struct, frozen=True, array_like=True):
+    """What Hello says of this side: the worker's address, and where its connections come from."""
+
+    address: Annotated[bytes, msgspec.Meta(min_length=1)]
+    hosts: Annotated[list[str], msgspec.Meta(max_length=MAX_HOSTS)]
+
+
+_decode_endpoint = msgspec.msgpack.Decoder(Endpoint).decode
+
+
 class UcxContext:
     """UCX in this process: `ucxx` has one context, bound to one event loop, for all transports."""
 
@@ -106,7 +137,8 @@ class UcxContext:
         self._num_users = 0
         self._to_itself: Any = None
         self._fillers: set[InFlight] = set()
-        self.address = b""
+        self.port = GuardedPorts()
+        self.mine = b""  # an Endpoint, for Hello
         self.ucxx: Any = None
 
     @classmethod
@@ -139,8 +171,6 @@ class UcxContext:
 
     async def endpoint(self, address: bytes) -> Any:
         """A new endpoint to the worker at `address`. Raises ConnectionError."""
-        if not address:
-            raise ProtocolError("no UCX address")
         try:
             worker = self.ucxx.get_ucx_address_from_buffer(bytearray(address))
             return await self.ucxx.create_endpoint_from_worker_address(worker)
@@ -173,9 +203,15 @@ class UcxContext:
         try:
             self.ucxx = await finish(asyncio.to_thread(importlib.import_module, "ucxx"))
             # Without futures every pending message polls the event loop and burns a core.
-            self.ucxx.init(options, progress_mode="thread", enable_python_future=True)
-            self.address = bytes(memoryview(self.ucxx.get_worker_address()))
-            self._to_itself = await self.endpoint(self.address)
+            self.port = GuardedPorts()
+            self.port.opened_by(
+                lambda: self.ucxx.init(options, progress_mode="thread", enable_python_future=True)
+            )
+            address = bytes(memoryview(self.ucxx.get_worker_address()))
+            hosts = own_hosts(host, options.get("NET_DEVICES"))
+            self.mine = msgspec.msgpack.encode(Endpoint(address, hosts))
+            self.port.let_in(hosts)  # an endpoint to itself is a connection too
+            self._to_itself = await self.endpoint(address)
         except Exception as exc:  # ImportError, OSError of a library, UCXError of many kinds
             raise OperatorError(
                 f"UCX does not work here: {exc}",
@@ -186,9 +222,13 @@ class UcxContext:
 class UcxLink(Link):
     """Messages of one pull at a time. The source sends, the other side receives by tag."""
 
-    def __init__(self, connection: Connection, carrier: UcxCarrier, peer: bytes) -> None:
+    def __init__(self, connection: Connection, carrier: UcxCarrier, peer: Hello) -> None:
         super().__init__(connection)
-        self._carrier, self._peer = carrier, peer
+        self._carrier = carrier
+        try:
+            self._peer = _decode_endpoint(peer.endpoint)
+        except msgspec.MsgspecError as exc:
+            raise ProtocolError(f"no UCX address: {exc}") from None
         self._ucxx = carrier.context.ucxx
         self._endpoint: Any = None
         self._sends: set[InFlight] = set()
@@ -197,8 +237,12 @@ class UcxLink(Link):
         self._tag = 0
         self._watch: asyncio.Task[Message] | None = None
 
+    def let_in(self) -> None:
+        self._carrier.context.port.let_in([self.connection.peer_host, *self._peer.hosts])
+
     async def open(self) -> None:
-        self._endpoint = await self._carrier.endpoint(self._peer)
+        self.let_in()
+        self._endpoint = await self._carrier.endpoint(self._peer.address)
 
     def route(self, on_gpu: bool) -> str:
         names = {lane.split("/")[0] for lane in lanes(self._endpoint.ucp_endpoint)}
@@ -322,10 +366,10 @@ class UcxCarrier(Carrier):
                     " and no ".join(sorted(missing)),
                     ", ".join(sorted(self.context.transports)),
                 )
-        return self.context.address
+        return self.context.mine
 
     def link(self, connection: Connection, peer: Hello) -> Link:
-        return UcxLink(connection, self, peer.endpoint)
+        return UcxLink(connection, self, peer)
 
     async def endpoint(self, peer: bytes) -> Any:
         """The endpoint to the peer's worker, a new one if there is none that works. Raises

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import msgspec
 from msgspec import Struct
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 MAX_FRAME_BYTES = 64 * 1024
 MAX_BLOCKS_IN_PLACE = 8192  # their ids fit into a frame
 MAX_CHUNKS = 1 << 24  # a tag is 40 bits of pull and 24 bits of chunk
@@ -193,6 +193,12 @@ class Connection:
         except BaseException:
             sock.close()
             raise
+
+    @property
+    def peer_host(self) -> str:
+        """The address that the peer connects from, or is connected to at. Raises OSError."""
+        host: str = self._sock.getpeername()[0]
+        return host
 
     async def send(self, message: Message) -> None:
         payload = msgspec.msgpack.encode(message)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 import pytest_asyncio
 from kv_contract import TransferContract
@@ -111,6 +113,24 @@ asyncio.run(main())
     with pytest.raises(AssertionError, match=r"^\[\]"):
         await run_python(code)
     assert not {name for name in set(os.listdir("/dev/shm")) - before if "ucx" in name}
+
+
+async def test_the_persons_interface_works_whatever_the_address() -> None:
+    """UCX listens there and connects to itself from there: its port must know that address."""
+    names = [
+        name
+        for name, entries in psutil.net_if_addrs().items()
+        if name != "lo" and any(entry.family == socket.AF_INET for entry in entries)
+    ]
+    if not names:
+        pytest.skip("no interface but loopback has an IPv4 address")
+    await run_python(
+        f"""
+{ONE_ROUND}
+os.environ["UCX_NET_DEVICES"] = {names[0]!r}
+asyncio.run(one_round())
+"""
+    )
 
 
 async def test_an_idle_link_costs_next_to_no_processor_time() -> None:

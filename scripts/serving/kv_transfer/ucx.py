@@ -100,20 +100,19 @@ def _interface_of(host: str) -> str:
     return ""
 
 
-def own_hosts(host: str, device: str | None) -> list[str]:
-    """IPv4 addresses that a peer may see connections of this worker come from.
+def own_hosts(device: str | None) -> list[str]:
+    """IPv4 addresses that connections of this worker may come from: those of `device`, or of every
+    interface where UCX, or the person, chooses.
 
-    Those of `device`, or of every interface where UCX chooses; of loopback only if `host` is.
+    None may be missing: UCX connects to itself and waits for that with the whole process.
     """
     interfaces = psutil.net_if_addrs()
-    found = [
+    return [
         entry.address
         for name in ([device] if device else interfaces)
         for entry in interfaces.get(name, [])
         if entry.family == socket.AF_INET
     ]
-    local = _is_loopback(host)
-    return [each for each in found if _is_loopback(each) == local][:MAX_HOSTS]
 
 
 class Endpoint(msgspec.Struct, frozen=True, array_like=True):
@@ -208,8 +207,8 @@ class UcxContext:
                 lambda: self.ucxx.init(options, progress_mode="thread", enable_python_future=True)
             )
             address = bytes(memoryview(self.ucxx.get_worker_address()))
-            hosts = own_hosts(host, options.get("NET_DEVICES"))
-            self.mine = msgspec.msgpack.encode(Endpoint(address, hosts))
+            hosts = own_hosts(options.get("NET_DEVICES"))
+            self.mine = msgspec.msgpack.encode(Endpoint(address, hosts[:MAX_HOSTS]))
             self.port.let_in(hosts)  # an endpoint to itself is a connection too
             self._to_itself = await self.endpoint(address)
         except Exception as exc:  # ImportError, OSError of a library, UCXError of many kinds

@@ -41,6 +41,8 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self._special_tokens = dict(special_tokens)
         self._template = _environment().from_string(source)
+        # A chain of maps otherwise, copied at each rendering for more than that takes by itself.
+        self._template.globals = dict(self._template.globals)
 
     def render(
         self,

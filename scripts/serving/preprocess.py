@@ -163,7 +163,9 @@ class Preprocessor:
         return asked
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # The batch of one, because only batches can be had without offsets into the text.
+        encode = self.tokenizer.encode_batch_fast
+        ids: list[int] = encode([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def _refuse_absurd(self, num_chars: int, param: str) -> None:

@@ -278,12 +278,14 @@ KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
 
 
 class KvEventBatch(Struct, frozen=True, array_like=True):
-    """Published once per engine step that changed the cache. `seq` starts at 1 per epoch, no gaps."""
+    """Published once per engine step that changed the cache, with the load after it: a message less
+    than apart, which receivers would feel. `seq` starts at 1 per epoch, no gaps."""
 
     instance_id: str
     epoch: int
     seq: int
     events: list[KvEvent]
+    load: LoadReport | None = None
 
 
 class KvSnapshotPart(Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -299,7 +301,8 @@ class KvSnapshotPart(Struct, frozen=True, array_like=True, omit_defaults=True):
 
 
 class LoadReport(Struct, frozen=True, array_like=True):
-    """Published at most once per engine step and at least once a second.
+    """Published at most once per engine step, with its `KvEventBatch` if there is one, and at least
+    once a second.
 
     `queued_tokens`: prompt tokens that wait to be computed, cached ones not among them.
     `active_blocks`: blocks held by running requests. `cached_blocks`: evictable blocks kept for prefix hits. `kv_route`: what

@@ -50,6 +50,11 @@ async def test_long_texts_are_tokenized_on_a_thread_to_the_same_ids(
     assert on_thread == inline
 
 
+async def test_ids_are_those_of_the_library_s_slower_way(preprocessor: Preprocessor) -> None:
+    for text in ("", " ", "hello  world", "zażółć 🙂\n\t", "<|im_end|> in the middle", "a" * 3000):
+        assert await preprocessor.encode_text(text) == preprocessor.tokenizer.encode(text).ids
+
+
 async def test_only_plain_text_gets_the_tokenizers_own_special_tokens(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing(

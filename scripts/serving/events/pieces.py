@@ -12,7 +12,7 @@ from serving.protocol import BlocksRemoved, BlocksStored, KvEvent, KvSnapshotPar
 # Upper bounds of what msgpack makes of a 64-bit hash, an event without its hashes, and the rest.
 _HASH_BYTES = 9
 _EVENT_BYTES = 32
-_ENVELOPE_BYTES = 512
+_ENVELOPE_BYTES = 1024
 
 
 class KvSnapshot(Struct, frozen=True):

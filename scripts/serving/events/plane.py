@@ -131,10 +131,14 @@ class EventPlane:
 
         await self._listen(f"{self._namespace}.snapshot.{instance_id}", answer)
 
-    def publish_kv(self, events: Sequence[KvEvent]) -> None:
-        """Number and send the cache events of one engine step; never waits, never fails."""
-        for part in split_events(events, self._max_payload):
+    def publish_kv(self, events: Sequence[KvEvent], load: LoadReport | None = None) -> None:
+        """Number and send the cache events of one engine step, if it has any, and the load after
+        it; never waits, never fails."""
+        parts = split_events(events, self._max_payload)
+        for part in parts[:-1]:
             self._publish_batch(part)
+        for part in parts[-1:]:
+            self._publish_batch(part, load)
 
     def publish_load(self, report: LoadReport) -> None:
         """Send one load report; never waits, never fails."""
@@ -145,13 +149,13 @@ class EventPlane:
         """Number of the last KV event batch, sent or lost."""
         return self._seq
 
-    def _publish_batch(self, events: list[KvEvent]) -> None:
+    def _publish_batch(self, events: list[KvEvent], load: LoadReport | None = None) -> None:
         # Numbered even when it cannot be sent: that is how receivers notice.
         self._seq += 1
         if self._identity is None:
             return
         instance_id, epoch = self._identity
-        batch = KvEventBatch(instance_id, epoch, self._seq, events)
+        batch = KvEventBatch(instance_id, epoch, self._seq, events, load)
         self._enqueue(f"{self._namespace}.kv.{instance_id}", msgpack_encode(batch))
 
     def _enqueue(self, subject: str, payload: bytes) -> None:
@@ -196,7 +200,13 @@ class EventPlane:
         on_load: Callable[[LoadReport], None],
     ) -> None:
         """Receive from all instances of the namespace. See also `on_reconnect`."""
-        await self._listen(f"{self._namespace}.kv.*", self._decoding(KvEventBatch, on_kv))
+
+        def on_batch(batch: KvEventBatch) -> None:
+            on_kv(batch)
+            if batch.load is not None:
+                on_load(batch.load)
+
+        await self._listen(f"{self._namespace}.kv.*", self._decoding(KvEventBatch, on_batch))
         await self._listen(f"{self._namespace}.load.*", self._decoding(LoadReport, on_load))
 
     async def subscribe_routed(self, on_routed: Callable[[RoutedBatch], None]) -> None:

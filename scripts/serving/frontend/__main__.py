@@ -28,6 +28,7 @@ from serving.frontend.api_keys import ApiKeys, read_keys
 from serving.frontend.app import create_app
 from serving.frontend.group import STARTED, Place, run_group
 from serving.frontend.instances import Instances
+from serving.frontend.log import set_up
 from serving.frontend.metrics import Metrics
 from serving.frontend.pipeline import Pipeline
 from serving.frontend.router_metrics import RouterMetrics
@@ -133,14 +134,7 @@ def main() -> None:
     process = read(sys.argv[1], FrontendProcess)
     place = msgspec.json.decode(sys.argv[2], type=Place) if len(sys.argv) > 2 else None
     name = "frontend" if place is None else f"frontend-{place.number}"
-    logging.basicConfig(
-        level=os.environ.get("LOG_LEVEL", "INFO"),
-        format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s",
-    )
-    # Not in the format, so not looked up for every line either.
-    logging.logThreads = logging.logProcesses = False
-    logging.logMultiprocessing = False
-    logging._srcfile = None  # the way to do that, by the library's documentation
+    set_up(name)
     try:
         if place is not None:
             place.end_with_parent()

@@ -157,7 +157,7 @@ class Exchange(Generic[Body]):
             assert generation is not None
             finish_reason = generation.sequences[0].finish_reason or "error"
         metrics = self._parts.metrics
-        metrics.requests.labels(self._endpoint.name, str(status), finish_reason).inc()
+        metrics.requests.add(1, self._endpoint.name, str(status), finish_reason)
         if status == 200:
             metrics.e2e_request_latency.observe(duration_s)
         if not log.isEnabledFor(logging.INFO):

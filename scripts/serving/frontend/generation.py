@@ -157,14 +157,14 @@ class Generation:
         # The protocol promises a generator in prose; its type only says iterator.
         generator = cast(AsyncGenerator[EngineOutput, None], self._pipeline.generate(prepared))
         previous = 0.0
-        metrics.queued.inc()
+        metrics.queued.value += 1
         try:
             async with aclosing(generator) as outputs:
                 async for output in outputs:
                     now = perf_counter()
                     if sequence.ttft_s is None:
                         sequence.ttft_s = now - self._arrived
-                        metrics.queued.dec()
+                        metrics.queued.value -= 1
                         metrics.time_to_first_token.observe(sequence.ttft_s)
                         if self.plan.preludes:
                             entries = _prompt_entries(prepared, output)
@@ -180,10 +180,10 @@ class Generation:
             raise EngineFailed(f"{prepared.request_id} ended without a finish_reason")
         finally:
             if sequence.ttft_s is None:
-                metrics.queued.dec()
-            metrics.prompt_tokens.inc(len(prepared.token_ids))
-            metrics.completion_tokens.inc(sequence.completion_tokens)
-            metrics.cached_tokens.inc(sequence.cached_tokens)
+                metrics.queued.value -= 1
+            metrics.prompt_tokens.add(len(prepared.token_ids))
+            metrics.completion_tokens.add(sequence.completion_tokens)
+            metrics.cached_tokens.add(sequence.cached_tokens)
 
     def _take(self, index: int, detokenizer: Detokenizer, output: EngineOutput) -> None:
         sequence = self.sequences[index]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
 
-from prometheus_client import Gauge
 from starlette.types import Receive, Scope
 
 from serving.errors import InvalidRequest, Overloaded, RequestTooLarge
+from serving.frontend.counts import Level
 
 BODY_TIMEOUT_S = 60.0
 """Time a client gets to send its request."""
@@ -39,7 +40,7 @@ class InFlight:
     """Counts sequences being generated, and refuses more than `limit`: the newest, so that what was
     begun is finished."""
 
-    def __init__(self, limit: int, gauge: Gauge, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, limit: int, gauge: Level, now: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._gauge, self._now = limit, gauge, now
         self.count = 0
         # Sequences that ended, each counting for less the longer ago that was.
@@ -82,7 +83,7 @@ class InFlight:
 
     def _add(self, num_sequences: int) -> None:
         self.count += num_sequences
-        self._gauge.set(self.count)
+        self._gauge.value = self.count
 
 
 async def read_body(
@@ -119,31 +120,37 @@ def _too_large(max_bytes: int) -> str:
     return f"The request body is larger than {max_bytes} bytes"
 
 
-@asynccontextmanager
-async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
+class cancelled_on_disconnect:
     """Cancel the enclosed work when the client closes its connection, and raise ClientGone.
 
     Enter it after the body was read, when the server has nothing but the disconnect to report,
     and leave it before the last byte is sent: a complete response reads as a disconnect, too.
     """
-    worker = asyncio.current_task()
-    assert worker is not None
-    gone = False
 
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
+    __slots__ = ("_gone", "_receive", "_watcher", "_worker")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._gone = receive, False
+
+    async def __aenter__(self) -> None:
+        worker = asyncio.current_task()
+        assert worker is not None
+        self._worker = worker
+        self._watcher = asyncio.create_task(self._watch(), name="watch-disconnect")
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
             pass
-        gone = True
-        worker.cancel()
+        self._gone = True
+        self._worker.cancel()
 
-    watcher = asyncio.create_task(watch(), name="watch-disconnect")
-    try:
-        yield
-    except asyncio.CancelledError:
-        # Someone else may have cancelled as well (shutdown): that must go on.
-        if gone and worker.uncancel() == 0:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._watcher.cancel()
+        if kind is asyncio.CancelledError and self._gone and self._worker.uncancel() == 0:
+            # Unless someone else has cancelled as well (shutdown): that must go on.
             raise ClientGone from None
-        raise
-    finally:
-        watcher.cancel()

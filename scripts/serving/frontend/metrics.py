@@ -7,28 +7,16 @@ turned into samples when someone asks.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
 
 from msgspec import Struct
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from serving.frontend.counts import Count, Latencies, Level
 from serving.protocol import LoadReport, Role
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -64,68 +52,50 @@ class Metrics:
             "From a request's arrival to the end of its response.",
             E2E_BUCKETS_S,
         )
-        self.requests = Counter(
+        self.requests = Count(
             "serving_requests",
             "HTTP requests for completions that ended.",
             ["endpoint", "status", "finish_reason"],
-            registry=registry,
         )
-        self.in_flight = Gauge(
-            "serving_requests_in_flight", "Sequences being generated.", registry=registry
+        self.in_flight = Level("serving_requests_in_flight", "Sequences being generated.")
+        self.queued = Level(
+            "serving_requests_queued", "Sequences in flight that have no token yet."
         )
-        self.queued = Gauge(
-            "serving_requests_queued",
-            "Sequences in flight that have no token yet.",
-            registry=registry,
+        self.prompt_tokens = Count("serving_prompt_tokens", "Prompt tokens of finished sequences.")
+        self.completion_tokens = Count("serving_completion_tokens", "Tokens generated.")
+        self.cached_tokens = Count(
+            "serving_cached_tokens", "Prompt tokens whose KV was there already or was fetched."
         )
-        self.prompt_tokens = Counter(
-            "serving_prompt_tokens", "Prompt tokens of finished sequences.", registry=registry
+        self.routed_requests = Count(
+            "serving_routed_requests", "Routing decisions.", ["policy", "role", "instance"]
         )
-        self.completion_tokens = Counter(
-            "serving_completion_tokens", "Tokens generated.", registry=registry
-        )
-        self.cached_tokens = Counter(
-            "serving_cached_tokens",
-            "Prompt tokens whose KV was there already or was fetched.",
-            registry=registry,
-        )
-        self.routed_requests = Counter(
-            "serving_routed_requests",
-            "Routing decisions.",
-            ["policy", "role", "instance"],
-            registry=registry,
-        )
-        self.routed_tokens = Counter(
+        self.routed_tokens = Count(
             "serving_routed_prompt_tokens",
             "Prompt tokens of routing decisions.",
             ["role", "instance"],
-            registry=registry,
         )
-        self.prefix_hit_tokens = Counter(
+        self.prefix_hit_tokens = Count(
             "serving_prefix_hit_tokens",
             "Prompt tokens that the index knew to be on the chosen instance.",
             ["role", "instance"],
-            registry=registry,
         )
-        self.index_events = Counter(
+        self.index_events = Count(
             "serving_kv_index_events",
             "What keeps the prefix index in step with the workers.",
             ["instance", "kind"],
-            registry=registry,
         )
-        self.deadlines_exceeded = Counter(
+        self.deadlines_exceeded = Count(
             "serving_deadlines_exceeded",
             "Deadlines that requests ran past, by phase; after `queue` and `token` they are tried "
             "elsewhere. Transfers that did are among serving_kv_transfer_failures.",
             ["phase"],
-            registry=registry,
         )
         for phase in get_args(DeadlinePhase):
-            self.deadlines_exceeded.labels(phase)  # from zero, so that the first one is a rise
+            self.deadlines_exceeded.add(0, phase)  # so that the first one is a rise
         self._reports = _Reports()
-        latencies = (self.time_to_first_token, self.inter_token_latency, self.e2e_request_latency)
-        for collector in (*latencies, self._reports):
-            registry.register(collector)
+        for collector in vars(self).values():
+            if isinstance(collector, Count | Latencies | Level | _Reports):
+                registry.register(collector)
 
     def add(self, collector: Collector) -> None:
         """Show what this one collects as well."""
@@ -143,45 +113,21 @@ class Metrics:
         self, policy: str, role: Role, instance_id: str, prompt_tokens: int, hit_tokens: int
     ) -> None:
         """One routing decision; `hit_tokens` is the overlap found in the index."""
-        self.routed_requests.labels(policy, role, instance_id).inc()
-        self.routed_tokens.labels(role, instance_id).inc(prompt_tokens)
-        self.prefix_hit_tokens.labels(role, instance_id).inc(hit_tokens)
+        self.routed_requests.add(1, policy, role, instance_id)
+        self.routed_tokens.add(prompt_tokens, role, instance_id)
+        self.prefix_hit_tokens.add(hit_tokens, role, instance_id)
 
     def observe_deadline(self, phase: str) -> None:
         """A request ran past a deadline; `phase` as DeadlineExceeded names it, or a DeadlinePhase."""
-        self.deadlines_exceeded.labels(phase.replace(" ", "_")).inc()
+        self.deadlines_exceeded.add(1, phase.replace(" ", "_"))
 
     def observe_index(self, instance_id: str, kind: IndexEvent) -> None:
         """Something happened between an instance's event stream and the index."""
-        self.index_events.labels(instance_id, kind).inc()
+        self.index_events.add(1, instance_id, kind)
 
     def render(self) -> bytes:
         """Everything, in the text format of `CONTENT_TYPE`."""
         return generate_latest(self._registry)
-
-
-class Latencies(Collector):
-    """A histogram of seconds whose `observe` costs a tenth of the library's, which locks twice.
-
-    Called once per output of every stream, always on the event loop's thread.
-    """
-
-    def __init__(self, name: str, documentation: str, buckets_s: Sequence[float]) -> None:
-        self._name, self._documentation = name, documentation
-        self._bounds = tuple(buckets_s)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._sum_s = 0.0
-
-    def observe(self, seconds: float) -> None:
-        self._counts[bisect_left(self._bounds, seconds)] += 1
-        self._sum_s += seconds
-
-    def collect(self) -> Iterable[Metric]:
-        labels = [*map(str, self._bounds), "+Inf"]
-        buckets = list(zip(labels, accumulate(self._counts), strict=True))
-        yield HistogramMetricFamily(
-            self._name, self._documentation, buckets=buckets, sum_value=self._sum_s
-        )
 
 
 class _Totals(Struct):

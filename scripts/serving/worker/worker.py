@@ -74,8 +74,9 @@ class Worker:
             finished = map(self.handover.finish, outputs)
             self.rpc.send([output for output in finished if output is not None])
         if events:
-            self._events.publish_kv(events)
-        self._events.publish_load(self._report(load))
+            self._events.publish_kv(events, self._report(load))
+        else:
+            self._events.publish_load(self._report(load))
 
     def _report(self, load: EngineLoad) -> LoadReport:
         stats = self.handover.stats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from prometheus_client import Gauge
+from serving.frontend.counts import Level
 from serving.frontend.limits import InFlight, TooManyInFlight
 
 
@@ -20,7 +20,7 @@ def clock() -> Clock:
 
 
 def make(limit: int, clock: Clock) -> InFlight:
-    return InFlight(limit, Gauge("in_flight", "", registry=None), clock)
+    return InFlight(limit, Level("in_flight", ""), clock)
 
 
 def end_every(in_flight: InFlight, clock: Clock, seconds: float, count: int) -> None:

@@ -13,8 +13,8 @@ def test_each_sample_has_its_process_and_each_metric_one_heading() -> None:
     pages = {}
     for number in (0, 1):
         metrics = Metrics()
-        metrics.prompt_tokens.inc(10 + number)
-        metrics.requests.labels("chat", "200", "stop").inc()
+        metrics.prompt_tokens.add(10 + number)
+        metrics.requests.add(1, "chat", "200", "stop")
         metrics.time_to_first_token.observe(0.02)
         pages[number] = metrics.render()
     families = list(text_string_to_metric_families(merge(pages).decode()))

@@ -332,28 +332,4 @@ class LoadReport(Struct, frozen=True, array_like=True):
     onloaded_blocks: int = 0
 
 
-# --- between frontends (NATS, `events.py`) -----------------------------------------------------
-
-
-class Routed(Struct, frozen=True, array_like=True):
-    """A request was sent to an instance just now: it means so many tokens to compute there and so
-    many blocks to hold. That it ended is left to the instance's own reports."""
-
-    instance_id: str
-    epoch: int
-    queued_tokens: int
-    blocks: int
-
-
-class RoutedBatch(Struct, frozen=True, array_like=True):
-    """What one frontend sent within a few milliseconds; empty: it is there. May be lost.
-
-    `sent_s` is by the sender's own clock, for the sender: it hears itself, too.
-    """
-
-    frontend_id: str
-    routed: list[Routed]
-    sent_s: float = 0.0
-
-
 msgpack_encode = msgspec.msgpack.encode

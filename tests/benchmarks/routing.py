@@ -164,7 +164,7 @@ def compare_policies(name: str, trace: Trace) -> None:
 def compare_frontends(name: str, trace: Trace) -> None:
     one = figures(simulate(trace, shape(), RouterConfig()))
     four = figures(simulate(trace, shape(frontends=4), RouterConfig()))
-    alone = figures(simulate(trace, shape(frontends=4, share_delay_s=None), RouterConfig()))
+    alone = figures(simulate(trace, shape(frontends=4, share=False), RouterConfig()))
     ratio = round(four["ttft_p90"] / one["ttft_p90"], 3)
     tell(f"{name}: 4 frontends", **four, one_ttft_p90=one["ttft_p90"], ratio=ratio, goal=1.1)
     ratio = round(alone["ttft_p90"] / one["ttft_p90"], 3)

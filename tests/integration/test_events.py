@@ -21,8 +21,6 @@ from serving.protocol import (
     KvEventBatch,
     LoadReport,
     ModelCard,
-    Routed,
-    RoutedBatch,
 )
 
 pytestmark = pytest.mark.integration
@@ -286,20 +284,6 @@ async def test_leaving_ends_every_task(nats: Nats) -> None:
         assert len(asyncio.all_tasks()) > len(before)
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
-
-
-async def test_frontends_hear_what_the_others_send_where(nats: Nats) -> None:
-    heard: list[RoutedBatch] = []
-    async with connect(nats) as one, connect(nats) as other, connect(nats, "else") as stranger:
-        strange: list[RoutedBatch] = []
-        await other.subscribe_routed(heard.append)
-        await stranger.subscribe_routed(strange.append)
-        await both(one, other)
-        await until(lambda: stranger.connected)
-        batch = RoutedBatch("f1", [Routed("w0", 7, 500, 30), Routed("w1", 8, 10, 1)])
-        one.publish_routed(batch)
-        await until(lambda: heard == [batch])
-        assert strange == []
 
 
 class IndexedFrontend:

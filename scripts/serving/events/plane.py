@@ -24,7 +24,6 @@ from serving.protocol import (
     KvEventBatch,
     KvSnapshotPart,
     LoadReport,
-    RoutedBatch,
     msgpack_encode,
 )
 
@@ -208,14 +207,6 @@ class EventPlane:
 
         await self._listen(f"{self._namespace}.kv.*", self._decoding(KvEventBatch, on_batch))
         await self._listen(f"{self._namespace}.load.*", self._decoding(LoadReport, on_load))
-
-    async def subscribe_routed(self, on_routed: Callable[[RoutedBatch], None]) -> None:
-        """Receive what all frontends of the namespace send where, ourselves included."""
-        await self._listen(f"{self._namespace}.routed", self._decoding(RoutedBatch, on_routed))
-
-    def publish_routed(self, batch: RoutedBatch) -> None:
-        """Tell the other frontends; never waits, never fails."""
-        self._enqueue(f"{self._namespace}.routed", msgpack_encode(batch))
 
     async def request_snapshot(self, instance_id: str, deadline_s: float) -> KvSnapshot:
         """Ask one worker what it holds.

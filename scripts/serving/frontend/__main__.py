@@ -32,7 +32,7 @@ from serving.frontend.log import set_up
 from serving.frontend.metrics import Metrics
 from serving.frontend.pipeline import Pipeline
 from serving.frontend.router_metrics import RouterMetrics
-from serving.frontend.sharing import Sharing
+from serving.frontend.sent_log import SentLog
 from serving.kv_router.router import KvRouter
 from serving.process_config import FrontendProcess, announce_ready, read
 from serving.rpc.handshake import read_secret
@@ -61,14 +61,13 @@ async def run(process: FrontendProcess, place: Place | None) -> None:
         )
         events.on_reconnect = instances.on_reconnect
         await events.subscribe(instances.on_kv, instances.on_load)
-        sharing = Sharing(router, events)
-        await events.subscribe_routed(sharing.on_batch)
-        metrics.add(RouterMetrics(router, events.counters, sharing))
+        if place is not None:
+            router.others = SentLog(place.sent_log, place.number, len(place.own_ports))
+        metrics.add(RouterMetrics(router, events.counters))
         discovery = await stack.enter_async_context(Discovery.of(process.planes))
         owned = [
             tasks.create_task(instances.synchronise_forever(), name="synchronise"),
             tasks.create_task(discovery.watch(instances.up, instances.down), name="watch"),
-            tasks.create_task(sharing.stay_in_touch(), name="sharing"),
         ]
         pipeline = Pipeline(process, router, instances, metrics)
         stack.push_async_callback(pipeline.close)

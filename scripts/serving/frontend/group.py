@@ -3,7 +3,7 @@
 The parent owns a listening socket for each (`SO_REUSEPORT`, so the kernel spreads connections) and
 serves nothing. A socket outlives its process: connections that come meanwhile wait for the
 successor. Beside it each process has a socket on loopback, where the others find what it alone
-counts (`metrics_pages.py`).
+counts (`metrics_pages.py`). What each sends where is in memory that all see (`sent_log.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from serving.errors import OperatorError
+from serving.frontend import sent_log
 from serving.process_config import FrontendProcess, announce_ready
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Place(Struct, frozen=True):
-    """Which of the processes this is, and the sockets that it inherits.
+    """Which of the processes this is, and the sockets and the memory that it inherits.
 
     `own_ports` are those of all processes on loopback, by number.
     """
@@ -43,6 +44,7 @@ class Place(Struct, frozen=True):
     listener: int
     own_listener: int
     own_ports: list[int]
+    sent_log: int
     parent: int
 
     def sockets(self) -> list[socket.socket]:
@@ -81,8 +83,17 @@ class _Group:
         for each in (*listeners, *own):
             stack.enter_context(each)
         ports = [each.getsockname()[1] for each in own]
+        log_memory = sent_log.create(count)
+        stack.callback(os.close, log_memory)
         self._places = [
-            Place(number, listeners[number].fileno(), own[number].fileno(), ports, os.getpid())
+            Place(
+                number,
+                listeners[number].fileno(),
+                own[number].fileno(),
+                ports,
+                log_memory,
+                os.getpid(),
+            )
             for number in range(count)
         ]
         self._running: dict[int, asyncio.subprocess.Process] = {}
@@ -137,7 +148,7 @@ class _Group:
             msgspec.json.encode(place).decode(),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            pass_fds=(place.listener, place.own_listener),
+            pass_fds=(place.listener, place.own_listener, place.sent_log),
         )
         if self._is_stopping:
             child.terminate()

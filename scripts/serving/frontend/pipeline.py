@@ -106,14 +106,12 @@ class Pipeline:
 
     async def _alone(self, sequence: Sequence, role: Phase) -> AsyncGenerator[EngineOutput, None]:
         """Prefill and decode on one instance."""
-        await self._take_turn(sequence)
         with self._route(sequence, role) as route:
             async with aclosing(self._stream(sequence, route, "agg")) as outputs:
                 async for output in outputs:
                     yield output
 
     async def _disaggregated(self, sequence: Sequence) -> AsyncGenerator[EngineOutput, None]:
-        await self._take_turn(sequence)
         if local := self._route_local(sequence):
             with local as route:
                 async with aclosing(self._stream(sequence, route, "agg")) as outputs:
@@ -198,11 +196,6 @@ class Pipeline:
             async with aclosing(stream) as outputs:
                 async for output in outputs:
                     yield output
-
-    async def _take_turn(self, sequence: Sequence) -> None:
-        """In a burst, let the frontends before us decide first."""
-        if wait_s := self._router.others.turn_s(len(sequence.token_ids)):
-            await asyncio.sleep(wait_s)
 
     def _route(self, sequence: Sequence, role: Phase) -> Route:
         route = self._router.route(

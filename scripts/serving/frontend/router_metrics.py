@@ -9,15 +9,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from serving.events import EventCounters
-from serving.frontend.sharing import Sharing
 from serving.kv_router.router import KvRouter
 
 
 class RouterMetrics(Collector):
     """Reads them when someone asks."""
 
-    def __init__(self, router: KvRouter, events: EventCounters, sharing: Sharing) -> None:
-        self._router, self._events, self._sharing = router, events, sharing
+    def __init__(self, router: KvRouter, events: EventCounters) -> None:
+        self._router, self._events = router, events
 
     def _breakers(self) -> Iterable[Metric]:
         avoided = GaugeMetricFamily(
@@ -55,5 +54,3 @@ class RouterMetrics(Collector):
             plane.add_metric([kind], total)
         yield plane
         yield from self._breakers()
-        others = "Other frontends that share what they send where."
-        yield GaugeMetricFamily("serving_other_frontends", others, self._sharing.num_others)

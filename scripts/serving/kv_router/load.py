@@ -2,7 +2,7 @@
 
 Reports arrive once per engine step and cover the work of every frontend, but they are always a
 little old. Requests that were sent meanwhile are added: our own, which we know at once, and those
-of other frontends, which tell us (`Routed`). A request counts as unseen until a report arrives
+of other frontends, which tell us (`Sent`). A request counts as unseen until a report arrives
 that was made `REPORT_LAG_S` after the request was sent: until then it may have been on the wire.
 For so long it may be counted twice, and never is it missed.
 
@@ -86,6 +86,7 @@ class InstanceLoad:
         """All that the last report may not contain: that, and some of our own requests."""
         self.last_report: LoadReport | None = None
         self._reported, self._good_until_s = Load(), float("-inf")
+        self._seen_s = float("-inf")
         self._own: deque[Reservation] = deque()  # the unseen ones, oldest first
         self._others: deque[tuple[float, Load]] = deque()
 
@@ -96,10 +97,12 @@ class InstanceLoad:
         self._own.append(reservation)
         return reservation
 
-    def sent_by_another(self, load: Load, now_s: float) -> None:
-        """Another frontend has sent work there just now."""
+    def sent_by_another(self, load: Load, sent_s: float, now_s: float) -> None:
+        """Another frontend has sent work there, lately."""
         self._seen_until(now_s - REPORT_MAX_AGE_S)
-        self._others.append((now_s, load))
+        if sent_s <= self._seen_s:
+            return  # the last report contains it
+        self._others.append((sent_s, load))
         self.of_others = _sum(self.of_others, load)
         self.unseen = _sum(self.unseen, load)
 
@@ -127,6 +130,7 @@ class InstanceLoad:
 
     def _seen_until(self, time_s: float) -> None:
         """What was sent until then is in the last report, or is given up."""
+        self._seen_s = max(self._seen_s, time_s)
         while self._own and self._own[0].sent_at_s <= time_s:
             reservation = self._own.popleft()
             reservation.is_unseen = False

@@ -11,15 +11,17 @@ from collections.abc import Callable, Collection, Sequence
 from random import Random
 from typing import NamedTuple
 
+from xxhash import xxh3_64_intdigest
+
 from serving.block_hash import root_hash
 from serving.config import RouterConfig
 from serving.errors import InstanceRefused
 from serving.kv_router.breaker import Breaker, State
 from serving.kv_router.load import InstanceLoad, Load
-from serving.kv_router.others import Others
 from serving.kv_router.prefix_index import PrefixIndex
+from serving.kv_router.route import Others
 from serving.kv_router.sequence import EventSequence, IndexCounters
-from serving.protocol import InstanceInfo, KvEventBatch, LoadReport, ModelCard, Role, RoutedBatch
+from serving.protocol import InstanceInfo, KvEventBatch, LoadReport, ModelCard, Role
 
 
 class InstanceState(NamedTuple):
@@ -35,10 +37,11 @@ class InstanceState(NamedTuple):
 
 
 class Instance:
-    __slots__ = ("breaker", "events", "info", "instance_id", "load")
+    __slots__ = ("breaker", "events", "info", "instance_id", "load", "registration")
 
     def __init__(self, info: InstanceInfo, events: EventSequence, rng: Random) -> None:
         self.info, self.instance_id, self.events = info, info.instance_id, events
+        self.registration = xxh3_64_intdigest(f"{info.instance_id} {info.epoch}".encode())
         self.load = InstanceLoad()
         self.breaker = Breaker(rng)
 
@@ -79,7 +82,9 @@ class Membership:
         self._index = PrefixIndex(config.index_max_blocks)
         self._instances: dict[str, Instance] = {}
         self._clock = clock
-        self.others = Others()
+        self._by_registration: dict[int, Instance] = {}
+        self.others: Others | None = None
+        """Where several frontends share the instances."""
 
     @property
     def uses_index(self) -> bool:
@@ -122,7 +127,8 @@ class Membership:
         if self._card is None:
             self._card, self._root = info.model, root_hash(info.model.hash_salt)
         events = EventSequence(self._index, info.instance_id, self.counters)
-        self._instances[info.instance_id] = Instance(info, events, self._rng)
+        one = self._instances[info.instance_id] = Instance(info, events, self._rng)
+        self._by_registration[one.registration] = one
 
     def remove_instance(self, instance_id: str, epoch: int) -> None:
         """The registration is gone: no more requests go there. Routes that exist stay valid."""
@@ -155,6 +161,7 @@ class Membership:
 
     def state(self) -> list[InstanceState]:
         """Everything known, for status and metrics."""
+        self._hear_others()
         now_s = self._clock()
         return [
             InstanceState(
@@ -225,15 +232,15 @@ class Membership:
         if known is not None:
             known.load.report(report, self._clock())
 
-    def on_others_routed(self, batch: RoutedBatch) -> None:
-        """Another frontend sent these; it may know instances that we do not."""
-        now_s = self._clock()
-        self.others.heard(len(batch.routed), now_s)
-        for routed in batch.routed:
-            known = self._instances.get(routed.instance_id)
-            if known is not None and known.info.epoch == routed.epoch:
-                load = Load(routed.queued_tokens, routed.blocks, 1)
-                known.load.sent_by_another(load, now_s)
+    def _hear_others(self) -> None:
+        """Take in what other routers have sent; they may know instances that we do not."""
+        if self.others is None:
+            return
+        for sent in self.others.news():
+            known = self._by_registration.get(sent.registration)
+            if known is not None:
+                load = Load(sent.queued_tokens, sent.blocks, 1)
+                known.load.sent_by_another(load, sent.sent_s, self._clock())
 
     def _instance(self, instance_id: str, epoch: int) -> Instance | None:
         """None when it is gone or has restarted: what an earlier one did says nothing of it."""
@@ -251,7 +258,7 @@ class Membership:
         return known
 
     def _forget(self, instance_id: str) -> None:
-        del self._instances[instance_id]
+        del self._by_registration[self._instances.pop(instance_id).registration]
         self._index.remove_instance(instance_id)
         if not self._instances:
             self._card = None

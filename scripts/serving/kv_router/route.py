@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 from serving.kv_router.breaker import Breaker
 from serving.kv_router.load import Reservation
@@ -19,6 +20,30 @@ class PromptHashes(NamedTuple):
 
     num_tokens: int
     block_hashes: list[int]
+
+
+class Sent(NamedTuple):
+    """A request was sent to an instance: it means so many tokens to compute there and so many
+    blocks to hold. That it ended is left to the instance's own reports.
+
+    `registration` is a number for an instance and its epoch, the same in every process. `sent_s` is
+    of the router's clock, which processes of one machine share.
+    """
+
+    registration: int
+    sent_s: float
+    queued_tokens: int
+    blocks: int
+
+
+class Others(Protocol):
+    """Routers of other processes, which send requests to the same instances."""
+
+    def tell(self, sent: Sent) -> None:
+        """Let them know, before they decide next."""
+
+    def news(self) -> Sequence[Sent]:
+        """What they have sent since the last time, the oldest first."""
 
 
 class Route:

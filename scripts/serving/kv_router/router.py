@@ -21,9 +21,9 @@ from serving.kv_router import policy
 from serving.kv_router.membership import Instance, InstanceState, Membership
 from serving.kv_router.policy import Choice, PromptSize, Select
 from serving.kv_router.prefix_index import Overlap
-from serving.kv_router.route import PromptHashes, Route
+from serving.kv_router.route import PromptHashes, Route, Sent
 from serving.kv_router.sessions import Sessions
-from serving.protocol import Role, Routed
+from serving.protocol import Role
 
 __all__ = ["InstanceState", "KvRouter", "PromptHashes", "Route"]
 
@@ -67,8 +67,6 @@ class KvRouter(Membership):
         self._turns: dict[Role, int] = {"agg": 0, "prefill": 0, "decode": 0}
         self._sessions = Sessions()
         self._select = select or partial(policy.select, config=config, rng=rng or Random())
-        self.on_routed: Callable[[Routed], None] | None = None
-        """Told of every request that is sent somewhere, so that other frontends can know."""
 
     def hash(self, token_ids: Sequence[int] | np.ndarray) -> PromptHashes:
         """Hash a prompt once, to be routed as often as needed."""
@@ -157,6 +155,7 @@ class KvRouter(Membership):
     ) -> _Question:
         if not isinstance(prompt, PromptHashes):
             prompt = self.hash(prompt)
+        self._hear_others()
         overlap = self._index.overlap(prompt.block_hashes)
         return _Question(
             request_id,
@@ -201,9 +200,8 @@ class KvRouter(Membership):
         blocks = size.num_blocks - overlap_blocks
         if self.config.session_affinity:
             self._sessions.remember(question.session, role, chosen)
-        self.others.decided(question.now_s)
-        if self.on_routed is not None:
-            self.on_routed(Routed(chosen, one.info.epoch, queued_tokens, blocks))
+        if self.others is not None:
+            self.others.tell(Sent(one.registration, question.now_s, queued_tokens, blocks))
         reservation = one.load.reserve(
             queued_tokens=queued_tokens, blocks=blocks, now_s=question.now_s
         )

@@ -9,8 +9,9 @@ from random import Random
 from msgspec import Struct
 
 from serving.config import RouterConfig
+from serving.kv_router.route import Sent
 from serving.kv_router.router import KvRouter, PromptHashes, Route
-from serving.protocol import KvEventBatch, LoadReport, ModelCard, Role, Routed, RoutedBatch
+from serving.protocol import KvEventBatch, LoadReport, ModelCard, Role
 from serving.simulate.clock import Clock
 from serving.simulate.outcome import Outcome, RequestOutcome
 from serving.simulate.trace import Trace, TraceRequest
@@ -23,8 +24,8 @@ class ClusterShape(Struct, frozen=True):
     """What to simulate: workers of each role, blocks in each, frontends.
 
     `agg` workers do both phases; else there are `prefill` and `decode` workers. Delays in seconds:
-    of events on their way, of requests and tokens on theirs, and until one frontend's decision is
-    known to the others (None: never told).
+    of events on their way, and of requests and tokens on theirs. Frontends that `share` see each
+    other's decisions at once, as processes of one machine do.
     """
 
     num_blocks: int
@@ -35,7 +36,7 @@ class ClusterShape(Struct, frozen=True):
     speed: EngineSpeed = EngineSpeed()
     event_delay_s: float = 0.002
     rpc_delay_s: float = 0.0005
-    share_delay_s: float | None = 0.003
+    share: bool = True
     seed: int = 0
 
 
@@ -92,20 +93,19 @@ class _Cluster:
             for role, count in counts.items()
             for number in range(count)
         }
+        self._told: list[tuple[int, Sent]] = []
         for number, router in enumerate(self._routers):
             for worker in self._workers.values():
                 router.add_instance(worker.info)
                 router.on_snapshot(worker.info.instance_id, 1, 0, [])
-            if shape.frontends > 1 and shape.share_delay_s is not None:
-                router.on_routed = self._sharing(number, shape.share_delay_s)
-                names = [f"frontend-{each}" for each in range(shape.frontends)]
-                router.others.set_frontends(names[number], names)
+            if shape.frontends > 1 and shape.share:
+                router.others = _Others(self._told, number)
 
     def run(self, on_time: Callable[[float], None] | None) -> Outcome:
         for number, request in enumerate(self._trace.requests):
             router = self._routers[self._rng.randrange(len(self._routers))]
             arrive = partial(self._arrive, router, request, f"r{number}", on_time)
-            self._clock.at(request.arrival_s, partial(self._take_turn, router, request, arrive))
+            self._clock.at(request.arrival_s, arrive)
         self._clock.run()
         busy_s = {name: worker.busy_s for name, worker in self._workers.items()}
         outcome = Outcome(self._outcomes, busy_s)
@@ -118,14 +118,6 @@ class _Cluster:
         return outcome
 
     # --- requests -------------------------------------------------------------------------------
-
-    def _take_turn(
-        self, router: KvRouter, request: TraceRequest, arrive: Callable[[], None]
-    ) -> None:
-        if wait_s := router.others.turn_s(request.prompt_tokens):
-            self._clock.after(wait_s, arrive)
-        else:
-            arrive()
 
     def _arrive(
         self,
@@ -218,14 +210,20 @@ class _Cluster:
             self._shape.event_delay_s, lambda: _tell(self._routers, KvRouter.on_load, report)
         )
 
-    def _sharing(self, number: int, delay_s: float) -> Callable[[Routed], None]:
-        others = [router for at, router in enumerate(self._routers) if at != number]
 
-        def share(routed: Routed) -> None:
-            batch = RoutedBatch(f"frontend-{number}", [routed])
-            self._clock.after(delay_s, lambda: _tell(others, KvRouter.on_others_routed, batch))
+class _Others:
+    """What the routers beside `number` have `told`, a list that all of them write to."""
 
-        return share
+    def __init__(self, told: list[tuple[int, Sent]], number: int) -> None:
+        self._told, self._number, self._read = told, number, 0
+
+    def tell(self, sent: Sent) -> None:
+        self._told.append((self._number, sent))
+
+    def news(self) -> list[Sent]:
+        found = self._told[self._read :]
+        self._read = len(self._told)
+        return [sent for number, sent in found if number != self._number]
 
 
 def _tell(routers: Sequence[KvRouter], method: Callable[..., object], message: object) -> None:

@@ -1,7 +1,6 @@
 """A prompt with little left to compute is not sent through two instances."""
 
 from serving.config import RouterConfig
-from serving.kv_router.others import TURN_S
 from serving.preprocess import PreparedRequest
 from serving.protocol import SamplingParams
 from unit.frontend.test_engine_handover import FakeClient, collect, make_pipeline
@@ -37,22 +36,6 @@ async def test_lost_decode_instance_hands_a_local_prefill_on() -> None:
     for _ in range(8):
         assert await collect(pipeline, prepared(5)) == [8]
     assert decodes[1].requests
-
-
-async def test_a_frontend_waits_for_its_turn_in_a_burst(monkeypatch) -> None:
-    prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
-    pipeline = make_pipeline(prefill, decode, router=RouterConfig())
-    waited: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        waited.append(seconds)
-
-    monkeypatch.setattr("serving.frontend.pipeline.asyncio.sleep", sleep)
-    others = pipeline._router.others
-    others.set_frontends("b", ["a"])
-    others.coinciding = 2.0
-    assert await collect(pipeline, prepared(2000)) == [7, 8]
-    assert waited == [TURN_S]
 
 
 async def test_each_attempt_has_an_id_of_its_own() -> None:

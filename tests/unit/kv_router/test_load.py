@@ -84,7 +84,7 @@ def test_finishing_before_any_report_saw_it_counts_at_once() -> None:
 def test_what_other_frontends_sent_counts_until_a_report_must_contain_it() -> None:
     load = InstanceLoad()
     load.report(report(1000, 70, 3), 0.0)
-    load.sent_by_another(Load(500, 30, 1), 1.0)
+    load.sent_by_another(Load(500, 30, 1), 1.0, 1.0)
     assert load.estimate(1.0) == Load(1500, 100, 4)
     load.report(report(1000, 70, 3), 1.0 + REPORT_LAG_S / 2)
     assert load.estimate(1.1) == Load(1500, 100, 4)
@@ -94,7 +94,7 @@ def test_what_other_frontends_sent_counts_until_a_report_must_contain_it() -> No
 
 def test_what_others_sent_to_an_instance_without_reports_is_forgotten_in_time() -> None:
     load = InstanceLoad()
-    load.sent_by_another(Load(500, 30, 1), 1.0)
+    load.sent_by_another(Load(500, 30, 1), 1.0, 1.0)
     assert load.estimate(1.5) == Load(500, 30, 1)
     assert load.estimate(1.0 + REPORT_MAX_AGE_S) == Load()
 
@@ -138,7 +138,7 @@ def test_nothing_piles_up_while_no_report_comes() -> None:
     load = InstanceLoad()
     for number in range(10_000):
         send(load, now_s=number * 0.01).release()
-        load.sent_by_another(Load(1, 1, 1), number * 0.01)
+        load.sent_by_another(Load(1, 1, 1), number * 0.01, number * 0.01)
     assert len(load._own) + len(load._others) <= 2 * REPORT_MAX_AGE_S / 0.01 + 2
     assert load.in_flight == Load()
 
@@ -158,7 +158,7 @@ def test_any_order_of_requests_and_reports_ends_at_the_last_report() -> None:
         elif running and action < 0.9:
             running.pop(rng.randrange(len(running))).release()
         elif action < 0.95:
-            load.sent_by_another(Load(rng.randrange(500), rng.randrange(9), 1), now_s)
+            load.sent_by_another(Load(rng.randrange(500), rng.randrange(9), 1), now_s, now_s)
         else:
             load.report(report(), now_s)
         assert min(*load.in_flight, *load.unseen, *load.of_others, *load.estimate(now_s)) >= 0

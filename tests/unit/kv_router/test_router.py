@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from serving.config import RouterConfig
 from serving.errors import InstanceRefused, NoInstances
+from serving.kv_router.route import Sent
 from serving.kv_router.router import KvRouter
 from serving.protocol import (
     BlocksStored,
@@ -15,8 +16,6 @@ from serving.protocol import (
     KvEventBatch,
     LoadReport,
     ModelCard,
-    Routed,
-    RoutedBatch,
 )
 
 BLOCK_SIZE = 16
@@ -408,29 +407,64 @@ def test_sessions_mean_nothing_unless_configured() -> None:
     assert len({chosen(router, prompt(320, seed=n), session="s") for n in range(60)}) > 4
 
 
+class FakeOthers:
+    """Tells `others`, by appending to what each has yet to hear."""
+
+    def __init__(self) -> None:
+        self.others: list[FakeOthers] = []
+        self.unheard: list[Sent] = []
+
+    def tell(self, sent: Sent) -> None:
+        for other in self.others:
+            other.unheard.append(sent)
+
+    def news(self) -> list[Sent]:
+        heard, self.unheard = self.unheard, []
+        return heard
+
+
+def make_acquainted(*routers: KvRouter) -> None:
+    everybody = [FakeOthers() for _ in routers]
+    for router, own in zip(routers, everybody, strict=True):
+        router.others = own
+        own.others = [other for other in everybody if other is not own]
+
+
 def test_frontends_that_tell_each_other_do_not_meet_at_one_instance() -> None:
     routers = [make_router(*(info(f"w{i}") for i in range(4)), seed=n) for n in range(4)]
-    told: list[Routed] = []
-    for router in routers:
-        router.on_routed = told.append
+    make_acquainted(*routers)
+    counts: Counter[str] = Counter()
     with ExitStack() as running:
         for number in range(32):
             router = routers[number % 4]
-            routed = router.route(prompt(500, seed=number), "agg", request_id=f"r{number}")
-            running.enter_context(routed)
-            for other in routers:
-                if other is not router:
-                    other.on_others_routed(RoutedBatch(f"f{number % 4}", told[-1:]))
-    assert set(Counter(routed.instance_id for routed in told).values()) == {8}
+            route = router.route(prompt(500, seed=number), "agg", request_id=f"r{number}")
+            running.enter_context(route)
+            counts[route.instance_id] += 1
+    assert set(counts.values()) == {8}
 
 
-def test_news_of_instances_and_epochs_we_do_not_know_is_ignored() -> None:
-    router = make_router(info("w0", epoch=2))
-    strange = [Routed("w9", 1, 500, 30), Routed("w0", 1, 500, 30)]
-    router.on_others_routed(RoutedBatch("f1", strange))
+def test_what_others_send_counts_where_the_instance_is_the_same_registration() -> None:
+    router, elsewhere = make_router(info("w0", epoch=2)), make_router(info("w9"), info("w0"))
+    same = make_router(info("w0", epoch=2))
+    make_acquainted(router, elsewhere, same)
+    for _ in range(4):
+        elsewhere.route(prompt(500), "agg", request_id="r")
     assert router.state()[0].load == (0, 0, 0)
-    router.on_others_routed(RoutedBatch("f1", [Routed("w0", 2, 500, 30)]))
-    assert router.state()[0].load == (500, 30, 1)
+    same.route(prompt(500), "agg", request_id="r")
+    assert router.state()[0].load == (500, 32, 1)
+    same.route(prompt(500), "agg", request_id="r")
+    router.remove_instance("w0", 2)
+    assert router.state() == []
+
+
+def test_what_others_sent_before_the_last_report_is_in_it() -> None:
+    clock = Clock()
+    router, other = (make_router(info("w0"), clock=clock) for _ in range(2))
+    make_acquainted(router, other)
+    other.route(prompt(500), "agg", request_id="r")
+    clock.now_s += 1.0
+    router.on_load(load_report("w0", queued_tokens=70))
+    assert router.state()[0].load.queued_tokens == 70
 
 
 # --- prefill on the decode instance -----------------------------------------------------------------

@@ -33,7 +33,7 @@ AGG = ClusterShape(num_blocks=400, agg=8)
         AGG,
         ClusterShape(num_blocks=60, agg=3),
         ClusterShape(num_blocks=400, agg=8, frontends=4),
-        ClusterShape(num_blocks=400, agg=8, frontends=4, share_delay_s=None),
+        ClusterShape(num_blocks=400, agg=8, frontends=4, share=False),
         ClusterShape(num_blocks=400, prefill=4, decode=3),
         ClusterShape(num_blocks=100, prefill=2, decode=2, frontends=2),
         ClusterShape(num_blocks=400, agg=512),
@@ -88,7 +88,7 @@ def test_frontends_that_share_do_not_herd() -> None:
     trace = bursts(100)
     one = simulate(trace, AGG, RouterConfig()).ttft_s(0.9)
     sharing = ClusterShape(num_blocks=400, agg=8, frontends=4)
-    strangers = ClusterShape(num_blocks=400, agg=8, frontends=4, share_delay_s=None)
+    strangers = ClusterShape(num_blocks=400, agg=8, frontends=4, share=False)
     assert simulate(trace, sharing, RouterConfig()).ttft_s(0.9) < 1.1 * one
     assert simulate(trace, strangers, RouterConfig()).ttft_s(0.9) > 1.3 * one
 

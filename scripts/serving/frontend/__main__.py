@@ -7,7 +7,6 @@ second argument.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import random
@@ -34,7 +33,7 @@ from serving.frontend.pipeline import Pipeline
 from serving.frontend.router_metrics import RouterMetrics
 from serving.frontend.sent_log import SentLog
 from serving.kv_router.router import KvRouter
-from serving.process_config import FrontendProcess, announce_ready, read
+from serving.process_config import FrontendProcess, announce_ready, collect_rarely, read
 from serving.rpc.handshake import read_secret
 
 log = logging.getLogger("serving.frontend")
@@ -108,7 +107,7 @@ async def run(process: FrontendProcess, place: Place | None) -> None:
         while not server.started and not serving.done():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         if server.started:
-            _collect_rarely()
+            collect_rarely()
             if place is None:
                 announce_ready(process.ready_file, port=process.frontend.port)
             else:
@@ -119,14 +118,6 @@ async def run(process: FrontendProcess, place: Place | None) -> None:
             task.cancel()
         instances.close()
     log.info("stopped")
-
-
-def _collect_rarely() -> None:
-    """What is here now stays, and requests leave next to no cycles: looking for some over and over
-    would show in the slowest first tokens."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
 
 
 def main() -> None:

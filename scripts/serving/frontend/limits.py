@@ -151,6 +151,7 @@ class cancelled_on_disconnect:
         trace: TracebackType | None,
     ) -> None:
         self._watcher.cancel()
+        del self._watcher  # Its traceback refers to us: that would be garbage for the collector.
         if kind is asyncio.CancelledError and self._gone and self._worker.uncancel() == 0:
             # Unless someone else has cancelled as well (shutdown): that must go on.
             raise ClientGone from None

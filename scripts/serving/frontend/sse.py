@@ -42,24 +42,25 @@ class _Output:
     @asynccontextmanager
     async def guarded(self) -> AsyncIterator[None]:
         """Raises ClientGone out of a `write` that stalls inside."""
-        loop = asyncio.get_running_loop()
-        timeout = asyncio.timeout(None)
-
-        def look() -> None:
-            if self._writing and self._num_writes == self._num_writes_before:
-                timeout.reschedule(loop.time())
-                return
-            self._num_writes_before = self._num_writes
-            self._timer = loop.call_later(self._stall_s, look)
-
-        self._timer = loop.call_later(self._stall_s, look)
+        self._look_later()
         try:
-            async with timeout:
+            async with asyncio.timeout(None) as self._timeout:
                 yield
         except OSError:  # a stall (TimeoutError), or a server that says so when the client left
             raise ClientGone from None
         finally:
             self._timer.cancel()
+            del self._timer  # It refers to us: that would be garbage for the collector.
+
+    def _look_later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._stall_s, self._look)
+
+    def _look(self) -> None:
+        if self._writing and self._num_writes == self._num_writes_before:
+            self._timeout.reschedule(asyncio.get_running_loop().time())
+            return
+        self._num_writes_before = self._num_writes
+        self._look_later()
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         self._writing = True

@@ -25,7 +25,7 @@ from serving.discovery import Discovery
 from serving.engine.base import BlockEngine, EngineLoad, TransferringEngine
 from serving.errors import OperatorError
 from serving.events import EventPlane
-from serving.process_config import WorkerProcess, announce_ready, read
+from serving.process_config import WorkerProcess, announce_ready, collect_rarely, read
 from serving.protocol import EngineOutput, InstanceInfo, KvEvent
 from serving.worker.engines import load_engine
 from serving.worker.handover import BlockHandover, EngineHandover
@@ -111,6 +111,7 @@ async def serve(
             host=socket.gethostname(),
             kv_by_engine=isinstance(engine, TransferringEngine) and engine.must_fetch,
         )
+        collect_rarely()
         await discovery.register(info, deadline_s=REGISTER_DEADLINE_S)
         registered(process, epoch)
         log.info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -263,3 +264,33 @@ async def test_official_client_raises_its_own_errors(
     with pytest.raises(openai.APIError, match="full"):
         async for _ in stream:
             pass
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_requests_leave_nothing_to_the_garbage_collector(url: str, stream: bool) -> None:
+    """What is in cycles waits for a collection, which then stalls every stream."""
+    loop = asyncio.get_running_loop()
+    content = json.dumps({**CHAT, "stream": stream}).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b"
+    with socket.socket() as client:
+        client.setblocking(False)
+        await loop.sock_connect(client, ("127.0.0.1", int(url.rsplit(":", 1)[1])))
+
+        async def ask() -> None:
+            await loop.sock_sendall(client, request % (len(content), content))
+            answer = b""
+            while not answer.endswith(b"\r\n0\r\n\r\n" if stream else b"}}}"):
+                answer += await loop.sock_recv(client, 65536)
+
+        await ask()
+        gc.collect()
+        gc.disable()
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                for _ in range(20):
+                    await ask()
+                await asyncio.sleep(0.01)
+            garbage = gc.collect()
+        finally:
+            gc.enable()
+    assert garbage < 20, f"{garbage} objects after 20 requests"

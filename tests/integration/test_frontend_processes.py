@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ def until(condition: Callable[[], object], within_s: float = 15.0) -> None:
         time.sleep(0.05)
 
 
-def make_service(folder: Path) -> RunningService:
+def make_service(folder: Path, num_instances: int | None = None, **more: Any) -> RunningService:
     model = make(folder / "tiny")
     fetched = fetch_model(
         ModelConfig(id=str(model)), folder / "model", weights="dummy", progress=print
@@ -41,7 +43,8 @@ def make_service(folder: Path) -> RunningService:
         "engine": {"backend": "mock", "max_model_len": 1024, "kv_cache_tokens": 8192},
         "mock": {"zero_delay": True},
         "frontend": {"processes": 2},
-        "workers": {"agg": 1},
+        "workers": {"agg": 1, "instances_per_process": num_instances or 1},
+        **more,
     }
     return RunningService(
         folder / "service",
@@ -51,7 +54,48 @@ def make_service(folder: Path) -> RunningService:
         device="cpu",
         dtype="float32",
         gpus=[],
+        num_instances=num_instances,
     )
+
+
+def test_a_burst_that_four_processes_decide_meets_at_no_worker(tmp_path: Path) -> None:
+    """Eight prompts at once to eight idle workers: by chance, all are apart once in 400 bursts."""
+    slow = {"mock": {"prefill_tokens_per_s": 3000.0}, "frontend": {"processes": 4}}
+    with make_service(tmp_path, num_instances=8, **slow) as service:
+        url = f"http://127.0.0.1:{service.port}"
+
+        def routed() -> Counter[str]:
+            page = httpx.get(f"{url}/metrics", timeout=15).text
+            counts: Counter[str] = Counter()
+            for family in text_string_to_metric_families(page):
+                for sample in family.samples:
+                    if sample.name == "serving_routed_requests_total":
+                        counts[sample.labels["instance"]] += int(sample.value)
+            return counts
+
+        async def ask(client: httpx.AsyncClient, burst: int, number: int) -> None:
+            prompt = [3 + (burst * 8 + number + place) % 200 for place in range(900)]
+            body = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
+            response = await client.post(f"{url}/v1/completions", json=body)
+            assert response.status_code == 200
+
+        async def bursts() -> list[int]:
+            """Workers that were asked, in each."""
+            numbers = []
+            # A connection for each request, so that the kernel spreads them.
+            limits = httpx.Limits(max_keepalive_connections=0)
+            async with httpx.AsyncClient(timeout=30, limits=limits) as client:
+                for burst in range(8):
+                    before = routed()
+                    await asyncio.gather(*(ask(client, burst, number) for number in range(8)))
+                    numbers.append(len(routed() - before))
+                    await asyncio.sleep(0.3)  # until all have reported that they are idle
+            return numbers
+
+        asked = asyncio.run(bursts())
+        processes = {httpx.get(f"{url}/ready").json()["process"] for _ in range(40)}
+        assert len(processes) > 1
+        assert sum(number == 8 for number in asked) >= 4, asked
 
 
 def test_both_processes_serve_and_a_killed_one_is_replaced(tmp_path: Path) -> None:

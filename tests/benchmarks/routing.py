@@ -3,14 +3,13 @@
     python tests/benchmarks/routing.py [--traces FOLDER] [--quick] [--live | --simulated]
 
 Eight workers, 20,000 tokens/s of prefill and 20 ms a token each, 2,000 blocks of 512 tokens. Ours is
-the product's router as configured by default. The others are here: round robin, the cost function
-of NVIDIA Dynamo's router, and the rules of SGLang's cache-aware router with its approximate tree
-(told of a prompt when it is routed, evicted like a worker's cache). All get the same events and
-load reports, equally late. Prints one JSON object a line: times in seconds, `hit` as the share of
+the product's router as configured by default; the others are in `routing_policies.py`. All get the
+same events and load reports, equally late. Prints one JSON object a line: times in seconds, `hit` as the share of
 prompt tokens that were cached.
 
 Then the same live (`routing_live.py`): real deployments of mock workers replay the first minutes of
-each trace, sped up, and the simulation of just that stands beside each. `cpu_...` are shares of a
+each trace, sped up, and the simulation of just that stands beside each. The frontends are the
+product's with another policy put into them. `cpu_...` are shares of a
 core, `cpu_machine` of all: near 1, the machine is what was measured.
 """
 
@@ -22,7 +21,6 @@ import json
 import os
 import sys
 import tempfile
-from collections import OrderedDict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,8 +30,8 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import msgspec  # noqa: E402
 from benchmarks import routing_live as live  # noqa: E402
+from benchmarks.routing_policies import OTHERS, MakeSelect  # noqa: E402
 from serving.config import RouterConfig  # noqa: E402
-from serving.kv_router.policy import Choice, Select  # noqa: E402
 from serving.kv_router.router import KvRouter  # noqa: E402
 from serving.simulate.clock import Clock  # noqa: E402
 from serving.simulate.cluster import ClusterShape, MakeRouter, make_router, simulate  # noqa: E402
@@ -58,73 +56,16 @@ SYNTHETIC = "mooncake_synthetic_trace.jsonl"
 # --- other routers --------------------------------------------------------------------------------
 
 
-def with_select(make_select: Any) -> MakeRouter:
+def with_select(make_select: MakeSelect) -> MakeRouter:
     def make(config: RouterConfig, rng: Random, clock: Clock) -> KvRouter:
         return KvRouter(config, rng=rng, clock=clock, select=make_select(rng))
 
     return make
 
 
-def round_robin(rng: Random) -> Select:
-    return lambda choice: list(choice.load)[choice.turn % len(choice.load)]
-
-
-def dynamo(rng: Random) -> Select:
-    """`max(active prefill + prompt - overlap, 0) + decode blocks`, in blocks; the lowest wins."""
-
-    def cost(choice: Choice, name: str) -> float:
-        load, size = choice.load[name], choice.prompt
-        prefill = (load.queued_tokens + size.num_tokens) / size.block_size
-        return max(prefill - choice.overlap.get(name, 0), 0) + load.active_blocks
-
-    def select(choice: Choice) -> str:
-        costs = {name: cost(choice, name) for name in choice.load}
-        lowest = min(costs.values())
-        return rng.choice([name for name, each in costs.items() if each == lowest])
-
-    return select
-
-
-def sglang_like(rng: Random) -> Select:
-    """Shortest queue when loads are far apart; else the best match if it is over a half of the
-    prompt; else the smallest tree. Defaults of its `cache_aware` policy."""
-    trees: dict[str, OrderedDict[int, None]] = {}
-
-    def matched(name: str, hashes: list[int]) -> int:
-        tree = trees.setdefault(name, OrderedDict())
-        return next((n for n, each in enumerate(hashes) if each not in tree), len(hashes))
-
-    def choose(choice: Choice, hashes: list[int]) -> str:
-        requests = {name: load.num_requests for name, load in choice.load.items()}
-        most, least = max(requests.values()), min(requests.values())
-        if most - least > 32 and most > 1.0001 * least:
-            return min(requests, key=lambda name: requests[name])
-        overlap = {name: matched(name, hashes) for name in choice.load}
-        best = max(overlap, key=lambda name: overlap[name])
-        if overlap[best] > 0.5 * max(1, len(hashes)):
-            return best
-        smallest = min(len(trees[name]) for name in choice.load)
-        return rng.choice([name for name in choice.load if len(trees[name]) == smallest])
-
-    def select(choice: Choice) -> str:
-        hashes = list(choice.hashes)
-        chosen = choose(choice, hashes)
-        tree = trees.setdefault(chosen, OrderedDict())
-        for block_hash in reversed(hashes):
-            tree[block_hash] = None
-            tree.move_to_end(block_hash)
-        while len(tree) > BLOCKS:
-            tree.popitem(last=False)
-        return chosen
-
-    return select
-
-
 POLICIES: dict[str, MakeRouter] = {
     "ours": make_router,
-    "round robin": with_select(round_robin),
-    "dynamo": with_select(dynamo),
-    "sglang-like": with_select(sglang_like),
+    **{name: with_select(make_select) for name, make_select in OTHERS.items()},
 }
 
 
@@ -265,7 +206,7 @@ def tell_live(
     ours = medians["ours"]
     for kind, each in medians.items():
         more: dict[str, Any] = {}
-        if kind == "round robin":
+        if kind in OTHERS:
             for key in ("ttft_p90", "ttft_p99"):
                 more[f"{key}_ratio"] = round(ours[key] / each[key], 3)
             more["goal"] = "ratios below 1"

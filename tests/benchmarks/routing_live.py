@@ -51,9 +51,13 @@ _FIRST_ID, _NUM_IDS = 10, 90  # two digits each: less to send
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("serve_agg_router", {}),
     "round robin": ("serve_agg", {"router": {"policy": "round_robin"}}),
+    "dynamo": ("serve_agg_router", {}),
+    "sglang-like": ("serve_agg_router", {}),
     "4 frontends": ("serve_agg_router", {"frontend": {"processes": 4}}),
 }
 """Name to `snakemake` target and sections of the configuration."""
+PUT_IN = ("dynamo", "sglang-like")
+"""Policies of others, which `policy_put_in/sitecustomize.py` gives to the frontends."""
 
 
 # --- the workload, scaled -------------------------------------------------------------------------
@@ -152,12 +156,20 @@ class Live:
         self._target, more = KINDS[kind]
         self._deployment = Deployment(folder, str(model), **more)
         self._deployment.config["frontend"]["max_inflight"] = 4096
+        self._put_in = kind if kind in PUT_IN else None
         self.client = Client(self._deployment.config["frontend"]["port"], MODEL)
 
     def run_at(self, pace: Pace) -> None:
         """Start it; or its workers again, when they ran at another pace."""
         deployment = self._deployment
         deployment.config |= pace.engine_sections()
+        if self._put_in:
+            deployment.environment = {
+                "PYTHONPATH": str(Path(__file__).with_name("policy_put_in")),
+                "ROUTING_POLICY": self._put_in,
+                "ROUTING_TREE_BLOCKS": str(BLOCKS * pace.block_tokens() // BLOCK_SIZE),
+            }
+            deployment.snakemake("stop")  # a frontend that runs has the size of another pace
         deployment.snakemake(self._target)
         deployment.wait(
             f"{WORKERS} workers",

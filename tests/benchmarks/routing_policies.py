@@ -1,0 +1,77 @@
+"""How others choose a worker, in the terms of our router, to be compared with ours.
+
+Round robin; the cost function of NVIDIA Dynamo's router; and the rules of SGLang's cache-aware
+router with its approximate tree (told of a prompt when it is routed, evicted like a worker's cache).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from random import Random
+
+from serving.kv_router.policy import Choice, Select
+
+MakeSelect = Callable[[Random], Select]
+
+
+def round_robin(rng: Random) -> Select:
+    return lambda choice: list(choice.load)[choice.turn % len(choice.load)]
+
+
+def dynamo(rng: Random) -> Select:
+    """`max(active prefill + prompt - overlap, 0) + decode blocks`, in blocks; the lowest wins."""
+
+    def cost(choice: Choice, name: str) -> float:
+        load, size = choice.load[name], choice.prompt
+        prefill = (load.queued_tokens + size.num_tokens) / size.block_size
+        return max(prefill - choice.overlap.get(name, 0), 0) + load.active_blocks
+
+    def select(choice: Choice) -> str:
+        costs = {name: cost(choice, name) for name in choice.load}
+        lowest = min(costs.values())
+        return rng.choice([name for name, each in costs.items() if each == lowest])
+
+    return select
+
+
+def sglang_like(rng: Random, tree_blocks: int = 2000) -> Select:
+    """`tree_blocks` are kept of each worker, as many as it holds. Shortest queue when loads are far apart; else the best match if it is over a half of the
+    prompt; else the smallest tree. Defaults of its `cache_aware` policy."""
+    trees: dict[str, OrderedDict[int, None]] = {}
+
+    def matched(name: str, hashes: list[int]) -> int:
+        tree = trees.setdefault(name, OrderedDict())
+        return next((n for n, each in enumerate(hashes) if each not in tree), len(hashes))
+
+    def choose(choice: Choice, hashes: list[int]) -> str:
+        requests = {name: load.num_requests for name, load in choice.load.items()}
+        most, least = max(requests.values()), min(requests.values())
+        if most - least > 32 and most > 1.0001 * least:
+            return min(requests, key=lambda name: requests[name])
+        overlap = {name: matched(name, hashes) for name in choice.load}
+        best = max(overlap, key=lambda name: overlap[name])
+        if overlap[best] > 0.5 * max(1, len(hashes)):
+            return best
+        smallest = min(len(trees[name]) for name in choice.load)
+        return rng.choice([name for name in choice.load if len(trees[name]) == smallest])
+
+    def select(choice: Choice) -> str:
+        hashes = list(choice.hashes)
+        chosen = choose(choice, hashes)
+        tree = trees.setdefault(chosen, OrderedDict())
+        for block_hash in reversed(hashes):
+            tree[block_hash] = None
+            tree.move_to_end(block_hash)
+        while len(tree) > tree_blocks:
+            tree.popitem(last=False)
+        return chosen
+
+    return select
+
+
+OTHERS: dict[str, MakeSelect] = {
+    "round robin": round_robin,
+    "dynamo": dynamo,
+    "sglang-like": sglang_like,
+}

@@ -46,7 +46,7 @@ TRACES = {
 }
 LIVE = {
     "conversation": live.Pace(first_s=72.0, speedup=2.0),
-    "agentic": live.Pace(first_s=180.0, speedup=5.0, shrink=4),
+    "agentic": live.Pace(first_s=900.0, speedup=5.0, shrink=4),
 }
 """Requests of the one come in bursts and find the machine busy; those of the other are few, and
 their prompts a hundred thousand tokens long."""

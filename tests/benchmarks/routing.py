@@ -1,6 +1,7 @@
 """Routing policies on recorded workloads, in virtual time, with the routers that serve.
 
     python tests/benchmarks/routing.py [--traces FOLDER] [--quick] [--live | --simulated]
+        [--trace conversation | agentic] [--kinds ours,"4 frontends"] [--rounds N]
 
 Eight workers, 20,000 tokens/s of prefill and 20 ms a token each, 2,000 blocks of 512 tokens. Ours is
 the product's router as configured by default; the others are in `routing_policies.py`. All get the
@@ -19,6 +20,7 @@ import argparse
 import asyncio
 import json
 import os
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -112,6 +114,25 @@ def compare_frontends(name: str, trace: Trace) -> None:
     tell(f"{name}: 4 frontends that share nothing", **alone, ratio=ratio)
 
 
+def shuffle_bursts(name: str, whole: Trace, pace: live.Pace) -> None:
+    """What the order of requests within 5 ms alone does to the slice that is replayed live: one
+    frontend, 30 orders. Live, several frontends decide in another order than one."""
+    trace, found = pace.of(whole), []
+    for seed in range(30):
+        rng = Random(seed)
+        requests = [
+            msgspec.structs.replace(each, arrival_s=each.arrival_s + rng.random() * 0.005)
+            for each in trace.requests
+        ]
+        requests.sort(key=lambda each: each.arrival_s)
+        shuffled = Trace(requests, trace.block_size)
+        outcome = simulate(shuffled, shape(speed=pace.engine_speed()), RouterConfig())
+        found.append(outcome.ttft_s(0.9) * pace.speedup)
+    middle = statistics.median(found)
+    spread = [round(each / middle, 3) for each in (min(found), max(found))]
+    tell(f"{name}: order within 5 ms", ttft_p90=round(middle, 3), of_median=spread)
+
+
 def an_hour_of(trace: Trace) -> Trace:
     """The trace again and again, each time with other content, for an hour."""
     requests, start_s, number = [], 0.0, 0
@@ -155,10 +176,12 @@ def endure(name: str, trace: Trace, max_blocks: int) -> None:
     )
 
 
-def go_live(traces: dict[str, Trace], paces: dict[str, live.Pace], rounds: int) -> None:
+def go_live(
+    traces: dict[str, Trace], paces: dict[str, live.Pace], kinds: list[str], rounds: int
+) -> None:
     with (
         tempfile.TemporaryDirectory(prefix="bench-routing-") as folder,
-        live.deployments(Path(folder), list(live.KINDS)) as systems,
+        live.deployments(Path(folder), kinds) as systems,
     ):
         for name, whole in traces.items():
             replay_in_turns(name, whole, paces[name], systems, rounds)
@@ -243,7 +266,15 @@ def main() -> None:
     only.add_argument("--simulated", action="store_true", help="nothing live")
     parser.add_argument("--speedup", type=float, help="of what is live, for both traces")
     parser.add_argument("--rounds", type=int, default=1, help="of what is live; medians are told")
+    parser.add_argument("--trace", choices=TRACES, help="of what is live, only this one")
+    parser.add_argument(
+        "--kinds", default=",".join(live.KINDS), help="of what is live; ours is always among them"
+    )
     args = parser.parse_args()
+    asked = {"ours", *args.kinds.split(",")}
+    if unknown := asked - set(live.KINDS):
+        parser.error(f"no such kinds: {', '.join(unknown)}; there are {', '.join(live.KINDS)}")
+    kinds = [kind for kind in live.KINDS if kind in asked]
 
     def load(file: str) -> Trace | None:
         path = args.traces / file
@@ -261,18 +292,20 @@ def main() -> None:
         endure("synthetic", hour, 100_000)
         endure("synthetic", hour, 8_000)
     traces = {name: trace for name, file in TRACES.items() if (trace := load(file))}
+    replayed = {name: each for name, each in traces.items() if args.trace in (None, name)}
     if not args.live:
         for name, trace in traces.items():
             compare_policies(name, shortened(trace))
             compare_frontends(name, shortened(trace))
-    if not args.simulated and traces:
+            shuffle_bursts(name, trace, LIVE[name])
+    if not args.simulated and replayed:
         paces = {
             name: live.Pace(
                 pace.first_s / (5 if args.quick else 1), args.speedup or pace.speedup, pace.shrink
             )
             for name, pace in LIVE.items()
         }
-        go_live(traces, paces, args.rounds)
+        go_live(replayed, paces, kinds, args.rounds)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ A burst of requests is decided within milliseconds by all processes. A message w
 that, each would choose the same idle instance, and they would meet there. Memory is there at once:
 whoever is about to decide reads what the others have written since.
 
-Each process writes to a ring of its own, so there are no locks. An entry is valid when its check fits the
-rest of it: one that is being written, or that its writer did not live to finish, is not. Its number
-tells the entry that is expected from the one that was there a round before.
+Each process writes to a ring of its own, so there are no locks. An entry is valid when its check
+fits the rest of it: one that is being written, or that its writer did not live to finish, is not.
+Its number tells the entry that is expected from the one that was there a round before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from xxhash import xxh3_64_intdigest
 from serving.kv_router.route import Sent
 
 CAPACITY = 4096
-"""Entries of one process, between two decisions of another: of more than that, the oldest are missed."""
+"""Entries that are kept of each process. Of more between two decisions of another, the oldest are
+missed."""
 _BODY = Struct("<QQdII")  # number from 1, registration, seconds, tokens, blocks
 _CHECK = Struct("<Q")
 _ENTRY = _BODY.size + _CHECK.size
@@ -39,7 +40,7 @@ class SentLog:
     """One process' view. It goes on where a predecessor in its place stopped."""
 
     def __init__(self, memory: int, number: int, num_processes: int) -> None:
-        """`memory` is what `create` returned, and can be closed after this."""
+        """`memory` is what `create` returned."""
         self._memory = mmap.mmap(memory, num_processes * _RING)
         self._own = number * _RING
         self._next = 1 + self._newest(self._own)
@@ -73,9 +74,6 @@ class SentLog:
         if len(found) > 1:
             found.sort(key=lambda sent: sent.sent_s)
         return found
-
-    def close(self) -> None:
-        self._memory.close()
 
     def _read(self, ring: int, number: int) -> tuple[int, int, float, int, int] | None:
         """Where that number belongs, if it is whole: this one, or one a round or more apart."""

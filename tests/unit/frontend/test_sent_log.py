@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from serving.frontend import sent_log
@@ -92,29 +95,50 @@ def test_numbers_that_do_not_fit_are_the_largest_that_do(memory: int) -> None:
     assert other.news() == [Sent(1, 0.0, 2**32 - 1, 2**32 - 1)]
 
 
-def write(memory: int, number: int, count: int, start: multiprocessing.Barrier) -> None:  # type: ignore[valid-type]
-    log = SentLog(memory, number, 3)
-    start.wait()
-    for each in range(count):
-        log.tell(Sent(number, float(each), each, 0))
+SCRIPTS = Path(__file__).parents[3] / "scripts"
+WRITE = """
+import sys
+from serving.frontend.sent_log import SentLog
+from serving.kv_router.route import Sent
+memory, number, count = map(int, sys.argv[1:])
+log = SentLog(memory, number, 3)
+print("ready", flush=True)
+sys.stdin.readline()
+for each in range(count):
+    log.tell(Sent(number, float(each), each, 0))
+"""
 
 
 def test_between_processes_nothing_is_lost_or_made_up(memory: int) -> None:
     """Two write as fast as they can while this one reads."""
-    fork = multiprocessing.get_context("fork")
-    count, start = 3000, fork.Barrier(3)
-    reader = SentLog(memory, 2, 3)
-    writers = [fork.Process(target=write, args=(memory, each, count, start)) for each in range(2)]
-    for writer in writers:
-        writer.start()
-    start.wait()
-    found: list[Sent] = []
-    while any(writer.is_alive() for writer in writers):
+    count, reader = 3000, SentLog(memory, 2, 3)
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", WRITE, str(memory), str(number), str(count)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=environment,
+                    pass_fds=[memory],
+                )
+            )
+            for number in range(2)
+        ]
+        for writer in writers:
+            assert writer.stdout
+            assert writer.stdout.readline() == b"ready\n"
+        for writer in writers:
+            assert writer.stdin
+            writer.stdin.write(b"\n")
+            writer.stdin.flush()
+        found: list[Sent] = []
+        while any(writer.poll() is None for writer in writers):
+            found += reader.news()
         found += reader.news()
-    found += reader.news()
     for number, writer in enumerate(writers):
-        writer.join()
-        assert writer.exitcode == 0
+        assert writer.returncode == 0
         own = [each.queued_tokens for each in found if each.registration == number]
         assert own == list(range(count))
     assert len(found) == 2 * count

@@ -6,7 +6,7 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from snakemake.exceptions import WorkflowError
 
-from serving.deploy import deployment
+from serving.deploy.planning import deployment
 from serving.errors import OperatorError
 
 try:

@@ -1,6 +1,6 @@
 # For `container.runtime`. Nothing that serves asks for these: a build takes long and is asked for
 # by name. Where `container.image` is not set, workers run in what was built last.
-from serving.deploy import images
+from serving.deploy.containers import images
 
 
 rule build_base_image:

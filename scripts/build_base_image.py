@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from serving.config import parse
-from serving.deploy.image_build import build_base
+from serving.deploy.containers.image_build import build_base
 from serving.deploy.rule_script import telling
 
 with telling(snakemake.log[0]) as say:

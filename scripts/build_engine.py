@@ -8,12 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = os.environ["
 
 import msgspec
 from serving.config import parse
-from serving.deploy.fingerprint import resolve_device, resolve_dtype
-from serving.deploy.gpus import describe_host
-from serving.deploy.library_run import LibraryRun
-from serving.deploy.placement import existing_gpus, usable_gpus
+from serving.deploy.containers.library_run import LibraryRun
+from serving.deploy.planning.fingerprint import resolve_device, resolve_dtype
+from serving.deploy.planning.gpus import describe_host
+from serving.deploy.planning.placement import existing_gpus, usable_gpus
+from serving.deploy.planning.topology import roles
 from serving.deploy.rule_script import telling
-from serving.deploy.topology import roles
 from serving.engine.manifest import load_model
 from serving.engine.torch.build import build_engine
 from serving.engine.trtllm.build import build_engine as build_tensorrt_llm

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from serving.config import parse
-from serving.deploy.checks import conclude, judge
-from serving.deploy.checks_container import check_container
-from serving.deploy.fingerprint import resolve_device
-from serving.deploy.placement import existing_gpus, usable_gpus
+from serving.deploy.checks.container import check_container
+from serving.deploy.checks.report import conclude, judge
+from serving.deploy.planning.fingerprint import resolve_device
+from serving.deploy.planning.placement import existing_gpus, usable_gpus
 from serving.deploy.rule_script import telling
 
 with telling(snakemake.log[0]) as say:

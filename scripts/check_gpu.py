@@ -3,21 +3,21 @@
 from pathlib import Path
 
 from serving.config import parse
-from serving.deploy.checks import conclude, judge
-from serving.deploy.checks_gpu import (
+from serving.deploy.checks.gpu import (
     judge_gpu,
     judge_tensorrt_llm,
     library_line,
     not_needed,
     observe,
 )
-from serving.deploy.checks_host import weight_bytes
-from serving.deploy.deployment import links
-from serving.deploy.fingerprint import resolve_device, resolve_dtype
-from serving.deploy.gpus import driver_version, installed_gpus
-from serving.deploy.placement import existing_gpus, usable_gpus
+from serving.deploy.checks.host import weight_bytes
+from serving.deploy.checks.report import conclude, judge
+from serving.deploy.planning.deployment import links
+from serving.deploy.planning.fingerprint import resolve_device, resolve_dtype
+from serving.deploy.planning.gpus import driver_version, installed_gpus
+from serving.deploy.planning.placement import existing_gpus, usable_gpus
+from serving.deploy.planning.topology import placed
 from serving.deploy.rule_script import telling
-from serving.deploy.topology import placed
 
 with telling(snakemake.log[0]) as say:
     config = parse(snakemake.config)

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from serving.config import parse
-from serving.deploy.checks import conclude, judge
-from serving.deploy.checks_host import judge_host, observe
-from serving.deploy.checks_ports import judge_ports
-from serving.deploy.fingerprint import resolve_device
+from serving.deploy.checks.host import judge_host, observe
+from serving.deploy.checks.ports import judge_ports
+from serving.deploy.checks.report import conclude, judge
+from serving.deploy.planning.fingerprint import resolve_device
+from serving.deploy.planning.topology import workers_here
 from serving.deploy.rule_script import telling
-from serving.deploy.topology import workers_here
 
 with telling(snakemake.log[0]) as say:
     config = parse(snakemake.config)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from serving.config import parse
-from serving.deploy.checks import conclude, judge
-from serving.deploy.checks_ucx import judge_ucx, observe
+from serving.deploy.checks.report import conclude, judge
+from serving.deploy.checks.ucx import judge_ucx, observe
 from serving.deploy.rule_script import telling
 
 with telling(snakemake.log[0]) as say:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import msgspec
-from serving.deploy.bench import Summary, table
+from serving.deploy.bench.run import Summary, table
 from serving.deploy.rule_script import telling
 
 with telling(snakemake.log[0]) as say:

@@ -3,7 +3,7 @@
 import asyncio
 
 from serving.config import parse
-from serving.deploy.doctor import conclude_doctor, examine
+from serving.deploy.report.doctor import conclude_doctor, examine
 from serving.deploy.rule_script import telling
 
 with telling(snakemake.log[0]) as say:

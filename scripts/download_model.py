@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from serving.config import parse
-from serving.deploy.fingerprint import resolve_source
-from serving.deploy.model import fetch_model
+from serving.deploy.model.prepare import fetch_model
+from serving.deploy.planning.fingerprint import resolve_source
 from serving.deploy.rule_script import telling
 
 with telling(snakemake.log[0]) as say:

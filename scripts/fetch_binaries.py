@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from serving.deploy.binaries import Binary, resolve_etcd, resolve_nats
+from serving.deploy.processes.binaries import Binary, resolve_etcd, resolve_nats
 from serving.errors import OperatorError
 
 

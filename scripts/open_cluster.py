@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from serving.config import parse
-from serving.deploy import cluster
+from serving.deploy.cluster import membership as cluster
+from serving.deploy.planning.topology import address
 from serving.deploy.rule_script import telling
-from serving.deploy.topology import address
 from serving.engine.manifest import load_manifest
 
 with telling(snakemake.log[0]) as say:

@@ -1,8 +1,8 @@
 """Stop programs that no longer belong, then record what does."""
 
 import msgspec
-from serving.deploy.markers import Record
-from serving.deploy.retire import retire
+from serving.deploy.processes.markers import Record
+from serving.deploy.processes.retire import retire
 from serving.deploy.rule_script import telling
 
 with telling(snakemake.log[0]) as say:

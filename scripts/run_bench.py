@@ -6,10 +6,10 @@ from pathlib import Path
 
 import msgspec
 from serving.config import parse
-from serving.deploy import bench
-from serving.deploy.bench_samples import Sampler
+from serving.deploy.bench import run as bench
+from serving.deploy.bench.samples import Sampler
+from serving.deploy.report.service import expected, tokenizer_dir
 from serving.deploy.rule_script import telling
-from serving.deploy.service import expected, tokenizer_dir
 
 with telling(snakemake.log[0]) as say:
     config = parse(snakemake.config)

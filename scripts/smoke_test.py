@@ -4,10 +4,10 @@ import asyncio
 from pathlib import Path
 
 from serving.config import parse
+from serving.deploy.planning.topology import joins
+from serving.deploy.report.service import expected
+from serving.deploy.report.smoke import conclude_smoke, run_smoke
 from serving.deploy.rule_script import telling
-from serving.deploy.service import expected
-from serving.deploy.smoke import conclude_smoke, run_smoke
-from serving.deploy.topology import joins
 from serving.errors import OperatorError
 
 with telling(snakemake.log[0]) as say:

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import msgspec
 from serving.config import parse
-from serving.deploy.launch import launch
+from serving.deploy.planning.topology import Program, joins
+from serving.deploy.processes.launch import launch
 from serving.deploy.rule_script import telling
-from serving.deploy.topology import Program, joins
 from serving.engine.manifest import load_manifest
 
 with telling(snakemake.log[0]) as say:
     program = msgspec.json.decode(snakemake.params.program, type=Program)
     config = parse(snakemake.config)
     if joins(config):
-        from serving.deploy.cluster import require_same_engine
+        from serving.deploy.cluster.membership import require_same_engine
 
         require_same_engine(load_manifest(Path(snakemake.input.engine).parent))
     launch(program, config, say)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.config import EngineConfig, ModelConfig
-from serving.deploy.model import fetch_model
+from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import EngineManifest
 from serving.engine.torch.build import build_engine
 

@@ -36,8 +36,8 @@ from benchmarks.http_load import Result, Shape, load, load_alone  # noqa: E402
 from benchmarks.running_service import RunningService  # noqa: E402
 from integration.tiny_model import make  # noqa: E402
 from serving.config import EngineConfig, ModelConfig  # noqa: E402
-from serving.deploy.credentials import RPC_SECRET_FILE  # noqa: E402
-from serving.deploy.model import fetch_model  # noqa: E402
+from serving.deploy.model.prepare import fetch_model  # noqa: E402
+from serving.deploy.processes.credentials import RPC_SECRET_FILE  # noqa: E402
 from serving.engine.torch.build import build_engine  # noqa: E402
 from serving.protocol import (  # noqa: E402
     EngineRequest,

@@ -23,10 +23,10 @@ from typing import Any
 import msgspec
 from integration.services import Etcd, Nats, free_port
 from serving.config import Topology, parse
-from serving.deploy.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE
-from serving.deploy.topology import Program, pinned, plan, worker_environment
+from serving.config.process import WorkerProcess
+from serving.deploy.planning.topology import Program, pinned, plan, worker_environment
+from serving.deploy.processes.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE
 from serving.engine.manifest import load_manifest
-from serving.process_config import WorkerProcess
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 START_S = 240.0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from serving.engine.manifest import load_manifest
-from serving.engine.torch.dummy_weights import make_model
+from serving.engine.torch.weights.dummy import make_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 BUDGET_S = 100.0

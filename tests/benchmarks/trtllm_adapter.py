@@ -29,8 +29,8 @@ for folder in ("scripts", "tests/standin", "tests"):
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import uvloop  # noqa: E402
-from serving.engine import tensorrt_llm as adapter  # noqa: E402
 from serving.engine.base import EngineLoad  # noqa: E402
+from serving.engine.trtllm import engine as adapter  # noqa: E402
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams  # noqa: E402
 from unit.engine.trtllm_rig import make_engine, make_manifest  # noqa: E402
 

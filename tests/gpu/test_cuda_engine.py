@@ -133,7 +133,7 @@ async def test_narrow_kv_stays_close(model: Path, dtype: str, tolerance: float) 
 
 
 def test_what_float8_cannot_hold_saturates() -> None:
-    from serving.engine.torch import kernels
+    from serving.engine.torch.cuda import kernels
 
     pool = KvPool(KvLayout(1, 1, 16, 8, "float8_e4m3fn"), 2, "cuda")
     qkv = torch.zeros(1, 3, 16, device="cuda", dtype=torch.bfloat16)  # query, key, value

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from serving.engine.torch.nucleus import top_p_threshold
-from serving.engine.torch.sampler import Sampler
-from serving.engine.torch.sequence import Sequence
+from serving.engine.core.sequence import Sequence
+from serving.engine.torch.sampling.nucleus import top_p_threshold
+from serving.engine.torch.sampling.sampler import Sampler
 from serving.protocol import EngineRequest, SamplingParams
 
 pytestmark = [

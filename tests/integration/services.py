@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
-from serving.deploy.binaries import resolve_etcd, resolve_nats
+from serving.deploy.processes.binaries import resolve_etcd, resolve_nats
 
 START_S = 30.0
 CACHE = Path(__file__).parents[2] / "results" / "bin" / "cache"

@@ -4,8 +4,8 @@ import os
 
 import pytest
 from serving.config import Config
-from serving.deploy import checks_ucx
-from serving.deploy.checks import judge
+from serving.deploy.checks import ucx as checks_ucx
+from serving.deploy.checks.report import judge
 
 pytestmark = pytest.mark.integration
 

@@ -24,12 +24,12 @@ import pytest
 from integration.deployment import Deployment, running
 from integration.tiny_model import make
 from serving.config import parse
-from serving.deploy import images
-from serving.deploy.contained import wrap
-from serving.deploy.containers import container_name
-from serving.deploy.image_build import build_serving, read_base
-from serving.deploy.library_run import PROGRAM, LibraryRun
-from serving.deploy.source_digest import SCRIPTS
+from serving.deploy.containers import images
+from serving.deploy.containers.image_build import build_serving, read_base
+from serving.deploy.containers.library_run import PROGRAM, LibraryRun
+from serving.deploy.containers.run_command import container_name
+from serving.deploy.containers.worker_command import wrap
+from serving.deploy.planning.source_digest import SCRIPTS
 from serving.engine.trtllm.library import PYTHON
 from standin.install import install
 

@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import close_session
 from integration.hub_server import COMMIT, OTHER_COMMIT, Hub, serving
 from serving.config import ModelConfig
-from serving.deploy.model import fetch_model
-from serving.deploy.model_hub import fetch_from_hub
+from serving.deploy.model.hub import fetch_from_hub
+from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import ModelManifest, load_model
 from serving.errors import ModelError
 

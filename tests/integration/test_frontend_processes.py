@@ -18,7 +18,7 @@ from benchmarks.running_service import RunningService
 from integration.tiny_model import make
 from prometheus_client.parser import text_string_to_metric_families
 from serving.config import EngineConfig, ModelConfig
-from serving.deploy.model import fetch_model
+from serving.deploy.model.prepare import fetch_model
 from serving.engine.torch.build import build_engine
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]

@@ -241,7 +241,7 @@ def test_other_code_is_refused(two: Nodes, tmp_path: Path) -> None:
 
 
 def test_stranger_with_a_join_file_of_another_cluster_gets_nothing(two: Nodes) -> None:
-    from serving.deploy import certificates
+    from serving.deploy.processes import certificates
 
     file = two.nodes[1].directory / "join.pem"
     file.write_text(certificates.make().join)

@@ -15,8 +15,8 @@ from integration import tiny_model
 from serving import config as configs
 from serving.engine.base import EngineLoad
 from serving.engine.manifest import ENGINE_FORMAT, BuildCheck, EngineManifest
-from serving.engine.tensorrt_llm import TensorRtLlmEngine
 from serving.engine.trtllm import llm_args, target
+from serving.engine.trtllm.engine import TensorRtLlmEngine
 from serving.engine.trtllm.versions import parse_version
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams
 

@@ -18,7 +18,7 @@ from benchmarks.routing_live import Pace, Prompts
 from benchmarks.streaming_client import Completion
 from serving.block_hash import chain
 from serving.config import MockConfig
-from serving.engine.mock_timing import Work, step_seconds
+from serving.engine.mock.timing import Work, step_seconds
 from serving.protocol import EngineOutput
 from serving.simulate.trace import Trace, TraceRequest
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from serving import config_docs
 from serving.config import Config
+from serving.config import docs as config_docs
 
 FOLDER = Path(__file__).parents[2] / "config"
 
 
 def test_committed_page_and_schema_say_what_the_types_say() -> None:
-    assert config_docs.stale(FOLDER) == [], "run `python -m serving.config_docs --write`"
+    assert config_docs.stale(FOLDER) == [], "run `python -m serving.config.docs --write`"
 
 
 def test_page_has_a_row_for_every_key() -> None:

@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from serving.detokenize import Delta, Detokenizer, TokenText
-from serving.preprocess import PreparedRequest
 from serving.protocol import EngineOutput, FinishReason, SamplingParams, TokenLogprob
+from serving.text.detokenize import Delta, Detokenizer, TokenText
+from serving.text.preprocess import PreparedRequest
 from tokenizers import Tokenizer, decoders, models
 from unit.frontend.fakes import write_tokenizer
 

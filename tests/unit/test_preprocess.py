@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import preprocess
-from serving.chat_template import ChatTemplate
 from serving.errors import InvalidRequest, ModelError
-from serving.preprocess import Preprocessor
+from serving.text import preprocess
+from serving.text.chat_template import ChatTemplate
+from serving.text.preprocess import Preprocessor
 from tokenizers import Tokenizer, processors
 from unit.frontend.fakes import make_card, write_tokenizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from serving.deploy.images import SERVING_RECORD, Serving
+from serving.deploy.containers.images import SERVING_RECORD, Serving
 
 ROOT = Path(__file__).parents[2]
 PODMAN = "container={runtime: podman}"

@@ -20,6 +20,7 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
+from serving.config.process import FrontendProcess, announce_ready, collect_rarely, read
 from serving.discovery import Discovery
 from serving.errors import OperatorError
 from serving.events import EventPlane
@@ -33,7 +34,6 @@ from serving.frontend.pipeline import Pipeline
 from serving.frontend.router_metrics import RouterMetrics
 from serving.frontend.sent_log import SentLog
 from serving.kv_router.router import KvRouter
-from serving.process_config import FrontendProcess, announce_ready, collect_rarely, read
 from serving.rpc.handshake import read_secret
 
 log = logging.getLogger("serving.frontend")

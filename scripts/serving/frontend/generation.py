@@ -16,12 +16,12 @@ from typing import Any, Protocol, cast
 from msgspec import Struct
 from tokenizers import Tokenizer
 
-from serving.detokenize import Delta, Detokenizer
 from serving.errors import EngineFailed
 from serving.frontend.metrics import Metrics
 from serving.frontend.openai.response import Plan, Usage
-from serving.preprocess import PreparedRequest
 from serving.protocol import EngineOutput, ModelCard, TokenLogprob
+from serving.text.detokenize import Delta, Detokenizer
+from serving.text.preprocess import PreparedRequest
 
 MAX_SEPARATE = 256
 """Deltas of one choice that wait to be written, before they become one."""

@@ -21,9 +21,9 @@ from contextlib import ExitStack
 import msgspec
 from msgspec import Struct
 
+from serving.config.process import FrontendProcess, announce_ready
 from serving.errors import OperatorError
 from serving.frontend import sent_log
-from serving.process_config import FrontendProcess, announce_ready
 
 log = logging.getLogger(__name__)
 

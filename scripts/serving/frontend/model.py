@@ -7,11 +7,11 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from serving.detokenize import TokenText
 from serving.errors import NoInstances
 from serving.grammar import Grammars
-from serving.preprocess import Preprocessor
 from serving.protocol import Guide, ModelCard
+from serving.text.detokenize import TokenText
+from serving.text.preprocess import Preprocessor
 
 
 class LoadedModel(Struct, frozen=True):

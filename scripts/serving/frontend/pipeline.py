@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from serving.config.process import FrontendProcess
 from serving.errors import (
     DeadlineExceeded,
     EngineFailed,
@@ -30,8 +31,6 @@ from serving.frontend.metrics import Metrics
 from serving.frontend.patience import Patience
 from serving.frontend.sequence import Sequence
 from serving.kv_router.router import KvRouter, Route
-from serving.preprocess import PreparedRequest
-from serving.process_config import FrontendProcess
 from serving.protocol import (
     EngineOutput,
     EngineRequest,
@@ -41,6 +40,7 @@ from serving.protocol import (
     TransferParams,
 )
 from serving.rpc import RpcClient
+from serving.text.preprocess import PreparedRequest
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import msgspec
 
 from serving.config import DeadlinesConfig
 from serving.kv_router.router import KvRouter, PromptHashes
-from serving.preprocess import PreparedRequest
 from serving.protocol import EngineOutput, EngineRequest, Phase
+from serving.text.preprocess import PreparedRequest
 
 
 class Sequence:

@@ -16,7 +16,7 @@ from functools import partial
 
 from msgspec import Struct
 
-from serving.engine.torch.block_pool import BlockPool
+from serving.engine.core.block_pool import BlockPool
 from serving.protocol import InstanceInfo, KvEventBatch, LoadReport, ModelCard, Role
 from serving.simulate.clock import Clock
 from serving.simulate.trace import TraceRequest

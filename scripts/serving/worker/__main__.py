@@ -21,11 +21,11 @@ from typing import Any
 
 import uvloop
 
+from serving.config.process import WorkerProcess, announce_ready, collect_rarely, read
 from serving.discovery import Discovery
 from serving.engine.base import BlockEngine, EngineLoad, TransferringEngine
 from serving.errors import OperatorError
 from serving.events import EventPlane
-from serving.process_config import WorkerProcess, announce_ready, collect_rarely, read
 from serving.protocol import EngineOutput, InstanceInfo, KvEvent
 from serving.worker.engines import load_engine
 from serving.worker.handover import BlockHandover, EngineHandover

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from serving.config.process import WorkerProcess
 from serving.engine.base import BlockEngine, TransferringEngine
 from serving.engine.manifest import EngineManifest, check_max_model_len, load_manifest
 from serving.errors import OperatorError
-from serving.process_config import WorkerProcess
 from serving.protocol import ModelCard
 
 
@@ -63,7 +63,7 @@ def _torch(process: WorkerProcess, manifest: EngineManifest) -> BlockEngine:
 
 
 def _tensorrt_llm(process: WorkerProcess, manifest: EngineManifest) -> TransferringEngine:
-    from serving.engine.tensorrt_llm import TensorRtLlmEngine
+    from serving.engine.trtllm.engine import TensorRtLlmEngine
 
     return TensorRtLlmEngine(
         Path(process.engine_dir),
@@ -75,7 +75,7 @@ def _tensorrt_llm(process: WorkerProcess, manifest: EngineManifest) -> Transferr
 
 
 def _mock(process: WorkerProcess, manifest: EngineManifest) -> TransferringEngine:
-    from serving.engine.mock import MockEngine
+    from serving.engine.mock.engine import MockEngine
 
     assert process.mock is not None, "whoever wrote the file knew the engine"
     return MockEngine(

@@ -10,9 +10,9 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from serving.config.process import WorkerProcess
 from serving.engine.base import BlockEngine, TransferringEngine, TransferStats
 from serving.kv_transfer import make_transfer
-from serving.process_config import WorkerProcess
 from serving.protocol import EngineOutput, EngineRequest
 from serving.worker.decode import DecodeEndpoint
 from serving.worker.prefill import PrefillEndpoint

@@ -10,10 +10,10 @@ import asyncio
 import logging
 import time
 
+from serving.config.process import WorkerProcess
 from serving.engine.base import Engine, EngineLoad
 from serving.errors import Overloaded
 from serving.events import EventPlane
-from serving.process_config import WorkerProcess
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, LoadReport
 from serving.rpc import RpcServer
 from serving.rpc.handshake import read_secret

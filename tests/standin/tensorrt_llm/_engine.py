@@ -6,9 +6,9 @@ import itertools
 from typing import Any
 
 from serving import block_hash
+from serving.engine.core.scheduler import Scheduler
+from serving.engine.core.sequence import Sequence, State
 from serving.engine.torch.engine import TorchEngine
-from serving.engine.torch.scheduler import Scheduler
-from serving.engine.torch.sequence import Sequence, State
 from serving.protocol import EngineRequest, KvEvent
 
 from tensorrt_llm._kv_events import KvEvents

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from serving.config import BenchConfig
-from serving.deploy import bench
-from serving.deploy.bench_samples import Sample, hit_rates, parse
+from serving.deploy.bench import run as bench
+from serving.deploy.bench.samples import Sample, hit_rates, parse
 from serving.errors import OperatorError
 
 TARGET = bench.Target(

@@ -9,8 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from serving.deploy import binaries
-from serving.deploy.binaries import Release, check_etcd_version, resolve_etcd, resolve_nats
+from serving.deploy.processes import binaries
+from serving.deploy.processes.binaries import (
+    Release,
+    check_etcd_version,
+    resolve_etcd,
+    resolve_nats,
+)
 from serving.errors import OperatorError
 
 

@@ -6,11 +6,14 @@ from pathlib import Path
 import msgspec
 import pytest
 from serving.config import Config, parse
-from serving.deploy import checks_gpu, checks_host, checks_ports, checks_ucx
-from serving.deploy.checks import CheckReport, Finding, conclude, judge, render
-from serving.deploy.checks_gpu import Gpu, GpuFacts
-from serving.deploy.checks_host import HostFacts
-from serving.deploy.checks_ucx import UcxFacts
+from serving.deploy.checks import gpu as checks_gpu
+from serving.deploy.checks import host as checks_host
+from serving.deploy.checks import ports as checks_ports
+from serving.deploy.checks import ucx as checks_ucx
+from serving.deploy.checks.gpu import Gpu, GpuFacts
+from serving.deploy.checks.host import HostFacts
+from serving.deploy.checks.report import CheckReport, Finding, conclude, judge, render
+from serving.deploy.checks.ucx import UcxFacts
 from serving.deploy.rule_script import telling
 from serving.errors import ConfigError, OperatorError
 

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import Config, parse
-from serving.deploy import checks_container, container_probe, container_runtime
-from serving.deploy.checks import Finding
-from serving.deploy.checks_container import (
+from serving.deploy.checks import container as checks_container
+from serving.deploy.checks import container_probe
+from serving.deploy.checks.container import (
     ProbeFacts,
     ProbeImport,
     check_container,
@@ -20,6 +20,8 @@ from serving.deploy.checks_container import (
     judge_imports,
     judge_limits,
 )
+from serving.deploy.checks.report import Finding
+from serving.deploy.containers import runtime as container_runtime
 
 Script = Callable[[str, str], Path]
 GIB = 1024**3

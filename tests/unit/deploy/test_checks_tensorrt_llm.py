@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import parse
-from serving.deploy import checks_gpu
-from serving.deploy.checks import Finding
-from serving.deploy.checks_gpu import judge_tensorrt_llm, library_line
-from serving.deploy.gpus import InstalledGpu
+from serving.deploy.checks import gpu as checks_gpu
+from serving.deploy.checks.gpu import judge_tensorrt_llm, library_line
+from serving.deploy.checks.report import Finding
+from serving.deploy.planning.gpus import InstalledGpu
 
 GIB = 1024**3
 H100 = InstalledGpu(

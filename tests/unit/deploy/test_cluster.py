@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from serving.config import Config, FrontendConfig, as_plain, nest, parse
-from serving.deploy import certificates, cluster, credentials
-from serving.deploy.cluster import Cluster
-from serving.deploy.topology import MULTINODE, pinned, plan, workers_here
+from serving.deploy.cluster import membership as cluster
+from serving.deploy.cluster.membership import Cluster
+from serving.deploy.planning.topology import MULTINODE, pinned, plan, workers_here
+from serving.deploy.processes import certificates, credentials
 from serving.discovery import read_join_file
 from serving.errors import ConfigError, OperatorError
 from serving.protocol import InstanceInfo, ModelCard

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 from serving.config import ContainerConfig, parse
-from serving.deploy.contained import CACHE, MODELS, contain_worker, link_targets, wrap
-from serving.deploy.source_digest import SCRIPTS
-from serving.deploy.topology import pinned, plan
-from serving.process_config import WorkerProcess, read
+from serving.config.process import WorkerProcess, read
+from serving.deploy.containers.worker_command import (
+    CACHE,
+    MODELS,
+    contain_worker,
+    link_targets,
+    wrap,
+)
+from serving.deploy.planning.source_digest import SCRIPTS
+from serving.deploy.planning.topology import pinned, plan
 
 
 @pytest.fixture

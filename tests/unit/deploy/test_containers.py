@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from serving.config import ContainerConfig, parse
-from serving.deploy.containers import (
+from serving.deploy.containers.run_command import (
     ContainedProgram,
     Mount,
     client_environment,

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import Config
-from serving.deploy import doctor
-from serving.deploy.checks import Finding
-from serving.deploy.diagnosis import Evidence, diagnose, judge_routing
-from serving.deploy.service import Expected
+from serving.deploy.checks.report import Finding
+from serving.deploy.report import doctor
+from serving.deploy.report.diagnosis import Evidence, diagnose, judge_routing
+from serving.deploy.report.service import Expected
 from serving.errors import OperatorError
 from serving.protocol import InstanceInfo, ModelCard
 from unit.deploy.fake_service import BLOCK_SIZE, FakeService, serving

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from serving.deploy.gpus import (
+from serving.deploy.planning.gpus import (
     MIB,
     InstalledGpu,
     describe_host,

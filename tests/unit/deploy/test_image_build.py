@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from serving.config import Config, parse
-from serving.deploy import images
-from serving.deploy.image_build import (
+from serving.deploy.containers import images
+from serving.deploy.containers.image_build import (
     build_base,
     build_serving,
     choose_builder,

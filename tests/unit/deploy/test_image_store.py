@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from serving.config import ContainerConfig, parse
-from serving.deploy import image_store
-from serving.deploy.image_store import find, local_name, pull, pull_commands
+from serving.deploy.containers import image_store
+from serving.deploy.containers.image_store import find, local_name, pull, pull_commands
 
 Script = Callable[[str, str], Path]
 DIGEST = "sha256:" + "cd" * 32

@@ -14,8 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from serving.config import Config, ContainerConfig, parse
-from serving.deploy import images
-from serving.deploy.images import (
+from serving.deploy.containers import images
+from serving.deploy.containers.images import (
     Serving,
     base_reference,
     build_command,
@@ -27,7 +27,7 @@ from serving.deploy.images import (
     serving_reference,
     with_built_image,
 )
-from serving.deploy.source_digest import PACKAGE, SCRIPTS
+from serving.deploy.planning.source_digest import PACKAGE, SCRIPTS
 from serving.errors import ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

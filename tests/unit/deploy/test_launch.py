@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from serving.config import Config
-from serving.deploy import processes
-from serving.deploy.launch import launch
-from serving.deploy.markers import read_marker
-from serving.deploy.supervisor import RUN, Supervisor
-from serving.deploy.topology import Program
+from serving.deploy.planning.topology import Program
+from serving.deploy.processes import processes
+from serving.deploy.processes.launch import launch
+from serving.deploy.processes.markers import read_marker
+from serving.deploy.processes.supervisor import RUN, Supervisor
 from serving.errors import OperatorError
 
 READY = (

@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 from serving.config import Config, parse
-from serving.deploy import processes
-from serving.deploy.launch import launch
-from serving.deploy.retire import stop_all
-from serving.deploy.supervisor import RUN, Supervisor
-from serving.deploy.topology import Program, pinned, plan
+from serving.deploy.planning.topology import Program, pinned, plan
+from serving.deploy.processes import processes
+from serving.deploy.processes.launch import launch
+from serving.deploy.processes.retire import stop_all
+from serving.deploy.processes.supervisor import RUN, Supervisor
 from serving.errors import OperatorError
 
 Script = Callable[[str, str], Path]

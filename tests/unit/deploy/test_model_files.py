@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from serving.config import ModelConfig
-from serving.deploy.model_files import local_files, select
+from serving.deploy.model.files import local_files, select
 from serving.engine.files import human, require_space
 from serving.errors import ConfigError, ModelError
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from serving.config import Config, ModelConfig, parse
-from serving.deploy import fingerprint
-from serving.deploy.fingerprint import (
+from serving.deploy.planning import fingerprint
+from serving.deploy.planning.fingerprint import (
     engine_fingerprint,
     gpu_names,
     has_gpu,
@@ -265,7 +265,7 @@ def test_new_kernels_are_a_new_int8_engine(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_asking_imports_no_heavy_library() -> None:
     code = (
         "import sys; from serving.config import Config;"
-        "from serving.deploy.fingerprint import engine_fingerprint; engine_fingerprint(Config());"
+        "from serving.deploy.planning.fingerprint import engine_fingerprint; engine_fingerprint(Config());"
         "print({'torch', 'transformers', 'huggingface_hub', 'httpx', 'numpy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from serving.config import ModelConfig
-from serving.deploy import model as model_module
-from serving.deploy.model import fetch_model
+from serving.deploy.model import prepare as model_module
+from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import load_model
 from serving.errors import ModelError
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from serving.config import parse
-from serving.deploy.cluster import with_head_addresses
-from serving.deploy.network import listen_address, listening
+from serving.deploy.cluster.membership import with_head_addresses
+from serving.deploy.cluster.network import listen_address, listening
 from serving.errors import ConfigError
 
 

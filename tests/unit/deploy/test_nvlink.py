@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from serving.deploy.nvlink import Links, islands, joined, observed_links, parse_links
+from serving.deploy.planning.nvlink import Links, islands, joined, observed_links, parse_links
 
 TOPO = Path(__file__).parent / "topo"
 

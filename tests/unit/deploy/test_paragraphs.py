@@ -17,11 +17,11 @@ import msgspec
 import pytest
 from huggingface_hub.errors import GatedRepoError
 from serving.config import Config, parse
-from serving.deploy.checks import Finding, conclude, judge
-from serving.deploy.checks_container import check_container, judge_gpus
-from serving.deploy.checks_gpu import judge_tensorrt_llm
-from serving.deploy.hub_errors import explain
-from serving.deploy.placement import require_room, usable_gpus
+from serving.deploy.checks.container import check_container, judge_gpus
+from serving.deploy.checks.gpu import judge_tensorrt_llm
+from serving.deploy.checks.report import Finding, conclude, judge
+from serving.deploy.model.hub_errors import explain
+from serving.deploy.planning.placement import require_room, usable_gpus
 from serving.engine.trtllm.failures import explain_start
 from serving.engine.trtllm.gpus import Gpu, check_gpus
 from serving.engine.trtllm.memory import require_memory

@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import parse
-from serving.deploy.nvlink import Links, joined, parse_links
-from serving.deploy.placement import place, require_room, usable_gpus, visible_order
-from serving.deploy.topology import Plan, pinned, placed, plan
+from serving.config.process import WorkerProcess
+from serving.deploy.planning.nvlink import Links, joined, parse_links
+from serving.deploy.planning.placement import place, require_room, usable_gpus, visible_order
+from serving.deploy.planning.topology import Plan, pinned, placed, plan
 from serving.errors import ConfigError
-from serving.process_config import WorkerProcess
 
 TOPO = Path(__file__).parent / "topo"
 HGX = list(range(8))

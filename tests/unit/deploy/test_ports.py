@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving.deploy import ports, processes
+from serving.deploy.processes import ports, processes
 from serving.errors import ConfigError, OperatorError
 
 

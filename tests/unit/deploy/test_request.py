@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from serving.deploy.request import from_command_line
+from serving.deploy.planning.request import from_command_line
 from serving.errors import OperatorError
 
 

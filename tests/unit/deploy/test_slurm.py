@@ -8,17 +8,23 @@ from pathlib import Path
 
 import pytest
 from serving.config import parse
-from serving.deploy import slurm
-from serving.deploy.slurm import SlurmJobs, batch_script
-from serving.deploy.slurm_worker import placed, reached_from, scrubbed
-from serving.deploy.supervisor import ProgramSpec
+from serving.config.process import WorkerProcess
+from serving.deploy.cluster import slurm
+from serving.deploy.cluster.slurm import SlurmJobs, batch_script
+from serving.deploy.cluster.slurm_worker import placed, reached_from, scrubbed
+from serving.deploy.processes.supervisor import ProgramSpec
 from serving.errors import OperatorError
-from serving.process_config import WorkerProcess
 from unit.deploy.test_launch_contained import worker as program_of_worker
 
 SPEC = ProgramSpec(
     name="worker-decode-0",
-    command=["python", "-m", "serving.deploy.slurm_worker", "run/worker-decode-0.json", "10.0.0.1"],
+    command=[
+        "python",
+        "-m",
+        "serving.deploy.cluster.slurm_worker",
+        "run/worker-decode-0.json",
+        "10.0.0.1",
+    ],
     env={"PYTHONPATH": "/a b", "OMP_WAIT_POLICY": "PASSIVE"},
     fingerprint="f",
     engine="e",
@@ -76,7 +82,7 @@ def test_script_says_what_the_config_says(here: Path) -> None:
         "#SBATCH --constraint=h100\n"
         "export OMP_WAIT_POLICY=PASSIVE\n"
         "export PYTHONPATH='/a b'\n"
-        "exec python -m serving.deploy.slurm_worker run/worker-decode-0.json 10.0.0.1\n"
+        "exec python -m serving.deploy.cluster.slurm_worker run/worker-decode-0.json 10.0.0.1\n"
     )
 
 

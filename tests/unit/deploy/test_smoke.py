@@ -5,10 +5,10 @@ from pathlib import Path
 import msgspec
 import pytest
 from serving.config import parse
-from serving.deploy import smoke
-from serving.deploy.service import Expected, expected
+from serving.config.process import FrontendProcess, Planes
+from serving.deploy.report import smoke
+from serving.deploy.report.service import Expected, expected
 from serving.errors import OperatorError
-from serving.process_config import FrontendProcess, Planes
 from unit.deploy.fake_service import BLOCK_SIZE, FakeService, serving
 
 

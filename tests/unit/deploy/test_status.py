@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from serving.config import Config
-from serving.deploy.status import duration, hit_rates, report, table
+from serving.deploy.report.status import duration, hit_rates, report, table
 
 
 def test_nothing_running_is_said_and_changes_nothing(

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
-from serving.deploy import processes
-from serving.deploy.supervisor import RUN, ProcessInfo, ProgramSpec, Supervisor
+from serving.deploy.processes import processes
+from serving.deploy.processes.supervisor import RUN, ProcessInfo, ProgramSpec, Supervisor
 from serving.errors import OperatorError
 
 LOOP = "import logging, time\nwhile True: logging.error('tick'); time.sleep(0.05)"

@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import Config, parse
-from serving.deploy.placement import existing_gpus, place, usable_gpus, visible_order
-from serving.deploy.source_digest import source_digest
-from serving.deploy.topology import (
+from serving.config.process import FrontendProcess, WorkerProcess
+from serving.deploy.planning.placement import existing_gpus, place, usable_gpus, visible_order
+from serving.deploy.planning.source_digest import source_digest
+from serving.deploy.planning.topology import (
     Plan,
     address,
     pinned,
@@ -19,7 +20,6 @@ from serving.deploy.topology import (
     workers_here,
 )
 from serving.errors import ConfigError
-from serving.process_config import FrontendProcess, WorkerProcess
 
 CODE = {"worker": "w", "frontend": "f"}
 

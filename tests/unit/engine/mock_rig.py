@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from serving.config import EngineConfig, MockConfig
 from serving.engine.base import EngineLoad
 from serving.engine.manifest import ENGINE_FORMAT, BuildCheck, DummyWeights, EngineManifest
-from serving.engine.mock import MockEngine
+from serving.engine.mock.engine import MockEngine
 from serving.kv_layout import KvLayout
 from serving.protocol import (
     BlocksRemoved,

@@ -13,10 +13,10 @@ import torch
 from integration.tiny_model import make
 from safetensors.torch import load_file, save_file
 from serving.config import EngineConfig, ModelConfig
-from serving.deploy.model import fetch_model
+from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import EngineManifest, ModelManifest, load_manifest
 from serving.engine.torch.build import build_engine
-from serving.engine.torch.logits_check import compare, require_layout
+from serving.engine.torch.weights.logits_check import compare, require_layout
 from serving.errors import ConfigError, ModelError
 from transformers import AutoModelForCausalLM
 

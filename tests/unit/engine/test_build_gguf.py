@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from serving.config import EngineConfig, ModelConfig
-from serving.deploy.model import fetch_model
+from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import EngineManifest
 from serving.engine.torch.build import build_engine
 from serving.errors import ModelError

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from serving.engine.torch.supported import refusal, require_supported
+from serving.engine.torch.weights.supported import refusal, require_supported
 from serving.errors import ModelError
 from transformers import CONFIG_MAPPING
 

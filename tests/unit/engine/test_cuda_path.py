@@ -14,9 +14,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install -e '.[test]'")
 
-from serving.engine.torch import cuda_runner, kernels, packed_linear
+from serving.engine.torch.cpu import packed_linear
+from serving.engine.torch.cuda import kernels
+from serving.engine.torch.cuda import runner as cuda_runner
 from serving.engine.torch.engine import TorchEngine
-from serving.engine.torch.fusion import Report
+from serving.engine.torch.rewrite.fusion import Report
 from serving.protocol import Guide, SamplingParams
 from transformers import (
     Gemma2Config,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from integration.tiny_model import make
 from serving.config import EngineConfig, ModelConfig
-from serving.deploy.model import fetch_model
+from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import DummyWeights, EngineManifest, load_manifest, load_model
-from serving.engine.torch import dummy_weights
 from serving.engine.torch.build import build_engine
+from serving.engine.torch.weights import dummy as dummy_weights
 from serving.errors import ConfigError, ModelError
 from tokenizers import Tokenizer
 from unit.engine.test_build_gguf import write_gguf

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from serving.config import MockConfig
-from serving.engine.mock_text import MockText, printable_ids
+from serving.engine.mock.text import MockText, printable_ids
 from serving.errors import EngineFailed, InvalidRequest, ModelError, OperatorError, Overloaded
 from serving.protocol import BlocksRemoved, EngineTransferParams, Guide
 from unit.engine.mock_rig import (
@@ -28,7 +28,7 @@ SLOW = MockConfig(prefill_tokens_per_s=1000, step_s=0.01, transfer_bytes_per_s=1
 
 def test_importing_it_loads_no_torch() -> None:
     program = (
-        "import sys, serving.worker.__main__, serving.engine.mock\n"
+        "import sys, serving.worker.__main__, serving.engine.mock.engine\n"
         "print([name for name in ('torch', 'transformers', 'ucxx') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

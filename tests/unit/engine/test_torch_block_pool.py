@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from serving.engine.torch.block_pool import BlockPool
+from serving.engine.core.block_pool import BlockPool
 from serving.protocol import BlocksRemoved, BlocksStored
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from serving.engine.torch.block_pool import BlockPool
+from serving.engine.core.block_pool import BlockPool
+from serving.engine.core.host_tier import Copies, HostTier
+from serving.engine.core.scheduler import Scheduler, SchedulerLimits
+from serving.engine.core.sequence import Chunk, Sequence, State
 from serving.engine.torch.host_blocks import HostBlocks
-from serving.engine.torch.host_tier import Copies, HostTier
 from serving.engine.torch.kv_pool import KvPool
-from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
-from serving.engine.torch.sequence import Chunk, Sequence, State
 from serving.errors import OperatorError
 from serving.kv_layout import KvLayout
 from serving.protocol import BlocksRemoved, BlocksStored, EngineRequest, KvEvent, SamplingParams

@@ -11,15 +11,17 @@ import torch
 from integration.tiny_model import make
 from safetensors.torch import load_file, save_file
 from serving.config import EngineConfig, ModelConfig
-from serving.deploy.model import fetch_model
+from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import EngineManifest, load_manifest
-from serving.engine.torch import cpu_kernels, int8_weights, lean_layers, packed_linear
 from serving.engine.torch.attention import AttentionOptions, PagedStep, SequenceSpan
 from serving.engine.torch.build import build_engine
-from serving.engine.torch.cpu_kernels import CpuKernels
-from serving.engine.torch.int8_weights import Int8Embedding, Int8Linear
+from serving.engine.torch.cpu import int8_weights, packed_linear
+from serving.engine.torch.cpu import kernels as cpu_kernels
+from serving.engine.torch.cpu.int8_weights import Int8Embedding, Int8Linear
+from serving.engine.torch.cpu.kernels import CpuKernels
 from serving.engine.torch.kv_pool import KvPool
 from serving.engine.torch.model_runner import ModelRunner
+from serving.engine.torch.rewrite import lean_layers
 from serving.errors import ModelError
 from serving.kv_layout import KvLayout
 from transformers import (

@@ -55,7 +55,7 @@ async def test_every_prompt_token_but_the_first_is_told_with_the_first_output(mo
 async def test_rows_of_logits_in_a_step_are_bounded(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.engine.torch.scheduler._MAX_REPORTED", 10)
+    monkeypatch.setattr("serving.engine.core.scheduler._MAX_REPORTED", 10)
     prompts = random_prompts([25, 31])
     async with running(model) as (engine, sink):
         for i, prompt in enumerate(prompts):

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serving.engine.torch import draws as draws_module
-from serving.engine.torch.nucleus import top_p_threshold
-from serving.engine.torch.penalties import Penalties
-from serving.engine.torch.sampler import Sampler
-from serving.engine.torch.sequence import Sequence, State
+from serving.engine.core.sequence import Sequence, State
+from serving.engine.torch.sampling import draws as draws_module
+from serving.engine.torch.sampling.nucleus import top_p_threshold
+from serving.engine.torch.sampling.penalties import Penalties
+from serving.engine.torch.sampling.sampler import Sampler
 from serving.protocol import EngineRequest, SamplingParams, TokenLogprob
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -323,7 +323,7 @@ def triton_search() -> Any:
     pytest.importorskip("triton", reason="triton is not installed")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("set TRITON_INTERPRET=1 to run GPU kernels on the CPU")
-    from serving.engine.torch.nucleus_triton import search_threshold
+    from serving.engine.torch.sampling.nucleus_triton import search_threshold
 
     return search_threshold
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from serving.engine.torch.block_pool import BlockPool
-from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
-from serving.engine.torch.sequence import Chunk, Sequence, State
+from serving.engine.core.block_pool import BlockPool
+from serving.engine.core.scheduler import Scheduler, SchedulerLimits
+from serving.engine.core.sequence import Chunk, Sequence, State
 from serving.errors import Overloaded
 from serving.protocol import EngineRequest, SamplingParams
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from serving.config import EngineConfig
 from serving.engine.manifest import BuildCheck, EngineManifest
-from serving.engine.tensorrt_llm import TensorRtLlmEngine
+from serving.engine.trtllm.engine import TensorRtLlmEngine
 from serving.protocol import Role
 from unit.engine.torch_rig import DEADLINE_S, VOCAB, Sink, save_model
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from serving.preprocess import PreparedRequest
 from serving.protocol import EngineOutput, FinishReason, ModelCard, TokenLogprob
+from serving.text.preprocess import PreparedRequest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 MODEL = "org/tiny"

@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import DeadlinesConfig, FrontendConfig, RouterConfig
+from serving.config.process import FrontendProcess, Planes
 from serving.errors import DeadlineExceeded, InstanceLost, Overloaded, QueuedTooLong
 from serving.frontend.metrics import Metrics
 from serving.frontend.pipeline import Pipeline
 from serving.kv_router.router import KvRouter
-from serving.process_config import FrontendProcess, Planes
 from serving.protocol import (
     EngineOutput,
     EngineRequest,

@@ -11,13 +11,12 @@ from typing import Any, Self
 import msgspec
 import pytest
 from serving.config import DeadlinesConfig, FrontendConfig, RouterConfig
+from serving.config.process import FrontendProcess, Planes
 from serving.errors import InstanceLost
 from serving.frontend.engine_handover import EngineHandovers, warm_up
 from serving.frontend.metrics import Metrics
 from serving.frontend.pipeline import Pipeline
 from serving.kv_router.router import KvRouter
-from serving.preprocess import PreparedRequest
-from serving.process_config import FrontendProcess, Planes
 from serving.protocol import (
     EngineOutput,
     EngineRequest,
@@ -26,6 +25,7 @@ from serving.protocol import (
     ModelCard,
     SamplingParams,
 )
+from serving.text.preprocess import PreparedRequest
 
 CARD = ModelCard("m", "/nowhere", 512, 16, "salt", "fingerprint", 0)
 PROMPT = [11, 12, 13]

@@ -1,8 +1,8 @@
 """A prompt with little left to compute is not sent through two instances."""
 
 from serving.config import RouterConfig
-from serving.preprocess import PreparedRequest
 from serving.protocol import SamplingParams
+from serving.text.preprocess import PreparedRequest
 from unit.frontend.test_engine_handover import FakeClient, collect, make_pipeline
 
 

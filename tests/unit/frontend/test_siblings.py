@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
-from serving.preprocess import PreparedRequest, Siblings
+from serving.text.preprocess import PreparedRequest, Siblings
 from unit.frontend.test_engine_handover import FakeClient, collect, make_pipeline, request
 
 

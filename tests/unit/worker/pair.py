@@ -18,13 +18,12 @@ from serving.config import (
     KvTransferConfig,
     RouterConfig,
 )
+from serving.config.process import FrontendProcess, Planes, WorkerProcess
 from serving.engine.base import EngineLoad
 from serving.engine.torch.engine import TorchEngine
 from serving.frontend.metrics import Metrics
 from serving.frontend.pipeline import Pipeline
 from serving.kv_router.router import KvRouter
-from serving.preprocess import PreparedRequest
-from serving.process_config import FrontendProcess, Planes, WorkerProcess
 from serving.protocol import (
     EngineOutput,
     EngineRequest,
@@ -35,6 +34,7 @@ from serving.protocol import (
     SamplingParams,
 )
 from serving.rpc import RpcClient
+from serving.text.preprocess import PreparedRequest
 from serving.worker.handover import BlockHandover
 from serving.worker.worker import Worker
 from unit.engine.torch_rig import settled

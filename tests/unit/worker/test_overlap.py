@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from serving.engine.torch.model_runner import ModelRunner
 from serving.errors import EngineFailed, Overloaded, ServingError
-from serving.preprocess import PreparedRequest
 from serving.protocol import EngineRequest
+from serving.text.preprocess import PreparedRequest
 from unit.engine.torch_rig import generate, greedy, random_prompts, save_model
 from unit.worker.pair import running_pair
 

@@ -27,10 +27,10 @@ from serving.engine.manifest import (
     write_json,
 )
 from serving.engine.manifest import load_manifest as load_manifest  # workers look for it here
-from serving.engine.torch.dummy_weights import UNCHECKED, describe_dummy
-from serving.engine.torch.source import Source
-from serving.engine.torch.supported import model_class_of, require_supported
-from serving.engine.torch.weights import pack_weights
+from serving.engine.torch.weights.dummy import UNCHECKED, describe_dummy
+from serving.engine.torch.weights.load import pack_weights
+from serving.engine.torch.weights.source import Source
+from serving.engine.torch.weights.supported import model_class_of, require_supported
 from serving.errors import ModelError
 from serving.kv_layout import KvLayout, kv_dtype
 

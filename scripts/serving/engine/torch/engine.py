@@ -27,15 +27,15 @@ from serving.engine.base import (
     StepSink,
     require_runnable,
 )
-from serving.engine.torch.block_pool import BlockPool
-from serving.engine.torch.guidance import Guides
+from serving.engine.core.block_pool import BlockPool
+from serving.engine.core.host_tier import Copies, HostTier
+from serving.engine.core.queue_timer import QueueTimer
+from serving.engine.core.scheduler import Scheduler, SchedulerLimits
+from serving.engine.core.sequence import Chunk, Sequence
 from serving.engine.torch.host_blocks import HostBlocks, open_host_blocks
-from serving.engine.torch.host_tier import Copies, HostTier
 from serving.engine.torch.kv_access import TorchKvBlocks
 from serving.engine.torch.model_runner import Launched, ModelRunner
-from serving.engine.torch.queue_timer import QueueTimer
-from serving.engine.torch.scheduler import Scheduler, SchedulerLimits
-from serving.engine.torch.sequence import Chunk, Sequence
+from serving.engine.torch.sampling.guidance import Guides
 from serving.errors import EngineFailed, OperatorError
 from serving.protocol import (
     BlocksRemoved,
@@ -303,7 +303,7 @@ class TorchEngine(BlockEngine):
         if torch.device(self._device).type != "cuda":
             return ModelRunner
         # Triton comes with CUDA builds of torch only.
-        from serving.engine.torch.cuda_runner import CudaRunner
+        from serving.engine.torch.cuda.runner import CudaRunner
 
         return CudaRunner
 

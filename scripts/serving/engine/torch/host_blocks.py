@@ -14,10 +14,10 @@ from typing import Any
 import psutil
 import torch
 
-from serving.engine.torch.host_tier import Copies
+from serving.engine.core.host_tier import Copies
+from serving.engine.core.sequence import Chunk, Sequence, State
 from serving.engine.torch.kv_pool import KvPool
 from serving.engine.torch.model_runner import ModelRunner
-from serving.engine.torch.sequence import Chunk, Sequence, State
 from serving.errors import OperatorError
 from serving.protocol import EngineRequest, SamplingParams
 

@@ -18,9 +18,9 @@ from contextlib import (
 )
 from typing import Any, Protocol
 
+from serving.engine.core.scheduler import Scheduler
+from serving.engine.core.sequence import Sequence, State
 from serving.engine.torch.kv_pool import KvPool
-from serving.engine.torch.scheduler import Scheduler
-from serving.engine.torch.sequence import Sequence, State
 from serving.errors import EngineFailed, InvalidRequest
 from serving.kv_layout import PoolMemory
 from serving.protocol import EngineRequest, KvTransferParams

@@ -16,7 +16,7 @@ import torch
 from serving.kv_layout import BlocksInPlace, KvLayout, PoolMemory
 
 if TYPE_CHECKING:
-    from serving.engine.torch.cpu_kernels import CpuKernels
+    from serving.engine.torch.cpu.kernels import CpuKernels
     from serving.engine.torch.kv_copy import BlockCopies
 
 # Types that turn what is beyond their range into NaN, and their largest number. Keys and values are

@@ -11,13 +11,7 @@ import psutil
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from serving.engine.torch import (
-    cpu_kernels,
-    dummy_weights,
-    int8_weights,
-    lean_layers,
-    packed_linear,
-)
+from serving.engine.core.sequence import Chunk
 from serving.engine.torch.attention import (
     NAME,
     AttentionOptions,
@@ -27,9 +21,12 @@ from serving.engine.torch.attention import (
     attend_paged,
     order_decodes,
 )
+from serving.engine.torch.cpu import int8_weights, packed_linear
+from serving.engine.torch.cpu import kernels as cpu_kernels
 from serving.engine.torch.kv_pool import KvPool
-from serving.engine.torch.sampler import Pending, Sampler, report_tokens
-from serving.engine.torch.sequence import Chunk
+from serving.engine.torch.rewrite import lean_layers
+from serving.engine.torch.sampling.sampler import Pending, Sampler, report_tokens
+from serving.engine.torch.weights import dummy as dummy_weights
 from serving.errors import ModelError, OperatorError
 from serving.kv_layout import WEIGHT_ONLY_DTYPES, KvLayout, kv_dtype
 from serving.protocol import TokenLogprob

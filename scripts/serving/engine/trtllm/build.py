@@ -176,7 +176,7 @@ def _stage_checkpoint(
     """
     from serving.engine.torch.build import build_engine as pack
     from serving.engine.torch.build import write_generation_config
-    from serving.engine.torch.source import Source
+    from serving.engine.torch.weights.source import Source
 
     if manifest.format != "safetensors":
         engine = msgspec.structs.replace(config.engine, backend="torch")

@@ -8,7 +8,6 @@ import msgspec
 import orjson
 from msgspec import Meta, Struct
 
-from serving.detokenize import Delta, TokenText
 from serving.errors import InvalidRequest
 from serving.frontend.model import LoadedModel
 from serving.frontend.openai.fields import (
@@ -21,7 +20,8 @@ from serving.frontend.openai.fields import (
 )
 from serving.frontend.openai.logprobs import chat_logprobs
 from serving.frontend.openai.response import Identity, Plan, Writer
-from serving.preprocess import PreparedRequest, Siblings
+from serving.text.detokenize import Delta, TokenText
+from serving.text.preprocess import PreparedRequest, Siblings
 
 NAME = "chat.completions"
 ID_PREFIX = "chatcmpl-"

@@ -9,7 +9,6 @@ import msgspec
 import orjson
 from msgspec import Meta
 
-from serving.detokenize import Delta, TokenText
 from serving.errors import InvalidRequest
 from serving.frontend.model import LoadedModel
 from serving.frontend.openai.fields import (
@@ -22,7 +21,8 @@ from serving.frontend.openai.fields import (
 )
 from serving.frontend.openai.logprobs import completion_logprobs
 from serving.frontend.openai.response import Identity, Plan, Writer
-from serving.preprocess import PreparedRequest, Preprocessor, Siblings
+from serving.text.detokenize import Delta, TokenText
+from serving.text.preprocess import PreparedRequest, Preprocessor, Siblings
 
 NAME = "completions"
 ID_PREFIX = "cmpl-"

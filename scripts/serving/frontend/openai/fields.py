@@ -16,8 +16,8 @@ from msgspec import Meta, Struct
 from serving.errors import InvalidRequest
 from serving.frontend.model import LoadedModel
 from serving.frontend.openai.guides import GuideFields
-from serving.preprocess import Preprocessor
 from serving.protocol import Guide, SamplingParams
+from serving.text.preprocess import Preprocessor
 
 INT32_MAX = 2**31 - 1
 GREEDY_BELOW = 1e-4

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from serving.detokenize import TokenText
 from serving.protocol import TokenLogprob
+from serving.text.detokenize import TokenText
 
 FLOOR = -9999.0
 """Stands for minus infinity, which JSON lacks; the value is OpenAI's."""

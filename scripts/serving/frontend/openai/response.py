@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import orjson
 from msgspec import Struct
 
-from serving.detokenize import Delta
-from serving.preprocess import PreparedRequest
+from serving.text.detokenize import Delta
+from serving.text.preprocess import PreparedRequest
 
 DONE = b"data: [DONE]\n\n"
 

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from serving import block_hash
 from serving.config import parse
-from serving.engine.tensorrt_llm import TensorRtLlmEngine
+from serving.engine.trtllm.engine import TensorRtLlmEngine
 from serving.engine.trtllm.llm_args import render
 from serving.engine.trtllm.target import Parallelism
 from serving.engine.trtllm.versions import parse_version
@@ -560,8 +560,8 @@ async def test_each_role_also_serves_alone(folder: Path) -> None:
 async def test_silent_engine_fails_its_requests_and_takes_no_more(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.engine.tensorrt_llm.HEALTH_S", 0.1)
-    monkeypatch.setattr("serving.engine.tensorrt_llm.PROBE_S", 0.2)
+    monkeypatch.setattr("serving.engine.trtllm.engine.HEALTH_S", 0.1)
+    monkeypatch.setattr("serving.engine.trtllm.engine.PROBE_S", 0.2)
     stuck = tmp_path / "stuck"
     monkeypatch.setenv("STANDIN_TRTLLM_FAIL", f"hang@{stuck}")
     engine, sink = rig.make_engine(folder), Sink()
@@ -585,7 +585,7 @@ async def test_silent_engine_fails_its_requests_and_takes_no_more(
 async def test_slow_engine_that_passes_its_probe_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.engine.tensorrt_llm.HEALTH_S", 0.005)
+    monkeypatch.setattr("serving.engine.trtllm.engine.HEALTH_S", 0.005)
     async with running(folder) as (engine, sink):
         engine.submit(request("r", [5, 6, 7], greedy(100)))
         await sink.finished("r")
@@ -600,7 +600,7 @@ async def test_slow_engine_that_passes_its_probe_goes_on(
 async def test_failed_start_is_one_paragraph(
     folder: Path, monkeypatch: pytest.MonkeyPatch, fail: str, means: str
 ) -> None:
-    monkeypatch.setattr("serving.engine.tensorrt_llm.START_S", 0.3)
+    monkeypatch.setattr("serving.engine.trtllm.engine.START_S", 0.3)
     monkeypatch.setenv("STANDIN_TRTLLM_FAIL", fail)
     with pytest.raises(OperatorError, match=means) as caught:
         await rig.make_engine(folder).start(Sink())

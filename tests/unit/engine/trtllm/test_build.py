@@ -13,7 +13,7 @@ import yaml
 from integration.tiny_model import make
 from safetensors.torch import load_file, save_file
 from serving.config import Config, ModelConfig, parse
-from serving.deploy.model import fetch_model
+from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import EngineManifest, load_manifest
 from serving.engine.trtllm.build import build_engine
 from serving.engine.trtllm.target import Gpu, Host

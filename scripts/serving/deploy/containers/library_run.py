@@ -1,0 +1,98 @@
+"""Programs of the engine's library, run where workers will run: on this host, or in their image.
+
+A build asks the library for its version, and may have it compile for minutes; each line it says
+is passed on as it comes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from serving.config import Config
+from serving.deploy.containers.run_command import contains
+from serving.deploy.containers.worker_command import MODELS, wrap
+from serving.deploy.planning.placement import visible_order
+from serving.deploy.planning.source_digest import SCRIPTS
+from serving.deploy.planning.topology import roles
+from serving.deploy.processes.removal import remove
+from serving.engine.files import Progress
+from serving.engine.trtllm.library import PYTHON
+from serving.errors import OperatorError
+
+PROGRAM = "build-engine"
+
+
+class LibraryRun:
+    """An `engine.trtllm.library.Run`. `gpus` are visible to the programs, `writable` is where they
+    write, `readable` where they read; other folders do not exist for them in a container."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        gpus: Sequence[int],
+        writable: Sequence[Path],
+        readable: Sequence[Path] = (),
+    ) -> None:
+        self._container = config.container
+        self._inside = any(
+            contains(config.container, role) for role in roles(config.deployment.topology)
+        )
+        self._env = {
+            "PYTHONPATH": os.environ.get("PYTHONPATH", str(SCRIPTS)),
+            "PYTHONUNBUFFERED": "1",
+            "CUDA_VISIBLE_DEVICES": visible_order(gpus, []),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        self._writable, self._readable = writable, [MODELS, *readable]
+
+    def __call__(
+        self, argv: list[str], *, progress: Progress | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Raises OperatorError when the program cannot be started, or an earlier one not removed."""
+        python = self._container.python if self._inside else sys.executable
+        command = [python if part == PYTHON else part for part in argv]
+        env, removal = dict(self._env), list[str]()
+        if self._inside:
+            contained = wrap(
+                self._container,
+                command,
+                name=PROGRAM,
+                env=env,
+                read_only=self._readable,
+                writable=self._writable,
+            )
+            command, env, removal = contained.command, contained.env, contained.removal
+            remove(removal)  # of a build whose client was killed: its name is taken
+        said = []
+        try:
+            with subprocess.Popen(
+                command,
+                env={**os.environ, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            ) as process:
+                assert process.stdout is not None, "it is a pipe"
+                try:
+                    for line in process.stdout:
+                        said.append(line)
+                        if progress is not None:
+                            progress(line.rstrip("\n"))
+                except BaseException:
+                    process.kill()
+                    remove(removal)  # what runs inside goes on without its client
+                    raise
+        except OSError as exc:
+            raise OperatorError(
+                f"{command[0]} cannot be started: {exc.strerror}",
+                remedy="install it, or set `container.runtime` and use the library's image",
+            ) from exc
+        return subprocess.CompletedProcess(command, process.returncode, "".join(said), "")

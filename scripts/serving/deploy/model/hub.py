@@ -1,0 +1,112 @@
+"""Fetch a model from the hub: pinned to a commit, only the files that are needed.
+
+huggingface_hub resolves the revision, lists the files with their checksums and knows the hub's
+errors; `hub_download` moves the bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import msgspec
+
+from serving.config import ModelConfig, Weights
+from serving.deploy.model.files import WeightFiles, select
+from serving.deploy.model.hub_download import HubDownload, HubFile, size_of
+from serving.deploy.model.hub_errors import explain
+from serving.engine.files import Progress, human, require_space
+from serving.engine.manifest import ModelFile
+from serving.errors import ModelError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+
+
+def fetch_from_hub(
+    config: ModelConfig,
+    files_dir: Path,
+    *,
+    weights: Weights = "real",
+    progress: Progress,
+    retry_after_s: float = 1.0,
+) -> tuple[WeightFiles, list[ModelFile], str]:
+    """Bring the needed files of `config.id` into `files_dir`; returns them and the commit.
+
+    The token comes from HF_TOKEN only and the hub from HF_ENDPOINT, both read now. Raises
+    ModelError: offline mode, no network, no such model or revision, no access, no space, a wrong
+    checksum. What arrived before an interruption is kept and continued by the next call.
+    """
+    api = _connect(config)
+    commit, listed = _list_files(api, config)
+    where = f"{config.id} on the hub"
+    kind, names = select(listed, where=where, allow_pickle=config.allow_pickle, weights=weights)
+    wanted = [listed[name] for name in names]
+    files_dir.mkdir(parents=True, exist_ok=True)
+    pinned = msgspec.structs.replace(config, revision=commit)
+    download = HubDownload(api, pinned, files_dir, progress=progress, retry_after_s=retry_after_s)
+    _remove_others(files_dir, {download.partial(file).name for file in wanted} | set(names))
+    missing = [file for file in wanted if not file.matches(files_dir / file.name)]
+    here = sum(size_of(download.partial(file)) for file in missing)
+    to_fetch = max(0, sum(file.size for file in missing) - here)
+    before = f" ({human(here)} are here from before)" if here else ""
+    progress(
+        f"{config.id} at {commit[:12]}: {len(wanted)} files, {human(to_fetch)} to fetch{before}"
+    )
+    require_space(files_dir, to_fetch, config.id)
+    for file in missing:
+        download.fetch(file)
+    files = [ModelFile(path=file.name, size=file.size, sha256=file.sha256) for file in wanted]
+    return WeightFiles(files_dir, kind, names), files, commit
+
+
+def _connect(config: ModelConfig) -> HfApi:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        raise ModelError(
+            f"{config.id} has to come from the hub, but HF_HUB_OFFLINE is set",
+            remedy="unset HF_HUB_OFFLINE, or set `model.id` to a local folder",
+        )
+    # Else the library reports to the hub it knew when it was imported, whatever HF_ENDPOINT says.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import HfApi
+
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT_ENDPOINT
+    return HfApi(endpoint=endpoint, token=os.environ.get("HF_TOKEN", "").strip() or False)
+
+
+def _list_files(api: HfApi, config: ModelConfig) -> tuple[str, dict[str, HubFile]]:
+    """The commit that the revision means now, and the top-level files there."""
+    listed = {}
+    try:
+        info = api.model_info(
+            config.id, revision=config.revision, files_metadata=True, timeout=20.0
+        )
+        if info.sha is None or info.siblings is None:
+            raise ValueError("no commit or no files in the answer")
+        for sibling in info.siblings:
+            name = sibling.rfilename
+            if "/" in name:
+                continue  # nothing that is needed lies in a sub-folder
+            if sibling.size is None or sibling.blob_id is None:
+                raise ValueError(f"no size or checksum for {name}")
+            sha256 = sibling.lfs.sha256 if sibling.lfs else None
+            listed[name] = HubFile(name, sibling.size, sha256, sibling.blob_id)
+    except httpx.HTTPError as exc:
+        raise explain(exc, config, api) from exc
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ModelError(
+            f"{api.endpoint} does not answer like a model hub: {exc}",
+            remedy="check HF_ENDPOINT, and that no proxy or portal answers in its place",
+        ) from exc
+    return info.sha, listed
+
+
+def _remove_others(files_dir: Path, keep: set[str]) -> None:
+    """Remove files of another revision, so that nothing can load a mixture."""
+    for path in files_dir.iterdir():
+        if path.is_file() and path.name not in keep:
+            path.unlink()

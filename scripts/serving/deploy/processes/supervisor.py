@@ -1,0 +1,321 @@
+"""One supervisord per deployment, and its programs.
+
+Everything is relative to the working directory, which is the deployment's: a unix socket's path
+must be short, and a deployment may lie deep. This module knows processes and their
+configuration files; it does not know what the programs are or when they are ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import http.client
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from msgspec import Struct
+from msgspec.structs import replace
+
+from serving.deploy.processes import processes
+from serving.deploy.processes.removal import remove
+from serving.deploy.processes.supervisor_conf import (
+    CONF,
+    LOG,
+    LOGS,
+    PROGRAMS,
+    RUN,
+    SOCKET,
+    ProgramSpec,
+    expressible,
+    program_conf,
+    supervisord_conf,
+)
+from serving.errors import OperatorError
+
+__all__ = ["LOGS", "RUN", "ProcessInfo", "ProgramSpec", "Supervisor"]
+
+LOCK = RUN / "supervisor.lock"
+CALL_S = 10.0
+BOOT_S = 20.0
+KILL_GRACE_S = 5.0
+ORPHAN_GRACE_S = 10.0
+_POLL_S = 0.05
+_LIVE = {"STARTING", "RUNNING", "BACKOFF", "STOPPING"}
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+"""Needed to download a model, by nothing that runs afterwards."""
+
+
+class ProcessInfo(Struct, frozen=True, kw_only=True):
+    """A program as supervisord sees it; what it carries is read from the process itself.
+
+    `pid` is 0 and the tags are empty when no process runs. `started` is a Unix time.
+    """
+
+    name: str
+    state: str
+    pid: int
+    started: float
+    exit_status: int
+    spawn_error: str
+    fingerprint: str = ""
+    engine: str = ""
+    launch_id: str = ""
+    place: str = ""  # where, when not a process of this machine
+
+    @property
+    def running(self) -> bool:
+        """Its process lives and was not told to stop."""
+        return self.state in {"STARTING", "RUNNING"} and self.pid > 0
+
+
+class Supervisor:
+    """The supervisord of the deployment in the working directory."""
+
+    def __init__(self) -> None:
+        self.deployment = str(RUN.resolve())
+
+    # --- looking -------------------------------------------------------------------------------
+
+    def answers(self) -> bool:
+        """Whether a supervisord of this deployment is there."""
+        try:
+            return bool(self._call("getIdentification") == "serving")
+        except OSError:
+            return False
+
+    def state(self) -> dict[str, ProcessInfo]:
+        """Every program supervisord knows; empty when it does not answer."""
+        try:
+            rows = self._call("getAllProcessInfo")
+        except OSError:
+            return {}
+        return {row["name"]: _info(row) for row in rows}
+
+    def orphans(self) -> list[tuple[psutil.Process, processes.Tag]]:
+        """Processes of this deployment that no supervisord of it looks after.
+
+        A process in a container is no child of its client, but carries the same launch.
+        """
+        keeper = self._call("getPID") if self.answers() else None
+        kept = set()
+        if keeper is not None:
+            with contextlib.suppress(psutil.Error):
+                root = psutil.Process(keeper)
+                kept = {keeper, *(child.pid for child in root.children(recursive=True))}
+        found = list(processes.deployed(RUN))
+        launches = {tag.launch_id for p, tag in found if p.pid in kept} - {""}
+        return [(p, t) for p, t in found if p.pid not in kept and t.launch_id not in launches]
+
+    # --- changing ------------------------------------------------------------------------------
+
+    def ensure(self) -> None:
+        """Have a supervisord run. What an earlier one left behind is stopped first, whole."""
+        with self._lock():
+            if self.answers():
+                return
+            self._stop_orphans()
+            for stale in (SOCKET, RUN / "supervisord.pid"):
+                stale.unlink(missing_ok=True)
+            for conf in PROGRAMS.glob("*.conf"):
+                conf.unlink()
+            CONF.write_text(supervisord_conf())
+            self._boot()
+
+    def start(self, spec: ProgramSpec) -> ProcessInfo:
+        """Start a program in place of any that has its name; returns at once, not when ready.
+
+        Raises OperatorError when it cannot be executed.
+        """
+        self.stop([spec.name])
+        if spec.removal:
+            remove(spec.removal)  # of a deployment whose `run` folder was deleted
+            self._removal(spec.name).write_text(json.dumps(list(spec.removal)))
+        launch_id = secrets.token_hex(16)
+        conf = PROGRAMS / f"{spec.name}.conf"
+        temporary = conf.with_suffix(".tmp")
+        spec = replace(spec, env={**self._environment_since_boot(), **spec.env})
+        temporary.write_text(program_conf(spec, self.deployment, launch_id))
+        with self._lock():
+            temporary.replace(conf)
+            try:
+                self._call("reloadConfig")
+                self._call("addProcessGroup", spec.name)
+                self._call("startProcess", spec.name, False)
+            except xmlrpc.client.Fault as fault:
+                raise OperatorError(
+                    f"{spec.name} cannot be started: {fault.faultString}",
+                    remedy=f"check that {spec.command[0]} exists and can be executed; see {LOG}",
+                ) from None
+        info = self.state()[spec.name]
+        # The process may not have executed the program yet, so its environment is no evidence.
+        return replace(info, fingerprint=spec.fingerprint, engine=spec.engine, launch_id=launch_id)
+
+    def stop(self, names: Sequence[str], deadline_s: float | None = None) -> None:
+        """Stop these programs at the same time, whole process groups, and forget them.
+
+        Each gets its own `stop_s` to drain; `deadline_s` bounds the wait (default: supervisord
+        keeps its word, plus a grace). What still lives then is killed. Unknown names are ignored.
+        Raises OperatorError when a container is left that cannot be removed.
+        """
+        if not RUN.is_dir():
+            return
+        known = self.state()
+        mine = [name for name in names if name in known]
+        for name in mine:
+            if known[name].state in _LIVE:
+                self._tolerant("stopProcess", name, False)
+        self._wait_stopped(mine, deadline_s)
+        # Whatever left its process group, or outlived its leader, is found by its tag.
+        left = [p for p, tag in processes.deployed(RUN) if tag.program and tag.program in names]
+        processes.end(left, grace_s=KILL_GRACE_S)
+        with self._lock():
+            for name in mine:
+                self._tolerant("removeProcessGroup", name)
+            for name in names:
+                (PROGRAMS / f"{name}.conf").unlink(missing_ok=True)
+        self._remove_leftovers(names)
+
+    def shutdown(self) -> None:
+        """End supervisord and everything that is left of the deployment."""
+        if self.answers():
+            keeper = psutil.Process(self._call("getPID"))
+            self._tolerant("shutdown")
+            ends = time.monotonic() + CALL_S
+            while processes.alive(keeper) and time.monotonic() < ends:
+                time.sleep(_POLL_S)
+        self._stop_orphans()
+        self._remove_leftovers([path.stem for path in PROGRAMS.glob("*.removal")])
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _stop_orphans(self) -> None:
+        """Those who take requests first, so that they can drain; a stray supervisord last."""
+        orphans = list(processes.deployed(RUN))
+        planes = {"nats", "etcd", ""}
+        processes.end([p for p, tag in orphans if tag.program not in planes], ORPHAN_GRACE_S)
+        processes.end([p for p, tag in orphans if tag.program in planes], ORPHAN_GRACE_S)
+
+    def _removal(self, name: str) -> Path:
+        """Where it is written down how to remove what a program may leave; the config may change."""
+        return PROGRAMS / f"{name}.removal"
+
+    def _remove_leftovers(self, names: Sequence[str]) -> None:
+        for path in map(self._removal, names):
+            if path.exists():
+                remove(json.loads(path.read_text()))
+                path.unlink(missing_ok=True)
+
+    def _environment_since_boot(self) -> dict[str, str]:
+        """What is set here and was not, or otherwise, when supervisord began.
+
+        A program inherits from supervisord, which an earlier command may have started; what a
+        person exports before this one must reach it too.
+        """
+        try:
+            booted = psutil.Process(self._call("getPID")).environ()
+        except (OSError, psutil.Error):
+            return {}
+        now = {k: v for k, v in _environment().items() if booted.get(k) != v}
+        return {key: value for key, value in now.items() if expressible(key, value)}
+
+    def _boot(self) -> None:
+        environment = _environment()
+        environment[processes.DEPLOYMENT] = self.deployment
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(CONF)]
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=BOOT_S,
+            check=False,
+        )
+        ends = time.monotonic() + BOOT_S
+        while done.returncode == 0 and time.monotonic() < ends:
+            if self.answers():
+                return
+            time.sleep(_POLL_S)
+        said = (done.stderr or done.stdout).strip()[-500:] or "it does not answer"
+        raise OperatorError(f"supervisord cannot be started: {said}", remedy=f"see {LOG}")
+
+    def _wait_stopped(self, names: Sequence[str], deadline_s: float | None) -> None:
+        if deadline_s is None and names:
+            promised: list[float] = []
+            with contextlib.suppress(OSError):
+                rows = self._call("getAllConfigInfo")
+                promised = [row["stopwaitsecs"] for row in rows if row["name"] in names]
+            deadline_s = max(promised, default=0.0) + KILL_GRACE_S
+        ends = time.monotonic() + (deadline_s or 0.0)
+        while time.monotonic() < ends:
+            state = self.state()
+            if not any(name in state and state[name].state in _LIVE for name in names):
+                return
+            time.sleep(_POLL_S)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Jobs run side by side; one at a time creates the supervisor or changes its programs."""
+        RUN.mkdir(mode=0o700, exist_ok=True)
+        RUN.chmod(0o700)
+        PROGRAMS.mkdir(exist_ok=True)
+        LOGS.mkdir(exist_ok=True)
+        with LOCK.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Raises OSError when supervisord does not answer, Fault when it refuses."""
+        with xmlrpc.client.ServerProxy("http://supervisor", transport=_UnixTransport()) as proxy:
+            try:
+                return getattr(proxy.supervisor, method)(*arguments)
+            except (http.client.HTTPException, xmlrpc.client.ProtocolError) as exc:
+                raise OSError(str(exc)) from exc
+
+    def _tolerant(self, method: str, *arguments: Any) -> None:
+        """For calls whose refusal means that it is so already."""
+        with contextlib.suppress(OSError, xmlrpc.client.Fault):
+            self._call(method, *arguments)
+
+
+def _environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in _SECRETS}
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(CALL_S)
+        self.sock.connect(str(SOCKET))
+
+
+class _UnixTransport(xmlrpc.client.Transport):
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        connection = _UnixConnection("supervisor")
+        self._connection = (host, connection)  # where `close` looks for it
+        return connection
+
+
+def _info(row: Mapping[str, Any]) -> ProcessInfo:
+    tag = processes.tag_of_pid(row["pid"]) if row["pid"] else None
+    return ProcessInfo(
+        name=row["name"],
+        state=row["statename"],
+        pid=row["pid"],
+        started=float(row["start"]),
+        exit_status=row["exitstatus"],
+        spawn_error=row["spawnerr"],
+        fingerprint=tag.fingerprint if tag else "",
+        engine=tag.engine if tag else "",
+        launch_id=tag.launch_id if tag else "",
+    )

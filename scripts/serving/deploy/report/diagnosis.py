@@ -1,0 +1,222 @@
+"""From what was seen of a deployment to what is wrong with it and what to do. Pure: no I/O.
+
+`doctor` collects the `Evidence`; each function here judges one part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from serving.deploy.checks.report import Finding
+from serving.protocol import InstanceInfo, ModelCard
+
+_START = "run the same `snakemake serve_*` again: it starts what is missing"
+
+
+class Evidence(Struct, frozen=True, kw_only=True):
+    """What was seen. Error texts are empty when the thing answered; None means not looked at.
+
+    `wanted` are the programs this deployment was told to run, `states` what supervisord says of
+    them (`RUNNING`, `EXITED`...), `logs` the last words of those that do not run. `ready` is the
+    body of the frontend's `/ready`. `heard` are the instances whose load reports arrived, and
+    `snapshots` the number of block hashes each instance says it caches, or why it did not answer.
+    `place` is this machine's in a cluster of several: others have workers too, and a node has no
+    frontend.
+    """
+
+    supervisor: bool
+    wanted: list[str]
+    states: dict[str, str]
+    logs: dict[str, list[str]]
+    etcd_error: str = ""
+    nats_error: str = ""
+    frontend_error: str = ""
+    instances: list[InstanceInfo] | None = None
+    ready: dict[str, Any] | None = None
+    heard: set[str] | None = None
+    snapshots: dict[str, int | str] = {}
+    place: Literal["alone", "head", "node"] = "alone"
+
+
+def diagnose(evidence: Evidence) -> list[Finding]:
+    """Every finding, causes before consequences."""
+    if not evidence.wanted:
+        return [
+            Finding("deployment", False, "nothing was started here", "`snakemake serve_disagg`")
+        ]
+    return [
+        _supervisor(evidence),
+        *_programs(evidence),
+        *_planes(evidence),
+        *_registrations(evidence),
+        *_agreement(evidence),
+        *_frontend(evidence),
+        *_events(evidence),
+        *_transfers(evidence),
+    ]
+
+
+def _supervisor(evidence: Evidence) -> Finding:
+    if evidence.supervisor:
+        return Finding("supervisor", True, "supervisord answers")
+    return Finding("supervisor", False, "no supervisord answers on run/supervisor.sock", _START)
+
+
+def _programs(evidence: Evidence) -> Iterable[Finding]:
+    if not evidence.supervisor:
+        return
+    for name in evidence.wanted:
+        state = evidence.states.get(name, "not started")
+        words = " | ".join(evidence.logs.get(name, []))
+        detail = f"{state}; its log ends: {words}" if words else state
+        yield Finding(name, state == "RUNNING", detail, f"read logs/{name}.log; then {_START}")
+
+
+def _planes(evidence: Evidence) -> Iterable[Finding]:
+    for name, error, meaning in (
+        ("etcd", evidence.etcd_error, "discovery keeps its last known members"),
+        ("nats", evidence.nats_error, "routing goes by load of its own only"),
+    ):
+        detail = f"does not answer ({error}); {meaning}" if error else "answers"
+        yield Finding(f"{name} reachable", not error, detail, _START)
+
+
+def _registrations(evidence: Evidence) -> Iterable[Finding]:
+    """Each running worker holds a lease in etcd, and nobody else does."""
+    if evidence.instances is None:
+        return
+    registered = {info.instance_id for info in evidence.instances}
+    workers = [n.removeprefix("worker-") for n in evidence.wanted if n.startswith("worker-")]
+    for instance in workers:
+        yield Finding(
+            f"{instance} registered",
+            instance in registered,
+            "has a lease in etcd" if instance in registered else "has no lease in etcd",
+            f"if it is RUNNING, logs/worker-{instance}.log says why it cannot register; else {_START}",
+        )
+    hosts = {info.instance_id: info.host for info in evidence.instances}
+    for instance in sorted(registered - set(workers)):
+        if evidence.place != "alone":
+            yield Finding(f"{instance} registered", True, f"from {hosts[instance]}")
+            continue
+        yield Finding(
+            f"{instance} registered",
+            False,
+            "is in etcd, but not one of this deployment's workers",
+            "give each deployment that shares an etcd its own deployment.namespace",
+            warning=True,
+        )
+
+
+def _agreement(evidence: Evidence) -> Iterable[Finding]:
+    """Routing compares hashes, so all workers must cut and salt blocks alike."""
+    cards = {info.instance_id: info.model for info in evidence.instances or []}
+    if not cards:
+        return
+    aspects: dict[str, Callable[[ModelCard], Any]] = {
+        "block size": lambda card: card.block_size,
+        "hash salt": lambda card: card.hash_salt,
+        "model": lambda card: card.name,
+    }
+    if evidence.place == "alone":  # which covers how a machine names the model, too
+        aspects["engine"] = lambda card: card.engine_fingerprint
+    for name, aspect in aspects.items():
+        values = {instance: aspect(card) for instance, card in cards.items()}
+        same = len(set(values.values())) == 1
+        shown = next(iter(values.values())) if same else _pairs(values)
+        yield Finding(f"one {name}", same, str(shown), "restart the odd ones: " + _START)
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in sorted(values.items()))
+
+
+def _frontend(evidence: Evidence) -> Iterable[Finding]:
+    """The frontend can serve, refuses nobody, and sees whom etcd names."""
+    state = evidence.ready
+    if evidence.place == "node":
+        return
+    if state is None:
+        yield Finding("frontend answers", False, evidence.frontend_error, _START)
+        return
+    yield Finding(
+        "frontend ready",
+        bool(state["ready"]),
+        str(state.get("reason") or f"{state['topology']}, policy {state['policy']}"),
+        "the findings above say which worker is missing",
+    )
+    for instance, reason in state.get("refused", {}).items():
+        yield Finding(f"{instance} accepted", False, f"refused: {reason}", "restart it: " + _START)
+    connected = {row["instance_id"] for row in state["instances"]}
+    lost = {info.instance_id for info in evidence.instances or []} - connected
+    for instance in sorted(lost - set(state.get("refused", {}))):
+        yield Finding(
+            f"{instance} connected",
+            False,
+            "is in etcd, but the frontend has no connection to it",
+            f"logs/frontend.log and logs/worker-{instance}.log say why",
+        )
+
+
+def _events(evidence: Evidence) -> Iterable[Finding]:
+    """Reports and cache contents reach whoever listens on NATS, and the frontend's index follows."""
+    if evidence.heard is None or evidence.ready is None:
+        return
+    for row in evidence.ready["instances"]:
+        instance = row["instance_id"]
+        heard = instance in evidence.heard
+        snapshot = evidence.snapshots.get(instance, "was not asked")
+        if isinstance(snapshot, str):
+            held = f"no snapshot: {snapshot}"
+        else:
+            held = f"says it caches {snapshot} blocks"
+        yield Finding(
+            f"{instance} events",
+            heard and not isinstance(snapshot, str),
+            f"{'load reports arrive' if heard else 'no load report arrived'}, {held}",
+            f"look for NATS in logs/worker-{instance}.log; a restart of nats alone heals by itself",
+        )
+        yield Finding(
+            f"{instance} index",
+            row["synchronised"],
+            "the frontend's prefix index follows it"
+            if row["synchronised"]
+            else "the frontend waits for its snapshot",
+            "it asks again by itself; if this stays, look for the instance in logs/frontend.log",
+            warning=True,
+        )
+
+
+def _transfers(evidence: Evidence) -> Iterable[Finding]:
+    """Failed KV transfers cost time, not answers: a warning."""
+    for row in (evidence.ready or {}).get("instances", []):
+        if row["role"] == "decode":
+            failures, transfers = row["kv_transfer_failures"], row["kv_transfers"]
+            yield Finding(
+                f"{row['instance_id']} kv transfer",
+                not failures,
+                f"{transfers} over {row['kv_transport']}{_by(row['kv_route'])}, {failures} failed "
+                f"({row['local_prefill_fallbacks']} prompts prefilled locally)",
+                f"logs/worker-{row['instance_id']}.log names the cause; `snakemake check_ucx` "
+                "tries UCX alone",
+                warning=True,
+            )
+
+
+def _by(route: str) -> str:
+    return f" ({route})" if route else ""
+
+
+def judge_routing(policy: str, cold: int, warm: int, known: float, block_size: int) -> Finding:
+    """One prompt sent twice. `cold`, `warm`: cached tokens; `known`: what the index promised."""
+    detail = f"cached tokens {cold}, then {warm}; the index knew of {known:.0f}"
+    if policy != "kv":
+        return Finding("kv routing", True, f"not in use: router.policy is {policy}")
+    remedy = (
+        "the findings above about events and block sizes; engine.kv_cache_tokens may be too small "
+        "to keep a prompt"
+    )
+    return Finding("kv routing", warm >= cold + block_size and known > 0, detail, remedy)

@@ -1,0 +1,351 @@
+"""An engine that computes nothing: real queues, blocks and events, modelled time, made-up text.
+
+Scheduler and block pool are those of the torch engine, which know no tensors. What a step or a
+transfer would take is `mock_timing`'s to say; meanwhile the event loop is free, so that hundreds of
+instances fit in a process and on a core or two. Steps that take no time follow each other by
+`call_soon`. KV moves in name only: a prefill holds its blocks for as long as fetching them takes,
+and a decode waits that long, one transfer of an instance after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from serving import block_hash
+from serving.config import EngineConfig, MockConfig
+from serving.engine.base import (
+    EngineLoad,
+    EngineSpec,
+    StepSink,
+    TransferringEngine,
+    TransferStats,
+    require_runnable,
+)
+from serving.engine.core.block_pool import BlockPool
+from serving.engine.core.host_tier import Copies, HostTier
+from serving.engine.core.queue_timer import QueueTimer
+from serving.engine.core.scheduler import Scheduler, SchedulerLimits
+from serving.engine.core.sequence import Chunk, Sequence, State
+from serving.engine.manifest import EngineManifest
+from serving.engine.mock.text import MockText, printable_ids
+from serving.engine.mock.timing import step_seconds, transfer_seconds, work_of
+from serving.errors import EngineFailed, InvalidRequest, OperatorError
+from serving.protocol import (
+    BlocksRemoved,
+    BlocksStored,
+    EngineOutput,
+    EngineRequest,
+    KvTransferParams,
+    Role,
+    Tier,
+    TokenLogprob,
+)
+
+CATCH_UP_S = 0.05
+"""Steps that a late timer delayed are made up for, up to this much."""
+
+
+class MockEngine(TransferringEngine):
+    """See the module. `manifest` is that of an engine with dummy weights."""
+
+    must_fetch = False
+    transport = "mock"
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        manifest: EngineManifest,
+        *,
+        role: Role,
+        instance_id: str,
+        engine: EngineConfig,
+        timing: MockConfig,
+    ) -> None:
+        assert manifest.kv_layout is not None, "it was built as for the torch engine"
+        self._manifest, self._layout = manifest, manifest.kv_layout
+        self._engine_dir, self._instance_id = engine_dir, instance_id
+        self._timing = timing
+        self._limits = SchedulerLimits(
+            engine.block_size,
+            engine.max_model_len,
+            engine.max_batch_size,
+            engine.step_tokens(role=role),
+            engine.max_waiting,
+        )
+        num_tokens = engine.kv_cache_tokens or engine.max_batch_size * engine.max_model_len
+        if num_tokens < engine.max_model_len:
+            raise OperatorError(
+                f"`engine.kv_cache_tokens` {num_tokens} cannot hold one request of "
+                f"`engine.max_model_len` {engine.max_model_len}",
+                remedy="raise the one or lower the other",
+            )
+        self.spec = EngineSpec(
+            max_model_len=engine.max_model_len,
+            block_size=engine.block_size,
+            num_blocks=-(-num_tokens // engine.block_size),
+            max_batch_size=engine.max_batch_size,
+            hash_salt=manifest.hash_salt,
+            fingerprint=manifest.fingerprint,
+            kv_layout=None,
+            device="cpu",
+        )
+        tier = HostTier(engine.host_cache_bytes // self._layout.block_bytes)
+        self._scheduler = Scheduler(BlockPool(self.spec.num_blocks, tier), self._limits)
+        self._root = block_hash.root_hash(manifest.hash_salt)
+        self._arrivals = itertools.count()
+        self._queue_timer = QueueTimer(self._expire)
+        self._step: tuple[list[Chunk], Copies] | None = None  # under way
+        self._next: asyncio.Handle | None = None  # the call that ends it, or begins one
+        self._due = 0.0  # when the step under way ends, whenever its timer fires
+        self._link_free = 0.0  # when the transfers so far are over
+        self._fetches: dict[str, asyncio.Handle] = {}
+        self._holds: dict[str, asyncio.Handle] = {}
+        self._is_telling = self._is_closed = False
+        # Hashes, as the sink has been told.
+        self._delivered: dict[Tier, set[int]] = {"device": set(), "host": set()}
+        self._loop: asyncio.AbstractEventLoop
+        self._sink: StepSink
+        self._text: MockText
+        self.transfers = TransferStats()
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def start(self, sink: StepSink) -> None:
+        self._loop, self._sink = asyncio.get_running_loop(), sink
+        self._text = MockText(printable_ids(self._engine_dir, self._manifest.vocab_size))
+
+    async def close(self) -> None:
+        if self._is_closed or not hasattr(self, "_loop"):
+            return
+        self._is_closed = True
+        self._queue_timer.cancel()
+        if self._next is not None:
+            self._next.cancel()
+        for request_id in self._scheduler.request_ids():
+            self._scheduler.abort(request_id)
+        for handle in (*self._fetches.values(), *self._holds.values()):
+            handle.cancel()
+        if self._step is not None:  # its requests are over: this only ends their part in it
+            chunks, copies = self._step
+            self._scheduler.pool.copied(copies)
+            self._scheduler.fail(chunks, "closed")
+        self._deliver()
+
+    # --- requests ------------------------------------------------------------------------------
+
+    def submit(self, request: EngineRequest) -> None:
+        if self._is_closed:
+            raise EngineFailed("the engine is closing")
+        if request.sampling.guide is not None:
+            raise InvalidRequest(
+                "the mock engine answers at random, in no prescribed form", code="unsupported"
+            )
+        require_runnable(request, self._limits.max_model_len, self._manifest.vocab_size)
+        params = request.kv_transfer_params
+        if params is not None and not self._is_fetchable(request):
+            self.transfers.failures += 1
+            self.transfers.local_prefills += 1
+            params = None
+            request = msgspec.structs.replace(request, kv_transfer_params=None)
+        sequence = Sequence(request, next(self._arrivals), self._root, self._limits.block_size)
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        sequence.seed = self._text.seed(prompt, request.sampling.seed)
+        if params is not None:
+            sequence.on_settled = lambda: self._settled(sequence)
+        self._queue_timer.watch(sequence)
+        self._scheduler.add(sequence)
+        self._wake()
+
+    def _expire(self, now: float) -> float | None:
+        """See `Scheduler.expire`."""
+        due = self._scheduler.expire(now)
+        self._wake()
+        self._tell_soon()
+        return due
+
+    def abort(self, request_id: str) -> None:
+        self._scheduler.abort(request_id)
+        self._free(request_id)
+
+    def release(self, request_id: str) -> None:
+        self._scheduler.release_export(request_id)
+        self._free(request_id)
+
+    def load(self) -> EngineLoad:
+        return self._scheduler.load()
+
+    def snapshot(self, tier: Tier = "device") -> list[int]:
+        return list(self._delivered[tier])
+
+    def check_integrity(self) -> None:
+        """For tests: every block is free, cached or held, and the books agree."""
+        self._scheduler.check_integrity()
+
+    def _free(self, request_id: str) -> None:
+        """It is over, or its blocks are no longer held: others may have waited for them."""
+        if (handle := self._holds.pop(request_id, None)) is not None:
+            handle.cancel()
+        self._wake()
+        self._tell_soon()
+
+    # --- steps ---------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        """Begin a step soon, unless one is under way: it is followed by another anyhow."""
+        if self._next is None and not self._is_closed:
+            self._due = self._loop.time()
+            self._next = self._loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        self._begin()
+        if self._step is None:  # nothing to compute, yet evictions or admissions may have happened
+            self._tell_soon()
+
+    def _begin(self) -> None:
+        self._next = None
+        self._scheduler.admit_reservations()
+        chunks = self._scheduler.schedule()
+        copies = self._scheduler.pool.take_copies()
+        if not chunks and not copies:
+            return
+        host_bytes = len(copies.onloads) * self._layout.block_bytes
+        seconds = step_seconds(self._timing, work_of(chunks), host_bytes)
+        self._scheduler.launched(chunks)
+        self._step = chunks, copies
+        if seconds == 0.0:
+            self._next = self._loop.call_soon(self._end)
+        else:
+            self._due = max(self._due, self._loop.time() - CATCH_UP_S) + seconds
+            self._next = self._loop.call_at(self._due, self._end)
+
+    def _end(self) -> None:
+        assert self._step is not None, "only a step under way ends"
+        (chunks, copies), self._step = self._step, None
+        self._scheduler.pool.copied(copies)
+        self._scheduler.complete(chunks, *self._choose(chunks))
+        self._begin()
+        self._deliver()
+
+    def _choose(self, chunks: list[Chunk]) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Tokens of the chunks that sample, and the log-probabilities that were asked for."""
+        tokens: list[int] = []
+        logprobs: list[TokenLogprob | None] = []
+        text = self._text
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if num_reported := chunk.num_reported:
+                num_top = sequence.sampling.prompt_logprobs or 0
+                reported = sequence.tokens[chunk.start + 1 : chunk.start + 1 + num_reported]
+                # From `start` on: a preempted prompt is computed and reported again.
+                sequence.prompt_logprobs[chunk.start :] = [
+                    text.logprob(token, num_top) for token in reported
+                ]
+            if chunk.samples:
+                token = text.token(sequence.seed, sequence.num_output - sequence.num_unknown)
+                num_wanted = sequence.sampling.logprobs
+                tokens.append(token)
+                logprobs.append(None if num_wanted is None else text.logprob(token, num_wanted))
+        return tokens, logprobs
+
+    # --- transfers -----------------------------------------------------------------------------
+
+    def _is_fetchable(self, request: EngineRequest) -> bool:
+        params = request.kv_transfer_params
+        return (
+            isinstance(params, KvTransferParams)
+            and params.layout == self._layout.fingerprint
+            and params.num_tokens == len(request.token_ids) - 1
+        )
+
+    def _settled(self, sequence: Sequence) -> None:
+        """It has room for what it fetches; or it is over, fetched or not."""
+        request_id = sequence.request_id
+        if sequence.state is not State.RESERVED:
+            if (handle := self._fetches.pop(request_id, None)) is not None:
+                handle.cancel()
+            return
+        num_bytes = (len(sequence.blocks) - sequence.num_stored) * self._layout.block_bytes
+        began = self._loop.time()
+        seconds = transfer_seconds(self._timing, num_bytes)
+
+        def arrived() -> None:
+            del self._fetches[request_id]
+            self.transfers.transfers += 1
+            self.transfers.bytes_received += num_bytes
+            self.transfers.seconds += self._loop.time() - began
+            self._scheduler.commit(sequence)
+            self._wake()
+
+        if seconds:
+            self._link_free = max(self._link_free, began) + seconds
+        self._fetches[request_id] = self._call_at(self._link_free, arrived, is_now=not seconds)
+
+    def _hand_over(self, output: EngineOutput) -> EngineOutput:
+        """Say how the KV of a finished prefill is fetched, and hold it for as long as that takes."""
+        sequence = self._scheduler.exported.get(output.request_id)
+        if sequence is None or output.finish_reason not in ("stop", "length"):
+            return output
+        request, num_blocks = sequence.request, len(sequence.blocks)
+        goes_on = self._goes_on(request, output)
+        num_bytes = num_blocks * self._layout.block_bytes if goes_on else 0
+        seconds = transfer_seconds(self._timing, num_bytes)
+        until = self._loop.time() + seconds
+        release = self._call_at(until, lambda: self.release(request.request_id), is_now=not seconds)
+        self._holds[request.request_id] = release
+        if not goes_on:
+            return output
+        params = KvTransferParams(
+            source_instance=self._instance_id,
+            source_epoch=0,
+            address="mock",
+            request_id=request.request_id,
+            nonce="",
+            num_tokens=len(request.token_ids),
+            num_blocks=num_blocks,
+            layout=self._layout.fingerprint,
+        )
+        return msgspec.structs.replace(output, kv_transfer_params=params)
+
+    def _goes_on(self, request: EngineRequest, output: EngineOutput) -> bool:
+        num_tokens = len(request.token_ids) + 1
+        return (
+            output.finish_reason == "length"
+            and num_tokens - request.num_prompt_tokens < request.sampling.max_tokens
+            and num_tokens < self._limits.max_model_len
+        )
+
+    def _call_at(self, when: float, action: Callable[[], None], *, is_now: bool) -> asyncio.Handle:
+        return self._loop.call_soon(action) if is_now else self._loop.call_at(when, action)
+
+    # --- delivery ------------------------------------------------------------------------------
+
+    def _tell_soon(self) -> None:
+        """Not from here: a sink may be what called us."""
+        if not self._is_telling and not self._is_closed:
+            self._is_telling = True
+            self._loop.call_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._is_telling = False
+        if not self._is_closed:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Hand what happened to the sink, with the load after it."""
+        outputs = [
+            self._hand_over(output)
+            for output in self._scheduler.take_outputs()
+            if output.token_ids or output.finish_reason is not None
+        ]
+        events = self._scheduler.take_events()
+        for event in events:
+            if isinstance(event, BlocksStored):
+                self._delivered[event.tier].update(event.block_hashes)
+            elif isinstance(event, BlocksRemoved):
+                self._delivered[event.tier].difference_update(event.block_hashes)
+        self._sink(outputs, events, self._scheduler.load())

@@ -1,0 +1,154 @@
+"""A downloaded model as transformers reads it: a Hugging Face folder, or one GGUF file.
+
+The tokenizer may be another model's, lent to one that has no weights of its own.
+
+Nothing here reaches the network, and no code that came with a model is run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serving.engine.manifest import ModelManifest
+from serving.engine.torch.weights import gguf_tokenizer
+from serving.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+class Source:
+    """Raises ModelError when transformers does not know the architecture."""
+
+    def __init__(self, manifest: ModelManifest) -> None:
+        self.manifest = manifest
+        self.folder = Path(manifest.path)
+        self.metadata: gguf_tokenizer.Metadata = {}
+        self._how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        if manifest.format == "gguf":
+            self._how["gguf_file"] = manifest.files[0].path
+            self.metadata = gguf_tokenizer.read_metadata(self.folder / manifest.files[0].path)
+            gguf_tokenizer.require_exact(self.metadata)
+        self.config = self._read_config()
+
+    def _read_config(self) -> PreTrainedConfig:
+        from transformers import AutoConfig
+
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder, **self._how)
+        except (OSError, ValueError, KeyError) as exc:
+            raise ModelError(
+                f"transformers does not know this model: {first_line(exc)}",
+                remedy="use a model of a released architecture; code inside models is never run",
+            ) from exc
+        return config
+
+    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with all weights in `dtype` on the CPU. Raises ModelError."""
+        weights = {"use_safetensors": self.manifest.format == "safetensors"}
+        how = self._how if self.metadata else self._how | weights
+        return load_model(self.folder, self.config, dtype, **how)
+
+    def save_config(self, target: Path) -> None:
+        """Write config.json: the model's own, or what its GGUF file implies."""
+        if self.metadata:
+            self.config.save_pretrained(target)
+        else:
+            shutil.copyfile(self.folder / "config.json", target / "config.json")
+
+    def save_tokenizer(self, target: Path) -> None:
+        """Write tokenizer.json and its companions. Raises ModelError."""
+        max_len = self.config.max_position_embeddings
+        if lent := self.manifest.tokenizer:
+            path = Path(lent)
+            if path.is_file():
+                metadata = gguf_tokenizer.read_metadata(path)
+                gguf_tokenizer.require_exact(metadata)
+                how = {"local_files_only": True, "gguf_file": path.name}
+                save_tokenizer(path.parent, metadata, target, max_len, **how)
+            else:
+                save_tokenizer(path, {}, target, max_len)
+        else:
+            save_tokenizer(self.folder, self.metadata, target, max_len, **self._how)
+
+    def generation_config(self) -> dict[str, Any]:
+        """What generation_config.json says, or nothing."""
+        path = self.folder / "generation_config.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as exc:
+            raise ModelError(f"{path} is damaged: {exc}", remedy="repair or remove it") from exc
+        return found
+
+
+def save_tokenizer(
+    folder: Path, metadata: gguf_tokenizer.Metadata, target: Path, max_len: int, **how: Any
+) -> None:
+    """Write the tokenizer of `folder`, or of a GGUF file in it, to `target`. Raises ModelError.
+
+    `how` is for transformers; `metadata` is the GGUF file's own, empty where there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if (folder / "tokenizer.json").exists() and not metadata:
+        for name in _TOKENIZER_FILES:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, target / name)
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+    except (OSError, ValueError, KeyError, ImportError) as exc:
+        raise ModelError(
+            f"the tokenizer cannot be read: {first_line(exc)}",
+            remedy="add a tokenizer.json to the model",
+        ) from exc
+    if metadata:
+        gguf_tokenizer.repair(tokenizer, metadata, max_len)
+    tokenizer.save_pretrained(target)
+    if not (target / "tokenizer.json").exists():
+        raise ModelError(
+            "the model's tokenizer cannot be written as a tokenizer.json",
+            remedy="choose a model that comes with one",
+        )
+
+
+def load_model(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, **how: Any
+) -> PreTrainedModel:
+    """Load for evaluation; every weight must be there. Raises ModelError."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    try:
+        model, info = auto.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, **how
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as exc:
+        raise ModelError(
+            f"{folder} cannot be loaded: {first_line(exc)}", remedy="fetch or copy the model again"
+        ) from exc
+    # transformers fills what is missing with random numbers and goes on.
+    if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        raise ModelError(
+            f"{folder} lacks {len(lacking)} weights: {', '.join(lacking[:3])}",
+            remedy="complete the model: it would run with random numbers in their place",
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def first_line(exc: Exception) -> str:
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0]

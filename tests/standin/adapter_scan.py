@@ -90,7 +90,7 @@ class Use:
 
 def sources(engine_dir: Path) -> list[Path]:
     """The adapter's modules under `scripts/serving/engine`."""
-    return [engine_dir / "tensorrt_llm.py", *sorted((engine_dir / "trtllm").glob("*.py"))]
+    return sorted((engine_dir / "trtllm").rglob("*.py"))
 
 
 def uses(engine_dir: Path) -> list[Use]:

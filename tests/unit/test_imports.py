@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[2] / "scripts" / "serving"
 LAYERS = [
     {"frontend", "worker", "deploy", "simulate"},
     {"kv_router", "kv_transfer", "engine", "discovery", "events", "rpc", "text"},
-    {"block_hash", "kv_layout", "grammar", "model_folder"},
-    {"protocol", "config", "errors"},
+    {"block_hash", "kv_layout", "grammar"},
+    {"protocol", "config", "model_folder", "errors"},
 ]
 LAYER_OF = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 FORBIDDEN = {("frontend", "engine"), ("frontend", "kv_transfer"), ("worker", "kv_router")}

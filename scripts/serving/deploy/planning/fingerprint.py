@@ -58,7 +58,7 @@ def engine_fingerprint(config: Config) -> str:
     }
     if parts["dtype"] == "int8":
         # Compiled into the engine, so new ones are a new engine.
-        sources = sorted((PACKAGE / "engine" / "torch").glob("*.c"))
+        sources = sorted((PACKAGE / "engine" / "torch").rglob("*.c"))
         parts["kernels"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
     if config.engine.backend == "tensorrt_llm":
         parts["tensorrt_llm"] = _tensorrt_llm_parts(config, device)

@@ -10,7 +10,7 @@ SCRIPTS = PACKAGE.parent
 """The folder that makes `serving` importable."""
 
 _UNUSED = {
-    "worker": {"deploy", "frontend", "kv_router", "simulate"},
+    "worker": {"deploy", "frontend", "kv_router", "simulate", "text"},
     "frontend": {"deploy", "engine", "kv_transfer", "simulate", "worker"},
 }
 

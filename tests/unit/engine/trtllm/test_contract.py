@@ -92,7 +92,7 @@ def test_a_scan_that_understands_nothing_fails(engine_copy: Path) -> None:
     """Renamed variables must not pass for full coverage."""
     for path in (engine_copy / "trtllm").glob("*.py"):
         path.write_text(re.sub(r"\bcompletion\b", "answer", path.read_text()))
-    edit(engine_copy / "tensorrt_llm.py", "result.outputs[0].token_ids", "result.outputs[0]")
+    edit(engine_copy / "trtllm" / "engine.py", "result.outputs[0].token_ids", "result.outputs[0]")
     done = coverage("--no-run", "--engine-dir", str(engine_copy))
     assert done.returncode == 1
     assert "no use of CompletionOutput was found" in done.stdout

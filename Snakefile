@@ -56,7 +56,7 @@ rule serve_disagg_router:
 
 
 rule serve_disagg_multinode:
-    """Serve from this head node: planes, frontend, and its workers; other nodes `join`."""
+    """Serve from this head node: etcd, NATS, frontend and its own workers; other nodes `join`."""
     input:
         lambda wildcards: service("disagg_multinode"),
         "run/cluster.open",

@@ -65,7 +65,7 @@ def joined():
     return [*checks(), "run/topology.json", *markers()]
 
 
-def planes():
+def control_services():
     """Markers of etcd and NATS, where they are this machine's."""
     return [f"run/{name}.up" for name in ("etcd", "nats") if name in PLAN.fingerprints]
 

@@ -3,7 +3,7 @@ rule start_frontend:
     input:
         # The first worker of each role: with more of them, or with new ones, it goes on running.
         workers=ancient([f"run/{name}.up" for name in DEPLOYMENT.first_workers]),
-        planes=ancient(["run/etcd.up", "run/nats.up"]),
+        control=ancient(["run/etcd.up", "run/nats.up"]),
         room=ancient("run/topology.json"),
     output:
         "run/frontend.up",

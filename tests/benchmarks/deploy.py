@@ -36,7 +36,7 @@ FINISHED = re.compile(r"Finished jobid: \d+ \(Rule: (\w+)\)")
 PHASES = {
     "checks, etcd and NATS": {
         *("check_host", "check_gpu", "check_ucx", "fetch_binaries", "start_etcd", "start_nats"),
-        *("download_model", "build_engine", "retire"),
+        *("download_model", "build_engine", "stop_obsolete"),
     },
     "workers": {"start_worker"},
     "frontend and first answer": {"start_frontend"},

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 from integration.services import Etcd, Nats, free_port
 from serving.config import Topology, parse
-from serving.config.process import WorkerProcess
+from serving.config.process import WorkerSettings
 from serving.deploy.planning.topology import Program, pinned, plan, worker_environment
 from serving.deploy.processes.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE
 from serving.engine.manifest import load_manifest
@@ -134,7 +134,7 @@ class RunningService:
             if program.name == "frontend":
                 self._spawn(program, {})
             elif program.name.startswith("worker-"):
-                worker = msgspec.json.decode(program.settings, type=WorkerProcess)
+                worker = msgspec.json.decode(program.settings, type=WorkerSettings)
                 self._spawn(program, worker_environment(config, worker, self._gpus, cores))
 
     def _spawn(self, program: Program, environment: dict[str, str]) -> None:

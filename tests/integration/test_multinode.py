@@ -1,7 +1,7 @@
 """A head and two more nodes, each a network namespace with its own address; everything is real.
 
 Times that a person would ask for are printed (`pytest -s`): how long until a lost node is noticed,
-until it is back, and until the head's planes are.
+until it is back, and until the head's etcd and NATS are.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_target_pins_its_topology(target: str, num_workers: int, tmp_path: Path)
 def test_rulegraph_shows_the_way_from_model_to_frontend(tmp_path: Path) -> None:
     done = snakemake(tmp_path, "--rulegraph", "dot", "serve_disagg")
     assert done.returncode == 0, done.stdout
-    rules = ["download_model", "build_engine", "retire", "start_worker", "start_frontend"]
+    rules = ["download_model", "build_engine", "stop_obsolete", "start_worker", "start_frontend"]
     for rule in [*rules, "start_etcd", "start_nats", "check_ucx", "fetch_binaries"]:
         assert f'label = "{rule}"' in done.stdout, rule
     assert files(tmp_path) == {}

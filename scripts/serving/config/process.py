@@ -29,7 +29,7 @@ ETCD_SERVER_NAME = "serving-etcd"
 """Whom the certificate of an etcd off loopback names, wherever it is."""
 
 
-class Planes(Struct, frozen=True, kw_only=True):
+class ControlServices(Struct, frozen=True, kw_only=True):
     """Where etcd and NATS are, and how to behave towards them."""
 
     namespace: str
@@ -41,7 +41,7 @@ class Planes(Struct, frozen=True, kw_only=True):
     etcd_join_file: str = ""  # PEM for mutual TLS; none: plain, on loopback
 
 
-class WorkerProcess(Struct, frozen=True, kw_only=True):
+class WorkerSettings(Struct, frozen=True, kw_only=True):
     """`run/worker-{role}-{index}.json`, and one instance of that worker. `gpus` are the indices this worker computes on, none on CPU.
 
     `engine_dir` holds engine.json; a fingerprint other than `engine_fingerprint` is refused.
@@ -60,13 +60,13 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
     kv_host: str  # for workers that fetch KV
     unix_socket: str
     ready_file: str
-    planes: Planes
+    control: ControlServices
     kv_transfer: KvTransferConfig
     drain_s: float
     mock: MockConfig | None = None  # only for the mock engine
     num_instances: int = 1
 
-    def instances(self) -> list[WorkerProcess]:
+    def instances(self) -> list[WorkerSettings]:
         """One for each instance that the process hosts: the first is called as the process, the
         others `{role}-{index}-{number}`, from 1."""
         stem = self.unix_socket.removesuffix(".sock")
@@ -81,7 +81,7 @@ class WorkerProcess(Struct, frozen=True, kw_only=True):
         return [self, *own]
 
 
-class FrontendProcess(Struct, frozen=True, kw_only=True):
+class FrontendSettings(Struct, frozen=True, kw_only=True):
     """`run/frontend.json`. `disaggregated` says which roles a request needs."""
 
     topology: str
@@ -90,16 +90,16 @@ class FrontendProcess(Struct, frozen=True, kw_only=True):
     frontend: FrontendConfig
     router: RouterConfig
     deadlines: DeadlinesConfig
-    planes: Planes
+    control: ControlServices
     ready_file: str
     engine_dir: str = ""  # where this machine has the tokenizer; none: where workers say
     own_instances: list[str] | None = None  # on a head: those of this machine
 
 
-ProcessConfig = TypeVar("ProcessConfig", WorkerProcess, FrontendProcess)
+Settings = TypeVar("Settings", WorkerSettings, FrontendSettings)
 
 
-def read(path: str | Path, kind: type[ProcessConfig]) -> ProcessConfig:
+def read_settings(path: str | Path, kind: type[Settings]) -> Settings:
     """Raises OSError or msgspec.ValidationError; the file is ours, so neither is expected."""
     return msgspec.json.decode(Path(path).read_bytes(), type=kind)
 

@@ -25,7 +25,7 @@ from etcd3aio.errors import EtcdError
 from etcd3aio.kv import KVService, prefix_range_end
 from etcd3aio.lease import LeaseService
 
-from serving.config.process import ETCD_SERVER_NAME, Planes
+from serving.config.process import ETCD_SERVER_NAME, ControlServices
 from serving.errors import OperatorError
 from serving.protocol import InstanceInfo
 
@@ -68,13 +68,13 @@ class Discovery:
         self._obstacle = ""
 
     @classmethod
-    def of(cls, planes: Planes) -> AbstractAsyncContextManager[Discovery]:
+    def of(cls, control: ControlServices) -> AbstractAsyncContextManager[Discovery]:
         """As `connect`, for what a program was told."""
         return cls.connect(
-            planes.etcd_endpoint,
-            planes.namespace,
-            lease_s=planes.lease_s,
-            join_file=planes.etcd_join_file,
+            control.etcd_endpoint,
+            control.namespace,
+            lease_s=control.lease_s,
+            join_file=control.etcd_join_file,
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""`python -m serving.frontend FILE`: connect to both planes, listen, serve, drain.
+"""`python -m serving.frontend FILE`: connect to etcd and NATS, listen, serve, drain.
 
 With `frontend.processes` above one it only starts that many (`group.py`), each with its place as a
 second argument.
@@ -20,7 +20,7 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
-from serving.config.process import FrontendProcess, announce_ready, collect_rarely, read
+from serving.config.process import FrontendSettings, announce_ready, collect_rarely, read_settings
 from serving.discovery import Discovery
 from serving.errors import OperatorError
 from serving.events import EventPlane
@@ -39,15 +39,15 @@ from serving.rpc.handshake import read_secret
 log = logging.getLogger("serving.frontend")
 
 
-async def run(process: FrontendProcess, place: Place | None) -> None:
+async def run(process: FrontendSettings, place: Place | None) -> None:
     """Serve until SIGTERM or SIGINT; uvicorn handles both and drains."""
     launch_id = os.environ.get("LAUNCH_ID", "")
-    token_file = Path(process.planes.nats_token_file)
+    token_file = Path(process.control.nats_token_file)
     metrics = Metrics()
     router = KvRouter(process.router, model=process.model_name, rng=random.Random())
     async with AsyncExitStack() as stack:
         events = await stack.enter_async_context(
-            EventPlane.connect(process.planes.nats_url, process.planes.namespace, token_file)
+            EventPlane.connect(process.control.nats_url, process.control.namespace, token_file)
         )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         instances = Instances(
@@ -55,7 +55,7 @@ async def run(process: FrontendProcess, place: Place | None) -> None:
             events,
             tasks,
             metrics,
-            secret=read_secret(process.planes.rpc_secret_file),
+            secret=read_secret(process.control.rpc_secret_file),
             tokenizer_dir=process.engine_dir,
         )
         events.on_reconnect = instances.on_reconnect
@@ -63,7 +63,7 @@ async def run(process: FrontendProcess, place: Place | None) -> None:
         if place is not None:
             router.others = SentLog(place.sent_log, place.number, len(place.own_ports))
         metrics.add(RouterMetrics(router, events.counters))
-        discovery = await stack.enter_async_context(Discovery.of(process.planes))
+        discovery = await stack.enter_async_context(Discovery.of(process.control))
         owned = [
             tasks.create_task(instances.synchronise_forever(), name="synchronise"),
             tasks.create_task(discovery.watch(instances.up, instances.down), name="watch"),
@@ -121,7 +121,7 @@ async def run(process: FrontendProcess, place: Place | None) -> None:
 
 
 def main() -> None:
-    process = read(sys.argv[1], FrontendProcess)
+    process = read_settings(sys.argv[1], FrontendSettings)
     place = msgspec.json.decode(sys.argv[2], type=Place) if len(sys.argv) > 2 else None
     name = "frontend" if place is None else f"frontend-{place.number}"
     set_up(name)

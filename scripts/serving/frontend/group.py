@@ -21,7 +21,7 @@ from contextlib import ExitStack
 import msgspec
 from msgspec import Struct
 
-from serving.config.process import FrontendProcess, announce_ready
+from serving.config.process import FrontendSettings, announce_ready
 from serving.errors import OperatorError
 from serving.frontend import sent_log
 
@@ -61,7 +61,7 @@ class Place(Struct, frozen=True):
             os._exit(1)
 
 
-async def run_group(process: FrontendProcess, settings_file: str) -> None:
+async def run_group(process: FrontendSettings, settings_file: str) -> None:
     """Serve with `frontend.processes` of them until SIGTERM or SIGINT, which they get as well.
 
     Raises OperatorError when the port is taken or one of them does not start.
@@ -75,7 +75,7 @@ async def run_group(process: FrontendProcess, settings_file: str) -> None:
 
 
 class _Group:
-    def __init__(self, process: FrontendProcess, settings_file: str, stack: ExitStack) -> None:
+    def __init__(self, process: FrontendSettings, settings_file: str, stack: ExitStack) -> None:
         frontend, count = process.frontend, process.frontend.processes
         self._process, self._settings_file = process, settings_file
         listeners = _listeners(frontend.host, frontend.port, count)

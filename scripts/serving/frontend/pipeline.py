@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from serving.config.process import FrontendProcess
+from serving.config.process import FrontendSettings
 from serving.errors import (
     DeadlineExceeded,
     EngineFailed,
@@ -50,7 +50,7 @@ class Pipeline:
 
     def __init__(
         self,
-        process: FrontendProcess,
+        process: FrontendSettings,
         router: KvRouter,
         instances: Instances,
         metrics: Metrics,

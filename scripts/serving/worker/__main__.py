@@ -21,7 +21,7 @@ from typing import Any
 
 import uvloop
 
-from serving.config.process import WorkerProcess, announce_ready, collect_rarely, read
+from serving.config.process import WorkerSettings, announce_ready, collect_rarely, read_settings
 from serving.discovery import Discovery
 from serving.engine.base import BlockEngine, EngineLoad, TransferringEngine
 from serving.errors import OperatorError
@@ -36,7 +36,7 @@ log = logging.getLogger("serving.worker")
 REGISTER_DEADLINE_S = 60.0
 
 
-async def run(process: WorkerProcess) -> None:
+async def run(process: WorkerSettings) -> None:
     """Serve until SIGTERM or SIGINT; then drain and leave nothing behind."""
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -44,7 +44,7 @@ async def run(process: WorkerProcess) -> None:
     instances = process.instances()
     epochs: dict[str, int] = {}
 
-    def registered(instance: WorkerProcess, epoch: int) -> None:
+    def registered(instance: WorkerSettings, epoch: int) -> None:
         epochs[instance.instance_id] = epoch
         if len(epochs) == len(instances):
             own = epochs[process.instance_id]
@@ -57,7 +57,7 @@ async def run(process: WorkerProcess) -> None:
 
 
 async def serve(
-    process: WorkerProcess, stop: asyncio.Event, registered: Callable[[WorkerProcess, int], None]
+    process: WorkerSettings, stop: asyncio.Event, registered: Callable[[WorkerSettings, int], None]
 ) -> None:
     """One instance, from loading its engine to the end of its last request after `stop`.
 
@@ -65,11 +65,11 @@ async def serve(
     """
     epoch = time.time_ns()
     engine, card = load_engine(process)
-    token_file = Path(process.planes.nats_token_file)
+    token_file = Path(process.control.nats_token_file)
 
     async with AsyncExitStack() as stack:
         events = await stack.enter_async_context(
-            EventPlane.connect(process.planes.nats_url, process.planes.namespace, token_file)
+            EventPlane.connect(process.control.nats_url, process.control.namespace, token_file)
         )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         worker: Worker | None = None
@@ -97,7 +97,7 @@ async def serve(
         reports = tasks.create_task(worker.report_forever(), name="load-reports")
         stack.callback(reports.cancel)
 
-        discovery = await stack.enter_async_context(Discovery.of(process.planes))
+        discovery = await stack.enter_async_context(Discovery.of(process.control))
         info = InstanceInfo(
             instance_id=process.instance_id,
             epoch=epoch,
@@ -125,7 +125,7 @@ async def serve(
 
 
 def main() -> None:
-    process = read(sys.argv[1], WorkerProcess)
+    process = read_settings(sys.argv[1], WorkerSettings)
     logging.basicConfig(
         level=os.environ.get("LOG_LEVEL", "INFO"),
         format=f"%(asctime)s {process.instance_id} %(levelname)s %(name)s: %(message)s",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from serving.config.process import WorkerProcess
+from serving.config.process import WorkerSettings
 from serving.engine.base import BlockEngine, TransferringEngine
 from serving.engine.manifest import EngineManifest, check_max_model_len, load_manifest
 from serving.errors import OperatorError
 from serving.protocol import ModelCard
 
 
-def load_engine(process: WorkerProcess) -> tuple[BlockEngine | TransferringEngine, ModelCard]:
+def load_engine(process: WorkerSettings) -> tuple[BlockEngine | TransferringEngine, ModelCard]:
     """Raises OperatorError when the built engine is not the one that is meant."""
     manifest = load_manifest(Path(process.engine_dir))
     if manifest.fingerprint != process.engine_fingerprint:
@@ -39,7 +39,7 @@ def load_engine(process: WorkerProcess) -> tuple[BlockEngine | TransferringEngin
     return _torch(process, manifest), card
 
 
-def _torch(process: WorkerProcess, manifest: EngineManifest) -> BlockEngine:
+def _torch(process: WorkerSettings, manifest: EngineManifest) -> BlockEngine:
     from serving.engine.torch.engine import TorchEngine
 
     config = process.engine
@@ -62,7 +62,7 @@ def _torch(process: WorkerProcess, manifest: EngineManifest) -> BlockEngine:
     )
 
 
-def _tensorrt_llm(process: WorkerProcess, manifest: EngineManifest) -> TransferringEngine:
+def _tensorrt_llm(process: WorkerSettings, manifest: EngineManifest) -> TransferringEngine:
     from serving.engine.trtllm.engine import TensorRtLlmEngine
 
     return TensorRtLlmEngine(
@@ -74,7 +74,7 @@ def _tensorrt_llm(process: WorkerProcess, manifest: EngineManifest) -> Transferr
     )
 
 
-def _mock(process: WorkerProcess, manifest: EngineManifest) -> TransferringEngine:
+def _mock(process: WorkerSettings, manifest: EngineManifest) -> TransferringEngine:
     from serving.engine.mock.engine import MockEngine
 
     assert process.mock is not None, "whoever wrote the file knew the engine"

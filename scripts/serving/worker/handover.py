@@ -10,7 +10,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from serving.config.process import WorkerProcess
+from serving.config.process import WorkerSettings
 from serving.engine.base import BlockEngine, TransferringEngine, TransferStats
 from serving.kv_transfer import make_transfer
 from serving.protocol import EngineOutput, EngineRequest
@@ -49,7 +49,7 @@ class BlockHandover(Handover):
 
     def __init__(
         self,
-        process: WorkerProcess,
+        process: WorkerSettings,
         epoch: int,
         engine: BlockEngine,
         tasks: asyncio.TaskGroup,

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 
-from serving.config.process import WorkerProcess
+from serving.config.process import WorkerSettings
 from serving.engine.base import Engine, EngineLoad
 from serving.errors import Overloaded
 from serving.events import EventPlane
@@ -30,7 +30,7 @@ class Worker:
 
     def __init__(
         self,
-        process: WorkerProcess,
+        process: WorkerSettings,
         epoch: int,
         engine: Engine,
         events: EventPlane,
@@ -41,7 +41,7 @@ class Worker:
             self,
             process.instance_id,
             epoch,
-            secret=read_secret(process.planes.rpc_secret_file),
+            secret=read_secret(process.control.rpc_secret_file),
         )
         self.handover: Handover
         self._draining = False

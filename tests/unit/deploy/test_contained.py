@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from serving.config import ContainerConfig, parse
-from serving.config.process import WorkerProcess, read
+from serving.config.process import WorkerSettings, read_settings
 from serving.deploy.containers.worker_command import (
     CACHE,
     MODELS,
@@ -51,7 +51,7 @@ def test_worker_reads_code_model_and_engine_and_writes_run_and_cache(here: Path)
     )
     settings = here / "worker.json"
     settings.write_text(made["worker-agg-0"].settings)
-    process = read(settings, WorkerProcess)
+    process = read_settings(settings, WorkerSettings)
     Path(process.engine_dir).mkdir(parents=True)
     MODELS.mkdir(parents=True)
     contained = contain_worker(container(), "worker-agg-0", process, {"OMP_NUM_THREADS": "3"})

@@ -13,7 +13,7 @@ from serving.config import Config, parse
 from serving.deploy.planning.topology import Program, pinned, plan
 from serving.deploy.processes import processes
 from serving.deploy.processes.launch import launch
-from serving.deploy.processes.retire import stop_all
+from serving.deploy.processes.stop import stop_all
 from serving.deploy.processes.supervisor import RUN, Supervisor
 from serving.errors import OperatorError
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from serving.config import parse
-from serving.deploy.planning.topology import Plan, pinned, plan
+from serving.deploy.planning.topology import DeploymentPlan, pinned, plan
 from serving.deploy.processes.markers import (
     Record,
     no_longer_wanted,
@@ -21,7 +21,7 @@ from serving.deploy.processes.markers import (
 from serving.deploy.processes.supervisor import ProcessInfo
 
 
-def planned(engine: str = "e", topology: Any = "disagg", **raw: Any) -> Plan:
+def planned(engine: str = "e", topology: Any = "disagg", **raw: Any) -> DeploymentPlan:
     return plan(
         pinned(parse(raw), topology),
         engine_fingerprint=engine,
@@ -32,7 +32,7 @@ def planned(engine: str = "e", topology: Any = "disagg", **raw: Any) -> Plan:
     )
 
 
-def process(name: str, of: Plan, **changes: Any) -> ProcessInfo:
+def process(name: str, of: DeploymentPlan, **changes: Any) -> ProcessInfo:
     facts = {
         "name": name,
         "state": "RUNNING",
@@ -106,7 +106,7 @@ def test_garbage_marker_goes(deployed: tuple[Path, dict[str, ProcessInfo]]) -> N
     assert sweep(planned(), running, run) == ["etcd.up"]
 
 
-def test_other_topology_lets_retire_run(
+def test_another_topology_makes_stop_obsolete_run(
     deployed: tuple[Path, dict[str, ProcessInfo]],
 ) -> None:
     run, running = deployed
@@ -115,7 +115,7 @@ def test_other_topology_lets_retire_run(
     assert no_longer_wanted(record_of(agg), running) == ["worker-prefill-0", "worker-decode-0"]
 
 
-def test_fewer_workers_let_retire_run(tmp_path: Path) -> None:
+def test_fewer_workers_make_stop_obsolete_run(tmp_path: Path) -> None:
     two = planned(workers={"decode": 2})
     running = {name: process(name, two) for name in two.fingerprints}
     write_record(record_of(planned()), tmp_path)

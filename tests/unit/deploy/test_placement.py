@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import parse
-from serving.config.process import WorkerProcess
+from serving.config.process import WorkerSettings
 from serving.deploy.planning.nvlink import Links, joined, parse_links
 from serving.deploy.planning.placement import place, require_room, usable_gpus, visible_order
-from serving.deploy.planning.topology import Plan, pinned, placed, plan
+from serving.deploy.planning.topology import DeploymentPlan, pinned, placed, plan
 from serving.errors import ConfigError
 
 TOPO = Path(__file__).parent / "topo"
@@ -126,7 +126,9 @@ def test_a_worker_sees_its_own_gpus_first_and_its_peers_after_them() -> None:
     assert visible_order([2, 0], [0, 1, 2, 3]) == "2,0,1,3"
 
 
-def planned(container: dict[str, Any] | None = None, gpus: tuple[int, ...] = (0, 1)) -> Plan:
+def planned(
+    container: dict[str, Any] | None = None, gpus: tuple[int, ...] = (0, 1)
+) -> DeploymentPlan:
     raw: dict[str, Any] = {"engine": {"backend": "tensorrt_llm", "device": "cuda"}}
     if container is not None:
         raw["container"] = container
@@ -141,8 +143,8 @@ def planned(container: dict[str, Any] | None = None, gpus: tuple[int, ...] = (0,
 
 
 def test_workers_are_told_their_gpus_and_none_without_any() -> None:
-    def told(made: Plan) -> list[list[int]]:
-        read = [msgspec.json.decode(made[n].settings, type=WorkerProcess) for n in made.workers]
+    def told(made: DeploymentPlan) -> list[list[int]]:
+        read = [msgspec.json.decode(made[n].settings, type=WorkerSettings) for n in made.workers]
         return [process.gpus for process in read]
 
     assert told(planned()) == [[0], [1]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from serving.config import parse
-from serving.config.process import WorkerProcess
+from serving.config.process import WorkerSettings
 from serving.deploy.cluster import slurm
 from serving.deploy.cluster.slurm import SlurmJobs, batch_script
 from serving.deploy.cluster.slurm_worker import placed, reached_from, scrubbed
@@ -171,7 +171,7 @@ def test_machine_without_slurm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_worker_finds_out_where_it_is() -> None:
     import msgspec
 
-    settings = msgspec.json.decode(program_of_worker().settings, type=WorkerProcess)
+    settings = msgspec.json.decode(program_of_worker().settings, type=WorkerSettings)
     on_gpu = msgspec.structs.replace(settings, device="cuda")
     found = placed(on_gpu, "10.0.0.5", {"CUDA_VISIBLE_DEVICES": "3,5"})
     assert (found.host, found.kv_host, found.gpus) == ("10.0.0.5", "10.0.0.5", [0, 1])

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from serving.config import parse
-from serving.config.process import FrontendProcess, Planes
+from serving.config.process import ControlServices, FrontendSettings
 from serving.deploy.report import smoke
 from serving.deploy.report.service import Expected, expected
 from serving.errors import OperatorError
@@ -98,15 +98,17 @@ def test_prompts_differ_between_runs_and_fit_the_context() -> None:
 
 def test_what_was_started_counts_more_than_the_config(tmp_path: Path) -> None:
     config = parse({"frontend": {"host": "0.0.0.0", "port": 8123}})
-    planes = Planes(namespace="n", etcd_endpoint="e", lease_s=3, nats_url="u", nats_token_file="t")
-    process = FrontendProcess(
+    control = ControlServices(
+        namespace="n", etcd_endpoint="e", lease_s=3, nats_url="u", nats_token_file="t"
+    )
+    process = FrontendSettings(
         topology="agg_router",
         disaggregated=False,
         model_name="m",
         frontend=config.frontend,
         router=config.router,
         deadlines=config.deadlines,
-        planes=planes,
+        control=control,
         ready_file="r",
     )
     (tmp_path / "frontend.json").write_bytes(msgspec.json.encode(process))

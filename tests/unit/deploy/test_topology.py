@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import Config, parse
-from serving.config.process import FrontendProcess, WorkerProcess
+from serving.config.process import FrontendSettings, WorkerSettings
 from serving.deploy.planning.placement import existing_gpus, place, usable_gpus, visible_order
 from serving.deploy.planning.source_digest import source_digest
 from serving.deploy.planning.topology import (
-    Plan,
+    DeploymentPlan,
     address,
     pinned,
     plan,
@@ -26,7 +26,7 @@ CODE = {"worker": "w", "frontend": "f"}
 
 def planned(
     *, fingerprint: str = "e" * 16, gpus: tuple[int, ...] = (), code: Any = None, **raw: Any
-) -> Plan:
+) -> DeploymentPlan:
     config = parse(raw)
     return plan(
         pinned(config, config.deployment.topology),
@@ -38,14 +38,14 @@ def planned(
     )
 
 
-def changed(before: Plan, after: Plan) -> set[str]:
+def changed(before: DeploymentPlan, after: DeploymentPlan) -> set[str]:
     """Programs in both whose fingerprints differ."""
     old, new = before.fingerprints, after.fingerprints
     return {name for name in old.keys() & new.keys() if old[name] != new[name]}
 
 
-def workers(of: Plan) -> dict[str, WorkerProcess]:
-    return {n: msgspec.json.decode(of[n].settings, type=WorkerProcess) for n in of.workers}
+def workers(of: DeploymentPlan) -> dict[str, WorkerSettings]:
+    return {n: msgspec.json.decode(of[n].settings, type=WorkerSettings) for n in of.workers}
 
 
 def test_disagg_starts_planes_first_and_the_frontend_last() -> None:
@@ -58,7 +58,7 @@ def test_disagg_starts_planes_first_and_the_frontend_last() -> None:
 def test_agg_has_only_agg_workers() -> None:
     made = planned(deployment={"topology": "agg"}, workers={"agg": 2})
     assert made.workers == ["worker-agg-0", "worker-agg-1"]
-    frontend = msgspec.json.decode(made["frontend"].settings, type=FrontendProcess)
+    frontend = msgspec.json.decode(made["frontend"].settings, type=FrontendSettings)
     assert not frontend.disaggregated
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import DeadlinesConfig, FrontendConfig, RouterConfig
-from serving.config.process import FrontendProcess, Planes
+from serving.config.process import ControlServices, FrontendSettings
 from serving.errors import DeadlineExceeded, InstanceLost, Overloaded, QueuedTooLong
 from serving.frontend.metrics import Metrics
 from serving.frontend.pipeline import Pipeline
@@ -74,14 +74,14 @@ class Front:
     def __init__(self, clients: dict[str, RpcClient], deadlines: DeadlinesConfig) -> None:
         self.card, self._clients = CARD, clients
         self.metrics = Metrics()
-        process = FrontendProcess(
+        process = FrontendSettings(
             topology="any",
             disaggregated="decode-0" in clients,
             model_name="m",
             frontend=FrontendConfig(),
             router=RouterConfig(policy="round_robin", local_prefill_tokens=0),
             deadlines=deadlines,
-            planes=Planes(
+            control=ControlServices(
                 namespace="n", etcd_endpoint="", lease_s=10, nats_url="", nats_token_file=""
             ),
             ready_file="",

@@ -11,7 +11,7 @@ from typing import Any, Self
 import msgspec
 import pytest
 from serving.config import DeadlinesConfig, FrontendConfig, RouterConfig
-from serving.config.process import FrontendProcess, Planes
+from serving.config.process import ControlServices, FrontendSettings
 from serving.errors import InstanceLost
 from serving.frontend.engine_handover import EngineHandovers, warm_up
 from serving.frontend.metrics import Metrics
@@ -107,15 +107,17 @@ class FakeInstances:
 
 
 def make_pipeline(*clients: FakeClient, router: RouterConfig | None = None) -> Pipeline:
-    planes = Planes(namespace="n", etcd_endpoint="", lease_s=10, nats_url="", nats_token_file="")
-    process = FrontendProcess(
+    control = ControlServices(
+        namespace="n", etcd_endpoint="", lease_s=10, nats_url="", nats_token_file=""
+    )
+    process = FrontendSettings(
         topology="disagg",
         disaggregated=True,
         model_name="m",
         frontend=FrontendConfig(),
         router=router or RouterConfig(local_prefill_tokens=0, local_prefill_when_idle=False),
         deadlines=DeadlinesConfig(),
-        planes=planes,
+        control=control,
         ready_file="",
     )
     kv_router = KvRouter(process.router, model="m")

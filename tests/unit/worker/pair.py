@@ -18,7 +18,7 @@ from serving.config import (
     KvTransferConfig,
     RouterConfig,
 )
-from serving.config.process import FrontendProcess, Planes, WorkerProcess
+from serving.config.process import ControlServices, FrontendSettings, WorkerSettings
 from serving.engine.base import EngineLoad
 from serving.engine.torch.engine import TorchEngine
 from serving.frontend.metrics import Metrics
@@ -40,7 +40,9 @@ from serving.worker.worker import Worker
 from unit.engine.torch_rig import settled
 
 CARD = ModelCard("m", "/nowhere", 512, 8, "tiny", "tiny", 0)
-PLANES = Planes(namespace="n", etcd_endpoint="", lease_s=10, nats_url="", nats_token_file="")
+CONTROL = ControlServices(
+    namespace="n", etcd_endpoint="", lease_s=10, nats_url="", nats_token_file=""
+)
 
 
 class Silent:
@@ -84,7 +86,7 @@ async def running_worker(
         "fingerprint": "tiny",
     }
     instance_id = f"{role}-0"
-    process = WorkerProcess(
+    process = WorkerSettings(
         instance_id=instance_id,
         role=role,
         model_name="m",
@@ -98,7 +100,7 @@ async def running_worker(
         kv_host="127.0.0.1",
         unix_socket="",
         ready_file="",
-        planes=PLANES,
+        control=CONTROL,
         kv_transfer=kv_transfer,
         drain_s=1.0,
     )
@@ -144,14 +146,14 @@ class Pair:
     ) -> None:
         self.prefill, self.decode = prefill, decode
         self.card = CARD
-        process = FrontendProcess(
+        process = FrontendSettings(
             topology="disagg",
             disaggregated=True,
             model_name="m",
             frontend=FrontendConfig(),
             router=RouterConfig(),
             deadlines=deadlines,
-            planes=PLANES,
+            control=CONTROL,
             ready_file="",
         )
         router = KvRouter(process.router, model="m")

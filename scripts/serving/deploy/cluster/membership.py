@@ -72,7 +72,7 @@ class Cluster(Struct, frozen=True, kw_only=True):
 
 
 def with_head_addresses(config: Config) -> Config:
-    """`config` with every plane at `cluster.address`, but for those that were moved already.
+    """`config` with etcd, NATS and workers at `cluster.address`, but for those that were moved already.
 
     Raises ConfigError when there is no such address.
     """

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import msgspec
 
-from serving.config.process import WorkerProcess, read
+from serving.config.process import WorkerSettings, read_settings
 from serving.deploy.cluster.network import listen_address
 
 _OF_THE_JOB = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMI2_", "PMIX_")
 
 
-def placed(process: WorkerProcess, address: str, environ: Mapping[str, str]) -> WorkerProcess:
+def placed(process: WorkerSettings, address: str, environ: Mapping[str, str]) -> WorkerSettings:
     """`process` as it is on this node."""
     gpus = [entry for entry in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry]
     return msgspec.structs.replace(
@@ -51,7 +51,7 @@ def reached_from(head: str) -> str:
 
 def main() -> None:
     file, head, *network = sys.argv[1:]
-    process = read(file, WorkerProcess)
+    process = read_settings(file, WorkerSettings)
     address = listen_address(network[0], "slurm.network") if network else reached_from(head)
     settings = Path(file).with_suffix(".node")
     Path(process.ready_file).unlink(missing_ok=True)

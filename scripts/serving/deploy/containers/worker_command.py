@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from serving.config import ContainerConfig
-from serving.config.process import WorkerProcess
+from serving.config.process import WorkerSettings
 from serving.deploy.containers.image_store import local_name
 from serving.deploy.containers.run_command import (
     ContainedProgram,
@@ -50,7 +50,7 @@ class Contained(Struct, frozen=True, kw_only=True):
 
 
 def contain_worker(
-    container: ContainerConfig, program: str, process: WorkerProcess, env: Mapping[str, str]
+    container: ContainerConfig, program: str, process: WorkerSettings, env: Mapping[str, str]
 ) -> Contained:
     """Worker `program`, told `process`, inside. `env` is what it would get outside.
 

@@ -32,7 +32,7 @@ from serving.deploy.planning.request import Request, from_command_line
 from serving.deploy.planning.source_digest import SCRIPTS, source_digest
 from serving.deploy.planning.topology import (
     MULTINODE,
-    Plan,
+    DeploymentPlan,
     Program,
     address,
     gpus_per_worker,
@@ -70,7 +70,7 @@ class Deployment(Struct, frozen=True, kw_only=True):
     """`config` has the topology of this run in it. `recorded` is what was deployed before it."""
 
     config: Config
-    plan: Plan
+    plan: DeploymentPlan
     request: Request
     recorded: Record | None
     model_key: str

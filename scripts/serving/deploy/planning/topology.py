@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from serving.config import Config, Topology, is_loopback
-from serving.config.process import FrontendProcess, Planes, WorkerProcess
+from serving.config.process import ControlServices, FrontendSettings, WorkerSettings
 from serving.deploy.containers.run_command import identity
 from serving.deploy.planning.nvlink import Links
 from serving.deploy.planning.placement import place, require_room, visible_order
@@ -43,7 +43,7 @@ class Program(Struct, frozen=True, kw_only=True):
     """One process to run. `settings` is the text of the file it reads, `settings_file` its path.
 
     `{python}` in `command` means the interpreter of whoever starts it. `ports` maps config keys to
-    TCP ports it will listen on, at `host`. `engine` is the engine it serves, empty for planes.
+    TCP ports it will listen on, at `host`. `engine` is the engine it serves, empty for etcd and NATS.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Program(Struct, frozen=True, kw_only=True):
     stop_s: float
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class DeploymentPlan(Struct, frozen=True, kw_only=True):
     """What should run, in the order to start it; it is stopped in the reverse order."""
 
     topology: Topology
@@ -151,7 +151,7 @@ def plan(
     gpus: Sequence[int],
     code: Mapping[str, str],
     links: Links = frozenset(),
-) -> Plan:
+) -> DeploymentPlan:
     """The programs of `config.deployment.topology`.
 
     `gpus` are those to hand out, unused when `device` is `cpu`; `links` says which of them NVLink
@@ -160,7 +160,7 @@ def plan(
     """
     topology = config.deployment.topology
     engine_dir = f"results/engines/{engine_fingerprint}"
-    planes = Planes(
+    control = ControlServices(
         namespace=config.deployment.namespace,
         etcd_endpoint=address(config.etcd.host, config.etcd.port),
         lease_s=config.etcd.lease_s,
@@ -178,7 +178,7 @@ def plan(
     for role, count in workers_here(config).items():
         for index in range(count):
             instance = f"{role}-{node}{index}"
-            worker = WorkerProcess(
+            worker = WorkerSettings(
                 instance_id=instance,
                 role=role,
                 model_name=name,
@@ -192,7 +192,7 @@ def plan(
                 kv_host="" if slurm else config.network.kv_host,
                 unix_socket=f"run/worker-{instance}.sock",
                 ready_file=f"run/worker-{instance}.ready",
-                planes=planes,
+                control=control,
                 kv_transfer=config.kv_transfer,
                 # It should be done draining before it is killed.
                 drain_s=0.75 * config.deployment.stop_s,
@@ -214,13 +214,13 @@ def plan(
                 )
             )
     if joins(config):
-        return Plan(
+        return DeploymentPlan(
             topology=topology,
             engine_fingerprint=engine_fingerprint,
             engine_dir=engine_dir,
             programs=programs,
         )
-    frontend = FrontendProcess(
+    frontend = FrontendSettings(
         topology=topology,
         disaggregated="prefill" in roles(topology),
         model_name=name,
@@ -228,7 +228,7 @@ def plan(
         frontend=config.frontend,
         router=config.router,
         deadlines=config.deadlines,
-        planes=planes,
+        control=control,
         ready_file="run/frontend.ready",
         own_instances=[
             program.name.removeprefix("worker-")
@@ -251,7 +251,7 @@ def plan(
             stop_s=config.frontend.drain_s + FRONTEND_GRACE_S,
         )
     )
-    return Plan(
+    return DeploymentPlan(
         topology=topology,
         engine_fingerprint=engine_fingerprint,
         engine_dir=engine_dir,
@@ -275,7 +275,7 @@ def address(host: str, port: int) -> str:
 
 
 def worker_environment(
-    config: Config, worker: WorkerProcess, gpus: Sequence[int], num_cores: int
+    config: Config, worker: WorkerSettings, gpus: Sequence[int], num_cores: int
 ) -> dict[str, str]:
     """What a worker finds in its environment; not part of its fingerprint."""
     share = max(1, num_cores // max(1, sum(workers_here(config).values())))
@@ -300,7 +300,7 @@ def worker_environment(
 def _python(
     name: str,
     module: str,
-    process: WorkerProcess | FrontendProcess,
+    process: WorkerSettings | FrontendSettings,
     config: Config,
     *,
     engine: str,

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from serving.config import Config
-from serving.config.process import WorkerProcess
+from serving.config.process import WorkerSettings
 from serving.deploy.cluster.slurm import SlurmJobs, inside_allocation, step_command
 from serving.deploy.containers.run_command import contains
 from serving.deploy.containers.worker_command import contain_worker
@@ -87,7 +87,7 @@ def _start(supervisor: Supervisor | SlurmJobs, program: Program, config: Config)
     if not _is_job(program, config):
         assert isinstance(supervisor, Supervisor)
         return supervisor.start(spec)
-    process = msgspec.json.decode(program.settings, type=WorkerProcess)
+    process = msgspec.json.decode(program.settings, type=WorkerSettings)
     on_gpus = gpus_per_worker(config)[process.role] if process.device == "cuda" else 0
     network = [config.slurm.network] if config.slurm.network else []
     head = config.cluster.address or ""
@@ -111,7 +111,7 @@ def _spec(program: Program, config: Config) -> ProgramSpec:
     removal: list[str] = []
     env = {"PYTHONPATH": os.environ.get("PYTHONPATH", str(SCRIPTS)), "PYTHONUNBUFFERED": "1"}
     if program.name.startswith("worker-"):
-        process = msgspec.json.decode(program.settings, type=WorkerProcess)
+        process = msgspec.json.decode(program.settings, type=WorkerSettings)
         cores = len(os.sched_getaffinity(0))
         gpus = usable_gpus(config.workers.gpus, existing_gpus()) if process.gpus else []
         env |= worker_environment(config, process, gpus, cores)

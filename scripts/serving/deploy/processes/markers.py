@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from serving.config import Topology
-from serving.deploy.planning.topology import Plan
+from serving.deploy.planning.topology import DeploymentPlan
 from serving.deploy.processes.supervisor import ProcessInfo
 
 RECORD = "topology.json"
@@ -59,7 +59,7 @@ def read_marker(path: Path) -> Marker | None:
         return None
 
 
-def record_of(plan: Plan) -> Record:
+def record_of(plan: DeploymentPlan) -> Record:
     return Record(
         topology=plan.topology,
         programs=list(plan.fingerprints),
@@ -106,11 +106,11 @@ def no_longer_wanted(wanted: Record, known: Mapping[str, ProcessInfo]) -> list[s
     ]
 
 
-def sweep(plan: Plan, running: Mapping[str, ProcessInfo], run_dir: Path) -> list[str]:
+def sweep(plan: DeploymentPlan, running: Mapping[str, ProcessInfo], run_dir: Path) -> list[str]:
     """Remove what is not true; returns the names of what was removed.
 
     A marker is true when its process runs under our supervisord, and runs what is wanted now.
-    The record of the topology goes when something must be stopped, so that `retire` runs.
+    The record of the topology goes when something must be stopped, so that `stop_obsolete` runs.
     """
     removed = []
     wanted = plan.fingerprints

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from serving.config.process import FrontendProcess
+from serving.config.process import FrontendSettings
 from serving.deploy.planning.topology import Program, address
 from serving.deploy.processes.credentials import (
     ETCD_SERVER_FILE,
@@ -81,7 +81,7 @@ def frontend(program: Program, launch_id: str) -> str:
         return missing
     where = address(program.host, program.ports["frontend.port"])
     try:
-        tls = trust(msgspec.json.decode(program.settings, type=FrontendProcess).frontend)
+        tls = trust(msgspec.json.decode(program.settings, type=FrontendSettings).frontend)
         status, body = _http("GET", where, "/health", None, ANSWER_S, tls=tls)
         if status != 200 or body.get("launch_id") != launch_id:
             return f"another process answers on {where}"
@@ -95,7 +95,7 @@ def frontend(program: Program, launch_id: str) -> str:
 
 def _serves_what_is_here(program: Program, body: Mapping[str, Any]) -> bool:
     """A head is ready with its own workers: those of other nodes join when they like."""
-    process = msgspec.json.decode(program.settings, type=FrontendProcess)
+    process = msgspec.json.decode(program.settings, type=FrontendSettings)
     seen = {row["instance_id"] for row in body.get("instances") or []}
     return process.own_instances is not None and seen.issuperset(process.own_instances)
 
@@ -103,7 +103,7 @@ def _serves_what_is_here(program: Program, body: Mapping[str, Any]) -> bool:
 def first_answer(program: Program) -> None:
     """One token through the whole path. Raises OperatorError with the service's own words."""
     where = address(program.host, program.ports["frontend.port"])
-    process = msgspec.json.decode(program.settings, type=FrontendProcess)
+    process = msgspec.json.decode(program.settings, type=FrontendSettings)
     if process.own_instances == []:
         return  # there is nobody to answer before other nodes join
     headers, model = authorization(process.frontend), process.model_name
@@ -135,7 +135,7 @@ def _tls(etcd: Program) -> ssl.SSLContext | None:
 
 
 def _headers(program: Program) -> dict[str, str]:
-    return authorization(msgspec.json.decode(program.settings, type=FrontendProcess).frontend)
+    return authorization(msgspec.json.decode(program.settings, type=FrontendSettings).frontend)
 
 
 def _announced(program: Program, launch_id: str) -> str:

@@ -201,9 +201,9 @@ class Supervisor:
     def _stop_orphans(self) -> None:
         """Those who take requests first, so that they can drain; a stray supervisord last."""
         orphans = list(processes.deployed(RUN))
-        planes = {"nats", "etcd", ""}
-        processes.end([p for p, tag in orphans if tag.program not in planes], ORPHAN_GRACE_S)
-        processes.end([p for p, tag in orphans if tag.program in planes], ORPHAN_GRACE_S)
+        control = {"nats", "etcd", ""}
+        processes.end([p for p, tag in orphans if tag.program not in control], ORPHAN_GRACE_S)
+        processes.end([p for p, tag in orphans if tag.program in control], ORPHAN_GRACE_S)
 
     def _removal(self, name: str) -> Path:
         """Where it is written down how to remove what a program may leave; the config may change."""

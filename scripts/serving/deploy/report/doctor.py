@@ -15,7 +15,7 @@ from typing import Literal
 import httpx
 
 from serving.config import Config
-from serving.config.process import Planes
+from serving.config.process import ControlServices
 from serving.deploy.checks.ports import judge_ports
 from serving.deploy.checks.report import Finding, Say, render
 from serving.deploy.cluster.slurm import SlurmJobs
@@ -41,10 +41,10 @@ _COMPLAINTS = ("ERROR", "CRITICAL", "Error:", "panic", "fatal", "Killed")
 async def examine(config: Config) -> list[Finding]:
     """All findings about the deployment that `run/` and `logs/` tell of."""
     told = expected(RUN, config)
-    evidence, planes = await _collect(told, _place(config))
+    evidence, control = await _collect(told, _place(config))
     findings = [*diagnose(evidence), *judge_ports(config, RUN)]
     state = evidence.ready
-    if planes and state and state["ready"]:
+    if control and state and state["ready"]:
         findings.append(await _prove_routing(told, state["policy"]))
     return findings
 
@@ -72,7 +72,7 @@ def _place(config: Config) -> Literal["alone", "head", "node"]:
 
 async def _collect(
     told: Expected, place: Literal["alone", "head", "node"]
-) -> tuple[Evidence, Planes | None]:
+) -> tuple[Evidence, ControlServices | None]:
     frontend, workers = recorded(RUN)
     supervisor = Supervisor()
     known = {**supervisor.state(), **SlurmJobs().state()}
@@ -81,16 +81,16 @@ async def _collect(
     wanted += ["frontend"] if frontend else []
     if wanted and place != "node":
         wanted = ["etcd", "nats", *wanted]
-    planes = frontend.planes if frontend else workers[0].planes if workers else None
+    control = frontend.control if frontend else workers[0].control if workers else None
     evidence = Evidence(
         supervisor=supervisor.answers(),
         wanted=wanted,
         states=states,
         logs={name: last_words(name) for name in wanted if states.get(name) != "RUNNING"},
     )
-    if planes is None:
+    if control is None:
         return evidence, None
-    etcd_error, nats_error = await asyncio.gather(_try_etcd(planes), _try_nats(planes.nats_url))
+    etcd_error, nats_error = await asyncio.gather(_try_etcd(control), _try_nats(control.nats_url))
     ready, frontend_error = None, ""
     if place != "node":
         try:
@@ -98,12 +98,12 @@ async def _collect(
                 ready = await service.ready()
         except ServiceFailed as exc:
             frontend_error = str(exc)
-    instances = None if etcd_error else await _registered(planes)
+    instances = None if etcd_error else await _registered(control)
     heard: set[str] | None = None
     snapshots: dict[str, int | str] = {}
     if not nats_error:
         names = [row["instance_id"] for row in ready["instances"]] if ready else []
-        heard, snapshots = await _listen(planes, names)
+        heard, snapshots = await _listen(control, names)
     return (
         Evidence(
             supervisor=evidence.supervisor,
@@ -119,7 +119,7 @@ async def _collect(
             snapshots=snapshots,
             place=place,
         ),
-        planes,
+        control,
     )
 
 
@@ -136,14 +136,14 @@ def last_words(program: str, logs: Path = LOGS) -> list[str]:
     return [line[:300] for line in (complaints or lines[-1:])[-TAIL_LINES:]]
 
 
-async def _try_etcd(planes: Planes) -> str:
+async def _try_etcd(control: ControlServices) -> str:
     """What keeps etcd from answering, or nothing."""
-    join_file = planes.etcd_join_file
+    join_file = control.etcd_join_file
     scheme = "https" if join_file else "http"
     try:
         verify = client_context(join_file) if join_file else True
         async with httpx.AsyncClient(timeout=ASK_S, trust_env=False, verify=verify) as client:
-            response = await client.get(f"{scheme}://{planes.etcd_endpoint}/health")
+            response = await client.get(f"{scheme}://{control.etcd_endpoint}/health")
     except (httpx.HTTPError, OSError) as exc:
         return str(exc) or type(exc).__name__
     healthy = response.status_code == 200 and '"true"' in response.text
@@ -168,15 +168,17 @@ async def _try_nats(url: str) -> str:
     return "" if greeting.startswith(b"INFO ") else f"{url} is no NATS server"
 
 
-async def _registered(planes: Planes) -> list[InstanceInfo] | None:
-    async with Discovery.of(planes) as discovery:
+async def _registered(control: ControlServices) -> list[InstanceInfo] | None:
+    async with Discovery.of(control) as discovery:
         try:
             return await discovery.instances(ASK_S)
         except OperatorError:
             return None
 
 
-async def _listen(planes: Planes, names: Sequence[str]) -> tuple[set[str], dict[str, int | str]]:
+async def _listen(
+    control: ControlServices, names: Sequence[str]
+) -> tuple[set[str], dict[str, int | str]]:
     """Who reports its load, and what each says that it caches."""
     heard: set[str] = set()
     snapshots: dict[str, int | str] = {}
@@ -187,8 +189,8 @@ async def _listen(planes: Planes, names: Sequence[str]) -> tuple[set[str], dict[
         if heard >= set(names):
             all_heard.set()
 
-    token = Path(planes.nats_token_file)
-    async with EventPlane.connect(planes.nats_url, planes.namespace, token) as events:
+    token = Path(control.nats_token_file)
+    async with EventPlane.connect(control.nats_url, control.namespace, token) as events:
         await events.subscribe(hear, hear)
         if names:
             with suppress(TimeoutError):  # who was not heard is the finding

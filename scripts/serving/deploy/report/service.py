@@ -19,7 +19,7 @@ from msgspec import Struct
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.config import Config, FrontendConfig
-from serving.config.process import FrontendProcess, WorkerProcess, read
+from serving.config.process import FrontendSettings, WorkerSettings, read_settings
 from serving.deploy.planning.topology import address
 from serving.deploy.processes.credentials import authorization, scheme, trust, with_certificate
 from serving.errors import OperatorError, ServingError
@@ -65,7 +65,7 @@ def expected(run_dir: Path, config: Config) -> Expected:
     )
 
 
-def recorded(run_dir: Path) -> tuple[FrontendProcess | None, list[WorkerProcess]]:
+def recorded(run_dir: Path) -> tuple[FrontendSettings | None, list[WorkerSettings]]:
     """What the programs were last told; nothing when none was started here.
 
     A file of another version of this project counts as missing.
@@ -74,9 +74,9 @@ def recorded(run_dir: Path) -> tuple[FrontendProcess | None, list[WorkerProcess]
     for path in sorted(run_dir.glob("*.json")):
         try:
             if path.stem == "frontend":
-                frontend = read(path, FrontendProcess)
+                frontend = read_settings(path, FrontendSettings)
             elif path.stem.startswith("worker-"):
-                workers.append(read(path, WorkerProcess))
+                workers.append(read_settings(path, WorkerSettings))
         except (OSError, msgspec.MsgspecError):
             continue
     return frontend, workers

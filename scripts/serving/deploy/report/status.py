@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from serving.config import Config, FrontendConfig
-from serving.config.process import FrontendProcess, Planes, read
+from serving.config.process import ControlServices, FrontendSettings, read_settings
 from serving.deploy.cluster.slurm import SlurmJobs
 from serving.deploy.planning.topology import MULTINODE, address, joins, stop_tiers
 from serving.deploy.processes import processes
@@ -51,13 +51,13 @@ def report(config: Config) -> list[str]:
     listen = _listen(config)
     where = address(listen.host, listen.port)
     head, workers = recorded(RUN)
-    planes = head.planes if head else workers[0].planes if workers else None
+    control = head.control if head else workers[0].control if workers else None
     node = joins(config)
     answers = Answers()
     if "frontend" in known or "frontend" in strays:
         answers = _ask(where, listen)
-    elif node and planes:
-        answers = _registered(planes)
+    elif node and control:
+        answers = _registered(control)
     lines = [""]
     if strays:
         lines += [
@@ -66,7 +66,7 @@ def report(config: Config) -> list[str]:
         ]
     else:
         ordered = [name for tier in reversed(stop_tiers(sorted(known))) for name in tier]
-        rows = [_program(known[name], planes, answers) for name in ordered]
+        rows = [_program(known[name], control, answers) for name in ordered]
         rows += [
             (name, "missing", "-", "-", "run the serve target again")
             for name in (record.programs if record else [])
@@ -148,12 +148,12 @@ def hit_rates(metrics: str) -> dict[str, float]:
     return {instance: values.get((hits, instance), 0.0) / t for instance, t in routed.items()}
 
 
-def _registered(planes: Planes) -> Answers:
+def _registered(control: ControlServices) -> Answers:
     """What etcd says, on a node that has no frontend."""
     from serving.discovery import Discovery  # slow to load, and rarely needed
 
     async def ask() -> list[InstanceInfo]:
-        async with Discovery.of(planes) as discovery:
+        async with Discovery.of(control) as discovery:
             return await discovery.instances(ANSWER_S)
 
     try:
@@ -167,24 +167,26 @@ def _registered(planes: Planes) -> Answers:
     return Answers(ready={"ready": True, "joined": True, "instances": rows})
 
 
-def _program(info: ProcessInfo, planes: Planes | None, answers: Answers) -> tuple[str, ...]:
+def _program(
+    info: ProcessInfo, control: ControlServices | None, answers: Answers
+) -> tuple[str, ...]:
     if not info.running:
         state = f"{info.state.lower()} ({info.exit_status})"
         return (info.name, state, "-", "-", f"see {LOGS / info.name}.log")
     marker = read_marker(RUN / f"{info.name}.up")
     proven = marker is not None and marker.launch_id == info.launch_id
-    health = _health(info.name, planes, answers) if proven else "starting"
+    health = _health(info.name, control, answers) if proven else "starting"
     pid = info.place or str(info.pid)
     if info.state != "RUNNING" and info.place:
         return (info.name, "waiting", pid, "-", SlurmJobs().obstacle(info.name))
     return (info.name, "running", pid, duration(time.time() - info.started), health)
 
 
-def _health(name: str, planes: Planes | None, answers: Answers) -> str:
+def _health(name: str, control: ControlServices | None, answers: Answers) -> str:
     if name in {"etcd", "nats"}:
-        if planes is None:
+        if control is None:
             return "ready"  # nothing was started that would need it
-        endpoint = planes.etcd_endpoint if name == "etcd" else planes.nats_url
+        endpoint = control.etcd_endpoint if name == "etcd" else control.nats_url
         host, _, port = endpoint.rpartition("/")[2].rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
@@ -210,7 +212,7 @@ def _instance(row: Mapping[str, Any], rates: Mapping[str, float]) -> tuple[str, 
 def _listen(config: Config) -> FrontendConfig:
     """Where the running frontend was told to listen, whatever the config says by now."""
     try:
-        return read(RUN / "frontend.json", FrontendProcess).frontend
+        return read_settings(RUN / "frontend.json", FrontendSettings).frontend
     except (OSError, msgspec.MsgspecError):
         return config.frontend
 

@@ -33,7 +33,7 @@ _FOLDERS = ("programs", "etcd", "slurm")
 """Secrets stay: clients have the API keys by now, and other nodes the file they join with."""
 
 
-def retire(wanted: Record, say: Say) -> None:
+def stop_obsolete(wanted: Record, say: Say) -> None:
     """Stop what `wanted` has no place for, and record `wanted` as what is deployed."""
     supervisor = Supervisor()
     supervisor.ensure()
@@ -90,11 +90,11 @@ def _check_ports(config: Config, say: Say) -> None:
     """A port that is still taken is somebody else's by now; say so, since the next start needs it."""
     if joins(config):
         return
-    planes = {"etcd.port": config.etcd.port, "etcd.peer_port": config.etcd.peer_port}
+    etcd_ports = {"etcd.port": config.etcd.port, "etcd.peer_port": config.etcd.peer_port}
     wanted = (
         (config.frontend.host, {"frontend.port": config.frontend.port}),
         (config.nats.host, {"nats.port": config.nats.port}),
-        (config.etcd.host, planes),
+        (config.etcd.host, etcd_ports),
     )
     for host, held in wanted:
         try:

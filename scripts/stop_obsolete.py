@@ -2,8 +2,8 @@
 
 import msgspec
 from serving.deploy.processes.markers import Record
-from serving.deploy.processes.retire import retire
+from serving.deploy.processes.stop import stop_obsolete
 from serving.deploy.rule_script import telling
 
 with telling(snakemake.log[0]) as say:
-    retire(msgspec.json.decode(snakemake.params.record, type=Record), say)
+    stop_obsolete(msgspec.json.decode(snakemake.params.record, type=Record), say)

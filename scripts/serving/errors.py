@@ -1,6 +1,6 @@
 """The error tree. A type says who can act on it.
 
-Only `frontend/openai/errors.py` maps types to status codes.
+Only `frontend/api/errors.py` maps types to status codes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`python -m serving.frontend FILE`: connect to etcd and NATS, listen, serve, drain.
 
-With `frontend.processes` above one it only starts that many (`group.py`), each with its place as a
+With `frontend.processes` above one it only starts that many (`group.py`), each with its slot as a
 second argument.
 """
 
@@ -24,22 +24,22 @@ from serving.config.process import FrontendSettings, announce_ready, collect_rar
 from serving.discovery import Discovery
 from serving.errors import OperatorError
 from serving.events import EventPlane
-from serving.frontend.api_keys import ApiKeys, read_keys
+from serving.frontend.api.api_keys import ApiKeys, read_keys
 from serving.frontend.app import create_app
-from serving.frontend.group import STARTED, Place, run_group
+from serving.frontend.decision_log import DecisionLog
 from serving.frontend.instances import Instances
 from serving.frontend.log import set_up
-from serving.frontend.metrics import Metrics
+from serving.frontend.metrics.registry import Metrics
+from serving.frontend.metrics.router import RouterMetrics
 from serving.frontend.pipeline import Pipeline
-from serving.frontend.router_metrics import RouterMetrics
-from serving.frontend.sent_log import SentLog
+from serving.frontend.process_group import STARTED, ProcessSlot, run_group
 from serving.kv_router.router import KvRouter
 from serving.rpc.handshake import read_secret
 
 log = logging.getLogger("serving.frontend")
 
 
-async def run(process: FrontendSettings, place: Place | None) -> None:
+async def run(process: FrontendSettings, slot: ProcessSlot | None) -> None:
     """Serve until SIGTERM or SIGINT; uvicorn handles both and drains."""
     launch_id = os.environ.get("LAUNCH_ID", "")
     token_file = Path(process.control.nats_token_file)
@@ -60,8 +60,8 @@ async def run(process: FrontendSettings, place: Place | None) -> None:
         )
         events.on_reconnect = instances.on_reconnect
         await events.subscribe(instances.on_kv, instances.on_load)
-        if place is not None:
-            router.others = SentLog(place.sent_log, place.number, len(place.own_ports))
+        if slot is not None:
+            router.others = DecisionLog(slot.decision_log, slot.number, len(slot.own_ports))
         metrics.add(RouterMetrics(router, events.counters))
         discovery = await stack.enter_async_context(Discovery.of(process.control))
         owned = [
@@ -76,7 +76,7 @@ async def run(process: FrontendSettings, place: Place | None) -> None:
             metrics=metrics,
             model_name=process.model_name,
             launch_id=launch_id,
-            place=place,
+            slot=slot,
         )
         served: ASGIApp = app
         if process.frontend.api_keys_file is not None:
@@ -101,14 +101,14 @@ async def run(process: FrontendSettings, place: Place | None) -> None:
         for signum in (signal.SIGTERM, signal.SIGINT):
             # uvicorn raises what it handled once more, for whoever was there before it.
             signal.signal(signum, lambda *_: None)
-        sockets = None if place is None else place.sockets()
+        sockets = None if slot is None else slot.sockets()
         serving = asyncio.create_task(server.serve(sockets), name="http")
         # uvicorn offers a flag and no event.
         while not server.started and not serving.done():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         if server.started:
             collect_rarely()
-            if place is None:
+            if slot is None:
                 announce_ready(process.ready_file, port=process.frontend.port)
             else:
                 os.write(sys.stdout.fileno(), STARTED)
@@ -122,13 +122,13 @@ async def run(process: FrontendSettings, place: Place | None) -> None:
 
 def main() -> None:
     process = read_settings(sys.argv[1], FrontendSettings)
-    place = msgspec.json.decode(sys.argv[2], type=Place) if len(sys.argv) > 2 else None
-    name = "frontend" if place is None else f"frontend-{place.number}"
+    slot = msgspec.json.decode(sys.argv[2], type=ProcessSlot) if len(sys.argv) > 2 else None
+    name = "frontend" if slot is None else f"frontend-{slot.number}"
     set_up(name)
     try:
-        if place is not None:
-            place.end_with_parent()
-            uvloop.run(run(process, place))
+        if slot is not None:
+            slot.end_with_parent()
+            uvloop.run(run(process, slot))
         elif process.frontend.processes > 1:
             uvloop.run(run_group(process, sys.argv[1]))
         else:

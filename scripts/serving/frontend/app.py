@@ -15,15 +15,15 @@ from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from serving.config import FrontendConfig
 from serving.errors import ServingError
-from serving.frontend.exchange import CHAT, COMPLETIONS, CompletionRoute, Parts
-from serving.frontend.generation import Pipeline
-from serving.frontend.group import Place
-from serving.frontend.limits import InFlight
-from serving.frontend.metrics import CONTENT_TYPE, Metrics
-from serving.frontend.metrics_pages import OWN_PATH, joined
+from serving.frontend.api.call import CHAT, COMPLETIONS, AppState, CompletionRoute
+from serving.frontend.api.errors import ApiError, routing_error, to_api_error
+from serving.frontend.api.generation import Pipeline
+from serving.frontend.api.limits import InFlight
+from serving.frontend.api.models import check_model, describe_model
+from serving.frontend.metrics.pages import OWN_PATH, joined
+from serving.frontend.metrics.registry import CONTENT_TYPE, Metrics
 from serving.frontend.model import ModelLoader
-from serving.frontend.openai.errors import ApiError, routing_error, to_api_error
-from serving.frontend.openai.models import check_model, describe_model
+from serving.frontend.process_group import ProcessSlot
 
 
 class App(Starlette):
@@ -52,14 +52,14 @@ def create_app(
     metrics: Metrics,
     model_name: str,
     launch_id: str = "",
-    place: Place | None = None,
+    slot: ProcessSlot | None = None,
     lifespan: Lifespan[Starlette] | None = None,
 ) -> Starlette:
     """The whole HTTP side. `launch_id` tells whoever started this process that it is the one,
-    `place` which of several it is."""
+    `slot` which of several it is."""
     started = int(time.time())
     models = ModelLoader()
-    parts = Parts(
+    parts = AppState(
         pipeline=pipeline,
         metrics=metrics,
         in_flight=InFlight(config.max_inflight, metrics.in_flight),
@@ -79,15 +79,15 @@ def create_app(
             except ServingError as exc:
                 is_ready, reason = False, str(exc)
         content = {"ready": is_ready, "reason": reason, **pipeline.describe()}
-        if place is not None:
-            content["process"] = place.number
+        if slot is not None:
+            content["process"] = slot.number
         return json_response(content, 200 if is_ready else 503)
 
     async def metrics_page(request: Request) -> Response:
         page = metrics.render()
-        if place is not None:
+        if slot is not None:
             key = request.headers.get("authorization", "")
-            page = await joined(page, place.number, place.siblings(), key)
+            page = await joined(page, slot.number, slot.peer_ports(), key)
         return Response(page, media_type=CONTENT_TYPE)
 
     async def own_metrics(request: Request) -> Response:

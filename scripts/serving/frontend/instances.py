@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from serving.errors import InstanceLost, InstanceRefused, ServingError
 from serving.events import EventPlane
-from serving.frontend.engine_handover import warm_up
-from serving.frontend.metrics import Metrics
+from serving.frontend.engine_transfer import warm_up
+from serving.frontend.metrics.registry import Metrics
 from serving.kv_router.router import KvRouter
 from serving.protocol import InstanceInfo, KvEventBatch, LoadReport, ModelCard
 from serving.rpc import RpcClient

@@ -25,11 +25,11 @@ from serving.errors import (
     QueuedTooLong,
 )
 from serving.frontend.early_decode import EarlyDecode
-from serving.frontend.engine_handover import EngineHandovers
+from serving.frontend.engine_transfer import EngineTransfers
 from serving.frontend.instances import Instances
-from serving.frontend.metrics import Metrics
-from serving.frontend.patience import Patience
-from serving.frontend.sequence import Sequence
+from serving.frontend.metrics.registry import Metrics
+from serving.frontend.request import RequestState
+from serving.frontend.stream_deadline import StreamDeadline
 from serving.kv_router.router import KvRouter, Route
 from serving.protocol import (
     EngineOutput,
@@ -57,7 +57,7 @@ class Pipeline:
     ) -> None:
         self._process, self._router, self._instances = process, router, instances
         self._metrics = metrics
-        self._handovers = EngineHandovers(self._any_decode)
+        self._handovers = EngineTransfers(self._any_decode)
         self._deadlines = process.deadlines
 
     @property
@@ -74,7 +74,7 @@ class Pipeline:
         Raises InvalidRequest, Overloaded (nothing can take it, or takes it up in time),
         InstanceLost (and nobody else could go on), DeadlineExceeded.
         """
-        sequence = Sequence(prepared, self._deadlines, asyncio.get_running_loop().time())
+        sequence = RequestState(prepared, self._deadlines, asyncio.get_running_loop().time())
         while True:
             try:
                 async with aclosing(self._attempt(sequence)) as outputs:
@@ -95,7 +95,7 @@ class Pipeline:
                 log.warning("%s goes on elsewhere: %s", prepared.request_id, exc)
                 sequence.attempt += 1
 
-    def _attempt(self, sequence: Sequence) -> AsyncGenerator[EngineOutput, None]:
+    def _attempt(self, sequence: RequestState) -> AsyncGenerator[EngineOutput, None]:
         if not self._process.disaggregated:
             return self._alone(sequence, "agg")
         if not self._router.instances("decode", exclude=sequence.tried):
@@ -104,14 +104,16 @@ class Pipeline:
             return self._alone(sequence, "decode")
         return self._disaggregated(sequence)
 
-    async def _alone(self, sequence: Sequence, role: Phase) -> AsyncGenerator[EngineOutput, None]:
+    async def _alone(
+        self, sequence: RequestState, role: Phase
+    ) -> AsyncGenerator[EngineOutput, None]:
         """Prefill and decode on one instance."""
         with self._route(sequence, role) as route:
             async with aclosing(self._stream(sequence, route, "agg")) as outputs:
                 async for output in outputs:
                     yield output
 
-    async def _disaggregated(self, sequence: Sequence) -> AsyncGenerator[EngineOutput, None]:
+    async def _disaggregated(self, sequence: RequestState) -> AsyncGenerator[EngineOutput, None]:
         if local := self._route_local(sequence):
             with local as route:
                 async with aclosing(self._stream(sequence, route, "agg")) as outputs:
@@ -126,7 +128,7 @@ class Pipeline:
                 yield output
 
     async def _handed_over(
-        self, sequence: Sequence, early: EarlyDecode
+        self, sequence: RequestState, early: EarlyDecode
     ) -> AsyncGenerator[EngineOutput, None]:
         with self._route(sequence, "prefill") as source:
             prompt = sequence.request("prefill", self._deadlines.total_s)
@@ -156,7 +158,9 @@ class Pipeline:
             if not fetched:  # the prefill instance still holds the blocks
                 self._let_go(source.instance_id, prompt, first)
 
-    async def _prefill(self, sequence: Sequence, source: Route, early: EarlyDecode) -> EngineOutput:
+    async def _prefill(
+        self, sequence: RequestState, source: Route, early: EarlyDecode
+    ) -> EngineOutput:
         async with aclosing(self._stream(sequence, source, "prefill")) as outputs:
             async for output in outputs:
                 if output.finish_reason is not None:
@@ -166,7 +170,7 @@ class Pipeline:
         raise AssertionError("a stream ends with a finish_reason or raises")
 
     async def _follow(
-        self, sequence: Sequence, token_ids: list[int], params: TransferParams | None
+        self, sequence: RequestState, token_ids: list[int], params: TransferParams | None
     ) -> AsyncGenerator[EngineOutput, None]:
         """The decode of a prefill of `token_ids` that is going on."""
         more = {"kv_transfer_params": params, "follows_prefill": True}
@@ -177,7 +181,7 @@ class Pipeline:
                     yield output
 
     async def _decode(
-        self, sequence: Sequence, early: EarlyDecode, params: TransferParams
+        self, sequence: RequestState, early: EarlyDecode, params: TransferParams
     ) -> AsyncGenerator[EngineOutput, None]:
         if early.started:
             begun = False
@@ -197,7 +201,7 @@ class Pipeline:
                 async for output in outputs:
                     yield output
 
-    def _route(self, sequence: Sequence, role: Phase) -> Route:
+    def _route(self, sequence: RequestState, role: Phase) -> Route:
         route = self._router.route(
             sequence.hashes(self._router),
             role,
@@ -207,7 +211,7 @@ class Pipeline:
         )
         return self._noted(sequence, route)
 
-    def _route_local(self, sequence: Sequence) -> Route | None:
+    def _route_local(self, sequence: RequestState) -> Route | None:
         """To a decode instance that had better prefill by itself, if there is one."""
         route = self._router.route_local(
             sequence.hashes(self._router),
@@ -217,10 +221,10 @@ class Pipeline:
         )
         return route and self._noted(sequence, route)
 
-    def _noted(self, sequence: Sequence, route: Route) -> Route:
-        trace, siblings = sequence.prepared.trace, sequence.prepared.siblings
-        if siblings is not None:
-            siblings.instances[route.role] = route.instance_id
+    def _noted(self, sequence: RequestState, route: Route) -> Route:
+        trace, sample_group = sequence.prepared.trace, sequence.prepared.sample_group
+        if sample_group is not None:
+            sample_group.instances[route.role] = route.instance_id
         trace.instances.append(route.instance_id)
         trace.overlap_blocks = max(trace.overlap_blocks, route.overlap_blocks)
         self._metrics.observe_routed(
@@ -232,17 +236,17 @@ class Pipeline:
         )
         return route
 
-    def _excluded(self, sequence: Sequence, role: Phase) -> set[str]:
-        """Where it must not go: where it was tried, and where its siblings are not."""
-        siblings = sequence.prepared.siblings
-        home = siblings.instances.get(role) if siblings is not None else None
+    def _excluded(self, sequence: RequestState, role: Phase) -> set[str]:
+        """Where it must not go: where it was tried, and where its sample_group are not."""
+        sample_group = sequence.prepared.sample_group
+        home = sample_group.instances.get(role) if sample_group is not None else None
         if home is None:
             return sequence.tried
         left = {one.instance_id for one in self._router.instances(role, exclude=sequence.tried)}
         return sequence.tried | (left - {home}) if home in left else sequence.tried
 
     async def _stream(
-        self, sequence: Sequence, route: Route, phase: Phase, **more: Any
+        self, sequence: RequestState, route: Route, phase: Phase, **more: Any
     ) -> AsyncGenerator[EngineOutput, None]:
         """One instance's outputs, each within its deadline."""
         instance_id, deadlines = route.instance_id, self._deadlines
@@ -270,7 +274,7 @@ class Pipeline:
             stream = self._instances.client(instance_id).generate(request)
             async with stream as outputs:
                 until = loop.time() + deadlines.prefill_s
-                with Patience(shortest_s, at_last, give_up) as patience:
+                with StreamDeadline(shortest_s, at_last, give_up) as patience:
                     while True:
                         patience.until = min(until, patience.at_last)
                         output = await anext(outputs)
@@ -318,7 +322,7 @@ class Pipeline:
         with self._router.route(self._router.hash([]), "decode", request_id="fetch") as route:
             return self._instances.client(route.instance_id)
 
-    def _can_retry(self, sequence: Sequence) -> bool:
+    def _can_retry(self, sequence: RequestState) -> bool:
         # After a second queue everybody is busy, it seems: better told than made to wait in each.
         if sequence.num_queues_left > 1:
             return False

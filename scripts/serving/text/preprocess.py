@@ -30,7 +30,7 @@ class RequestTrace(Struct):
     overlap_blocks: int = 0
 
 
-class Siblings(Struct):
+class SampleGroup(Struct):
     """Samples of one prompt: they go where the first one went, to share its blocks.
 
     `instances` maps roles to where that was. Written by the pipeline.
@@ -54,7 +54,7 @@ class PreparedRequest(Struct, frozen=True):
     skip_special_tokens: bool = True
     session: str | None = None
     prompt_only: bool = False
-    siblings: Siblings | None = None
+    sample_group: SampleGroup | None = None
     trace: RequestTrace = field(default_factory=RequestTrace)
 
 

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from serving.config import FrontendConfig
 from serving.frontend.app import create_app
-from serving.frontend.metrics import Metrics
+from serving.frontend.metrics.registry import Metrics
 from starlette.applications import Starlette
 from tokenizers import Tokenizer
 from unit.frontend.fakes import MODEL, FakePipeline, make_card, write_tokenizer

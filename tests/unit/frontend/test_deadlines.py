@@ -14,7 +14,7 @@ import pytest
 from serving.config import DeadlinesConfig, FrontendConfig, RouterConfig
 from serving.config.process import ControlServices, FrontendSettings
 from serving.errors import DeadlineExceeded, InstanceLost, Overloaded, QueuedTooLong
-from serving.frontend.metrics import Metrics
+from serving.frontend.metrics.registry import Metrics
 from serving.frontend.pipeline import Pipeline
 from serving.kv_router.router import KvRouter
 from serving.protocol import (
@@ -26,7 +26,7 @@ from serving.protocol import (
     Role,
 )
 from serving.rpc import RpcClient, RpcServer
-from unit.frontend.test_engine_handover import CARD, collect, request
+from unit.frontend.test_engine_transfer import CARD, collect, request
 
 Script = list[tuple[float, EngineOutput]]
 

@@ -21,7 +21,7 @@ from serving.config import (
 from serving.config.process import ControlServices, FrontendSettings, WorkerSettings
 from serving.engine.base import EngineLoad
 from serving.engine.torch.engine import TorchEngine
-from serving.frontend.metrics import Metrics
+from serving.frontend.metrics.registry import Metrics
 from serving.frontend.pipeline import Pipeline
 from serving.kv_router.router import KvRouter
 from serving.protocol import (

@@ -1,0 +1,131 @@
+"""API keys in front of the application. Installed only where there are keys.
+
+`/health` is for everybody; all else, paths that do not exist included, is for who has a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.errors import OperatorError
+from serving.frontend.api.errors import ApiError
+
+OPEN_PATHS = {"/health"}
+_SCHEME = b"bearer "
+
+
+def read_keys(path: str) -> list[str]:
+    """One key a line; empty lines and those that begin with `#` are none. Raises OperatorError."""
+    try:
+        lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as exc:
+        raise OperatorError(
+            f"the API keys in {path} cannot be read: {exc}",
+            remedy="correct `frontend.api_keys_file`",
+        ) from None
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise OperatorError(f"there is no API key in {path}", remedy="write one key a line")
+    return keys
+
+
+class ApiKeys:
+    """ASGI middleware: passes on what comes with one of `keys`, at most so often per key."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        requests_per_minute: int | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._app = app
+        # Digests have one length, so comparing them does not even tell that of a key.
+        self._allowances = {
+            _digest(key.encode()): Allowance(requests_per_minute, now) for key in keys
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        error = self._refusal(scope)
+        if error is None:
+            await self._app(scope, receive, send)
+        else:
+            await _answer(error, send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        header = next((v for name, v in scope["headers"] if name == b"authorization"), b"")
+        if header[: len(_SCHEME)].lower() != _SCHEME:
+            return _unauthorized("No API key: send it as `Authorization: Bearer KEY`")
+        allowance = self._find(header[len(_SCHEME) :].strip())
+        if allowance is None:
+            return _unauthorized("The API key is not one of this service")
+        wait_s = allowance.take() if scope["method"] == "POST" else 0.0
+        if not wait_s:
+            return None
+        return ApiError(
+            429,
+            "This API key has used up its requests of the minute",
+            "rate_limit_error",
+            code="rate_limit_exceeded",
+            retry_after_s=wait_s,
+        )
+
+    def _find(self, key: bytes) -> Allowance | None:
+        """Looks at all keys, also when one fits, in a time that does not tell which."""
+        digest, found = _digest(key), None
+        for known, allowance in self._allowances.items():
+            if hmac.compare_digest(known, digest):
+                found = allowance
+        return found
+
+
+class Allowance:
+    """A token bucket: `per_minute` at once at most, refilled evenly; None for no limit."""
+
+    def __init__(self, per_minute: int | None, now: Callable[[], float]) -> None:
+        self._per_minute, self._now = per_minute, now
+        self._left = float(per_minute or 0)
+        self._at = now()
+
+    def take(self) -> float:
+        """Seconds to wait until one is free; 0 when it was, and is taken now."""
+        if self._per_minute is None:
+            return 0.0
+        rate, now = self._per_minute / 60, self._now()
+        self._left = min(float(self._per_minute), self._left + (now - self._at) * rate)
+        self._at = now
+        if self._left < 1:
+            return (1 - self._left) / rate
+        self._left -= 1
+        return 0.0
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, "invalid_request_error", code="invalid_api_key")
+
+
+async def _answer(error: ApiError, send: Send) -> None:
+    body = error.body()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),  # a body that nobody reads may be on its way
+        *error.headers(),
+    ]
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,186 @@
+"""`/v1/completions`: its request, and the bytes of its responses."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, cast
+
+import msgspec
+import orjson
+from msgspec import Meta
+
+from serving.errors import InvalidRequest
+from serving.frontend.api.fields import (
+    INT32_MAX,
+    GenerationFields,
+    check_text,
+    decode_request,
+    refuse_unsupported,
+    sample_seed,
+)
+from serving.frontend.api.logprobs import completion_logprobs
+from serving.frontend.api.response import CompletionPlan, Identity, Writer
+from serving.frontend.model import LoadedModel
+from serving.text.detokenize import Delta, TokenText
+from serving.text.preprocess import PreparedRequest, Preprocessor, SampleGroup
+
+NAME = "completions"
+ID_PREFIX = "cmpl-"
+
+DEFAULT_MAX_TOKENS = 16
+MAX_CHOICES = 128
+
+Prompt = str | list[int]
+
+
+class CompletionRequest(GenerationFields, kw_only=True):
+    """The body. `prompt`: one text, token ids, or a list of either. `max_tokens` may be 0 with
+    `echo`, for the prompt and nothing else."""
+
+    prompt: str | list[str | int | list[int]]
+    max_tokens: Annotated[int, Meta(ge=0, le=INT32_MAX)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def prompts(self) -> list[Prompt]:
+        """Raises InvalidRequest for an empty or mixed list."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        kinds = set(map(type, self.prompt))
+        if len(kinds) != 1:
+            what = "mixes strings and token ids" if kinds else "is empty"
+            raise InvalidRequest(f"`prompt` {what}", param="prompt")
+        if kinds == {int}:  # possibly a hundred thousand of them: no second look, and no copy
+            return [cast("list[int]", self.prompt)]
+        return [item for item in self.prompt if not isinstance(item, int)]
+
+
+_decoder = msgspec.json.Decoder(CompletionRequest)
+
+
+def parse(body: bytes) -> CompletionRequest:
+    """Everything that can be checked without the model. Raises InvalidRequest."""
+    request = decode_request(body, _decoder)
+    num_samples = request.n or 1
+    neutral: dict[str, tuple[Any, ...]] = {
+        "best_of": (None, num_samples),
+        "suffix": (None, ""),
+    }
+    refuse_unsupported(request, neutral)
+    request.check_stream_options()
+    num_choices = len(request.prompts()) * num_samples
+    if num_choices > MAX_CHOICES:
+        raise InvalidRequest(
+            f"{num_choices} completions were asked for; {MAX_CHOICES} is the most", param="prompt"
+        )
+    if request.max_tokens == 0 and not request.echo:
+        raise InvalidRequest("`max_tokens` 0 needs `echo` to be true", param="max_tokens")
+    return request
+
+
+async def prepare(
+    request: CompletionRequest, model: LoadedModel, request_id: str
+) -> CompletionPlan:
+    """Raises InvalidRequest."""
+    preprocessor = model.preprocessor
+    stop = request.stop_strings()
+    guide = await request.checked_guide(model)
+    prompts = request.prompts()
+    num_samples = request.n or 1
+    alone = len(prompts) * num_samples == 1
+    samples: list[PreparedRequest] = []
+    preludes: list[str] = []
+    for prompt in prompts:
+        await asyncio.sleep(0)  # many prompts must not hold up the streams of others
+        token_ids = await _encode(prompt, preprocessor)
+        prompt_only = request.max_tokens == 0
+        max_tokens = preprocessor.resolve_max_tokens(
+            len(token_ids),
+            1 if prompt_only else request.max_tokens,
+            default=DEFAULT_MAX_TOKENS,
+            param="prompt",
+        )
+        sampling = request.sampling(
+            preprocessor,
+            max_tokens=max_tokens,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.logprobs if request.echo else None,
+            guide=guide,
+        )
+        sample_group = SampleGroup() if num_samples > 1 else None
+        for sample in range(num_samples):
+            samples.append(
+                PreparedRequest(
+                    request_id=request_id if alone else f"{request_id}-{len(samples)}",
+                    token_ids=token_ids,
+                    sampling=sample_seed(sampling, sample),
+                    stop=stop,
+                    skip_special_tokens=request.skip_special_tokens is not False,
+                    session=request.user,
+                    prompt_only=prompt_only,
+                    sample_group=sample_group,
+                )
+            )
+            if request.echo:
+                preludes.append(prompt if isinstance(prompt, str) else preprocessor.decode(prompt))
+    identity = Identity.new(
+        request_id, "text_completion", request.model, model.card.engine_fingerprint
+    )
+    writer = CompletionWriter(
+        identity,
+        stream_usage=request.include_usage,
+        token_text=model.token_text if request.logprobs is not None else None,
+    )
+    return CompletionPlan(
+        samples=samples,
+        writer=writer,
+        stream=bool(request.stream),
+        include_usage=request.include_usage,
+        samples_per_prompt=num_samples,
+        preludes=tuple(preludes),
+    )
+
+
+async def _encode(prompt: Prompt, preprocessor: Preprocessor) -> list[int]:
+    if isinstance(prompt, str):
+        check_text(prompt, "prompt")
+        token_ids = await preprocessor.encode_text(prompt)
+    else:
+        preprocessor.check_token_ids(prompt)
+        token_ids = prompt
+    if not token_ids:
+        raise InvalidRequest("`prompt` has no tokens", param="prompt")
+    return token_ids
+
+
+class CompletionWriter(Writer):
+    """Chunks and the whole have the same shape."""
+
+    def __init__(
+        self, identity: Identity, *, stream_usage: bool, token_text: TokenText | None
+    ) -> None:
+        super().__init__(identity, identity, stream_usage=stream_usage)
+        self._token_text = token_text
+        self._offsets: dict[int, int] = {}
+
+    def _chunk_choices(self, index: int, delta: Delta) -> list[bytes]:
+        return [self._choice(index, delta)]
+
+    def _choice(self, index: int, delta: Delta) -> bytes:
+        finish_reason = b'"%b"' % delta.finish_reason.encode() if delta.finish_reason else b"null"
+        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+            index,
+            orjson.dumps(delta.text),
+            self._logprobs(index, delta),
+            finish_reason,
+        )
+
+    def _logprobs(self, index: int, delta: Delta) -> bytes:
+        if self._token_text is None:
+            return b"null"
+        logprobs, self._offsets[index] = completion_logprobs(
+            delta.logprobs or (), self._token_text, self._offsets.get(index, 0)
+        )
+        return orjson.dumps(logprobs)

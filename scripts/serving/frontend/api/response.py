@@ -1,0 +1,116 @@
+"""What chat and completion responses have in common: the plan of a request, usage, identity.
+
+A `Writer` turns deltas into bytes. Chunks are glued from templates made once per response:
+building and encoding a dict per chunk would cost half as much again.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import orjson
+from msgspec import Struct
+
+from serving.text.detokenize import Delta
+from serving.text.preprocess import PreparedRequest
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Usage(Struct):
+    """Token counts of a whole response. `cached_tokens` are part of `prompt_tokens`."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def json(self) -> bytes:
+        return (
+            b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,'
+            b'"prompt_tokens_details":{"cached_tokens":%d},'
+            b'"completion_tokens_details":{"reasoning_tokens":0}}'
+        ) % (
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.prompt_tokens + self.completion_tokens,
+            self.cached_tokens,
+        )
+
+
+class Identity(Struct, frozen=True):
+    """What every part of a response repeats. `created` is Unix time in seconds."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    @classmethod
+    def new(cls, request_id: str, object: str, model: str, engine_fingerprint: str) -> Identity:
+        return cls(request_id, object, int(time.time()), model, f"fp_{engine_fingerprint[:12]}")
+
+    def opening(self) -> bytes:
+        """The JSON object up to and including `"choices":[`."""
+        return (
+            b'{"id":%b,"object":%b,"created":%d,"model":%b,"system_fingerprint":%b,"choices":['
+        ) % (
+            orjson.dumps(self.id),
+            orjson.dumps(self.object),
+            self.created,
+            orjson.dumps(self.model),
+            orjson.dumps(self.system_fingerprint),
+        )
+
+
+class Writer(ABC):
+    """The bytes of one response: chunks of a stream, or the whole.
+
+    `stream_usage`: every chunk has `usage`, null but in the last one.
+    """
+
+    def __init__(self, chunk: Identity, whole: Identity, *, stream_usage: bool) -> None:
+        self._chunk_opening = b"data: " + chunk.opening()
+        self._chunk_closing = b'],"usage":null}\n\n' if stream_usage else b"]}\n\n"
+        self._whole_opening = whole.opening()
+
+    @abstractmethod
+    def _chunk_choices(self, index: int, delta: Delta) -> list[bytes]:
+        """The JSON of the choice in each chunk that `delta` becomes."""
+
+    @abstractmethod
+    def _choice(self, index: int, delta: Delta) -> bytes:
+        """The JSON of a finished choice; `delta` is all of it."""
+
+    def chunks(self, index: int, deltas: Sequence[Delta]) -> bytes:
+        """The events that tell `deltas`, each by itself."""
+        opening, closing = self._chunk_opening, self._chunk_closing
+        between = closing + opening
+        choices = [choice for delta in deltas for choice in self._chunk_choices(index, delta)]
+        return opening + between.join(choices) + closing
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """The last event before `[DONE]`, for those who asked for it."""
+        return self._chunk_opening + b'],"usage":' + usage.json() + b"}\n\n"
+
+    def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
+        """The body of a response that is not streamed."""
+        choices = b",".join(self._choice(index, delta) for index, delta in enumerate(deltas))
+        return self._whole_opening + choices + b'],"usage":' + usage.json() + b"}"
+
+
+class CompletionPlan(Struct, frozen=True):
+    """A request, understood: the sequences to generate and how to write the response.
+
+    Choice `i` is `samples[i]`; `samples_per_prompt` consecutive ones share a prompt. `preludes`
+    are texts that come before the generated ones (`echo`), one a sample or none at all.
+    """
+
+    samples: list[PreparedRequest]
+    writer: Writer
+    stream: bool
+    include_usage: bool
+    samples_per_prompt: int = 1
+    preludes: tuple[str, ...] = ()

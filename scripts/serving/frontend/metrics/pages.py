@@ -1,0 +1,72 @@
+"""The metrics of several processes on one page: each sample labelled with its process.
+
+Prometheus' text format wants all samples of a metric together, under one heading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+OWN_PATH = "/metrics/process"
+ANSWER_S = 1.0
+
+
+async def joined(
+    own: bytes, number: int, peer_ports: Mapping[int, int], authorization: str = ""
+) -> bytes:
+    """`own` page of process `number` and those of `peer_ports` (number to port on loopback), which
+    are asked with the `authorization` of who asks here.
+
+    One that does not answer is left out: it is being replaced, and its counters begin anew.
+    """
+    pages = await asyncio.gather(*(_page(port, authorization) for port in peer_ports.values()))
+    return merge(
+        {number: own} | {n: page for n, page in zip(peer_ports, pages, strict=True) if page}
+    )
+
+
+def merge(pages: Mapping[int, bytes]) -> bytes:
+    """Pages by process number to one."""
+    headings: dict[str, list[str]] = {}
+    samples: dict[str, list[str]] = {}
+    for number, page in sorted(pages.items()):
+        family, is_new = "", False
+        for line in page.decode().splitlines():
+            if line.startswith("# "):
+                _, kind, family, *_ = line.split(" ", 3)
+                if kind == "HELP":
+                    is_new = family not in headings
+                if is_new:
+                    headings.setdefault(family, []).append(line)
+            elif line:
+                samples.setdefault(family, []).append(_labelled(line, number))
+    lines = [
+        line for family, told in headings.items() for line in (*told, *samples.get(family, ()))
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _labelled(sample: str, number: int) -> str:
+    name, brace, rest = sample.partition("{")
+    if brace:
+        return f'{name}{{process="{number}",{rest}'
+    name, _, value = sample.partition(" ")
+    return f'{name}{{process="{number}"}} {value}'
+
+
+async def _page(port: int, authorization: str) -> bytes:
+    """Empty when there is no answer in time."""
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                head = f"GET {OWN_PATH} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+                key = f"authorization: {authorization}\r\n" if authorization else ""
+                writer.write(f"{head}{key}\r\n".encode())
+                answer, _, body = (await reader.read(-1)).partition(b"\r\n\r\n")
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return b""
+    return body if b" 200 " in answer.partition(b"\r\n")[0] else b""

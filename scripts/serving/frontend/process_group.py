@@ -1,0 +1,183 @@
+"""Several frontend processes behind one port: who starts them, and replaces one that dies.
+
+The parent owns a listening socket for each (`SO_REUSEPORT`, so the kernel spreads connections) and
+serves nothing. A socket outlives its process: connections that come meanwhile wait for the
+successor. Beside it each process has a socket on loopback, where the others find what it alone
+counts (`metrics/pages.py`). What each sends where is in memory that all see (`decision_log.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+from contextlib import ExitStack
+
+import msgspec
+from msgspec import Struct
+
+from serving.config.process import FrontendSettings, announce_ready
+from serving.errors import OperatorError
+from serving.frontend import decision_log
+
+log = logging.getLogger(__name__)
+
+REPLACE_S = 1.0
+"""Between the starts of one process: one that cannot live must not use up a core."""
+BACKLOG = 2048
+STARTED = b"started\n"
+_PR_SET_PDEATHSIG = 1
+
+
+class ProcessSlot(Struct, frozen=True):
+    """Which of the processes this is, and the sockets and the memory that it inherits.
+
+    `own_ports` are those of all processes on loopback, by number.
+    """
+
+    number: int
+    listener: int
+    own_listener: int
+    own_ports: list[int]
+    decision_log: int
+    parent: int
+
+    def sockets(self) -> list[socket.socket]:
+        return [socket.socket(fileno=self.listener), socket.socket(fileno=self.own_listener)]
+
+    def peer_ports(self) -> dict[int, int]:
+        """Number to port of the others."""
+        return {number: port for number, port in enumerate(self.own_ports) if number != self.number}
+
+    def end_with_parent(self) -> None:
+        """No process may serve on when nobody is there to stop it."""
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self.parent:  # it ended before we asked
+            os._exit(1)
+
+
+async def run_group(process: FrontendSettings, settings_file: str) -> None:
+    """Serve with `frontend.processes` of them until SIGTERM or SIGINT, which they get as well.
+
+    Raises OperatorError when the port is taken or one of them does not start.
+    """
+    with ExitStack() as stack:
+        group = _Group(process, settings_file, stack)
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, group.stop)
+        await group.run()
+
+
+class _Group:
+    def __init__(self, process: FrontendSettings, settings_file: str, stack: ExitStack) -> None:
+        frontend, count = process.frontend, process.frontend.processes
+        self._process, self._settings_file = process, settings_file
+        listeners = _listeners(frontend.host, frontend.port, count)
+        own = [socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) for _ in range(count)]
+        for each in (*listeners, *own):
+            stack.enter_context(each)
+        ports = [each.getsockname()[1] for each in own]
+        log_memory = decision_log.create(count)
+        stack.callback(os.close, log_memory)
+        self._slots = [
+            ProcessSlot(
+                number,
+                listeners[number].fileno(),
+                own[number].fileno(),
+                ports,
+                log_memory,
+                os.getpid(),
+            )
+            for number in range(count)
+        ]
+        self._running: dict[int, asyncio.subprocess.Process] = {}
+        self._num_starting = count
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """Let all of them drain; nobody is replaced any more."""
+        self._is_stopping = True
+        for child in self._running.values():
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for slot in self._slots:
+                    tasks.create_task(self._keep(slot), name=f"frontend-{slot.number}")
+        finally:
+            for child in self._running.values():
+                with contextlib.suppress(ProcessLookupError):
+                    child.kill()
+
+    async def _keep(self, slot: ProcessSlot) -> None:
+        """Run one slot's processes, one after the other."""
+        is_first = True
+        loop = asyncio.get_running_loop()
+        while not self._is_stopping:
+            began = loop.time()
+            child = self._running[slot.number] = await self._start(slot)
+            assert child.stdout is not None
+            line = await child.stdout.readline()
+            if line == STARTED and is_first:
+                is_first = False
+                self._started()
+            code = await child.wait()
+            del self._running[slot.number]
+            if self._is_stopping:
+                return
+            if is_first:
+                raise OperatorError(
+                    f"frontend process {slot.number} did not start",
+                    remedy="its own words are above, in the frontend's log",
+                )
+            log.error("process %d ended with %d and is replaced", slot.number, code)
+            await asyncio.sleep(max(0.0, began + REPLACE_S - loop.time()))
+
+    async def _start(self, slot: ProcessSlot) -> asyncio.subprocess.Process:
+        command = [sys.executable, "-m", "serving.frontend", self._settings_file]
+        child = await asyncio.create_subprocess_exec(
+            *command,
+            msgspec.json.encode(slot).decode(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            pass_fds=(slot.listener, slot.own_listener, slot.decision_log),
+        )
+        if self._is_stopping:
+            child.terminate()
+        return child
+
+    def _started(self) -> None:
+        self._num_starting -= 1
+        if not self._num_starting:
+            frontend = self._process.frontend
+            announce_ready(self._process.ready_file, port=frontend.port)
+            log.info(
+                "%d processes listen on http://%s:%d",
+                frontend.processes,
+                frontend.host,
+                frontend.port,
+            )
+
+
+def _listeners(host: str, port: int, count: int) -> list[socket.socket]:
+    """Raises OperatorError when somebody else has the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        # Without sharing, or another service that shares its port would lose connections to us.
+        socket.create_server((host, port), family=family).close()
+        return [
+            socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=True)
+            for _ in range(count)
+        ]
+    except OSError as exc:
+        raise OperatorError(
+            f"cannot listen on {host}:{port}: {exc}", remedy="set another `frontend.port`"
+        ) from exc

@@ -14,6 +14,7 @@ if not Path("/proc/driver/nvidia").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))  # from integration.services import ...
+pytest_plugins = ["pytester", "missing_tools"]
 
 
 def pytest_asyncio_loop_factories(

@@ -172,7 +172,6 @@ async def check_hand_over(model: Path, device: str, route: str, *, in_place: boo
 async def test_tokens_continue_on_another_gpu_over_cuda_ipc(
     model: Path, in_place: bool, route: str
 ) -> None:
-    pytest.importorskip("ucxx", reason="UCX for Python (ucxx) is not installed")
     await check_hand_over(model, "cuda", route, in_place=in_place)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from missing_tools import IPROUTE2, skip_without
 
 NETWORK = "10.213.8"
 OUTSIDE = f"{NETWORK}.254"
@@ -26,8 +27,9 @@ def ip(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
 
 def require_namespaces() -> None:
     """Skips where this machine cannot make any."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2")
+    skip_without(IPROUTE2)
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
     probe = f"probe{os.getpid()}"
     made = ip("netns", "add", probe, check=False)
     ip("netns", "del", probe, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import secrets
 import shutil
@@ -18,7 +19,16 @@ from serving.deploy.processes.binaries import resolve_etcd, resolve_nats
 
 START_S = 30.0
 CACHE = Path(__file__).parents[2] / "results" / "bin" / "cache"
-"""Shared with the workflow, so that etcd is fetched once."""
+"""Shared with this checkout's own deployment, so that etcd is fetched once."""
+
+
+@functools.cache
+def etcd_executable() -> Path:
+    """The etcd of all tests, found or fetched by the first that asks.
+
+    Every test process asks for it outside of network namespaces, where nothing can be fetched.
+    """
+    return resolve_etcd(CACHE, progress=print).path
 
 
 def free_port() -> int:
@@ -83,7 +93,7 @@ class Etcd(Service):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._binary = resolve_etcd(CACHE, progress=print).path
+        self._binary = etcd_executable()
         self._client, self._peer = free_port(), free_port()
         self.endpoint = f"127.0.0.1:{self._client}"
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from missing_tools import SLURM, skip_without
 
 CONF = Path("/etc/slurm/slurm.conf")
 COMMAND_S = 20
 NODES = ("n1", "n2")
-_NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
 
 
 def run(*command: str, check: bool = True) -> str:
@@ -38,11 +38,9 @@ def run(*command: str, check: bool = True) -> str:
 
 
 def require_slurm() -> None:
+    skip_without(SLURM, _PATH)
     if os.geteuid() != 0:
         pytest.skip("a Slurm of its own needs root")
-    missing = [name for name in _NEEDED if shutil.which(name, path=_PATH) is None]
-    if missing:
-        pytest.skip(f"no {', '.join(missing)} here: apt-get install slurm-wlm slurm-client munge")
     if CONF.exists():
         pytest.skip(f"this machine belongs to a Slurm already: {CONF}")
 

@@ -23,6 +23,7 @@ import psutil
 import pytest
 from integration.deployment import Deployment, running
 from integration.tiny_model import make
+from missing_tools import PODMAN, skip_without
 from serving.config import parse
 from serving.deploy.containers import images
 from serving.deploy.containers.image_build import build_serving, read_base
@@ -73,8 +74,7 @@ def empty_root() -> bytes:
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """podman that runs containers here, with `IMAGE` in its store."""
-    if shutil.which("podman") is None:
-        pytest.skip("podman is not installed (apt-get install --no-install-recommends podman runc)")
+    skip_without(PODMAN)
     with pytest.MonkeyPatch.context() as patch:
         if shutil.which("runc"):
             conf = tmp_path_factory.mktemp("podman") / "containers.conf"

@@ -10,7 +10,9 @@ from serving.kv_transfer import nixl
 
 pytestmark = pytest.mark.integration
 
-needs_nixl = pytest.mark.skipif(not nixl.nixl_module(), reason="NIXL (nixl-cu13) is not installed")
+needs_nixl = pytest.mark.skipif(
+    not nixl.nixl_module(), reason="NIXL is not installed; pip install nixl-cu13"
+)
 
 
 @needs_nixl

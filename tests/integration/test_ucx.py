@@ -16,7 +16,6 @@ import pytest_asyncio
 from kv_contract import TransferContract
 from kv_ends import SCRIPTS, Held, serving
 
-pytest.importorskip("ucxx", reason="UCX for Python (ucxx) is not installed")
 pytestmark = pytest.mark.integration
 
 TESTS = str(Path(__file__).parents[1])

@@ -15,7 +15,6 @@ from kv_ends import LAYOUT, Got, GpuInHostMemory, Held, params, pulling, random_
 from serving.errors import KvTransferFailed
 from serving.kv_transfer.memory import GPU, HOST, Staging
 
-pytest.importorskip("ucxx", reason="UCX for Python (ucxx) is not installed")
 pytestmark = pytest.mark.integration
 
 

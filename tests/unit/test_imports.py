@@ -104,6 +104,18 @@ def test_only_the_torch_engine_knows_torch() -> None:
     assert {user for user in users if not user.startswith("engine/torch")} == set()
 
 
+def test_the_core_of_the_engines_knows_no_tensors_and_no_engine() -> None:
+    """Torch, mock and the simulator share it."""
+    tensors = {"torch", "transformers", "triton", "numpy"}
+    for path in (PACKAGE / "engine" / "core").glob("*.py"):
+        names = imported(path)
+        assert not {name.split(".")[0] for name in names} & tensors, path
+        engine = {name for name in names if name.startswith("serving.engine.")}
+        assert {name for name in engine if not name.startswith("serving.engine.core.")} <= {
+            "serving.engine.base"
+        }, path
+
+
 def test_router_does_no_input_or_output() -> None:
     for path in (PACKAGE / "kv_router").glob("*.py"):
         assert not {name.split(".")[0] for name in imported(path)} & INPUT_OUTPUT, path

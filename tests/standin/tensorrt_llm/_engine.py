@@ -6,36 +6,33 @@ import itertools
 from typing import Any
 
 from serving import block_hash
+from serving.engine.core.admission import SchedulerLimits
+from serving.engine.core.block_pool import BlockPool
 from serving.engine.core.scheduler import Scheduler
 from serving.engine.core.sequence import Sequence, State
+from serving.engine.core.sequence_blocks import SequenceBlocks
 from serving.engine.torch.engine import TorchEngine
 from serving.protocol import EngineRequest, KvEvent
 
 from tensorrt_llm._kv_events import KvEvents
 
 
-class WatchedScheduler(Scheduler):
+class WatchedBlocks(SequenceBlocks):
     """Tells `kv_events` the tokens of blocks, and which requests ended within a block."""
 
     kv_events: KvEvents | None = None
 
-    def take_events(self) -> list[KvEvent]:
-        events = super().take_events()
-        if self.kv_events is not None:
-            self.kv_events.translate(events)
-        return events
-
-    def _store_full_blocks(self, sequence: Sequence) -> None:
-        size = self.limits.block_size
+    def store_computed(self, sequence: Sequence) -> None:
+        size = self.block_size
         first, last = sequence.num_stored, sequence.num_computed // size
         if self.kv_events is not None and first < last:
             for index, value in enumerate(sequence.block_hashes(last)[first:], first):
                 tokens = sequence.tokens[index * size : (index + 1) * size]
                 self.kv_events.describe(value, tokens)
-        super()._store_full_blocks(sequence)
+        super().store_computed(sequence)
 
-    def _free(self, sequence: Sequence) -> None:
-        size = self.limits.block_size
+    def free(self, sequence: Sequence) -> None:
+        size = self.block_size
         num_full, rest = divmod(sequence.num_computed, size)
         ended = sequence.state is State.DONE and sequence.blocks and num_full == sequence.num_stored
         if self.kv_events is not None and ended and rest:
@@ -43,7 +40,22 @@ class WatchedScheduler(Scheduler):
             self.kv_events.end_partly(
                 parent, sequence.tokens[num_full * size : num_full * size + rest]
             )
-        super()._free(sequence)
+        super().free(sequence)
+
+
+class WatchedScheduler(Scheduler):
+    """Its events are in the real engine's form."""
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits, events: KvEvents | None) -> None:
+        blocks = WatchedBlocks(pool, limits.block_size)
+        super().__init__(pool, limits, blocks=blocks)
+        blocks.kv_events = self._kv_events = events
+
+    def take_events(self) -> list[KvEvent]:
+        events = super().take_events()
+        if self._kv_events is not None:
+            self._kv_events.translate(events)
+        return events
 
 
 class Engine(TorchEngine):
@@ -75,14 +87,13 @@ class Engine(TorchEngine):
 
     def _load(self) -> None:
         super()._load()
-        scheduler = WatchedScheduler(self._scheduler.pool, self._limits)
+        pool = self._scheduler.pool
         if self._event_buffer:
             block_bytes = self._runner.layout.block_bytes
             self.kv_events = KvEvents(
                 self._event_buffer,
                 window_size=self._limits.max_model_len,
-                num_blocks=scheduler.pool.num_blocks,
+                num_blocks=pool.num_blocks,
                 num_host_blocks=self._host_cache_bytes // block_bytes,
             )
-        scheduler.kv_events = self.kv_events
-        self._scheduler = scheduler
+        self._scheduler = WatchedScheduler(pool, self._limits, self.kv_events)

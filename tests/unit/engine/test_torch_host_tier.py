@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from serving.engine.core.admission import SchedulerLimits
 from serving.engine.core.block_pool import BlockPool
 from serving.engine.core.host_tier import Copies, HostTier
-from serving.engine.core.scheduler import Scheduler, SchedulerLimits
-from serving.engine.core.sequence import Chunk, Sequence, State
+from serving.engine.core.scheduler import Scheduler
+from serving.engine.core.sequence import Sequence, State
+from serving.engine.core.step import Chunk
 from serving.engine.torch.host_blocks import HostBlocks
 from serving.engine.torch.kv_pool import KvPool
 from serving.errors import OperatorError
@@ -281,8 +283,7 @@ def sequence(name: str, tokens: list[int], arrival: int, **more: Any) -> Sequenc
 
 
 def step(books: Scheduler) -> list[Chunk]:
-    chunks = books.schedule()
-    copies = books.pool.take_copies()
+    chunks, copies = books.plan_step()
     books.launched(chunks)
     books.pool.copied(copies)
     num_samples = sum(chunk.samples for chunk in chunks)
@@ -333,9 +334,8 @@ def test_blocks_are_lent_only_when_they_were_copied() -> None:
     step(books)
     step(books)
     books.add(sequence("c", list(range(45)), 3, phase="prefill"))
-    chunks = books.schedule()
+    chunks, copies = books.plan_step()
     assert (chunks[0].start, chunks[0].length) == (20, 25)
-    copies = books.pool.take_copies()
     assert len(copies.onloads) > 0
     assert books.num_exportable("c") < 5
     with pytest.raises(KeyError):

@@ -65,7 +65,7 @@ class HostTier:
         if value in self._block_of:
             self._touch(value)
             return
-        host_block = self._make_room()
+        host_block = self._take_host_block()
         if host_block is None:
             return
         self._block_of[value] = host_block
@@ -176,7 +176,7 @@ class HostTier:
 
     # --- inside --------------------------------------------------------------------------------
 
-    def _make_room(self) -> int | None:
+    def _take_host_block(self) -> int | None:
         if self._free:
             return self._free.pop()
         if not self._idle:

@@ -1,8 +1,8 @@
-"""When requests have waited for too long in the queue of an engine.
+"""Ends requests that waited for too long in the queue of an engine.
 
-One timer for all of them: hardly any request waits so long, and a timer of its own would cost each
-one, and keep its tokens in memory after it has ended. It runs on the event loop, so that it goes
-off while a step takes its time, or takes for ever.
+One timer serves all requests: hardly any request waits so long, and a timer for each would cost
+time and keep the request's tokens in memory after its end. It runs on the event loop, so that it
+fires even while a step takes long, or never ends.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from serving.engine.core.sequence import Sequence
 
 
 class QueueTimer:
-    """Calls `expire` with the loop's time when somebody's time in the queue is over.
+    """Calls `expire` with the loop's time when the time of a queued request is over.
 
-    `expire` returns when that is so for the next one, None where nobody waits.
+    `expire` returns the loop time of the next expiry, None where no request can expire.
     """
 
     def __init__(self, expire: Callable[[float], float | None]) -> None:
@@ -24,7 +24,7 @@ class QueueTimer:
         self._handle: asyncio.TimerHandle | None = None
 
     def watch(self, sequence: Sequence) -> None:
-        """It is about to be queued; its time begins."""
+        """A request is about to be queued: its time begins."""
         if sequence.request.queue_s is not None:
             sequence.queued_until = asyncio.get_running_loop().time() + sequence.request.queue_s
             self._arm(sequence.queued_until)
@@ -37,9 +37,9 @@ class QueueTimer:
     def _arm(self, due: float) -> None:
         if self._handle is None or due < self._handle.when():
             self.cancel()
-            self._handle = asyncio.get_running_loop().call_at(due, self._go_off)
+            self._handle = asyncio.get_running_loop().call_at(due, self._fire)
 
-    def _go_off(self) -> None:
+    def _fire(self) -> None:
         self._handle = None
         due = self._expire(asyncio.get_running_loop().time())
         if due is not None:

@@ -1,4 +1,7 @@
-"""What the engine knows of one request: its tokens, its blocks, and how far it is."""
+"""What the engine knows of one request: its tokens, its blocks, and how far it is.
+
+Knows neither the queue nor the pool; `admission`, `step` and `scheduler` change what is here.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +28,17 @@ class State(Enum):
 
 
 class Guidance(ABC):
-    """What keeps a sequence to its grammar, as far as the scheduler has to know."""
+    """Keeps a sequence to its grammar: the part that the scheduler has to know."""
 
     @property
     @abstractmethod
     def is_ready(self) -> bool:
-        """Whether it is compiled. What else it is asked waits until then."""
+        """Whether it is compiled. The other members are valid from then on."""
 
     @property
     @abstractmethod
     def error(self) -> str:
-        """Why it cannot go on; empty while it can."""
+        """Why the sequence cannot go on; empty while it can."""
 
     @property
     @abstractmethod
@@ -64,8 +67,8 @@ class Sequence:
     tokens: list[int] = field(init=False)
     seed: int = field(init=False)
     is_penalized: bool = field(init=False)  # tokens seen so far change the choice of the next one
-    is_plain: bool = field(init=False)  # the likeliest token is all that is asked for
-    # The whole prompt is to be computed for its log-probabilities, cached or not. They are told
+    is_plain: bool = field(init=False)  # only the likeliest token is wanted
+    # The whole prompt is to be computed for its log-probabilities, cached or not. They are reported
     # with the first token, and not again by a worker that continues the request.
     wants_prompt_logprobs: bool = field(init=False)
     state: State = State.WAITING
@@ -77,11 +80,11 @@ class Sequence:
     num_readable: int = 0  # computed in steps that are over, so that a transfer may read their KV
     num_stored: int = 0
     num_uncached: int = 0  # tokens to be computed, as it looked when it arrived
-    num_cached: int | None = None  # set at the first admission, told with the first output
-    told_cached: bool = False
+    num_cached: int | None = None  # set at the first admission, reported with the first output
+    has_reported_cached: bool = False
     in_flight: int = 0  # steps under way that it is part of: blocks must outlive them
-    # When it will have waited too long (loop time). None once it was admitted, which it stays
-    # where it is preempted; or if it may wait for ever.
+    # Loop time at which it will have waited too long to begin. None if it may wait for ever, and
+    # from its first admission on, also after a preemption.
     queued_until: float | None = None
     # Where a CUDA runner keeps its block table, and how many of its blocks are in there.
     slot: int | None = None
@@ -89,8 +92,8 @@ class Sequence:
     guidance: Guidance | None = None
     # Of the prompt's tokens from the second on, as far as they are computed, if they are wanted.
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    # A reservation's waiter: called when its blocks may be written to, or when it was aborted. What
-    # it does, it does once, however often it is called.
+    # A reservation's waiter: called when its blocks may be written to, and when it is aborted. Only
+    # the first call has an effect.
     on_settled: Callable[[], None] | None = None
     # Held while a transfer copies blocks, and while they are taken away from it.
     transfer_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -131,7 +134,7 @@ class Sequence:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it may be admitted as far as it is concerned."""
+        """Whether it may be admitted: its grammar, if any, is compiled."""
         return self.guidance is None or self.guidance.is_ready
 
     @property
@@ -155,23 +158,3 @@ class Sequence:
             tokens = self.tokens[done * self.block_size : num_blocks * self.block_size]
             self.hashes += block_hash.chain(tokens, self.block_size, parent)
         return self.hashes[:num_blocks]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The part of a step that belongs to one sequence: compute `tokens[start : start + length]`.
-
-    `samples` says that these are its last tokens, so that the next one is to be chosen.
-    """
-
-    sequence: Sequence
-    start: int
-    length: int
-    samples: bool
-
-    @property
-    def num_reported(self) -> int:
-        """So many of its leading tokens are followed by one whose log-probability is wanted."""
-        if not self.sequence.wants_prompt_logprobs:
-            return 0
-        return max(0, min(self.length, self.sequence.num_prompt - 1 - self.start))

@@ -26,11 +26,13 @@ from serving.engine.base import (
     TransferStats,
     require_runnable,
 )
+from serving.engine.core.admission import SchedulerLimits
 from serving.engine.core.block_pool import BlockPool
-from serving.engine.core.host_tier import Copies, HostTier
+from serving.engine.core.host_tier import HostTier
 from serving.engine.core.queue_timer import QueueTimer
-from serving.engine.core.scheduler import Scheduler, SchedulerLimits
-from serving.engine.core.sequence import Chunk, Sequence, State
+from serving.engine.core.scheduler import Scheduler
+from serving.engine.core.sequence import Sequence, State
+from serving.engine.core.step import Chunk, StepPlan
 from serving.engine.manifest import EngineManifest
 from serving.engine.mock.text import MockText, printable_ids
 from serving.engine.mock.timing import step_seconds, transfer_seconds, work_of
@@ -99,7 +101,7 @@ class MockEngine(TransferringEngine):
         self._root = block_hash.root_hash(manifest.hash_salt)
         self._arrivals = itertools.count()
         self._queue_timer = QueueTimer(self._expire)
-        self._step: tuple[list[Chunk], Copies] | None = None  # under way
+        self._step: StepPlan | None = None  # under way
         self._next: asyncio.Handle | None = None  # the call that ends it, or begins one
         self._due = 0.0  # when the step under way ends, whenever its timer fires
         self._link_free = 0.0  # when the transfers so far are over
@@ -131,9 +133,8 @@ class MockEngine(TransferringEngine):
         for handle in (*self._fetches.values(), *self._holds.values()):
             handle.cancel()
         if self._step is not None:  # its requests are over: this only ends their part in it
-            chunks, copies = self._step
-            self._scheduler.pool.copied(copies)
-            self._scheduler.fail(chunks, "closed")
+            self._scheduler.pool.copied(self._step.copies)
+            self._scheduler.fail(self._step.chunks, "closed")
         self._deliver()
 
     # --- requests ------------------------------------------------------------------------------
@@ -209,14 +210,13 @@ class MockEngine(TransferringEngine):
     def _begin(self) -> None:
         self._next = None
         self._scheduler.admit_reservations()
-        chunks = self._scheduler.schedule()
-        copies = self._scheduler.pool.take_copies()
-        if not chunks and not copies:
+        plan = self._scheduler.plan_step()
+        if not plan:
             return
-        host_bytes = len(copies.onloads) * self._layout.block_bytes
-        seconds = step_seconds(self._timing, work_of(chunks), host_bytes)
-        self._scheduler.launched(chunks)
-        self._step = chunks, copies
+        host_bytes = len(plan.copies.onloads) * self._layout.block_bytes
+        seconds = step_seconds(self._timing, work_of(plan.chunks), host_bytes)
+        self._scheduler.launched(plan.chunks)
+        self._step = plan
         if seconds == 0.0:
             self._next = self._loop.call_soon(self._end)
         else:
@@ -225,9 +225,9 @@ class MockEngine(TransferringEngine):
 
     def _end(self) -> None:
         assert self._step is not None, "only a step under way ends"
-        (chunks, copies), self._step = self._step, None
-        self._scheduler.pool.copied(copies)
-        self._scheduler.complete(chunks, *self._choose(chunks))
+        plan, self._step = self._step, None
+        self._scheduler.pool.copied(plan.copies)
+        self._scheduler.complete(plan.chunks, *self._choose(plan.chunks))
         self._begin()
         self._deliver()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from serving.config import MockConfig
-from serving.engine.core.sequence import Chunk
+from serving.engine.core.step import Chunk
 
 
 class Work(NamedTuple):

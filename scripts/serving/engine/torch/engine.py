@@ -27,11 +27,13 @@ from serving.engine.base import (
     StepSink,
     require_runnable,
 )
+from serving.engine.core.admission import SchedulerLimits
 from serving.engine.core.block_pool import BlockPool
 from serving.engine.core.host_tier import Copies, HostTier
 from serving.engine.core.queue_timer import QueueTimer
-from serving.engine.core.scheduler import Scheduler, SchedulerLimits
-from serving.engine.core.sequence import Chunk, Sequence
+from serving.engine.core.scheduler import Scheduler
+from serving.engine.core.sequence import Sequence
+from serving.engine.core.step import Chunk, StepPlan
 from serving.engine.torch.host_blocks import HostBlocks, open_host_blocks
 from serving.engine.torch.kv_access import TorchKvBlocks
 from serving.engine.torch.model_runner import Launched, ModelRunner
@@ -320,17 +322,16 @@ class TorchEngine(BlockEngine):
         while under_way:
             self._complete(under_way.popleft())
 
-    def _next_step(self, *, is_ahead: bool) -> tuple[list[Chunk], Copies] | None:
+    def _next_step(self, *, is_ahead: bool) -> StepPlan | None:
         """What to compute next, and to copy before; waits for it unless a step is under way.
 
         None when closing.
         """
         with self._work:
             while not self._closing:
-                chunks = self._scheduler.schedule(is_ahead=is_ahead)
-                copies = self._scheduler.pool.take_copies()
-                if chunks or copies or is_ahead:
-                    return chunks, copies
+                plan = self._scheduler.plan_step(is_ahead=is_ahead)
+                if plan or is_ahead:
+                    return plan
                 if self._post():  # nothing to compute, yet evictions or admissions happened
                     self.on_loop(self._deliver)
                 self._work.wait(_IDLE_S)

@@ -11,7 +11,7 @@ import psutil
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from serving.engine.core.sequence import Chunk
+from serving.engine.core.step import Chunk
 from serving.engine.torch.attention import (
     NAME,
     AttentionOptions,

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from serving.engine.core.sequence import UNKNOWN_TOKEN, Chunk, Sequence
+from serving.engine.core.sequence import UNKNOWN_TOKEN, Sequence
+from serving.engine.core.step import Chunk
 from serving.engine.torch.attention import AttentionOptions
 from serving.engine.torch.cuda import kernels
 from serving.engine.torch.cuda.inputs import Packer, Slots

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from serving.engine.core.admission import SchedulerLimits
 from serving.engine.core.block_pool import BlockPool
-from serving.engine.core.scheduler import Scheduler, SchedulerLimits
-from serving.engine.core.sequence import Chunk, Sequence, State
+from serving.engine.core.scheduler import Scheduler
+from serving.engine.core.sequence import Sequence, State
+from serving.engine.core.step import Chunk
 from serving.errors import Overloaded
 from serving.protocol import EngineRequest, SamplingParams
 
@@ -44,7 +46,7 @@ def new() -> Arrivals:
 
 def step(books: Scheduler) -> list[tuple[str, int, int]]:
     """Run one step with token 7 as every outcome: (request, start, length) of each chunk."""
-    chunks = books.schedule()
+    chunks = books.plan_step().chunks
     shape = [(c.sequence.request_id, c.start, c.length) for c in chunks]
     sampling = [c for c in chunks if c.samples]
     books.launched(chunks)
@@ -117,7 +119,7 @@ def test_aborting_the_one_that_computes_lets_the_other_compute(new: Arrivals) ->
 def test_abort_in_flight_keeps_blocks_until_the_step_is_over(new: Arrivals) -> None:
     books = scheduler()
     books.add(new(10))
-    chunks = books.schedule()
+    chunks = books.plan_step().chunks
     books.abort("r1")
     assert books.take_outputs()[-1].finish_reason == "cancelled"
     assert books.pool.num_held == 3
@@ -218,7 +220,7 @@ def test_preempted_request_is_not_in_the_queue_for_the_first_time(new: Arrivals)
 def test_failed_step_stores_nothing(new: Arrivals) -> None:
     books = scheduler()
     books.add(new(8))
-    chunks: list[Chunk] = books.schedule()
+    chunks: list[Chunk] = books.plan_step().chunks
     books.fail(chunks, "boom")
     assert books.take_outputs()[-1].finish_reason == "error"
     assert books.pool.stored_hashes() == set()

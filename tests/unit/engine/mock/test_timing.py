@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from serving.config import MockConfig
-from serving.engine.core.sequence import Chunk, Sequence
+from serving.engine.core.sequence import Sequence
+from serving.engine.core.step import Chunk
 from serving.engine.mock.timing import Work, step_seconds, transfer_seconds, work_of
 from serving.protocol import EngineRequest, KvTransferParams, SamplingParams
 from unit.engine.mock_rig import LAYOUT, Rig, on_virtual_time, prompt

@@ -43,7 +43,7 @@ run changes the deployment as an edit would: programs whose settings changed res
 go on. `config/examples/` has one complete file for each topology and for CPU, one GPU and two GPUs.
 An editor that knows JSON schemas completes keys from `config/config.schema.json`.
 
-This page and the schema are generated from `scripts/serving/config/__init__.py` by
+This page and the schema are generated from `scripts/serving/config/` by
 `python -m serving.config.docs --write`.
 """
 

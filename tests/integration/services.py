@@ -91,9 +91,9 @@ class Service(ABC):
 class Etcd(Service):
     """`endpoint` is host:port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, executable: Path | None = None) -> None:
         super().__init__(folder)
-        self._binary = etcd_executable()
+        self._binary = executable or etcd_executable()
         self._client, self._peer = free_port(), free_port()
         self.endpoint = f"127.0.0.1:{self._client}"
 

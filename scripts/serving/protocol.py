@@ -1,4 +1,4 @@
-"""Every message that crosses a process boundary, and nothing else.
+"""Every message that crosses a process boundary. `load_report.py` has the load report.
 
 Encoding is msgpack through msgspec, except discovery values (JSON, so that `etcdctl get` is
 readable). Structs are `array_like` where they travel once per engine step.
@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+
+from serving.load_report import LoadReport
 
 Role = Literal["agg", "prefill", "decode"]
 Phase = Literal["agg", "prefill", "decode"]
@@ -298,38 +300,6 @@ class KvSnapshotPart(Struct, frozen=True, array_like=True, omit_defaults=True):
     num_parts: int
     block_hashes: list[int]
     host_hashes: list[int] = []
-
-
-class LoadReport(Struct, frozen=True, array_like=True):
-    """Published at most once per engine step, with its `KvEventBatch` if there is one, and at least
-    once a second.
-
-    `queued_tokens`: prompt tokens that wait to be computed, cached ones not among them.
-    `active_blocks`: blocks held by running requests. `cached_blocks`: evictable blocks kept for prefix hits. `kv_route`: what
-    carried the latest KV that arrived (`cuda_ipc` from GPU to GPU, `tcp`). The host tier keeps
-    `host_cached_blocks` of at most `num_host_blocks`; blocks moved to and from it are totals.
-    """
-
-    instance_id: str
-    epoch: int
-    num_running: int
-    num_waiting: int
-    queued_tokens: int
-    active_blocks: int
-    cached_blocks: int
-    num_blocks: int
-    kv_bytes_received: int = 0
-    kv_transfers: int = 0
-    kv_transfer_failures: int = 0
-    kv_transfer_seconds: float = 0.0
-    kv_transport: str = ""
-    local_prefill_fallbacks: int = 0
-    preemptions: int = 0
-    kv_route: str = ""
-    host_cached_blocks: int = 0
-    num_host_blocks: int = 0
-    offloaded_blocks: int = 0
-    onloaded_blocks: int = 0
 
 
 msgpack_encode = msgspec.msgpack.encode

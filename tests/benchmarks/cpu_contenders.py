@@ -26,9 +26,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "scripts"))
 
 import torch  # noqa: E402
-from serving.engine.base import EngineLoad  # noqa: E402
 from serving.engine.manifest import load_manifest  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
+from serving.load_report import LoadReport  # noqa: E402
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams  # noqa: E402
 from transformers import AutoModelForCausalLM, LogitsProcessorList  # noqa: E402
 
@@ -132,7 +132,7 @@ class Ours:
         return [after - before for before, after in pairwise(ends)]
 
     def _receive(
-        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad
+        self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport
     ) -> None:
         del events, load
         if outputs:

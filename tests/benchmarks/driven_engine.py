@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from serving.engine.base import EngineLoad
 from serving.engine.manifest import load_manifest
 from serving.engine.torch.engine import TorchEngine
+from serving.load_report import LoadReport
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams
 
 BLOCK_SIZE = 16
@@ -153,7 +153,7 @@ class DrivenEngine:
                     await asyncio.sleep(0.001)
 
     def _receive(
-        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad
+        self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport
     ) -> None:
         del events, load
         if self._run is not None and outputs:

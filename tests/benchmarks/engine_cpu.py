@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import torch  # noqa: E402
 from cpu_contenders import BLOCK_SIZE, Contender  # noqa: E402
 from engine_under_test import find_engine, find_gguf  # noqa: E402
-from serving.engine.base import EngineLoad  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
+from serving.load_report import LoadReport  # noqa: E402
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams  # noqa: E402
 
 PROMPT_LENGTHS = {
@@ -119,7 +119,7 @@ async def measure_host_tier(engine_dir: Path, threads: int, repeats: int) -> Non
     )
     first: asyncio.Future[EngineOutput]
 
-    def receive(outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad) -> None:
+    def receive(outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport) -> None:
         del events, load
         for output in outputs:
             first.set_result(output)

@@ -339,7 +339,8 @@ def routing_decision(count: int) -> tuple[list[float], list[float]]:
     sys.path.insert(0, str(ROOT / "scripts"))
     from serving.config import RouterConfig
     from serving.kv_router.router import KvRouter
-    from serving.protocol import BlocksStored, InstanceInfo, KvEventBatch, LoadReport, ModelCard
+    from serving.load_report import LoadReport
+    from serving.protocol import BlocksStored, InstanceInfo, KvEventBatch, ModelCard
 
     rng = random.Random(3)
     router = KvRouter(RouterConfig(), rng=rng)

@@ -159,7 +159,7 @@ async def compare(engine_dir: Path, rounds: int, threads: int, prompt_tokens: in
                     gaps[overlap].append(seen[0] - told["at"])
                     prefills[overlap].append(told["at"] - begun["at"])
                     steps += [later - earlier for earlier, later in itertools.pairwise(seen)]
-                assert decode.stats.local_prefills == 0
+                assert decode.transfers.local_prefill_fallbacks == 0
     finally:
         await worker.engine.close()
 

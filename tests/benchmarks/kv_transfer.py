@@ -46,10 +46,10 @@ if __name__ == "__main__" and "cuda" in sys.argv:
 import msgspec  # noqa: E402
 from engine_under_test import find_engine  # noqa: E402
 from kv_ends import Got, Held, params, pulling, random_blocks, serving  # noqa: E402
-from serving.engine.base import EngineLoad  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
 from serving.kv_layout import KvLayout  # noqa: E402
 from serving.kv_transfer.base import Progress  # noqa: E402
+from serving.load_report import LoadReport  # noqa: E402
 from serving.protocol import (  # noqa: E402
     EngineOutput,
     EngineRequest,
@@ -224,7 +224,7 @@ class Worker:
         return future
 
     def _receive(
-        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad
+        self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport
     ) -> None:
         del events, load
         for output in outputs:

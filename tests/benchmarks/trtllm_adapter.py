@@ -29,8 +29,8 @@ for folder in ("scripts", "tests/standin", "tests"):
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import uvloop  # noqa: E402
-from serving.engine.base import EngineLoad  # noqa: E402
 from serving.engine.trtllm import engine as adapter  # noqa: E402
+from serving.load_report import LoadReport  # noqa: E402
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams  # noqa: E402
 from unit.engine.trtllm_rig import make_engine, make_manifest  # noqa: E402
 
@@ -78,7 +78,7 @@ class CountingSink:
         self.num_tokens = self.num_finished = 0
 
     def __call__(
-        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad
+        self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport
     ) -> None:
         del events, load
         for output in outputs:

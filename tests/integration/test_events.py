@@ -14,14 +14,8 @@ from serving.config import RouterConfig
 from serving.errors import DeadlineExceeded, InstanceLost
 from serving.events import EventPlane, plane
 from serving.kv_router.router import KvRouter, PromptHashes
-from serving.protocol import (
-    BlocksRemoved,
-    BlocksStored,
-    InstanceInfo,
-    KvEventBatch,
-    LoadReport,
-    ModelCard,
-)
+from serving.load_report import LoadReport
+from serving.protocol import BlocksRemoved, BlocksStored, InstanceInfo, KvEventBatch, ModelCard
 
 pytestmark = pytest.mark.integration
 

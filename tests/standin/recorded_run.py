@@ -13,11 +13,11 @@ from typing import Any
 
 from integration import tiny_model
 from serving import config as configs
-from serving.engine.base import EngineLoad
 from serving.engine.manifest import ENGINE_FORMAT, BuildCheck, EngineManifest
 from serving.engine.trtllm import llm_args, target
 from serving.engine.trtllm.engine import TensorRtLlmEngine
 from serving.engine.trtllm.versions import parse_version
+from serving.load_report import LoadReport
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams
 
 DEADLINE_S = 60.0
@@ -32,7 +32,7 @@ class Sink:
         self.news = asyncio.Event()
 
     def __call__(
-        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad
+        self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport
     ) -> None:
         self.events += events
         for output in outputs:
@@ -157,7 +157,7 @@ async def _serve(engines: dict[str, tuple[TensorRtLlmEngine, Sink]]) -> None:
     decode.submit(EngineRequest("handed", prompt + first, len(prompt), greedy, "decode", params))
     await decoded.until(lambda: "handed" in decoded.last)
     assert first + decoded.tokens["handed"] == told.tokens["greedy"], "other tokens than alone"
-    assert decode.transfers.transfers == 1, decode.transfers
+    assert decode.transfers.kv_transfers == 1, decode.transfers
 
 
 def main() -> None:

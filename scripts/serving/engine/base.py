@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from serving.errors import InvalidRequest
 from serving.kv_layout import KvLayout, PoolMemory
+from serving.load_report import KvTransferTotals, LoadReport
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, Tier
 
 
@@ -33,38 +34,11 @@ class EngineSpec(Struct, frozen=True):
     device: str
 
 
-class EngineLoad(Struct, frozen=True):
-    """See `protocol.LoadReport` for meanings and units."""
-
-    num_running: int
-    num_waiting: int
-    queued_tokens: int
-    active_blocks: int
-    cached_blocks: int
-    num_blocks: int
-    preemptions: int = 0
-    host_cached_blocks: int = 0
-    num_host_blocks: int = 0
-    offloaded_blocks: int = 0
-    onloaded_blocks: int = 0
-
-
-class TransferStats(Struct):
-    """KV fetched by a decode engine: totals since start, as `protocol.LoadReport` has them."""
-
-    bytes_received: int = 0
-    transfers: int = 0
-    failures: int = 0
-    seconds: float = 0.0
-    local_prefills: int = 0
-    route: str = ""
-
-
 class StepSink(Protocol):
     """Receives what one step produced: outputs (may be empty), cache events in order, and load."""
 
     def __call__(
-        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad, /
+        self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport, /
     ) -> None: ...
 
 
@@ -95,7 +69,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def load(self) -> EngineLoad: ...
+    def load(self) -> LoadReport:
+        """The engine's own figures; the worker adds its name and the KV transfers."""
 
     @abstractmethod
     def snapshot(self, tier: Tier = "device") -> list[int]:
@@ -183,8 +158,7 @@ class TransferringEngine(Engine):
     `release` frees the blocks.
     """
 
-    transfers: TransferStats
-    transport: str
+    transfers: KvTransferTotals
     must_fetch = True
 
     def release(self, request_id: str) -> None:

@@ -19,13 +19,8 @@ from nats.errors import SlowConsumerError
 
 from serving.errors import DeadlineExceeded, InstanceLost
 from serving.events.pieces import KvSnapshot, SnapshotParts, snapshot_parts, split_events
-from serving.protocol import (
-    KvEvent,
-    KvEventBatch,
-    KvSnapshotPart,
-    LoadReport,
-    msgpack_encode,
-)
+from serving.load_report import LoadReport
+from serving.protocol import KvEvent, KvEventBatch, KvSnapshotPart, msgpack_encode
 
 log = logging.getLogger(__name__)
 

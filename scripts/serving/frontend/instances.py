@@ -17,7 +17,8 @@ from serving.events import EventPlane
 from serving.frontend.engine_transfer import warm_up
 from serving.frontend.metrics.registry import Metrics
 from serving.kv_router.router import KvRouter
-from serving.protocol import InstanceInfo, KvEventBatch, LoadReport, ModelCard
+from serving.load_report import LoadReport, ready_row
+from serving.protocol import InstanceInfo, KvEventBatch, ModelCard
 from serving.rpc import RpcClient
 
 log = logging.getLogger(__name__)
@@ -182,28 +183,18 @@ class Instances:
         breakers = {one.info.instance_id: one.breaker for one in self._router.state()}
         rows = []
         for instance_id in sorted(self._clients):
-            info, report = self._keepers[instance_id][0], self._reports.get(instance_id)
-            rows.append(
-                {
-                    "instance_id": instance_id,
-                    "role": info.role,
-                    "epoch": info.epoch,
-                    "pid": info.pid,
-                    "host": info.host,
-                    "synchronised": instance_id not in unsynchronised,
-                    "breaker": breakers.get(instance_id, "closed"),
-                    "num_running": report.num_running if report else 0,
-                    "num_waiting": report.num_waiting if report else 0,
-                    "active_blocks": report.active_blocks if report else 0,
-                    "cached_blocks": report.cached_blocks if report else 0,
-                    "num_blocks": info.num_blocks,
-                    "kv_transport": report.kv_transport if report else "",
-                    "kv_route": report.kv_route if report else "",
-                    "kv_bytes_received": report.kv_bytes_received if report else 0,
-                    "kv_transfers": report.kv_transfers if report else 0,
-                    "kv_transfer_failures": report.kv_transfer_failures if report else 0,
-                    "local_prefill_fallbacks": report.local_prefill_fallbacks if report else 0,
-                    "preemptions": report.preemptions if report else 0,
-                }
-            )
+            info = self._keepers[instance_id][0]
+            report = self._reports.get(instance_id, LoadReport())
+            row = {
+                "instance_id": instance_id,
+                "role": info.role,
+                "epoch": info.epoch,
+                "pid": info.pid,
+                "host": info.host,
+                "synchronised": instance_id not in unsynchronised,
+                "breaker": breakers.get(instance_id, "closed"),
+            }
+            row |= ready_row(report)
+            row["num_blocks"] = info.num_blocks  # known before the first report
+            rows.append(row)
         return rows

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from serving.protocol import LoadReport
+from serving.load_report import LoadReport
 
 REPORT_MAX_AGE_S = 3.0
 REPORT_LAG_S = 0.1

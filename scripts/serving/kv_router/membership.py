@@ -21,7 +21,8 @@ from serving.kv_router.load import InstanceLoad, Load
 from serving.kv_router.prefix_index import PrefixIndex
 from serving.kv_router.route import Others
 from serving.kv_router.sequence import EventSequence, IndexCounters
-from serving.protocol import InstanceInfo, KvEventBatch, LoadReport, ModelCard, Role
+from serving.load_report import LoadReport
+from serving.protocol import InstanceInfo, KvEventBatch, ModelCard, Role
 
 
 class InstanceState(NamedTuple):

@@ -11,7 +11,8 @@ from msgspec import Struct
 from serving.config import RouterConfig
 from serving.kv_router.route import Sent
 from serving.kv_router.router import KvRouter, PromptHashes, Route
-from serving.protocol import KvEventBatch, LoadReport, ModelCard, Role
+from serving.load_report import LoadReport
+from serving.protocol import KvEventBatch, ModelCard, Role
 from serving.simulate.clock import Clock
 from serving.simulate.outcome import Outcome, RequestOutcome
 from serving.simulate.trace import Trace, TraceRequest

@@ -17,7 +17,8 @@ from functools import partial
 from msgspec import Struct
 
 from serving.engine.core.block_pool import BlockPool
-from serving.protocol import InstanceInfo, KvEventBatch, LoadReport, ModelCard, Role
+from serving.load_report import LoadReport
+from serving.protocol import InstanceInfo, KvEventBatch, ModelCard, Role
 from serving.simulate.clock import Clock
 from serving.simulate.trace import TraceRequest
 

@@ -23,9 +23,10 @@ import uvloop
 
 from serving.config.process import WorkerSettings, announce_ready, collect_rarely, read_settings
 from serving.discovery import Discovery
-from serving.engine.base import BlockEngine, EngineLoad, TransferringEngine
+from serving.engine.base import BlockEngine, TransferringEngine
 from serving.errors import OperatorError
 from serving.events import EventPlane
+from serving.load_report import LoadReport
 from serving.protocol import EngineOutput, InstanceInfo, KvEvent
 from serving.worker.engines import load_engine
 from serving.worker.handover import BlockHandover, EngineHandover
@@ -74,7 +75,7 @@ async def serve(
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         worker: Worker | None = None
 
-        def sink(outputs: list[EngineOutput], cache: list[KvEvent], load: EngineLoad) -> None:
+        def sink(outputs: list[EngineOutput], cache: list[KvEvent], load: LoadReport) -> None:
             if worker is not None:  # steps of the warm-up concern nobody
                 worker.on_step(outputs, cache, load)
 

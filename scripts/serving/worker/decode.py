@@ -14,9 +14,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from serving.engine.base import BlockEngine, KvReservation, TransferStats
+from serving.engine.base import BlockEngine, KvReservation
 from serving.errors import KvTransferFailed, ServingError
 from serving.kv_transfer.base import KvTransfer
+from serving.load_report import KvTransferTotals
 from serving.protocol import EngineOutput, EngineRequest, ErrorInfo, KvTransferParams
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class DecodeEndpoint:
         self._engine, self._transfer = engine, transfer
         self._tasks, self._fail = tasks, fail
         self._fetching: dict[str, asyncio.Task[None]] = {}
-        self.stats = TransferStats()
+        self.transfers = KvTransferTotals()
 
     def submit(self, request: EngineRequest) -> None:
         """Start fetching; decoding follows by itself. Errors arrive as the request's last output."""
@@ -59,11 +60,11 @@ class DecodeEndpoint:
             try:
                 await self._fetch(request)
             except KvTransferFailed as exc:
-                self.stats.failures += 1
+                self.transfers.kv_transfer_failures += 1
                 if request.follows_prefill:
                     raise
                 log.warning("%s; prefilling here instead", exc)
-                self.stats.local_prefills += 1
+                self.transfers.local_prefill_fallbacks += 1
                 self._engine.submit(msgspec.structs.replace(request, kv_transfer_params=None))
         except ServingError as exc:
             error = ErrorInfo(
@@ -87,8 +88,8 @@ class DecodeEndpoint:
                 token, first = None, reservation.first_block
             await self._pull(params, first, end - first, reservation, more_follows=False)
             reservation.commit(token)
-        self.stats.transfers += 1
-        self.stats.route = self._transfer.route
+        self.transfers.kv_transfers += 1
+        self.transfers.kv_route = self._transfer.route
 
     async def _follow(
         self, request: EngineRequest, params: KvTransferParams, reservation: KvReservation
@@ -117,7 +118,7 @@ class DecodeEndpoint:
         more_follows: bool,
     ) -> None:
         started = time.monotonic()
-        self.stats.bytes_received += await self._transfer.pull(
+        self.transfers.kv_bytes_received += await self._transfer.pull(
             params, first, count, reservation.write, more_follows=more_follows
         )
-        self.stats.seconds += time.monotonic() - started
+        self.transfers.kv_transfer_seconds += time.monotonic() - started

@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from serving.config.process import WorkerSettings
-from serving.engine.base import BlockEngine, TransferringEngine, TransferStats
+from serving.engine.base import BlockEngine, TransferringEngine
 from serving.kv_transfer import make_transfer
+from serving.load_report import KvTransferTotals
 from serving.protocol import EngineOutput, EngineRequest
 from serving.worker.decode import DecodeEndpoint
 from serving.worker.prefill import PrefillEndpoint
@@ -22,8 +23,7 @@ class Handover(ABC):
     """Stands between the worker and its engine for requests of the phases prefill and decode."""
 
     address = ""
-    transport = ""
-    stats: TransferStats
+    transfers: KvTransferTotals
     num_held = 0
 
     @abstractmethod
@@ -78,8 +78,8 @@ class BlockHandover(Handover):
             address=lambda: self._transfer.address,
         )
         self._decode = DecodeEndpoint(engine, self._transfer, tasks, send)
-        self.transport = settings.transport
-        self.stats = self._decode.stats
+        self.transfers = self._decode.transfers
+        self.transfers.kv_transport = settings.transport
 
     async def serve(self) -> None:
         """Let peers fetch. Raises OperatorError when the transport cannot be had."""
@@ -118,7 +118,7 @@ class EngineHandover(Handover):
 
     def __init__(self, engine: TransferringEngine) -> None:
         self._engine = engine
-        self.transport, self.stats = engine.transport, engine.transfers
+        self.transfers = engine.transfers
 
     def submit(self, request: EngineRequest) -> None:
         self._engine.submit(request)

@@ -10,11 +10,14 @@ import asyncio
 import logging
 import time
 
+import msgspec
+
 from serving.config.process import WorkerSettings
-from serving.engine.base import Engine, EngineLoad
+from serving.engine.base import Engine
 from serving.errors import Overloaded
 from serving.events import EventPlane
-from serving.protocol import EngineOutput, EngineRequest, KvEvent, LoadReport
+from serving.load_report import LoadReport
+from serving.protocol import EngineOutput, EngineRequest, KvEvent
 from serving.rpc import RpcServer
 from serving.rpc.handshake import read_secret
 from serving.worker.handover import Handover
@@ -69,7 +72,7 @@ class Worker:
 
     # --- from the engine -----------------------------------------------------------------------
 
-    def on_step(self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad) -> None:
+    def on_step(self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport) -> None:
         if outputs:
             finished = map(self.handover.finish, outputs)
             self.rpc.send([output for output in finished if output is not None])
@@ -78,29 +81,13 @@ class Worker:
         else:
             self._events.publish_load(self._report(load))
 
-    def _report(self, load: EngineLoad) -> LoadReport:
-        stats = self.handover.stats
-        return LoadReport(
+    def _report(self, load: LoadReport) -> LoadReport:
+        """The engine's own figures, with this worker's name and KV transfers."""
+        return msgspec.structs.replace(
+            load,
             instance_id=self._instance_id,
             epoch=self._epoch,
-            num_running=load.num_running,
-            num_waiting=load.num_waiting,
-            queued_tokens=load.queued_tokens,
-            active_blocks=load.active_blocks,
-            cached_blocks=load.cached_blocks,
-            num_blocks=load.num_blocks,
-            kv_bytes_received=stats.bytes_received,
-            kv_transfers=stats.transfers,
-            kv_transfer_failures=stats.failures,
-            kv_transfer_seconds=stats.seconds,
-            kv_transport=self.handover.transport,
-            local_prefill_fallbacks=stats.local_prefills,
-            preemptions=load.preemptions,
-            kv_route=stats.route,
-            host_cached_blocks=load.host_cached_blocks,
-            num_host_blocks=load.num_host_blocks,
-            offloaded_blocks=load.offloaded_blocks,
-            onloaded_blocks=load.onloaded_blocks,
+            **msgspec.structs.asdict(self.handover.transfers),
         )
 
     # --- life ----------------------------------------------------------------------------------

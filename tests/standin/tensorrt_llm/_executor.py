@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from serving.engine.base import EngineLoad
 from serving.errors import ServingError
+from serving.load_report import LoadReport
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams
 
 from tensorrt_llm import _books, _contract, _failures, _handover
@@ -87,7 +87,7 @@ class Executor:
         """For tests: the engine's books agree."""
         self._engine.check_integrity()
 
-    def load(self) -> EngineLoad:
+    def load(self) -> LoadReport:
         """For tests: what the engine holds now."""
         return self._engine.load()
 
@@ -262,7 +262,7 @@ class Executor:
     # --- the engine's steps --------------------------------------------------------------------
 
     def _on_step(
-        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad
+        self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport
     ) -> None:
         for output in outputs:
             job = self._jobs.get(output.request_id)

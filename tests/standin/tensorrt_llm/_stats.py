@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from serving.engine.base import EngineLoad
+from serving.load_report import LoadReport
 from serving.protocol import EngineOutput
 
 from tensorrt_llm import _contract
@@ -29,7 +29,7 @@ class Stats:
         self._inflight: list[str] = layout["inflightBatchingStats"]
         self._nullable: list[str] = layout["optional_objects"]
 
-    def of_step(self, outputs: list[EngineOutput], load: EngineLoad) -> str:
+    def of_step(self, outputs: list[EngineOutput], load: LoadReport) -> str:
         step, self._num_steps = self._num_steps, self._num_steps + 1
         before, self._last = self._last, time.monotonic()
         self._num_completed += sum(output.finish_reason is not None for output in outputs)
@@ -54,7 +54,7 @@ class Stats:
             stats["kvCacheStats"] = self._of_cache(load)
         return json.dumps(stats)
 
-    def _of_cache(self, load: EngineLoad) -> dict[str, Any]:
+    def _of_cache(self, load: LoadReport) -> dict[str, Any]:
         # Blocks kept for reuse count as free.
         values = {
             "maxNumBlocks": load.num_blocks,
@@ -66,7 +66,7 @@ class Stats:
         }
         return {key: values.get(key, 0) for key in self._cache}
 
-    def _in_flight(self, outputs: list[EngineOutput], load: EngineLoad) -> dict[str, Any]:
+    def _in_flight(self, outputs: list[EngineOutput], load: LoadReport) -> dict[str, Any]:
         values = {
             "numScheduledRequests": load.num_running,
             "numGenRequests": len(outputs),

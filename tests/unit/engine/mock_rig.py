@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from serving.config import EngineConfig, MockConfig
-from serving.engine.base import EngineLoad
 from serving.engine.manifest import ENGINE_FORMAT, BuildCheck, DummyWeights, EngineManifest
 from serving.engine.mock.engine import MockEngine
 from serving.kv_layout import KvLayout
+from serving.load_report import LoadReport
 from serving.protocol import (
     BlocksRemoved,
     BlocksStored,
@@ -113,7 +113,7 @@ class Rig:
         self.outputs: dict[str, list[EngineOutput]] = {}
         self.began: dict[str, float] = {}
         self.ended: dict[str, float] = {}
-        self.loads: list[EngineLoad] = []
+        self.loads: list[LoadReport] = []
         self.events: list[KvEvent] = []
         self.held: dict[Tier, set[int]] = {"device": set(), "host": set()}  # as the events say
         self._change = asyncio.Event()
@@ -127,7 +127,7 @@ class Rig:
         self.engine.check_integrity()
         assert self.engine.load().active_blocks == 0
 
-    def _sink(self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad) -> None:
+    def _sink(self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport) -> None:
         now = asyncio.get_running_loop().time()
         for output in outputs:
             self.outputs.setdefault(output.request_id, []).append(output)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from serving.engine.base import EngineLoad
 from serving.engine.torch.engine import TorchEngine
+from serving.load_report import LoadReport
 from serving.protocol import (
     BlocksRemoved,
     BlocksStored,
@@ -94,12 +94,12 @@ class Sink:
         self.prompt_logprobs: dict[str, list[TokenLogprob]] = {}
         self.events: list[KvEvent] = []
         self.held: dict[Tier, set[int]] = {"device": set(), "host": set()}  # as events say
-        self.load: EngineLoad | None = None
+        self.load: LoadReport | None = None
         self.num_steps = 0
         self._news = asyncio.Event()
 
     def __call__(
-        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad
+        self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport
     ) -> None:
         self.load = load
         self.num_steps += 1

@@ -3,7 +3,7 @@
 import random
 
 from serving.kv_router.load import REPORT_LAG_S, REPORT_MAX_AGE_S, InstanceLoad, Load
-from serving.protocol import LoadReport
+from serving.load_report import LoadReport
 
 LATER = 10 * REPORT_LAG_S
 

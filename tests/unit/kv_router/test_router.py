@@ -10,13 +10,8 @@ from serving.config import RouterConfig
 from serving.errors import InstanceRefused, NoInstances
 from serving.kv_router.route import Sent
 from serving.kv_router.router import KvRouter
-from serving.protocol import (
-    BlocksStored,
-    InstanceInfo,
-    KvEventBatch,
-    LoadReport,
-    ModelCard,
-)
+from serving.load_report import LoadReport
+from serving.protocol import BlocksStored, InstanceInfo, KvEventBatch, ModelCard
 
 BLOCK_SIZE = 16
 CARD = ModelCard("m", "/tokenizer", 4096, BLOCK_SIZE, "salt", "fp", 0)

@@ -1,7 +1,8 @@
 """A simulated worker takes the time its figures say, and keeps its blocks in order."""
 
 import pytest
-from serving.protocol import BlocksRemoved, BlocksStored, KvEventBatch, LoadReport, ModelCard
+from serving.load_report import LoadReport
+from serving.protocol import BlocksRemoved, BlocksStored, KvEventBatch, ModelCard
 from serving.simulate.clock import Clock
 from serving.simulate.trace import TraceRequest
 from serving.simulate.worker import EngineSpeed, Job, SimulatedWorker

@@ -19,11 +19,11 @@ from serving.config import (
     RouterConfig,
 )
 from serving.config.process import ControlServices, FrontendSettings, WorkerSettings
-from serving.engine.base import EngineLoad
 from serving.engine.torch.engine import TorchEngine
 from serving.frontend.metrics.registry import Metrics
 from serving.frontend.pipeline import Pipeline
 from serving.kv_router.router import KvRouter
+from serving.load_report import LoadReport
 from serving.protocol import (
     EngineOutput,
     EngineRequest,
@@ -67,7 +67,7 @@ class RunningWorker:
 
     @property
     def pulled(self) -> int:
-        return self.handover.stats.bytes_received
+        return self.handover.transfers.kv_bytes_received
 
 
 @asynccontextmanager
@@ -107,7 +107,7 @@ async def running_worker(
     this = RunningWorker()
     this.engine = TorchEngine(folder, **{**settings, **options})
 
-    def sink(outputs: list[EngineOutput], cache: list[KvEvent], load: EngineLoad) -> None:
+    def sink(outputs: list[EngineOutput], cache: list[KvEvent], load: LoadReport) -> None:
         this.told += outputs
         this.worker.on_step(outputs, cache, load)
 

@@ -78,8 +78,12 @@ async def test_tokens_are_the_same_and_most_blocks_come_before_the_first_one(
         assert pair.decode.pulled == layout.num_blocks(length) * layout.block_bytes
         full_chunks = (length - 1) // 16
         assert early >= (full_chunks - 1) * 2 * layout.block_bytes
-        stats = pair.decode.handover.stats
-        assert (stats.transfers, stats.failures, stats.local_prefills) == (1, 0, 0)
+        stats = pair.decode.handover.transfers
+        assert (stats.kv_transfers, stats.kv_transfer_failures, stats.local_prefill_fallbacks) == (
+            1,
+            0,
+            0,
+        )
 
 
 async def test_without_overlap_and_for_short_prompts_nothing_is_fetched_early(model: Path) -> None:
@@ -88,7 +92,7 @@ async def test_without_overlap_and_for_short_prompts_nothing_is_fetched_early(mo
         async with running_pair(model, **options) as pair:
             expected = generate(model, prompt, NUM_TOKENS)
             assert await pair.answer("a", prompt, greedy(NUM_TOKENS)) == expected
-            assert pair.decode.handover.stats.transfers == 1
+            assert pair.decode.handover.transfers.kv_transfers == 1
             assert not any(asked.follows_prefill for asked in pair.decode.asked)
 
 
@@ -108,7 +112,7 @@ async def test_many_at_once_with_hits_on_both_sides(
                 )
             )
             assert got == expected
-        assert pair.decode.handover.stats.local_prefills == 0
+        assert pair.decode.handover.transfers.local_prefill_fallbacks == 0
 
 
 async def test_prefill_that_is_preempted_in_between_starts_over(
@@ -125,7 +129,7 @@ async def test_prefill_that_is_preempted_in_between_starts_over(
             async for _ in outputs:
                 pass
         assert await answering == generate(model, prompt, NUM_TOKENS)
-        assert pair.decode.handover.stats.local_prefills == 0
+        assert pair.decode.handover.transfers.local_prefill_fallbacks == 0
         assert pair.prefill.engine.load().preemptions > 0
 
 
@@ -139,7 +143,7 @@ async def test_first_token_that_is_the_last_leaves_nothing_behind(
         assert await pair.answer("a", prompt, greedy(NUM_TOKENS, stop_token_ids=[first])) == []
         assert await pair.answer("b", prompt, greedy(1)) == [first]
         await until(lambda: not pair.decode.handover._decode._fetching)
-        assert pair.decode.handover.stats.transfers == 0
+        assert pair.decode.handover.transfers.kv_transfers == 0
 
 
 @pytest.mark.parametrize("num_outputs", [0, 1, 3])
@@ -183,8 +187,12 @@ async def test_transfer_that_breaks_midway_is_done_again_with_the_first_token(
         expected = generate(model, prompt, NUM_TOKENS)
         assert await pair.answer("a", prompt, greedy(NUM_TOKENS)) == expected
         assert broken.is_set()
-        stats = pair.decode.handover.stats
-        assert (stats.transfers, stats.failures, stats.local_prefills) == (1, 1, 0)
+        stats = pair.decode.handover.transfers
+        assert (stats.kv_transfers, stats.kv_transfer_failures, stats.local_prefill_fallbacks) == (
+            1,
+            1,
+            0,
+        )
 
 
 @pytest.mark.parametrize("error", [Overloaded("full"), EngineFailed("a hiccup")])

@@ -28,7 +28,8 @@ from serving.deploy.report.smoke import cached_tokens, long_prompt
 from serving.discovery import Discovery
 from serving.errors import OperatorError, ServingError
 from serving.events import EventPlane
-from serving.protocol import InstanceInfo, KvEventBatch, LoadReport
+from serving.load_report import LoadReport
+from serving.protocol import InstanceInfo, KvEventBatch
 
 ASK_S = 3.0
 LISTEN_S = 2.5

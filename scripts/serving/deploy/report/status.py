@@ -24,13 +24,10 @@ from serving.deploy.processes.markers import read_marker, read_record
 from serving.deploy.processes.supervisor import LOGS, RUN, ProcessInfo, Supervisor
 from serving.deploy.report.service import recorded
 from serving.errors import OperatorError
+from serving.load_report import LoadReport, status_columns
 from serving.protocol import InstanceInfo
 
 ANSWER_S = 2.0
-_COLUMNS = (
-    *("instance_id", "role", "num_running", "num_waiting"),
-    *("active_blocks", "cached_blocks", "num_blocks"),
-)
 _SAMPLE = re.compile(r'^(serving_\w+)\{.*?instance="([^"]+)".*?\} (\S+)$', re.MULTILINE)
 
 
@@ -92,22 +89,8 @@ def report(config: Config) -> list[str]:
         lines += [f"URL       {scheme(listen)}://{where}/v1 ({verdict})", ""]
     instances = [row for row in ready.get("instances") or [] if isinstance(row, dict)]
     if instances:
-        titles: tuple[str, ...] = (
-            "instance",
-            "role",
-            "running",
-            "waiting",
-            "active",
-            "cached",
-            "blocks",
-            "hits",
-        )
-        rows = [_instance(row, answers.hit_rates) for row in instances]
-        if topology == MULTINODE:
-            titles = (*titles, "host")
-            hosts = [str(row.get("host", "-")) for row in instances]
-            rows = [(*row, host) for row, host in zip(rows, hosts, strict=True)]
-        lines += [*table(titles, rows), ""]
+        hosts = topology == MULTINODE
+        lines += [*instance_table(instances, answers.hit_rates, hosts=hosts), ""]
     carried = sorted(
         {f"{r['kv_transport']} over {r['kv_route']}" for r in instances if r.get("kv_route")}
     )
@@ -115,6 +98,25 @@ def report(config: Config) -> list[str]:
         lines += [f"KV moved by {', '.join(carried)}", ""]
     refused = ready.get("refused") or {}
     return lines + [f"refused: {name}: {reason}" for name, reason in refused.items()]
+
+
+def instance_table(
+    instances: Sequence[Mapping[str, Any]],
+    hit_rates: Mapping[str, float],
+    *,
+    hosts: bool = False,
+    definition: type[LoadReport] = LoadReport,
+) -> list[str]:
+    """The rows of `/ready`, with the columns that `definition` shows. `hosts`: and each's machine."""
+    columns = {"instance_id": "instance", "role": "role", **status_columns(definition)}
+    titles = [*columns.values(), "hits", *(["host"] if hosts else [])]
+    rows = []
+    for instance in instances:
+        rate = hit_rates.get(str(instance.get("instance_id")))
+        row = [str(instance.get(key, "-")) for key in columns]
+        row.append("-" if rate is None else f"{rate:.0%}")
+        rows.append([*row, str(instance.get("host", "-"))] if hosts else row)
+    return table(titles, rows)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -202,11 +204,6 @@ def _health(name: str, control: ControlServices | None, answers: Answers) -> str
     if instance_id not in breakers:
         return "not registered" if answers.ready.get("joined") else "not routed to"
     return "ready" if breakers[instance_id] in (None, "closed") else "failed lately: avoided"
-
-
-def _instance(row: Mapping[str, Any], rates: Mapping[str, float]) -> tuple[str, ...]:
-    rate = rates.get(str(row.get("instance_id")))
-    return (*(str(row.get(key, "-")) for key in _COLUMNS), "-" if rate is None else f"{rate:.0%}")
 
 
 def _listen(config: Config) -> FrontendConfig:

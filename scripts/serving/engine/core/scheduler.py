@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from serving.engine.base import EngineLoad
 from serving.engine.core.admission import Admission, SchedulerLimits
 from serving.engine.core.block_pool import BlockPool
 from serving.engine.core.exports import Exports
@@ -22,6 +21,7 @@ from serving.engine.core.sequence import UNKNOWN_TOKEN, Sequence, State
 from serving.engine.core.sequence_blocks import SequenceBlocks
 from serving.engine.core.step import Chunk, StepPlan, StepPlanner
 from serving.errors import InvalidRequest, QueuedTooLong
+from serving.load_report import LoadReport
 from serving.protocol import EngineOutput, ErrorInfo, FinishReason, KvEvent, TokenLogprob
 
 
@@ -204,9 +204,9 @@ class Scheduler:
         """Cache changes since the last call, in order."""
         return self.pool.take_events()
 
-    def load(self) -> EngineLoad:
+    def load(self) -> LoadReport:
         in_prefill = sum(s.remaining for s in self.running if s.remaining > 1)
-        return EngineLoad(
+        return LoadReport(
             num_running=len(self.running) + len(self._admission.reserved),
             num_waiting=len(self.waiting),
             queued_tokens=self._admission.queued_tokens + in_prefill,

@@ -18,14 +18,7 @@ import msgspec
 
 from serving import block_hash
 from serving.config import EngineConfig, MockConfig
-from serving.engine.base import (
-    EngineLoad,
-    EngineSpec,
-    StepSink,
-    TransferringEngine,
-    TransferStats,
-    require_runnable,
-)
+from serving.engine.base import EngineSpec, StepSink, TransferringEngine, require_runnable
 from serving.engine.core.admission import SchedulerLimits
 from serving.engine.core.block_pool import BlockPool
 from serving.engine.core.host_tier import HostTier
@@ -37,6 +30,7 @@ from serving.engine.manifest import EngineManifest
 from serving.engine.mock.text import MockText, printable_ids
 from serving.engine.mock.timing import step_seconds, transfer_seconds, work_of
 from serving.errors import EngineFailed, InvalidRequest, OperatorError
+from serving.load_report import KvTransferTotals, LoadReport
 from serving.protocol import (
     BlocksRemoved,
     BlocksStored,
@@ -56,7 +50,6 @@ class MockEngine(TransferringEngine):
     """See the module. `manifest` is that of an engine with dummy weights."""
 
     must_fetch = False
-    transport = "mock"
 
     def __init__(
         self,
@@ -113,7 +106,7 @@ class MockEngine(TransferringEngine):
         self._loop: asyncio.AbstractEventLoop
         self._sink: StepSink
         self._text: MockText
-        self.transfers = TransferStats()
+        self.transfers = KvTransferTotals(kv_transport="mock")
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -149,8 +142,8 @@ class MockEngine(TransferringEngine):
         require_runnable(request, self._limits.max_model_len, self._manifest.vocab_size)
         params = request.kv_transfer_params
         if params is not None and not self._is_fetchable(request):
-            self.transfers.failures += 1
-            self.transfers.local_prefills += 1
+            self.transfers.kv_transfer_failures += 1
+            self.transfers.local_prefill_fallbacks += 1
             params = None
             request = msgspec.structs.replace(request, kv_transfer_params=None)
         sequence = Sequence(request, next(self._arrivals), self._root, self._limits.block_size)
@@ -177,7 +170,7 @@ class MockEngine(TransferringEngine):
         self._scheduler.release_export(request_id)
         self._free(request_id)
 
-    def load(self) -> EngineLoad:
+    def load(self) -> LoadReport:
         return self._scheduler.load()
 
     def snapshot(self, tier: Tier = "device") -> list[int]:
@@ -275,9 +268,9 @@ class MockEngine(TransferringEngine):
 
         def arrived() -> None:
             del self._fetches[request_id]
-            self.transfers.transfers += 1
-            self.transfers.bytes_received += num_bytes
-            self.transfers.seconds += self._loop.time() - began
+            self.transfers.kv_transfers += 1
+            self.transfers.kv_bytes_received += num_bytes
+            self.transfers.kv_transfer_seconds += self._loop.time() - began
             self._scheduler.commit(sequence)
             self._wake()
 

@@ -20,13 +20,7 @@ from pathlib import Path
 import torch
 
 from serving import block_hash
-from serving.engine.base import (
-    BlockEngine,
-    EngineLoad,
-    EngineSpec,
-    StepSink,
-    require_runnable,
-)
+from serving.engine.base import BlockEngine, EngineSpec, StepSink, require_runnable
 from serving.engine.core.admission import SchedulerLimits
 from serving.engine.core.block_pool import BlockPool
 from serving.engine.core.host_tier import Copies, HostTier
@@ -39,6 +33,7 @@ from serving.engine.torch.kv_access import TorchKvBlocks
 from serving.engine.torch.model_runner import Launched, ModelRunner
 from serving.engine.torch.sampling.guidance import Guides
 from serving.errors import EngineFailed, OperatorError
+from serving.load_report import LoadReport
 from serving.protocol import (
     BlocksRemoved,
     BlocksStored,
@@ -172,7 +167,7 @@ class TorchEngine(BlockEngine):
     def abort(self, request_id: str) -> None:
         self.kv.abort(request_id)
 
-    def load(self) -> EngineLoad:
+    def load(self) -> LoadReport:
         with self._lock:
             return self._scheduler.load()
 

@@ -19,13 +19,7 @@ from msgspec import Struct
 
 from serving import block_hash
 from serving.config import EngineConfig
-from serving.engine.base import (
-    EngineLoad,
-    EngineSpec,
-    StepSink,
-    TransferringEngine,
-    TransferStats,
-)
+from serving.engine.base import EngineSpec, StepSink, TransferringEngine
 from serving.engine.manifest import EngineManifest
 from serving.engine.trtllm.arguments import LlmArguments, read_arguments
 from serving.engine.trtllm.environment import scrub_mpi_environment, set_transport_defaults
@@ -41,6 +35,7 @@ from serving.engine.trtllm.stats import EngineStats, parse_stats
 from serving.engine.trtllm.threads import in_thread
 from serving.engine.trtllm.versions import LAST_WITH_TENSORRT, Version, parse_version
 from serving.errors import EngineFailed, OperatorError
+from serving.load_report import KvTransferTotals, LoadReport
 from serving.protocol import EngineRequest, Role, Tier
 
 log = logging.getLogger(__name__)
@@ -132,8 +127,7 @@ class TensorRtLlmEngine(TransferringEngine):
         self._outbox: Outbox
         self._requests: Requests
         self._suspicion: asyncio.Event
-        self.transfers = TransferStats()
-        self.transport = ""
+        self.transfers = KvTransferTotals()
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -142,10 +136,10 @@ class TensorRtLlmEngine(TransferringEngine):
         filename = manifest.llm_args.get(self._role, f"llm_args-{self._role}.yaml")
         arguments = read_arguments(self._engine_dir, filename)
         transceiver = arguments.section("cache_transceiver_config")
-        self.transport = str(transceiver.get("backend") or "").lower()
+        self.transfers.kv_transport = str(transceiver.get("backend") or "").lower()
         if removed := scrub_mpi_environment(os.environ):
             log.info("removed from the environment, for MPI spawn: %s", ", ".join(removed))
-        set_transport_defaults(os.environ, self.transport)
+        set_transport_defaults(os.environ, self.transfers.kv_transport)
 
         started = time.monotonic()
         self._library, self._llm = await in_thread(lambda: self._load(arguments), "trtllm-load")
@@ -197,7 +191,7 @@ class TensorRtLlmEngine(TransferringEngine):
             time.monotonic() - started,
             self.spec.num_blocks,
             config.block_size,
-            self.transport or "nothing",
+            self.transfers.kv_transport or "nothing",
         )
 
     def _load(self, arguments: LlmArguments) -> tuple[Library, Any]:
@@ -270,7 +264,7 @@ class TensorRtLlmEngine(TransferringEngine):
         # Its events do not tell the tiers apart: a block can be reused from either.
         return list(self._outbox.delivered) if tier == "device" else []
 
-    def load(self) -> EngineLoad:
+    def load(self) -> LoadReport:
         """Requests by our own count, corrected by the library's queue where that is news.
 
         Its statistics stop when it has nothing to do, and the last ones still show the blocks of
@@ -283,7 +277,7 @@ class TensorRtLlmEngine(TransferringEngine):
             num_running = max(0, min(num_running, num_requests - stats.num_queued))
         active = min(stats.num_used_blocks or 0, num_blocks) if num_requests else 0
         cached = min(len(self._outbox.delivered), num_blocks)
-        return EngineLoad(
+        return LoadReport(
             num_running=num_running,
             num_waiting=num_requests - num_running,
             queued_tokens=self._requests.queued_tokens,

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from serving.engine.base import EngineLoad, StepSink
+from serving.engine.base import StepSink
+from serving.load_report import LoadReport
 from serving.protocol import BlocksRemoved, BlocksStored, EngineOutput, KvEvent
 
 
 class Outbox:
     """`load` is asked with each delivery. `delivered` are the hashes that the sink knows of."""
 
-    def __init__(self, sink: StepSink, load: Callable[[], EngineLoad]) -> None:
+    def __init__(self, sink: StepSink, load: Callable[[], LoadReport]) -> None:
         self._sink, self._load = sink, load
         self._call_soon = asyncio.get_running_loop().call_soon
         self._outputs: list[EngineOutput] = []

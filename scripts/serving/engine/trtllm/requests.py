@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 
 from serving.config import EngineConfig
-from serving.engine.base import TransferStats
 from serving.engine.trtllm.disagg import (
     Handover,
     committed_params,
@@ -30,6 +29,7 @@ from serving.engine.trtllm.running import Running, Runtime
 from serving.engine.trtllm.sampling import Vocabulary, num_to_generate, sampling_arguments
 from serving.engine.trtllm.transfer_times import count_transfer
 from serving.errors import EngineFailed, InvalidRequest, KvTransferFailed, Overloaded, ServingError
+from serving.load_report import KvTransferTotals
 from serving.protocol import (
     EngineOutput,
     EngineRequest,
@@ -57,7 +57,7 @@ class Requests:
         vocabulary: Vocabulary,
         guide_backend: str | None,
         fetch_s: float,
-        transfers: TransferStats,
+        transfers: KvTransferTotals,
         num_cached: Callable[[list[int]], int],
         suspect: Callable[[], None],
     ) -> None:
@@ -296,7 +296,7 @@ class Requests:
             reason = completion.finish_reason
             if reason in ("cancelled", "timeout") and not running.is_stopping:
                 raise self._transfer_failed(running, f"it was {reason}")
-            self._transfers.transfers += 1
+            self._transfers.kv_transfers += 1
             running.num_cached = handover.num_tokens
         running.has_begun = True
         self._unqueue(running)
@@ -383,8 +383,8 @@ class Requests:
 
     def _count_failure(self, exc: KvTransferFailed, *, is_computed_here: bool) -> None:
         log.warning("%s; %s", exc, "prefilling here instead" if is_computed_here else "not wanted")
-        self._transfers.failures += 1
-        self._transfers.local_prefills += is_computed_here
+        self._transfers.kv_transfer_failures += 1
+        self._transfers.local_prefill_fallbacks += is_computed_here
 
     @staticmethod
     def _stopped(request: EngineRequest, handover: Handover) -> EngineOutput:

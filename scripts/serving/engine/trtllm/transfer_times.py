@@ -5,20 +5,20 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from serving.engine.base import TransferStats
+from serving.load_report import KvTransferTotals
 
 
-def count_transfer(stats: TransferStats, completion: Any) -> None:
+def count_transfer(stats: KvTransferTotals, completion: Any) -> None:
     """Add what `completion` (the last `CompletionOutput` of a decode) says of its fetch."""
     metrics = getattr(completion, "request_perf_metrics", None)
     timing = getattr(metrics, "timing_metrics", None)
     if timing is None:
         return
-    stats.bytes_received += int(getattr(timing, "kv_cache_size", None) or 0)
+    stats.kv_bytes_received += int(getattr(timing, "kv_cache_size", None) or 0)
     start = getattr(timing, "kv_cache_transfer_start", None)
     end = getattr(timing, "kv_cache_transfer_end", None)
     if start is not None and end is not None:
-        stats.seconds += max(0.0, _seconds(end - start))
+        stats.kv_transfer_seconds += max(0.0, _seconds(end - start))
 
 
 def _seconds(span: Any) -> float:

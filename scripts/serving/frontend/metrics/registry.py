@@ -1,23 +1,20 @@
 """What `/metrics` shows, in Prometheus' terms, and nothing about how it came about.
 
-Names follow what other OpenAI-compatible servers export, with the prefix `serving_`. What
-workers report about themselves arrives once per engine step, so it is only remembered here and
-turned into samples when someone asks.
+Names follow what other OpenAI-compatible servers export, with the prefix `serving_`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
 
-from msgspec import Struct
 from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from serving.frontend.metrics.collectors import Counter, Gauge, Histogram
-from serving.protocol import LoadReport, Role
+from serving.frontend.metrics.instances import InstanceMetrics
+from serving.load_report import LoadReport
+from serving.protocol import Role
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -94,9 +91,9 @@ class Metrics:
         )
         for phase in get_args(DeadlinePhase):
             self.deadlines_exceeded.add(0, phase)  # so that the first one is a rise
-        self._reports = _Reports()
+        self._instances = InstanceMetrics()
         for collector in vars(self).values():
-            if isinstance(collector, Counter | Histogram | Gauge | _Reports):
+            if isinstance(collector, Counter | Histogram | Gauge | InstanceMetrics):
                 registry.register(collector)
 
     def add(self, collector: Collector) -> None:
@@ -105,11 +102,11 @@ class Metrics:
 
     def observe_load(self, report: LoadReport) -> None:
         """Remember a worker's latest report; cheap enough for every engine step."""
-        self._reports.add(report)
+        self._instances.add(report)
 
     def forget_instance(self, instance_id: str) -> None:
         """Its gauges disappear; its counters stay."""
-        self._reports.live.discard(instance_id)
+        self._instances.forget(instance_id)
 
     def observe_routed(
         self, policy: str, role: Role, instance_id: str, prompt_tokens: int, hit_tokens: int
@@ -130,101 +127,3 @@ class Metrics:
     def render(self) -> bytes:
         """Everything, in the text format of `CONTENT_TYPE`."""
         return generate_latest(self._registry)
-
-
-class _Totals(Struct):
-    """Counters of one instance over all its epochs, as of its latest report."""
-
-    kv_transfer_bytes: float = 0
-    kv_transfers: float = 0
-    kv_transfer_failures: float = 0
-    kv_transfer_seconds: float = 0
-    local_prefill_fallbacks: float = 0
-    preemptions: float = 0
-    offloaded_blocks: float = 0
-    onloaded_blocks: float = 0
-
-    def plus(self, report: LoadReport) -> _Totals:
-        return _Totals(
-            self.kv_transfer_bytes + report.kv_bytes_received,
-            self.kv_transfers + report.kv_transfers,
-            self.kv_transfer_failures + report.kv_transfer_failures,
-            self.kv_transfer_seconds + report.kv_transfer_seconds,
-            self.local_prefill_fallbacks + report.local_prefill_fallbacks,
-            self.preemptions + report.preemptions,
-            self.offloaded_blocks + report.offloaded_blocks,
-            self.onloaded_blocks + report.onloaded_blocks,
-        )
-
-
-_TRANSFER_COUNTERS = {
-    "kv_transfer_bytes": "Bytes of KV received from prefill workers.",
-    "kv_transfers": "KV transfers completed.",
-    "kv_transfer_failures": "KV transfers that failed.",
-    "kv_transfer_seconds": "Time spent in KV transfers.",
-    "local_prefill_fallbacks": "Prompts computed again because their KV could not be fetched.",
-}
-_ENGINE_COUNTERS = {
-    "preemptions": "Requests preempted for want of blocks.",
-    "offloaded_blocks": "Evicted KV blocks copied to host memory.",
-    "onloaded_blocks": "KV blocks copied back from host memory for a prefix hit.",
-}
-_GAUGES = {
-    "num_running": "Requests in the engine's batch.",
-    "num_waiting": "Requests queued in the engine.",
-    "queued_tokens": "Prompt tokens waiting or partly computed.",
-    "active_blocks": "KV blocks held by running requests.",
-    "cached_blocks": "Evictable KV blocks kept for prefix hits.",
-    "num_blocks": "KV blocks in all.",
-    "host_cached_blocks": "Evicted KV blocks kept in host memory.",
-    "num_host_blocks": "KV blocks that host memory has room for.",
-}
-
-
-class _Reports(Collector):
-    """The latest load report of every instance, as samples.
-
-    A worker counts from zero in each epoch. What earlier epochs counted is kept, so that the
-    counters here never fall while the frontend lives.
-    """
-
-    def __init__(self) -> None:
-        self.live: set[str] = set()
-        self._latest: dict[str, LoadReport] = {}
-        self._before: dict[str, _Totals] = {}
-
-    def add(self, report: LoadReport) -> None:
-        instance_id = report.instance_id
-        last = self._latest.get(instance_id)
-        if last is not None and last.epoch != report.epoch:
-            if report.epoch < last.epoch:
-                return
-            before = self._before.get(instance_id, _Totals())
-            self._before[instance_id] = before.plus(last)
-        self._latest[instance_id] = report
-        self.live.add(instance_id)
-
-    def collect(self) -> Iterable[Metric]:
-        yield from self._counters()
-        for name, text in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"serving_instance_{name}", text, labels=["instance"])
-            for instance_id in sorted(self.live):
-                gauge.add_metric([instance_id], getattr(self._latest[instance_id], name))
-            yield gauge
-
-    def _counters(self) -> Iterator[Metric]:
-        totals = {
-            instance_id: self._before.get(instance_id, _Totals()).plus(report)
-            for instance_id, report in sorted(self._latest.items())
-        }
-        for name, text in _TRANSFER_COUNTERS.items():
-            family = CounterMetricFamily(f"serving_{name}", text, labels=["instance", "transport"])
-            for instance_id, total in totals.items():
-                transport = self._latest[instance_id].kv_transport
-                family.add_metric([instance_id, transport], getattr(total, name))
-            yield family
-        for name, text in _ENGINE_COUNTERS.items():
-            family = CounterMetricFamily(f"serving_{name}", text, labels=["instance"])
-            for instance_id, total in totals.items():
-                family.add_metric([instance_id], getattr(total, name))
-            yield family

@@ -282,7 +282,11 @@ def test_kv_of_another_engine_is_computed_here(tmp_path: Path) -> None:
                 await rig.end_of(f"d{i}")
                 assert len(rig.tokens(f"d{i}")) == 3
             stats = rig.engine.transfers
-            assert (stats.failures, stats.local_prefills, stats.transfers) == (3, 3, 0)
+            assert (
+                stats.kv_transfer_failures,
+                stats.local_prefill_fallbacks,
+                stats.kv_transfers,
+            ) == (3, 3, 0)
 
     on_virtual_time(main())
 

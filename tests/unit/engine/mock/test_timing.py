@@ -129,8 +129,8 @@ def test_prefill_holds_and_decode_waits_for_the_transfer(tmp_path: Path) -> None
             assert target.last("b").finish_reason == "length"
             assert target.outputs["a"][0].cached_tokens == 64
             stats = target.engine.transfers
-            assert (stats.transfers, stats.bytes_received) == (2, 2 * num_bytes)
-            assert stats.failures == stats.local_prefills == 0
+            assert (stats.kv_transfers, stats.kv_bytes_received) == (2, 2 * num_bytes)
+            assert stats.kv_transfer_failures == stats.local_prefill_fallbacks == 0
             assert source.engine.load().active_blocks == 0
             assert source.engine.load().cached_blocks == 16
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from serving.engine.base import EngineLoad
+from serving.load_report import LoadReport
 from standin.install import install
 
 DEADLINE_S = 30.0
@@ -98,7 +98,7 @@ async def idle(llm: Any, active_blocks: int = 0) -> None:
     raise TimeoutError(f"still busy: {llm._executor.load()}")
 
 
-def _is_idle(load: EngineLoad, active_blocks: int) -> bool:
+def _is_idle(load: LoadReport, active_blocks: int) -> bool:
     return not load.num_running and not load.num_waiting and load.active_blocks == active_blocks
 
 

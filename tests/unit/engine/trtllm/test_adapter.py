@@ -104,11 +104,15 @@ async def test_prefill_and_decode_give_the_same_output_in_every_version(
             await decode_sink.finished("r")
             assert last.token_ids + decode_sink.tokens["r"] == generate(engine_dir, prompt, 12)
             assert decode_sink.cached["r"] == len(prompt)
-            assert (source.transport, target.transport) == ("nixl", "nixl")
+            assert source.transfers.kv_transport == target.transfers.kv_transport == "nixl"
             stats = target.transfers
-            assert (stats.transfers, stats.failures, stats.local_prefills) == (1, 0, 0)
-            assert stats.bytes_received > 0
-            assert stats.seconds > 0
+            assert (
+                stats.kv_transfers,
+                stats.kv_transfer_failures,
+                stats.local_prefill_fallbacks,
+            ) == (1, 0, 0)
+            assert stats.kv_bytes_received > 0
+            assert stats.kv_transfer_seconds > 0
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -140,7 +144,7 @@ async def test_arguments_that_build_engine_writes_are_taken_by_every_version(
                 engine.submit(request("r", [5, 6, 7], greedy(3)))
                 await sink.finished("r")
                 assert sink.tokens["r"] == generate(engine_dir, [5, 6, 7], 3)
-                assert engine.transport == ("" if role == "agg" else "nixl")
+                assert engine.transfers.kv_transport == ("" if role == "agg" else "nixl")
 
 
 @pytest.mark.parametrize("version", ["1.1.0", "1.2.1"])
@@ -384,7 +388,7 @@ async def test_committed_prefill_cannot_be_aborted(folder: Path) -> None:
         target.submit(decode_request(asked, last))
         await decode_sink.finished("r")
         assert decode_sink.last["r"].finish_reason == "length"
-        assert target.transfers.failures == 0
+        assert target.transfers.kv_transfer_failures == 0
 
 
 @pytest.mark.usefixtures("newest")
@@ -402,7 +406,7 @@ async def test_abort_of_a_decode_waits_for_its_fetch(folder: Path) -> None:
         assert decode_sink.tokens["r"] == []
         # Well before `kv_transfer_timeout_ms`, which would free it in any case.
         await settled(source, target, within_s=1.5)
-        assert target.transfers.transfers == 1
+        assert target.transfers.kv_transfers == 1
 
 
 @pytest.mark.usefixtures("newest")
@@ -444,7 +448,7 @@ async def test_a_hundred_random_aborts_leak_no_block(tmp_path: Path) -> None:
         for engine in (source, target):
             rig.library(engine).check_integrity()
         # An abort that meets the last step may free what that step offers: not fetched, not leaked.
-        assert target.transfers.failures <= num_too_late
+        assert target.transfers.kv_transfer_failures <= num_too_late
         # And it all still works.
         asked, last = await prefilled(source, prefill_sink, "after", prompts[0])
         target.submit(decode_request(asked, last))
@@ -516,7 +520,11 @@ async def test_kv_that_cannot_be_fetched_is_computed_here(
         await decode_sink.finished("r")
         assert last.token_ids + decode_sink.tokens["r"] == generate(folder, prompt, 12)
         stats = target.transfers
-        assert (stats.transfers, stats.failures, stats.local_prefills) == (0, 1, 1)
+        assert (stats.kv_transfers, stats.kv_transfer_failures, stats.local_prefill_fallbacks) == (
+            0,
+            1,
+            1,
+        )
 
 
 @pytest.mark.usefixtures("newest")
@@ -540,7 +548,9 @@ async def test_damaged_kv_params_are_computed_here(folder: Path) -> None:
             )
             await sink.finished(f"r{n}")
             assert first + sink.tokens[f"r{n}"] == generate(folder, prompt, 12)
-        assert target.transfers.failures == target.transfers.local_prefills == 2
+        assert (
+            target.transfers.kv_transfer_failures == target.transfers.local_prefill_fallbacks == 2
+        )
 
 
 @pytest.mark.usefixtures("newest")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from serving.config import EngineConfig
-from serving.engine.base import EngineLoad, TransferStats
 from serving.engine.trtllm import requests as module
 from serving.engine.trtllm.guided import check_supported
 from serving.engine.trtllm.outbox import Outbox
@@ -19,6 +18,7 @@ from serving.engine.trtllm.requests import Requests
 from serving.engine.trtllm.running import Runtime
 from serving.engine.trtllm.sampling import Vocabulary
 from serving.errors import EngineFailed, InvalidRequest
+from serving.load_report import KvTransferTotals, LoadReport
 from serving.protocol import EngineOutput, EngineTransferParams, Guide
 from unit.engine.torch_rig import Sink, greedy, request
 from unit.engine.trtllm_rig import until
@@ -116,7 +116,7 @@ class Rig:
     library: Library
     requests: Requests
     sink: Sink
-    stats: TransferStats
+    stats: KvTransferTotals
     suspicions: list[None]
 
     async def gone(self) -> None:
@@ -147,11 +147,11 @@ class Rig:
 
 @asynccontextmanager
 async def rig(fetch_s: float = 60.0) -> AsyncIterator[Rig]:
-    library, sink, stats = Library(), Sink(), TransferStats()
+    library, sink, stats = Library(), Sink(), KvTransferTotals()
     suspicions: list[None] = []
     requests = Requests(
         Runtime(library, dict, Params, None, dict),
-        Outbox(sink, lambda: EngineLoad(0, 0, 0, 0, 0, 0)),
+        Outbox(sink, lambda: LoadReport()),
         instance_id="here",
         limits=EngineConfig(max_model_len=64, max_batch_size=2, max_waiting=1),
         vocabulary=Vocabulary(100, (2,), 0),
@@ -240,7 +240,7 @@ async def test_decode_of_a_stopped_prefill_fetches_and_ends() -> None:
         ended = last(here.sink, "r")
         assert (ended.token_ids, ended.finish_reason, ended.stop_token_id) == ([], "stop", 9)
         assert result.num_aborts == 1
-        assert here.stats.transfers == 1
+        assert here.stats.kv_transfers == 1
         result.say(reason="cancelled")
         await here.gone()
 
@@ -299,7 +299,7 @@ async def test_fetch_that_never_ends_is_aborted_after_its_time() -> None:
         await until(lambda: result.num_aborts)
         result.say(reason="cancelled")
         await here.gone()
-        assert here.stats.failures == 0
+        assert here.stats.kv_transfer_failures == 0
 
 
 async def test_abort_that_is_not_answered_is_given_up_and_makes_suspicious(
@@ -339,7 +339,11 @@ async def test_fetch_that_fails_is_computed_here(spoil: Callable[[Result], None]
         again.say(10, reason="length")
         await here.sink.finished("r")
         assert here.sink.tokens["r"] == [10]
-        assert (here.stats.failures, here.stats.local_prefills, here.stats.transfers) == (1, 1, 0)
+        assert (
+            here.stats.kv_transfer_failures,
+            here.stats.local_prefill_fallbacks,
+            here.stats.kv_transfers,
+        ) == (1, 1, 0)
         assert here.suspicions == []
 
 
@@ -351,7 +355,7 @@ async def test_failed_fetch_of_an_aborted_decode_is_not_computed() -> None:
         result.fail(RuntimeError("fetch failed"))
         await here.gone()
         assert len(here.library.results) == 1
-        assert (here.stats.failures, here.stats.local_prefills) == (1, 0)
+        assert (here.stats.kv_transfer_failures, here.stats.local_prefill_fallbacks) == (1, 0)
 
 
 async def test_error_after_the_fetch_is_the_requests_own() -> None:

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from serving.engine.base import EngineLoad, TransferStats
 from serving.engine.trtllm.outbox import Outbox
 from serving.engine.trtllm.polling import drain, poll_forever
 from serving.engine.trtllm.stats import EngineStats, parse_stats
 from serving.engine.trtllm.transfer_times import count_transfer
+from serving.load_report import KvTransferTotals, LoadReport
 from serving.protocol import BlocksCleared, BlocksRemoved, BlocksStored, EngineOutput, KvEvent
 
-LOAD = EngineLoad(0, 0, 0, 0, 0, 0)
+LOAD = LoadReport()
 
 
 def test_what_load_reports_need_is_read() -> None:
@@ -38,7 +38,7 @@ def test_nulls_keep_what_was_known(raw: dict[str, Any]) -> None:
 
 
 def test_fetch_is_counted_where_metrics_tell() -> None:
-    stats = TransferStats()
+    stats = KvTransferTotals()
     timing = SimpleNamespace(
         kv_cache_size=100,
         kv_cache_transfer_start=timedelta(seconds=5),
@@ -46,10 +46,10 @@ def test_fetch_is_counted_where_metrics_tell() -> None:
     )
     metrics = SimpleNamespace(timing_metrics=timing)
     count_transfer(stats, SimpleNamespace(request_perf_metrics=metrics))
-    assert (stats.bytes_received, stats.seconds) == (100, 0.5)
+    assert (stats.kv_bytes_received, stats.kv_transfer_seconds) == (100, 0.5)
     timing.kv_cache_transfer_start, timing.kv_cache_transfer_end = 1.0, 1.25
     count_transfer(stats, SimpleNamespace(request_perf_metrics=metrics))
-    assert (stats.bytes_received, stats.seconds) == (200, 0.75)
+    assert (stats.kv_bytes_received, stats.kv_transfer_seconds) == (200, 0.75)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_fetch_is_counted_where_metrics_tell() -> None:
     ],
 )
 def test_versions_that_tell_nothing_of_a_fetch_count_nothing(completion: Any) -> None:
-    stats = TransferStats()
+    stats = KvTransferTotals()
     count_transfer(stats, completion)
-    assert stats == TransferStats()
+    assert stats == KvTransferTotals()
 
 
 class Told:
@@ -71,7 +71,7 @@ class Told:
         self.calls: list[tuple[list[EngineOutput], list[KvEvent]]] = []
 
     def __call__(
-        self, outputs: list[EngineOutput], events: list[KvEvent], load: EngineLoad
+        self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport
     ) -> None:
         assert load == LOAD
         self.calls.append((outputs, events))

@@ -18,7 +18,7 @@ from serving.errors import (
     QueuedTooLong,
 )
 from serving.frontend.metrics.registry import Metrics
-from serving.protocol import LoadReport
+from serving.load_report import LoadReport
 from unit.frontend.fakes import MODEL, FakePipeline
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}

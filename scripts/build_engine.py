@@ -10,7 +10,6 @@ import msgspec
 from serving.config import parse
 from serving.deploy.containers.library_run import LibraryRun
 from serving.deploy.planning.fingerprint import resolve_device, resolve_dtype
-from serving.deploy.planning.gpus import describe_host
 from serving.deploy.planning.placement import existing_gpus, usable_gpus
 from serving.deploy.planning.topology import roles
 from serving.deploy.rule_script import telling
@@ -18,6 +17,7 @@ from serving.engine.manifest import load_model
 from serving.engine.torch.build import build_engine
 from serving.engine.trtllm.build import build_engine as build_tensorrt_llm
 from serving.engine.trtllm.target import Host
+from serving.gpus import driver_version, installed_gpus
 
 with telling(snakemake.log[0]) as say:
     config = parse(snakemake.config)
@@ -29,9 +29,11 @@ with telling(snakemake.log[0]) as say:
     if engine.backend != "tensorrt_llm":
         build_engine(model, out_dir, engine=engine, fingerprint=fingerprint, progress=say)
     else:
-        gpus = []
+        gpus, host = [], Host()
         if device == "cuda":
             gpus = usable_gpus(config.workers.gpus, existing_gpus(), engine.backend)
+            used = [gpu for gpu in installed_gpus() or [] if gpu.index in gpus]
+            host = Host(gpus=used, driver=driver_version())
         build_tensorrt_llm(
             model,
             out_dir,
@@ -41,6 +43,6 @@ with telling(snakemake.log[0]) as say:
             run=LibraryRun(
                 config, gpus=gpus, writable=[out_dir.parent], readable=[Path(model.path)]
             ),
-            host=describe_host(gpus) if gpus else Host(),
+            host=host,
             progress=say,
         )

@@ -3,21 +3,16 @@
 from pathlib import Path
 
 from serving.config import parse
-from serving.deploy.checks.gpu import (
-    judge_gpu,
-    judge_tensorrt_llm,
-    library_line,
-    not_needed,
-    observe,
-)
+from serving.deploy.checks.gpu import judge_gpu, not_needed, observe
 from serving.deploy.checks.host import weight_bytes
 from serving.deploy.checks.report import conclude, judge
+from serving.deploy.checks.tensorrt_llm import judge_tensorrt_llm, library_line
 from serving.deploy.planning.deployment import links
 from serving.deploy.planning.fingerprint import resolve_device, resolve_dtype
-from serving.deploy.planning.gpus import driver_version, installed_gpus
 from serving.deploy.planning.placement import existing_gpus, usable_gpus
 from serving.deploy.planning.topology import placed
 from serving.deploy.rule_script import telling
+from serving.gpus import driver_version, installed_gpus
 
 with telling(snakemake.log[0]) as say:
     config = parse(snakemake.config)
@@ -32,7 +27,7 @@ with telling(snakemake.log[0]) as say:
         else:
             findings = judge_tensorrt_llm(
                 places,
-                installed_gpus(),
+                installed_gpus() or [],
                 driver=driver_version(),
                 version=library_line(config),
                 dtype=resolve_dtype(config),

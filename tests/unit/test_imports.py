@@ -12,7 +12,7 @@ LAYERS = [
     {"frontend", "worker", "deploy", "simulate"},
     {"kv_router", "kv_transfer", "engine", "discovery", "events", "rpc", "text"},
     {"block_hash", "kv_layout", "grammar"},
-    {"protocol", "load_report", "config", "model_folder", "progress", "errors"},
+    {"protocol", "load_report", "config", "model_folder", "progress", "gpus", "errors"},
 ]
 LAYER_OF = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 FORBIDDEN = {("frontend", "engine"), ("frontend", "kv_transfer"), ("worker", "kv_router")}
@@ -22,6 +22,7 @@ VENDORS = {
     "etcd3aio": "discovery",
     "tensorrt_llm": "engine",
     "llguidance": "grammar",
+    "pynvml": "gpus",
 }
 INPUT_OUTPUT = {"asyncio", "socket", "subprocess", "httpx", "threading", "ssl", "selectors"}
 

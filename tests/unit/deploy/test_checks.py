@@ -10,7 +10,7 @@ from serving.deploy.checks import gpu as checks_gpu
 from serving.deploy.checks import host as checks_host
 from serving.deploy.checks import ports as checks_ports
 from serving.deploy.checks import ucx as checks_ucx
-from serving.deploy.checks.gpu import Gpu, GpuFacts
+from serving.deploy.checks.gpu import TorchFacts, TorchGpu
 from serving.deploy.checks.host import HostFacts
 from serving.deploy.checks.report import CheckReport, Finding, conclude, judge, render
 from serving.deploy.checks.ucx import UcxFacts
@@ -32,8 +32,8 @@ HOST = HostFacts(
     unix_socket_error="",
     loopback_error="",
 )
-H100 = Gpu("H100", "sm_90", 78 * GIB, 80 * GIB, True)
-ONE_GPU = GpuFacts(driver="580.95", version="2.13.0", cuda="13.0", gpus=[H100])
+H100 = TorchGpu("H100", "sm_90", 78 * GIB, 80 * GIB, True)
+ONE_GPU = TorchFacts(driver="580.95", version="2.13.0", cuda="13.0", gpus=[H100])
 
 
 def quiet(line: str) -> None:
@@ -224,7 +224,7 @@ def test_wrong_arithmetic_blocks() -> None:
 
 
 def test_cpu_build_of_torch_is_told_from_a_missing_driver() -> None:
-    found = wrong(checks_gpu.judge_gpu([0], None, GpuFacts(driver="", version="2.13.0+cpu")))
+    found = wrong(checks_gpu.judge_gpu([0], None, TorchFacts(driver="", version="2.13.0+cpu")))
     assert "without CUDA" in found["torch"].detail
     assert "CUDA build" in found["torch"].remedy
     assert found["driver"].blocks

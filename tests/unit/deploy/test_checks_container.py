@@ -93,6 +93,8 @@ def test_image_that_starts_passes_and_is_removed_again(script: Script) -> None:
     *_, tried, removed = calls.read_text().splitlines()
     assert "--device=nvidia.com/gpu=1" in tried
     assert tried.endswith("serving.worker.__main__ serving.engine.torch.engine ucxx")
+    (probe,) = [word for word in tried.split() if word.endswith("container_probe.py")]
+    assert Path(probe).is_file()
     assert removed.startswith("podman rm --force --time 0 --ignore serving-")
 
 

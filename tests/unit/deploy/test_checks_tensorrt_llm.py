@@ -8,25 +8,21 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import parse
-from serving.deploy.checks import gpu as checks_gpu
-from serving.deploy.checks.gpu import judge_tensorrt_llm, library_line
 from serving.deploy.checks.report import Finding
-from serving.deploy.planning.gpus import InstalledGpu
+from serving.deploy.checks.tensorrt_llm import (
+    MINIMUM_DRIVERS,
+    judge_tensorrt_llm,
+    library_line,
+)
+from serving.gpus import Gpu
 
 GIB = 1024**3
-H100 = InstalledGpu(
-    index=0,
-    name="NVIDIA H100",
-    memory_bytes=80 * GIB,
-    free_bytes=79 * GIB,
-    capability=90,
-    driver="580.95.05",
-)
+H100 = Gpu("NVIDIA H100", 90, memory_bytes=80 * GIB, free_bytes=79 * GIB)
 TWO = [H100, msgspec.structs.replace(H100, index=1)]
 
 
 def wrong(
-    placed: Any = ((0,), (1,)),
+    worker_gpus: Any = ((0,), (1,)),
     gpus: Any = TWO,
     *,
     driver: str = "580.95.05",
@@ -35,7 +31,7 @@ def wrong(
     weights: int | None = 16 * GIB,
 ) -> dict[str, Finding]:
     found = judge_tensorrt_llm(
-        placed, gpus, driver=driver, version=version, dtype=dtype, weights=weights
+        worker_gpus, gpus, driver=driver, version=version, dtype=dtype, weights=weights
     )
     return {finding.name: finding for finding in found if not finding.ok}
 
@@ -66,7 +62,7 @@ def test_driver_is_compared_by_number_and_not_at_all_for_an_image() -> None:
 def test_every_release_line_has_a_minimum() -> None:
     from serving.engine.trtllm.versions import SUPPORTED
 
-    assert set(checks_gpu.MINIMUM_DRIVERS) == set(SUPPORTED)
+    assert set(MINIMUM_DRIVERS) == set(SUPPORTED)
 
 
 def test_no_driver_names_the_way_out() -> None:
@@ -84,8 +80,8 @@ def test_bfloat16_needs_ampere_and_float16_does_not() -> None:
 
 def test_weights_are_shared_out_among_the_gpus_of_a_worker() -> None:
     assert wrong(weights=120 * GIB)["gpu 0"].blocks
-    assert wrong(placed=[(0, 1)], weights=120 * GIB) == {}
-    assert wrong(placed=[(0,), (0,)], weights=60 * GIB)["gpu 0"].blocks
+    assert wrong(worker_gpus=[(0, 1)], weights=120 * GIB) == {}
+    assert wrong(worker_gpus=[(0,), (0,)], weights=60 * GIB)["gpu 0"].blocks
 
 
 def test_memory_that_others_hold_is_a_warning() -> None:

@@ -120,7 +120,7 @@ def test_tensorrt_llm_engine_depends_on_library_gpu_and_driver(
     seen.add(of(engine=cuda))
     monkeypatch.setattr(fingerprint, "gpu_names", lambda: ["NVIDIA H200"])
     seen.add(of(engine=cuda))
-    monkeypatch.setattr(fingerprint, "driver_version", lambda: "580.95.05")
+    monkeypatch.setattr(fingerprint, "kernel_module_version", lambda: "580.95.05")
     seen.add(of(engine=cuda))
     assert len(seen) == 4
 

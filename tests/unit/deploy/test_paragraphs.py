@@ -18,16 +18,17 @@ import pytest
 from huggingface_hub.errors import GatedRepoError
 from serving.config import Config, parse
 from serving.deploy.checks.container import check_container, judge_gpus
-from serving.deploy.checks.gpu import judge_tensorrt_llm
 from serving.deploy.checks.report import Finding, conclude, judge
+from serving.deploy.checks.tensorrt_llm import judge_tensorrt_llm
 from serving.deploy.model.hub_errors import explain
 from serving.deploy.planning.placement import require_room, usable_gpus
 from serving.engine.trtllm.failures import explain_start
-from serving.engine.trtllm.gpus import Gpu, check_gpus
+from serving.engine.trtllm.gpus import check_gpus
 from serving.engine.trtllm.memory import require_memory
 from serving.engine.trtllm.target import Parallelism
 from serving.engine.trtllm.tensorrt_flow import build_engines
 from serving.errors import OperatorError
+from serving.gpus import Gpu
 from unit.deploy.conftest import Script
 from unit.deploy.test_checks_container import FACTS
 from unit.deploy.test_checks_container import podman as podman_saying
@@ -35,7 +36,7 @@ from unit.deploy.test_checks_tensorrt_llm import H100
 from unit.engine.trtllm.library_fakes import FakeRun
 from unit.engine.trtllm.test_memory import checkpoint, config
 
-HERE = Gpu("0", "GPU-aaaa-1", "NVIDIA H100 80GB HBM3", "9.0")
+HERE = Gpu("NVIDIA H100 80GB HBM3", 90)
 GIB = 1024**3
 
 
@@ -104,7 +105,7 @@ FAILURES: dict[str, tuple[Callable[[], Any], str, str, str]] = {
     ),
     "no GPU, in the check": (
         lambda: checked("gpu", on_gpus("")),
-        *("no NVIDIA driver answers", "runs on NVIDIA GPUs alone", "engine.backend to torch"),
+        *("no NVIDIA driver answers", "needs NVIDIA GPUs", "engine.backend to torch"),
     ),
     "no GPU, in the container": (
         lambda: checked("container", in_container(devices=0)),

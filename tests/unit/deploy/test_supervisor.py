@@ -86,6 +86,16 @@ def test_state_is_empty_without_a_supervisor(supervisor: Supervisor) -> None:
     assert not RUN.exists()
 
 
+def test_a_supervisor_that_hangs_counts_as_absent(supervisor: Supervisor) -> None:
+    RUN.mkdir()
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(RUN / "supervisor.sock"))
+        silent.listen()
+        impatient = Supervisor(answer_s=0.1)
+        assert not impatient.answers()
+        assert impatient.state() == {}
+
+
 def test_started_program_runs_with_its_tags_and_environment(supervisor: Supervisor) -> None:
     odd = "a b, 'c' = 100%, d"
     info = started(supervisor, spec(env={"ODD": odd}, fingerprint="abc", engine="e1"))

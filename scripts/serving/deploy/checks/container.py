@@ -105,7 +105,7 @@ def _missing_mounts(container: ContainerConfig) -> list[Finding]:
 def _trial(config: Config, gpus: Sequence[int]) -> list[Finding]:
     """Run the probe as a worker would run."""
     container = config.container
-    probe = str(SCRIPTS / "serving" / "deploy" / "container_probe.py")
+    probe = container_probe.__file__
     try:
         contained = wrap(
             container,

@@ -26,7 +26,6 @@ from serving.deploy.planning.fingerprint import (
     resolve_device,
     resolve_dtype,
 )
-from serving.deploy.planning.nvlink import Links, observed_links
 from serving.deploy.planning.placement import existing_gpus, usable_gpus
 from serving.deploy.planning.request import Request, from_command_line
 from serving.deploy.planning.source_digest import SCRIPTS, source_digest
@@ -60,6 +59,7 @@ from serving.deploy.processes.markers import (
 from serving.deploy.processes.supervisor import RUN, Supervisor
 from serving.deploy.rule_script import FAILURES
 from serving.errors import ConfigError, OperatorError
+from serving.gpus import Links, nvlink_pairs
 from serving.protocol import Role
 
 _TOPOLOGY, _JOINED = "SERVING_TOPOLOGY", "SERVING_JOINED"
@@ -278,7 +278,7 @@ def _gpus(config: Config) -> list[int]:
 def links(config: Config, gpus: Sequence[int]) -> Links:
     """The driver is only asked when a worker's GPUs are to be neighbours."""
     several = max(gpus_per_worker(config).values(), default=0) > 1
-    return observed_links() if several and len(gpus) > 2 else frozenset()
+    return nvlink_pairs() if several and len(gpus) > 2 else frozenset()
 
 
 def _will_serve(deployment: Deployment) -> bool:

@@ -24,11 +24,11 @@ from serving.deploy.model.files import (
     local_files,
     tokenizer_source,
 )
-from serving.deploy.planning.gpus import driver_version
 from serving.deploy.planning.topology import roles
 from serving.engine.manifest import ENGINE_FORMAT, ModelSource
 from serving.engine.trtllm.target import parallelism
 from serving.errors import ConfigError
+from serving.gpus import kernel_module_version
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
@@ -87,7 +87,7 @@ def _tensorrt_llm_parts(config: Config, device: Device) -> dict[str, Any]:
             config.kv_transfer.transfer_s,
         ],
         "library": library_identity(config.container),
-        "driver": driver_version() if device == "cuda" else "",
+        "driver": kernel_module_version() if device == "cuda" else "",
     }
 
 

@@ -12,8 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from serving.deploy.planning.nvlink import Links, islands, joined
+from serving.deploy.planning.nvlink import islands, joined
 from serving.errors import ConfigError
+from serving.gpus import Links
 from serving.protocol import Role
 
 

@@ -18,7 +18,6 @@ from msgspec import Struct
 from serving.config import Config, Topology, is_loopback
 from serving.config.process import ControlServices, FrontendSettings, WorkerSettings
 from serving.deploy.containers.run_command import identity
-from serving.deploy.planning.nvlink import Links
 from serving.deploy.planning.placement import place, require_room, visible_order
 from serving.deploy.processes.credentials import (
     AUTHORITY_FILE,
@@ -30,6 +29,7 @@ from serving.deploy.processes.credentials import (
     with_certificate,
 )
 from serving.errors import ConfigError
+from serving.gpus import Links
 from serving.protocol import Role
 
 MULTINODE: Topology = "disagg_multinode"

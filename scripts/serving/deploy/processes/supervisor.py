@@ -13,7 +13,6 @@ import http.client
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -45,7 +44,8 @@ from serving.errors import OperatorError
 __all__ = ["LOGS", "RUN", "ProcessInfo", "ProgramSpec", "Supervisor"]
 
 LOCK = RUN / "supervisor.lock"
-CALL_S = 10.0
+ANSWER_S = 10.0
+END_S = 10.0
 BOOT_S = 20.0
 KILL_GRACE_S = 5.0
 ORPHAN_GRACE_S = 10.0
@@ -79,10 +79,14 @@ class ProcessInfo(Struct, frozen=True, kw_only=True):
 
 
 class Supervisor:
-    """The supervisord of the deployment in the working directory."""
+    """The supervisord of the deployment in the working directory.
 
-    def __init__(self) -> None:
+    It counts as not answering when a call takes longer than `answer_s`.
+    """
+
+    def __init__(self, *, answer_s: float = ANSWER_S) -> None:
         self.deployment = str(RUN.resolve())
+        self._answer_s = answer_s
 
     # --- looking -------------------------------------------------------------------------------
 
@@ -190,7 +194,7 @@ class Supervisor:
         if self.answers():
             keeper = psutil.Process(self._call("getPID"))
             self._tolerant("shutdown")
-            ends = time.monotonic() + CALL_S
+            ends = time.monotonic() + END_S
             while processes.alive(keeper) and time.monotonic() < ends:
                 time.sleep(_POLL_S)
         self._stop_orphans()
@@ -276,7 +280,8 @@ class Supervisor:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """Raises OSError when supervisord does not answer, Fault when it refuses."""
-        with xmlrpc.client.ServerProxy("http://supervisor", transport=_UnixTransport()) as proxy:
+        transport = _transport(self._answer_s)
+        with xmlrpc.client.ServerProxy("http://supervisor", transport=transport) as proxy:
             try:
                 return getattr(proxy.supervisor, method)(*arguments)
             except (http.client.HTTPException, xmlrpc.client.ProtocolError) as exc:
@@ -292,18 +297,25 @@ def _environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in _SECRETS}
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(CALL_S)
-        self.sock.connect(str(SOCKET))
+def _transport(answer_s: float) -> Any:
+    """supervisor's own transport, bounded: by itself it would wait for an answer without end."""
+    from supervisor.xmlrpc import SupervisorTransport  # slow to load
 
+    transport = SupervisorTransport(serverurl=f"unix://{SOCKET}")
+    unconnected = transport._get_connection
 
-class _UnixTransport(xmlrpc.client.Transport):
-    def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        connection = _UnixConnection("supervisor")
-        self._connection = (host, connection)  # where `close` looks for it
+    def connect() -> http.client.HTTPConnection:
+        connection: http.client.HTTPConnection = unconnected()
+        try:
+            connection.connect()
+        except OSError:
+            connection.close()
+            raise
+        connection.sock.settimeout(answer_s)
         return connection
+
+    transport._get_connection = connect
+    return transport
 
 
 def _info(row: Mapping[str, Any]) -> ProcessInfo:

@@ -1,65 +1,41 @@
 """The GPUs that a worker may use, and whether the engine was made for them.
 
-Looked at before the library loads anything, because its own errors for these come late and from
+Checked before the library loads anything, because its own errors about GPUs come late and from
 deep inside.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Mapping
-
-from msgspec import Struct
+from collections.abc import Mapping, Sequence
 
 from serving.errors import OperatorError
-
-_QUERY = "--query-gpu=index,uuid,name,compute_cap"
-_DEADLINE_S = 30.0
-
-
-class Gpu(Struct, frozen=True):
-    """`compute_capability` as `9.0`."""
-
-    index: str
-    uuid: str
-    name: str
-    compute_capability: str
+from serving.gpus import Gpu, installed_gpus
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[Gpu] | None:
-    """Those that CUDA will see, in its order. None when `nvidia-smi` cannot tell."""
-    command = ["nvidia-smi", _QUERY, "--format=csv,noheader"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0:
-        return None
-    return select_visible(done.stdout, environ.get("CUDA_VISIBLE_DEVICES"))
+    """The GPUs that CUDA will see, in its order. None when the driver does not answer."""
+    gpus = installed_gpus()
+    return None if gpus is None else select_visible(gpus, environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def select_visible(listing: str, visible: str | None) -> list[Gpu]:
-    """`listing` is the CSV of the query; `visible` is CUDA_VISIBLE_DEVICES, None when unset."""
-    rows = (line.split(", ") for line in listing.splitlines())
-    gpus = [Gpu(*(part.strip() for part in row)) for row in rows if len(row) == 4]
+def select_visible(gpus: Sequence[Gpu], visible: str | None) -> list[Gpu]:
+    """`visible` is CUDA_VISIBLE_DEVICES: indices or the beginnings of UUIDs; None when unset."""
     if visible is None:
-        return gpus
+        return list(gpus)
     chosen = []
     for name in filter(None, (part.strip() for part in visible.split(","))):
-        found = [g for g in gpus if g.index == name or g.uuid.startswith(name)]
+        found = [gpu for gpu in gpus if str(gpu.index) == name or gpu.uuid.startswith(name)]
         if not found:
-            break  # CUDA ignores everything from the first unknown one on
+            break  # CUDA ignores the first unknown entry and everything after it
         chosen.append(found[0])
     return chosen
 
 
-def check_gpus(gpus: list[Gpu], num_needed: int, stamp: Mapping[str, str]) -> None:
-    """Raises OperatorError when there are too few, or when the engine is for another kind.
+def check_gpus(gpus: Sequence[Gpu], num_needed: int, stamp: Mapping[str, str]) -> None:
+    """Raises OperatorError for too few GPUs, or when the engine was built for another kind.
 
-    `stamp` is the manifest's; only what it says is compared.
+    `stamp` is the manifest's; a missing entry is not compared.
     """
     if not gpus:
         raise OperatorError(

@@ -14,6 +14,7 @@ from serving.config import Config
 from serving.engine.manifest import Flow
 from serving.engine.trtllm.versions import LAST_WITH_TENSORRT, Version
 from serving.errors import ConfigError
+from serving.gpus import Gpu
 from serving.protocol import Role
 
 
@@ -29,15 +30,6 @@ class Parallelism(Struct, frozen=True, order=True):
 
     def __str__(self) -> str:
         return f"tp{self.tensor}-pp{self.pipeline}"
-
-
-class Gpu(Struct, frozen=True):
-    """One GPU. `capability` is its compute capability (9.0 is 90), 0 when unknown;
-    `memory_bytes` is all of its memory, 0 when unknown."""
-
-    name: str
-    capability: int = 0
-    memory_bytes: int = 0
 
 
 class Host(Struct, frozen=True, kw_only=True):

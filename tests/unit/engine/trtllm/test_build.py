@@ -16,8 +16,9 @@ from serving.config import Config, ModelConfig, parse
 from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import EngineManifest, load_manifest
 from serving.engine.trtllm.build import build_engine
-from serving.engine.trtllm.target import Gpu, Host
+from serving.engine.trtllm.target import Host
 from serving.errors import ConfigError, ModelError, OperatorError
+from serving.gpus import Gpu
 from unit.engine.trtllm.library_fakes import FakeRun
 
 H200 = Host(gpus=[Gpu("NVIDIA H200", 90, 150 * 10**9)] * 2, driver="580.95.05")

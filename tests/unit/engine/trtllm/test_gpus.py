@@ -1,34 +1,31 @@
 """GPUs that a worker sees, and an engine that was made for others."""
 
 import pytest
-from serving.engine.trtllm.gpus import Gpu, check_gpus, select_visible
+from serving.engine.trtllm.gpus import check_gpus, select_visible
 from serving.errors import OperatorError
+from serving.gpus import Gpu
 
-LISTING = """\
-0, GPU-aaaa-1, NVIDIA H100 80GB HBM3, 9.0
-1, GPU-bbbb-2, NVIDIA H100 80GB HBM3, 9.0
-2, GPU-cccc-3, NVIDIA A100-SXM4-80GB, 8.0
-"""
-H100 = Gpu("0", "GPU-aaaa-1", "NVIDIA H100 80GB HBM3", "9.0")
+H100 = Gpu("NVIDIA H100 80GB HBM3", 90, index=0, uuid="GPU-aaaa-1")
+INSTALLED = [
+    H100,
+    Gpu("NVIDIA H100 80GB HBM3", 90, index=1, uuid="GPU-bbbb-2"),
+    Gpu("NVIDIA A100-SXM4-80GB", 80, index=2, uuid="GPU-cccc-3"),
+]
 
 
 @pytest.mark.parametrize(
     ("visible", "expected"),
     [
-        (None, ["0", "1", "2"]),
-        ("2,0", ["2", "0"]),
-        ("GPU-bbbb", ["1"]),
-        ("1,7,0", ["1"]),
+        (None, [0, 1, 2]),
+        ("2,0", [2, 0]),
+        ("GPU-bbbb", [1]),
+        ("1,7,0", [1]),
         ("", []),
         ("-1", []),
     ],
 )
-def test_cuda_visible_devices_selects_and_orders(visible: str | None, expected: list[str]) -> None:
-    assert [gpu.index for gpu in select_visible(LISTING, visible)] == expected
-
-
-def test_listing_is_read_as_it_is_written() -> None:
-    assert select_visible(LISTING, "0") == [H100]
+def test_cuda_visible_devices_selects_and_orders(visible: str | None, expected: list[int]) -> None:
+    assert [gpu.index for gpu in select_visible(INSTALLED, visible)] == expected
 
 
 def test_no_gpu_is_said_with_the_way_out() -> None:

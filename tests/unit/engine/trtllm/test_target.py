@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from serving.config import parse
 from serving.engine.trtllm.target import (
-    Gpu,
     Host,
     Parallelism,
     parallelism,
@@ -14,6 +13,7 @@ from serving.engine.trtllm.target import (
 )
 from serving.engine.trtllm.versions import parse_version
 from serving.errors import ConfigError
+from serving.gpus import Gpu
 
 H200 = Gpu("NVIDIA H200", 90, 150 * 10**9)
 TRTLLM = {"backend": "tensorrt_llm"}

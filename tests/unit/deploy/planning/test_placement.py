@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from serving.config import parse
 from serving.config.process import WorkerSettings
-from serving.deploy.planning.nvlink import Links, joined, parse_links
+from serving.deploy.planning.nvlink import joined
 from serving.deploy.planning.placement import place, require_room, usable_gpus, visible_order
 from serving.deploy.planning.topology import DeploymentPlan, pinned, placed, plan
 from serving.errors import ConfigError
+from serving.gpus import Links
+from unit.deploy.planning.nvlink_machines import HGX_8X, PAIRS_2X2, PCIE_4X
 
-TOPO = Path(__file__).parent / "topo"
 HGX = list(range(8))
-
-
-def links(name: str) -> Links:
-    return parse_links((TOPO / f"{name}.txt").read_text(encoding="utf-8"))
 
 
 def config(**workers: Any) -> Any:
@@ -46,15 +42,15 @@ def test_pipeline_multiplies_tensor_parallel() -> None:
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-@pytest.mark.parametrize("name", ["hgx-8x-nv18", "pcie-4x", "pairs-2x2-nv4"])
-def test_one_more_worker_moves_no_other(role: str, name: str) -> None:
-    gpus = HGX if name.startswith("hgx") else [0, 1, 2, 3]
+@pytest.mark.parametrize("links", [HGX_8X, PCIE_4X, PAIRS_2X2], ids=["hgx", "pcie", "pairs"])
+def test_one_more_worker_moves_no_other(role: str, links: Links) -> None:
+    gpus = HGX if links == HGX_8X else [0, 1, 2, 3]
     for sizes in ({"prefill": 1, "decode": 1}, {"prefill": 2, "decode": 1}):
         size = {"prefill": 1, "decode": 1, **sizes}
-        before = places(gpus, links(name), tensor_parallel=sizes)
+        before = places(gpus, links, tensor_parallel=sizes)
         if 2 * size[role] + sum(size.values()) - size[role] > len(gpus):
             continue
-        after = places(gpus, links(name), tensor_parallel=sizes, **{role: 2})
+        after = places(gpus, links, tensor_parallel=sizes, **{role: 2})
         assert after.items() >= before.items()
 
 
@@ -69,7 +65,7 @@ def test_workers_never_share_while_there_are_enough() -> None:
 
 
 def test_neighbours_are_those_that_nvlink_joins() -> None:
-    known = links("pairs-2x2-nv4")
+    known = PAIRS_2X2
     found = places([0, 1, 2, 3], known, tensor_parallel={"prefill": 2, "decode": 2})
     assert found == {"prefill-0": [0, 2], "decode-0": [1, 3]}
     assert places([0, 1, 2, 3], tensor_parallel={"prefill": 2, "decode": 2}) == {

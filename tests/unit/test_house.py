@@ -1,0 +1,155 @@
+"""Sizes of modules and folders, how test modules share code, and the words that are used."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "scripts" / "serving"
+TESTS = ROOT / "tests"
+
+MAX_LINES = 400
+LONG_MODULES = {
+    "scripts/serving/discovery/__init__.py": 450,
+    "scripts/serving/engine/torch/cuda/kernels.py": 580,
+    "scripts/serving/engine/torch/engine.py": 460,
+    "scripts/serving/engine/torch/rewrite/fusion.py": 500,
+    "scripts/serving/engine/trtllm/requests.py": 450,
+    "scripts/serving/kv_transfer/ucx.py": 450,
+    "tests/benchmarks/index.py": 480,
+    "tests/benchmarks/kv_transfer_cuda.py": 650,
+    "tests/integration/test_containers.py": 460,
+    "tests/integration/test_multinode.py": 480,
+    "tests/kv_contract.py": 570,
+    "tests/unit/engine/test_torch_int8.py": 500,
+    "tests/unit/engine/trtllm/test_adapter.py": 710,
+    "tests/unit/engine/trtllm/test_requests.py": 530,
+    "tests/unit/engine/trtllm/test_standin.py": 730,
+    "tests/unit/frontend/api/test_responses.py": 480,
+    "tests/unit/kv_router/test_router.py": 590,
+    "tests/unit/test_rpc.py": 530,
+}
+"""Modules that may be longer, and how long."""
+
+MAX_MODULES = 15
+LARGE_FOLDERS = {
+    "scripts/serving/engine/trtllm": 26,
+    "tests/unit/deploy": 34,
+    "tests/unit/engine": 17,
+    "tests/unit/engine/trtllm": 24,
+}
+"""Folders that may hold more modules, and how many."""
+
+SHARING_TEST_MODULES = {
+    "tests/integration/test_multinode.py",
+    "tests/integration/test_slurm.py",
+    "tests/unit/deploy/test_paragraphs.py",
+    "tests/unit/deploy/test_slurm.py",
+    "tests/unit/engine/test_dummy_weights.py",
+    "tests/unit/engine/trtllm/test_tensorrt_flow.py",
+    "tests/unit/frontend/test_deadlines.py",
+    "tests/unit/frontend/test_local_prefill.py",
+    "tests/unit/frontend/test_sample_group.py",
+}
+"""Test modules that still import from another test module."""
+
+SHARED_CLASS_NAMES = {
+    *("Chunk", "Connection", "Generation", "Gpu", "Handover", "Hello", "Job", "Library"),
+    *("Outcome", "Pipeline", "Release", "Report", "Run", "Sampler"),
+}
+"""Names that still mean more than one thing."""
+
+LEFT_BEHIND = {
+    r"\bsent_log\b": "decision_log",
+    r"\bretired?\b": "stop programs that no longer belong",
+    r"\bwho has none\b": "the name of what is missing",
+}
+"""What was once written (a regular expression, in any case), and what is written now."""
+
+
+def sources(*folders: Path) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted(folder.rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_modules_are_short() -> None:
+    lengths = {
+        name(path): path.read_text(encoding="utf-8").count("\n")
+        for path in sources(ROOT / "scripts", TESTS)
+    }
+    assert not {
+        path: length
+        for path, length in lengths.items()
+        if length > LONG_MODULES.get(path, MAX_LINES)
+    }
+
+
+def test_folders_hold_few_modules() -> None:
+    modules: defaultdict[str, int] = defaultdict(int)
+    for path in sources(PACKAGE, TESTS / "unit"):
+        modules[name(path.parent)] += path.name != "__init__.py"
+    assert not {
+        folder: count
+        for folder, count in modules.items()
+        if count > LARGE_FOLDERS.get(folder, MAX_MODULES)
+    }
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of everything that a module imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module or ''}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_no_test_module_imports_another() -> None:
+    """Tests share code in modules that are named for what they hold."""
+    test_modules = {path.stem for path in sources(TESTS) if path.stem.startswith("test_")}
+    sharing = {
+        name(path)
+        for path in sources(TESTS)
+        if any(test_modules & set(each.split(".")) for each in imported(path))
+    }
+    assert sharing <= SHARING_TEST_MODULES
+
+
+def test_one_class_name_means_one_thing() -> None:
+    homes: defaultdict[str, list[str]] = defaultdict(list)
+    for path in sources(PACKAGE):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(name(path))
+    shared = {title: paths for title, paths in homes.items() if len(paths) > 1}
+    assert not {title: paths for title, paths in shared.items() if title not in SHARED_CLASS_NAMES}
+
+
+def test_words_that_were_left_behind_stay_away() -> None:
+    files = [
+        *sources(ROOT / "scripts"),
+        *(ROOT / "rules").glob("*.smk"),
+        ROOT / "Snakefile",
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "config").rglob("*.md"),
+        *(ROOT / "config").rglob("*.yaml"),
+    ]
+    found = [
+        f"{name(path)}:{number}: {match.group()!r}; the word is: {instead}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for word, instead in LEFT_BEHIND.items()
+        if (match := re.search(word, line, re.IGNORECASE))
+    ]
+    assert not found, "\n".join(found)

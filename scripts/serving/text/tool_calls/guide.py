@@ -1,0 +1,108 @@
+"""Grammars for answers that hold tool calls, where a call is required or strict.
+
+Without them a model may call as it likes, and its parser takes what comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from serving.text.reasoning import ReasoningFormat
+from serving.text.tool_calls.base import Tool, ToolFormat
+from serving.text.tool_calls.call_grammar import ANY_TEXT, CallGrammar, alternatives
+
+
+def required_calls(
+    format: ToolFormat,
+    tools: Sequence[Tool],
+    special_tokens: Mapping[str, int],
+    *,
+    parallel: bool,
+    reasoning: ReasoningFormat | None = None,
+    inside_reasoning: bool = False,
+) -> str:
+    """An answer that is one call of one of `tools`, or with `parallel` one or more.
+
+    The model may think before it, if it has a format for `reasoning`.
+    """
+    grammar = CallGrammar(special_tokens)
+    calls = _calls(grammar, format, tools, parallel=parallel)
+    return grammar.lark(_join(_thinking(grammar, reasoning, inside_reasoning), calls))
+
+
+def triggered_calls(
+    format: ToolFormat,
+    tools: Sequence[Tool],
+    special_tokens: Mapping[str, int],
+    *,
+    parallel: bool,
+) -> str:
+    """Text in which every call is one of `tools`, with arguments of its schema.
+
+    From where the model opens a call, the grammar holds it. Raises ValueError for a format whose
+    calls begin with nothing that text could not begin with.
+    """
+    if not format.trigger:
+        raise ValueError(f"calls of the format {format.name} cannot be told from text")
+    grammar = CallGrammar(special_tokens)
+    section = _calls(grammar, format, tools, parallel=parallel, after=format.trigger)
+    opened = grammar.text_until_opened(format.trigger)
+    repeat = "*" if parallel else "?"
+    return grammar.lark(f"({opened} {section}){repeat} TEXT") + f"TEXT: /{ANY_TEXT}/\n"
+
+
+def after_reasoning(
+    lark_rule: str, special_tokens: Mapping[str, int], reasoning: ReasoningFormat, *, inside: bool
+) -> str:
+    """A grammar for what the model thinks, followed by `lark_rule` (`%json {...}`, `/regex/`)."""
+    grammar = CallGrammar(special_tokens)
+    answer = grammar.rule(lark_rule)
+    return grammar.lark(_join(_thinking(grammar, reasoning, inside), answer))
+
+
+def _calls(
+    grammar: CallGrammar,
+    format: ToolFormat,
+    tools: Sequence[Tool],
+    *,
+    parallel: bool,
+    after: str = "",
+) -> str:
+    """Calls with what encloses them; `after` is consumed already."""
+    rules = [format.describe(grammar, tool) for tool in tools]
+    begin, end = format.section
+    if after and not begin:
+        # The trigger is the beginning of each call: describe calls without it, too.
+        opened = CallGrammarWithoutPrefix(grammar, after)
+        rules = [format.describe(opened, tool) for tool in tools]
+        return alternatives(rules)
+    call = alternatives(rules)
+    more = ""
+    if parallel:
+        more = f"({_join(grammar.literal(format.separator), call)})*"
+    return _join(grammar.literal(begin.removeprefix(after)), call, more, grammar.literal(end))
+
+
+class CallGrammarWithoutPrefix(CallGrammar):
+    """Adds rules to another grammar, and leaves out the first literal's beginning."""
+
+    def __init__(self, grammar: CallGrammar, prefix: str) -> None:
+        self.__dict__ = grammar.__dict__
+        self._prefix = prefix
+
+    def literal(self, text: str) -> str:
+        return super().literal(text.lstrip("\n").removeprefix(self._prefix))
+
+
+def _thinking(grammar: CallGrammar, reasoning: ReasoningFormat | None, inside: bool) -> str:
+    if reasoning is None:
+        return ""
+    space = grammar.rule(r"/[ \t\n]{0,4}/")
+    rest = f"{grammar.text_before(reasoning.end)} {space}"
+    if inside:
+        return rest
+    return f"({grammar.literal(reasoning.begin)} {rest})?"
+
+
+def _join(*expressions: str) -> str:
+    return " ".join(each for each in expressions if each)

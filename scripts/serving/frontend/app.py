@@ -17,12 +17,12 @@ from serving.config import FrontendConfig
 from serving.errors import ServingError
 from serving.frontend.api.call import CHAT, COMPLETIONS, AppState, CompletionRoute
 from serving.frontend.api.errors import ApiError, routing_error, to_api_error
-from serving.frontend.api.generation import Pipeline
 from serving.frontend.api.limits import InFlight
 from serving.frontend.api.models import check_model, describe_model
 from serving.frontend.metrics.pages import OWN_PATH, joined
 from serving.frontend.metrics.registry import CONTENT_TYPE, Metrics
 from serving.frontend.model import ModelLoader
+from serving.frontend.pipeline import Pipeline
 from serving.frontend.process_group import ProcessSlot
 
 

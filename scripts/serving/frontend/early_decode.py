@@ -1,62 +1,65 @@
-"""A decode that is started while its prefill is still being computed.
+"""A decode that starts while its prefill is still running.
 
-It fetches the prompt's blocks as they come, so that only the last ones are missing when the first
-token is there. Nothing depends on it: before its first output it may fail for whatever reason, and
-the request is then decoded as if this had not been tried.
+It fetches the prompt's blocks as they are computed, so that only the last ones are missing when
+the first token arrives. It is an optimisation: if it fails before its first output, the request is
+decoded as if the early decode had never started.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from types import TracebackType
+from collections.abc import Awaitable, Callable
 from typing import Self
 
+from serving.frontend.stream import Outputs
 from serving.protocol import EngineOutput
-
-Outputs = AsyncGenerator[EngineOutput, None]
 
 
 class EarlyDecode:
-    """A context manager: ends the decode, if there is one, when its request is left."""
+    """At most one decode of a request. An async iterator of its outputs; close it in any case."""
 
     def __init__(self) -> None:
         self._outputs: Outputs | None = None
         self._first: asyncio.Task[EngineOutput] | None = None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._first is not None:
-            self._first.cancel()
-            # Its outcome, which may be a failure, concerns nobody any more.
-            await asyncio.wait([self._first])
-            if not self._first.cancelled():
-                self._first.exception()
-        if self._outputs is not None:
-            await self._outputs.aclose()
+        self._is_first_taken = False
 
     @property
-    def started(self) -> bool:
+    def is_started(self) -> bool:
         return self._first is not None
 
-    def start(self, outputs: Outputs) -> None:
-        """Run `outputs` up to its first item, now; it waits there until somebody wants it."""
-        assert self._first is None, "one decode per request"
-        self._outputs = outputs
-        self._first = asyncio.create_task(anext(outputs), name="early-decode")
+    def start(self, open_stream: Callable[[], Outputs]) -> None:
+        """Open the stream in a task and run it up to its first output. It waits there."""
+        assert self._first is None, "one early decode per request"
+        self._first = asyncio.create_task(self._run(open_stream), name="early-decode")
 
-    async def outputs(self) -> Outputs:
-        """The decode's outputs. Raises what it raises."""
-        assert self._outputs
-        assert self._first
-        # Shielded: who leaves cancels it in `__aexit__`.
-        yield await asyncio.shield(self._first)
-        async for output in self._outputs:
-            yield output
+    async def _run(self, open_stream: Callable[[], Outputs]) -> EngineOutput:
+        self._outputs = open_stream()
+        return await anext(self._outputs)
+
+    async def wait_for_first(self) -> None:
+        """Wait until the first output is there. Raises what the decode raises."""
+        assert self._first is not None
+        await asyncio.shield(self._first)  # `aclose` cancels it.
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def __anext__(self) -> Awaitable[EngineOutput]:
+        # Not a coroutine of its own: one more per token would cost.
+        if not self._is_first_taken:
+            assert self._first is not None
+            self._is_first_taken = True
+            return self._first
+        assert self._outputs is not None
+        return anext(self._outputs)
+
+    async def aclose(self) -> None:
+        """End the decode, if there is one."""
+        first, self._first = self._first, None
+        if first is not None:
+            first.cancel()
+            await asyncio.wait([first])
+            if not first.cancelled():
+                first.exception()  # Nobody wants to know any more.
+        if self._outputs is not None:
+            await self._outputs.aclose()

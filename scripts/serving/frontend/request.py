@@ -1,4 +1,4 @@
-"""A request while it is served: what it has, how long it may take, and where it was tried."""
+"""A request while it is served: its tokens so far, its deadlines, and the instances it has tried."""
 
 from __future__ import annotations
 
@@ -13,54 +13,67 @@ from serving.text.preprocess import PreparedRequest
 
 
 class RequestState:
-    """A request in progress: its tokens so far, and what must not be said twice.
+    """One request in progress, over all of its attempts.
 
-    `has_begun` with its first output. `now` and the deadlines are loop time.
+    `tried` holds the instances that it must not go to again. `deadline`, `first_token_deadline`
+    and `now` are in the event loop's time.
     """
 
     def __init__(self, prepared: PreparedRequest, deadlines: DeadlinesConfig, now: float) -> None:
-        self.prepared = prepared
+        self.prepared, self.deadlines = prepared, deadlines
         self.deadline = now + deadlines.total_s
         self.first_token_deadline = now + deadlines.first_token_s
         self.attempt = 1
         self.token_ids = list(prepared.token_ids)
         self.tried: set[str] = set()
-        self.has_begun = False
-        self.num_queues_left = 0  # by the deadline, without having been begun
-        self._queue_s = deadlines.queue_s
+        self.has_output = False
+        self.num_queue_timeouts = 0
         self._hashes: PromptHashes | None = None
 
+    @property
+    def request_id(self) -> str:
+        return self.prepared.request_id
+
+    @property
+    def attempt_id(self) -> str:
+        """The id that instances see. Each attempt has its own, so that late outputs of an abandoned
+        attempt are never taken for outputs of the next one."""
+        return f"{self.request_id}~{self.attempt}" if self.attempt > 1 else self.request_id
+
     def hashes(self, router: KvRouter) -> PromptHashes:
-        """Of all tokens so far; computed once however often they are routed."""
+        """Of all tokens so far. Computed once for each length, however often it is routed."""
         if self._hashes is None or self._hashes.num_tokens != len(self.token_ids):
             self._hashes = router.hash(self.token_ids)
         return self._hashes
 
-    def take(self, output: EngineOutput) -> EngineOutput:
-        """Remember the tokens; report cached tokens with the first output only."""
+    def record(self, output: EngineOutput) -> EngineOutput:
+        """Keep the new tokens for a later attempt. Only the first output reports cached tokens."""
         self.token_ids += output.token_ids
-        if self.has_begun and output.cached_tokens is not None:
+        if self.has_output and output.cached_tokens is not None:
             output = msgspec.structs.replace(output, cached_tokens=None)
-        self.has_begun = True
+        self.has_output = True
         return output
 
     def awaits_first_token(self, phase: Phase) -> bool:
-        """Whether an instance asked for `phase` is to bring it. A decode is not: its prefill did,
-        or does meanwhile."""
-        return not self.has_begun and phase != "decode"
+        """Whether an instance that runs `phase` must produce the first token.
 
-    def request(self, phase: Phase, left_s: float, **more: Any) -> EngineRequest:
-        """Each attempt has an id of its own: what an instance still says about the one that was
-        given up must not be taken for the next one's."""
-        again = f"~{self.attempt}" if self.attempt > 1 else ""
+        A decode never does: its prefill has produced the token or is about to.
+        """
+        return not self.has_output and phase != "decode"
+
+    def engine_request(self, phase: Phase, left_s: float, **transfer: Any) -> EngineRequest:
+        """The message for an instance. `left_s` is the time until the request's deadline.
+
+        `transfer` are further fields of the message; `token_ids` among them replaces all tokens.
+        """
         return EngineRequest(
-            request_id=self.prepared.request_id + again,
-            token_ids=more.pop("token_ids", self.token_ids),
+            request_id=self.attempt_id,
+            token_ids=transfer.pop("token_ids", self.token_ids),
             num_prompt_tokens=len(self.prepared.token_ids),
             sampling=self.prepared.sampling,
             phase=phase,
             deadline_s=left_s,
-            # What was begun is finished, however long it takes to go on.
-            queue_s=self._queue_s if self.awaits_first_token(phase) else None,
-            **more,
+            # An answer that has begun is finished, however long it queues.
+            queue_s=self.deadlines.queue_s if self.awaits_first_token(phase) else None,
+            **transfer,
         )

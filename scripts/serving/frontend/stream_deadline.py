@@ -1,7 +1,8 @@
-"""Deadlines for the next output of a stream, at the price of an assignment for each output.
+"""Deadlines for the next output of a stream, at the cost of one assignment per output.
 
-A timeout of asyncio's per output makes a timer, looks up its task and tells its cancellation from
-others: an eighth of what a token costs. Here one timer per stream looks now and then.
+`asyncio.timeout` around each output costs an eighth of all the work on a token: it makes a timer,
+looks up the task and tells its own cancellation from others. Here one timer per stream checks from
+time to time.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from typing import Self
 
 
 class StreamDeadline:
-    """A context manager around reading a stream; calls `give_up` once when `until` has passed.
+    """A context manager around reading a stream. Calls `on_expired` once when `due` has passed.
 
-    `until` is loop time, and None while nobody waits: a caller may take its time between two
-    outputs. It is set at least `shortest_s` ahead, or to `at_last`, when all of it ends; that
-    may be put off.
+    `due` is when the next output must be there, in loop time. It is None while nobody waits,
+    because a caller may pause between two outputs. Set it at least `shortest_s` ahead, or to
+    `end`. The whole stream must be over by `end`, which may move to a later time.
     """
 
-    __slots__ = ("_give_up", "_loop", "_shortest_s", "_timer", "at_last", "until")
+    __slots__ = ("_loop", "_on_expired", "_shortest_s", "_timer", "due", "end")
 
-    def __init__(self, shortest_s: float, at_last: float, give_up: Callable[[], None]) -> None:
+    def __init__(self, shortest_s: float, end: float, on_expired: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._shortest_s, self._give_up = shortest_s, give_up
-        self.at_last = at_last
-        self.until: float | None = None
+        self._shortest_s, self._on_expired = shortest_s, on_expired
+        self.end = end
+        self.due: float | None = None
 
     def __enter__(self) -> Self:
         self._rearm()
@@ -41,17 +42,17 @@ class StreamDeadline:
         self._timer.cancel()
 
     def _rearm(self) -> None:
-        """As late as no `until` can be missed."""
+        """Check again as late as possible without missing any `due`."""
         now = self._loop.time()
         latest = now + self._shortest_s
-        if self.until is not None:
-            latest = min(latest, self.until)
-        # Past the end only while nobody waits: whoever does next is then told within moments.
+        if self.due is not None:
+            latest = min(latest, self.due)
+        # `end` passes unnoticed only while nobody waits. The next wait then expires within moments.
         soonest = now + min(0.05, self._shortest_s)
-        self._timer = self._loop.call_at(max(min(latest, self.at_last), soonest), self._look)
+        self._timer = self._loop.call_at(max(min(latest, self.end), soonest), self._check)
 
-    def _look(self) -> None:
-        if self.until is not None and self._loop.time() >= self.until:
-            self._give_up()
+    def _check(self) -> None:
+        if self.due is not None and self._loop.time() >= self.due:
+            self._on_expired()
         else:
             self._rearm()

@@ -26,7 +26,7 @@ from serving.protocol import (
     Role,
 )
 from serving.rpc import RpcClient, RpcServer
-from unit.frontend.test_engine_transfer import CARD, collect, request
+from unit.frontend.fake_instances import CARD, collect, request
 
 Script = list[tuple[float, EngineOutput]]
 

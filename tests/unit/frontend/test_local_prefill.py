@@ -3,7 +3,7 @@
 from serving.config import RouterConfig
 from serving.protocol import SamplingParams
 from serving.text.preprocess import PreparedRequest
-from unit.frontend.test_engine_transfer import FakeClient, collect, make_pipeline
+from unit.frontend.fake_instances import FakeClient, collect, make_pipeline
 
 
 def prepared(num_tokens: int) -> PreparedRequest:

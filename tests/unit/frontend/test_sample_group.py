@@ -6,7 +6,7 @@ import asyncio
 
 import msgspec
 from serving.text.preprocess import PreparedRequest, SampleGroup
-from unit.frontend.test_engine_transfer import FakeClient, collect, make_pipeline, request
+from unit.frontend.fake_instances import FakeClient, collect, make_pipeline, request
 
 
 def samples(count: int) -> list[PreparedRequest]:

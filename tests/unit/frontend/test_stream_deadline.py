@@ -19,8 +19,8 @@ class Told:
 async def test_gives_up_once_when_nothing_came() -> None:
     told, loop = Told(), asyncio.get_running_loop()
     began = loop.time()
-    with StreamDeadline(0.1, began + 60, told) as patience:
-        patience.until = began + 0.1
+    with StreamDeadline(0.1, began + 60, told) as deadline:
+        deadline.due = began + 0.1
         await asyncio.sleep(0.4)
     assert len(told.at) == 1
     # The loop fires a timer up to one clock resolution early.
@@ -29,14 +29,14 @@ async def test_gives_up_once_when_nothing_came() -> None:
 
 async def test_outputs_in_time_and_callers_that_take_their_time_are_fine() -> None:
     told, loop = Told(), asyncio.get_running_loop()
-    with StreamDeadline(0.1, loop.time() + 60, told) as patience:
+    with StreamDeadline(0.1, loop.time() + 60, told) as deadline:
         for _ in range(5):
-            patience.until = loop.time() + 0.1
+            deadline.due = loop.time() + 0.1
             await asyncio.sleep(0.05)
-        patience.until = None
+        deadline.due = None
         await asyncio.sleep(0.3)
         assert not told.at
-        patience.until = set_at = loop.time() + 0.1
+        deadline.due = set_at = loop.time() + 0.1
         await asyncio.sleep(0.3)
     assert len(told.at) == 1
     assert told.at[0] - set_at < 0.15
@@ -45,40 +45,40 @@ async def test_outputs_in_time_and_callers_that_take_their_time_are_fine() -> No
 async def test_end_of_it_all_comes_before_the_next_output_is_due() -> None:
     told, loop = Told(), asyncio.get_running_loop()
     began = loop.time()
-    with StreamDeadline(10.0, began + 0.1, told) as patience:
-        patience.until = began + 0.1
+    with StreamDeadline(10.0, began + 0.1, told) as deadline:
+        deadline.due = began + 0.1
         await asyncio.sleep(0.3)
     assert len(told.at) == 1
     assert told.at[0] - began < 0.3
 
 
-async def test_end_that_is_put_off_is_no_end_and_costs_no_looking(
+async def test_end_that_is_put_off_is_no_end_and_costs_no_checking(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A first token came, say: now the whole answer has its deadline."""
     told, loop = Told(), asyncio.get_running_loop()
-    num_looks, look = 0, StreamDeadline._look
+    num_checks, look = 0, StreamDeadline._check
 
     def counted(patience: StreamDeadline) -> None:
-        nonlocal num_looks
-        num_looks += 1
+        nonlocal num_checks
+        num_checks += 1
         look(patience)
 
-    monkeypatch.setattr(StreamDeadline, "_look", counted)
+    monkeypatch.setattr(StreamDeadline, "_check", counted)
     began = loop.time()
-    with StreamDeadline(10.0, began + 0.1, told) as patience:
-        patience.until = began + 0.1
-        patience.at_last = patience.until = began + 0.7
+    with StreamDeadline(10.0, began + 0.1, told) as deadline:
+        deadline.due = began + 0.1
+        deadline.end = deadline.due = began + 0.7
         await asyncio.sleep(0.4)
         assert not told.at
-        assert num_looks == 1
+        assert num_checks == 1
         await asyncio.sleep(0.5)
     assert len(told.at) == 1
 
 
 async def test_nothing_is_told_after_the_stream_was_left() -> None:
     told, loop = Told(), asyncio.get_running_loop()
-    with StreamDeadline(0.05, loop.time() + 60, told) as patience:
-        patience.until = loop.time() + 0.05
+    with StreamDeadline(0.05, loop.time() + 60, told) as deadline:
+        deadline.due = loop.time() + 0.05
     await asyncio.sleep(0.15)
     assert not told.at

@@ -19,13 +19,14 @@ from serving.errors import NoInstances, Overloaded
 from serving.frontend.api import chat, completions
 from serving.frontend.api.errors import ApiError, to_api_error
 from serving.frontend.api.fields import GenerationFields
-from serving.frontend.api.generation import Generation, Pipeline
+from serving.frontend.api.generation import Generation
 from serving.frontend.api.limits import ClientGone, InFlight, cancelled_on_disconnect, read_body
 from serving.frontend.api.models import check_model
 from serving.frontend.api.response import CompletionPlan
 from serving.frontend.api.sse import end_stream, send_deltas
 from serving.frontend.metrics.registry import Metrics
 from serving.frontend.model import LoadedModel, ModelLoader
+from serving.frontend.pipeline import Pipeline
 
 log = logging.getLogger("serving.frontend")
 

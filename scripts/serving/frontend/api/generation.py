@@ -8,10 +8,8 @@ never slows a worker down.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from time import perf_counter
-from typing import Any, Protocol, cast
 
 from msgspec import Struct
 from tokenizers import Tokenizer
@@ -19,30 +17,13 @@ from tokenizers import Tokenizer
 from serving.errors import EngineFailed
 from serving.frontend.api.response import CompletionPlan, Usage
 from serving.frontend.metrics.registry import Metrics
-from serving.protocol import EngineOutput, ModelCard, TokenLogprob
+from serving.frontend.pipeline import Pipeline
+from serving.protocol import EngineOutput, TokenLogprob
 from serving.text.detokenize import Delta, Detokenizer
 from serving.text.preprocess import PreparedRequest
 
 MAX_SEPARATE = 256
 """DeltaBuffer of one choice that wait to be written, before they become one."""
-
-
-class Pipeline(Protocol):
-    """Everything behind the HTTP routes: `frontend/pipeline.py`."""
-
-    @property
-    def card(self) -> ModelCard | None:
-        """None until a worker registered."""
-
-    def generate(self, prepared: PreparedRequest) -> AsyncIterator[EngineOutput]:
-        """An async generator; closing it aborts everywhere. The first output has
-        `cached_tokens`, the last one `finish_reason`. Raises ServingError."""
-
-    def ready(self) -> tuple[bool, str]:
-        """Whether requests can be served, or why not."""
-
-    def describe(self) -> dict[str, Any]:
-        """Topology and instances, for people; must encode as JSON."""
 
 
 class DeltaBuffer:
@@ -154,12 +135,10 @@ class Generation:
         sequence = self.sequences[index]
         prepared, metrics = sequence.prepared, self._metrics
         detokenizer = Detokenizer(self._tokenizer, prepared)
-        # The protocol promises a generator in prose; its type only says iterator.
-        generator = cast(AsyncGenerator[EngineOutput, None], self._pipeline.generate(prepared))
         previous = 0.0
         metrics.queued.value += 1
         try:
-            async with aclosing(generator) as outputs:
+            async with aclosing(self._pipeline.generate(prepared)) as outputs:
                 async for output in outputs:
                     now = perf_counter()
                     if sequence.ttft_s is None:

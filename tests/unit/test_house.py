@@ -51,15 +51,12 @@ SHARING_TEST_MODULES = {
     "tests/unit/deploy/test_slurm.py",
     "tests/unit/engine/test_dummy_weights.py",
     "tests/unit/engine/trtllm/test_tensorrt_flow.py",
-    "tests/unit/frontend/test_deadlines.py",
-    "tests/unit/frontend/test_local_prefill.py",
-    "tests/unit/frontend/test_sample_group.py",
 }
 """Test modules that still import from another test module."""
 
 SHARED_CLASS_NAMES = {
     *("Chunk", "Connection", "Generation", "Gpu", "Handover", "Hello", "Job", "Library"),
-    *("Outcome", "Pipeline", "Release", "Report", "Run", "Sampler"),
+    *("Outcome", "Release", "Report", "Run", "Sampler"),
 }
 """Names that still mean more than one thing."""
 

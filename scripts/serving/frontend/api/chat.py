@@ -39,7 +39,7 @@ class FunctionCall(Struct):
     arguments: str
 
 
-class ToolCall(Struct):
+class MessageToolCall(Struct):
     """A call that an earlier answer made; templates that know of tools show it."""
 
     id: str
@@ -53,7 +53,7 @@ class Message(Struct, forbid_unknown_fields=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     annotations: Any = None

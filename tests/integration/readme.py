@@ -1,4 +1,4 @@
-"""The commands that the README shows, for tests to run as they are written."""
+"""The commands that README.md and docs/ show, for tests to run as they are written."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import shlex
 from integration.deployment import REPO
 
 HEAD_ADDRESS = "10.0.0.1"
-"""What the README calls the head."""
+"""The address of the head in the pages."""
 
 
 def block(name: str) -> str:
-    """The fenced commands that follow `<!-- name -->`."""
-    match = re.search(
-        rf"<!-- {name} -->\n```bash\n(.*?)```", (REPO / "README.md").read_text(), re.S
-    )
-    assert match, f"no block after <!-- {name} -->"
-    return match.group(1)
+    """The fenced commands that follow `<!-- name -->`, on whichever page that is."""
+    pattern = re.compile(rf"<!-- {name} -->\n```bash\n(.*?)```", re.S)
+    pages = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+    found = [match for page in pages for match in pattern.findall(page.read_text("utf-8"))]
+    assert len(found) == 1, f"{len(found)} blocks after <!-- {name} -->"
+    return str(found[0])
 
 
 def snakemake_arguments(name: str, head: str) -> list[list[str]]:
-    """Of each command of a block of `snakemake` commands, with another address of the head and
-    without `--cores all`, which tests add."""
+    """The arguments of each command in a block of `snakemake` commands. `head` replaces the address
+    of the head, and `--cores all` is left out, because tests add it."""
     commands = []
     for line in block(name).replace(HEAD_ADDRESS, head).strip().splitlines():
         program, *arguments = shlex.split(line)

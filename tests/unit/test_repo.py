@@ -21,6 +21,7 @@ TOP_LEVEL = {
     "envs",
     "tests",
     "README.md",
+    "mkdocs.yml",
     "pyproject.toml",
     "profiles",
     ".ci",

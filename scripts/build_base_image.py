@@ -4,8 +4,8 @@ from pathlib import Path
 
 from serving.config import parse
 from serving.deploy.containers.image_build import build_base
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 
-with telling(snakemake.log[0]) as say:
-    base = build_base(parse(snakemake.config), Path(snakemake.output[0]).parent, say)
-    say(f"base image: {base.detail}")
+with reporting(snakemake.log[0]) as report:
+    base = build_base(parse(snakemake.config), Path(snakemake.output[0]).parent, report)
+    report(f"base image: {base.detail}")

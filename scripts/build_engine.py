@@ -12,14 +12,14 @@ from serving.deploy.containers.library_run import LibraryRun
 from serving.deploy.planning.fingerprint import resolve_device, resolve_dtype
 from serving.deploy.planning.placement import existing_gpus, usable_gpus
 from serving.deploy.planning.topology import roles
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 from serving.engine.manifest import load_model
 from serving.engine.torch.build import build_engine
 from serving.engine.trtllm.build import build_engine as build_tensorrt_llm
 from serving.engine.trtllm.target import Host
 from serving.gpus import driver_version, installed_gpus
 
-with telling(snakemake.log[0]) as say:
+with reporting(snakemake.log[0]) as report:
     config = parse(snakemake.config)
     device, dtype = resolve_device(config), resolve_dtype(config)
     engine = msgspec.structs.replace(config.engine, device=device, dtype=dtype)
@@ -27,7 +27,7 @@ with telling(snakemake.log[0]) as say:
     out_dir = Path(snakemake.output[0]).parent
     fingerprint = snakemake.params.fingerprint
     if engine.backend != "tensorrt_llm":
-        build_engine(model, out_dir, engine=engine, fingerprint=fingerprint, progress=say)
+        build_engine(model, out_dir, engine=engine, fingerprint=fingerprint, progress=report)
     else:
         gpus, host = [], Host()
         if device == "cuda":
@@ -44,5 +44,5 @@ with telling(snakemake.log[0]) as say:
                 config, gpus=gpus, writable=[out_dir.parent], readable=[Path(model.path)]
             ),
             host=host,
-            progress=say,
+            progress=report,
         )

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from serving.config import parse
 from serving.deploy.containers.image_build import build_serving, read_base
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 
-with telling(snakemake.log[0]) as say:
+with reporting(snakemake.log[0]) as report:
     folder = Path(snakemake.output[0]).parent
     base = read_base(Path(snakemake.input.base))
-    serving = build_serving(parse(snakemake.config), base, folder, say)
-    say(f"image: {serving.file or serving.image} (used where container.image is not set)")
+    serving = build_serving(parse(snakemake.config), base, folder, report)
+    report(f"image: {serving.file or serving.image} (used where container.image is not set)")

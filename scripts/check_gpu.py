@@ -3,18 +3,18 @@
 from pathlib import Path
 
 from serving.config import parse
+from serving.deploy.checks.findings import conclude, judge
 from serving.deploy.checks.gpu import judge_gpu, not_needed, observe
 from serving.deploy.checks.host import weight_bytes
-from serving.deploy.checks.report import conclude, judge
 from serving.deploy.checks.tensorrt_llm import judge_tensorrt_llm, library_line
 from serving.deploy.planning.deployment import links
 from serving.deploy.planning.fingerprint import resolve_device, resolve_dtype
 from serving.deploy.planning.placement import existing_gpus, usable_gpus
 from serving.deploy.planning.topology import placed
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 from serving.gpus import driver_version, installed_gpus
 
-with telling(snakemake.log[0]) as say:
+with reporting(snakemake.log[0]) as report:
     config = parse(snakemake.config)
     device = resolve_device(config)
     backend = config.engine.backend
@@ -35,4 +35,4 @@ with telling(snakemake.log[0]) as say:
             )
     else:
         findings = not_needed(device)
-    conclude(judge("check_gpu", findings), Path(snakemake.output[0]), say=say)
+    conclude(judge("check_gpu", findings), Path(snakemake.output[0]), report=report)

@@ -3,18 +3,18 @@
 from pathlib import Path
 
 from serving.config import parse
+from serving.deploy.checks.findings import conclude, judge
 from serving.deploy.checks.host import judge_host, observe
 from serving.deploy.checks.ports import judge_ports
-from serving.deploy.checks.report import conclude, judge
 from serving.deploy.planning.fingerprint import resolve_device
 from serving.deploy.planning.topology import workers_here
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 
-with telling(snakemake.log[0]) as say:
+with reporting(snakemake.log[0]) as report:
     config = parse(snakemake.config)
     run_dir = Path("run")
     findings = judge_host(
         config, sum(workers_here(config).values()), resolve_device(config), observe(run_dir)
     )
     findings += judge_ports(config, run_dir)
-    conclude(judge("check_host", findings), Path(snakemake.output[0]), say=say)
+    conclude(judge("check_host", findings), Path(snakemake.output[0]), report=report)

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from serving.config import parse
-from serving.deploy.checks.report import conclude, judge
+from serving.deploy.checks.findings import conclude, judge
 from serving.deploy.checks.ucx import judge_ucx, observe
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 
-with telling(snakemake.log[0]) as say:
+with reporting(snakemake.log[0]) as report:
     config = parse(snakemake.config)
     topology = config.deployment.topology
     findings = judge_ucx(config, topology.startswith("disagg"), observe())
-    conclude(judge("check_ucx", findings), Path(snakemake.output[0]), say=say)
+    conclude(judge("check_ucx", findings), Path(snakemake.output[0]), report=report)

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import msgspec
 from serving.deploy.bench.run import Summary, table
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 
-with telling(snakemake.log[0]) as say:
+with reporting(snakemake.log[0]) as report:
     summaries = [
         msgspec.json.decode(Path(path).read_bytes(), type=Summary)
         for path in snakemake.input.summaries
     ]
-    say("")
+    report("")
     for line in table(summaries):
-        say(line)
-    say("")
+        report(line)
+    report("")
     Path(snakemake.output[0]).write_text("\n".join(table(summaries)) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ import asyncio
 
 from serving.config import parse
 from serving.deploy.report.doctor import conclude_doctor, examine
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 
-with telling(snakemake.log[0]) as say:
-    conclude_doctor(asyncio.run(examine(parse(snakemake.config))), say=say)
+with reporting(snakemake.log[0]) as report:
+    conclude_doctor(asyncio.run(examine(parse(snakemake.config))), report=report)

@@ -4,13 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 from serving.errors import OperatorError
 
-with telling(snakemake.log[0]) as say:
+with reporting(snakemake.log[0]) as report:
     folder = Path(snakemake.output[0]).parent
     pins = snakemake.input[0]
-    say(f"installing {pins} into {folder} (about 1.2 GB; once)")
+    report(f"installing {pins} into {folder} (about 1.2 GB; once)")
     steps = [
         [sys.executable, "-m", "venv", "--clear", str(folder)],
         [

@@ -9,9 +9,9 @@ from serving.config import parse
 from serving.deploy.bench import run as bench
 from serving.deploy.bench.samples import Sampler
 from serving.deploy.report.service import expected, tokenizer_dir
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 
-with telling(snakemake.log[0]) as say:
+with reporting(snakemake.log[0]) as report:
     config = parse(snakemake.config)
     seed = secrets.randbelow(2**31) if config.bench.seed is None else config.bench.seed
     load = msgspec.structs.replace(config.bench, seed=seed)
@@ -27,8 +27,8 @@ with telling(snakemake.log[0]) as say:
     if load.trace is not None:
         trace = summary_file.parent / "trace.jsonl"
         count, too_long = bench.cut_trace(load, target.max_model_len, trace)
-        say(f"{count} requests of {load.trace}; {too_long} were too long for the model")
-    say(f"aiperf against {target.topology} ({target.policy}) at {target.url}")
+        report(f"{count} requests of {load.trace}; {too_long} were too long for the model")
+    report(f"aiperf against {target.topology} ({target.policy}) at {target.url}")
     python = Path(load.python or "results/bench/env/bin/python")
     sampler = Sampler(target.url, told.headers)
     try:
@@ -38,7 +38,7 @@ with telling(snakemake.log[0]) as say:
             summary_file.parent / "aiperf.log",
             sampler,
             load.timeout_s,
-            say,
+            report,
         )
     finally:
         sampler.close()

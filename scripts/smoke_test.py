@@ -7,10 +7,10 @@ from serving.config import parse
 from serving.deploy.planning.topology import joins
 from serving.deploy.report.service import expected
 from serving.deploy.report.smoke import conclude_smoke, run_smoke
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 from serving.errors import OperatorError
 
-with telling(snakemake.log[0]) as say:
+with reporting(snakemake.log[0]) as report:
     config = parse(snakemake.config)
     if joins(config):
         raise OperatorError(
@@ -18,4 +18,4 @@ with telling(snakemake.log[0]) as say:
             remedy="run `snakemake smoke_test` there",
         )
     told = expected(Path("run"), config)
-    conclude_smoke(asyncio.run(run_smoke(told, say=say)), say=say)
+    conclude_smoke(asyncio.run(run_smoke(told, report=report)), report=report)

@@ -4,8 +4,8 @@ import msgspec
 from serving.config import parse
 from serving.deploy.planning.topology import Program
 from serving.deploy.processes.launch import launch
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 
-with telling(snakemake.log[0]) as say:
+with reporting(snakemake.log[0]) as report:
     program = msgspec.json.decode(snakemake.params.program, type=Program)
-    launch(program, parse(snakemake.config), say)
+    launch(program, parse(snakemake.config), report)

@@ -1,9 +1,9 @@
 """What runs here: programs, health, model, URL, cache hit rate."""
 
 from serving.config import parse
-from serving.deploy.report.status import report
-from serving.deploy.rule_script import telling
+from serving.deploy.report import status
+from serving.deploy.rule_script import reporting
 
-with telling(snakemake.log[0]) as say:
-    for line in report(parse(snakemake.config)):
-        say(line)
+with reporting(snakemake.log[0]) as report:
+    for line in status.report(parse(snakemake.config)):
+        report(line)

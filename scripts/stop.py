@@ -2,7 +2,7 @@
 
 from serving.config import parse
 from serving.deploy.processes.stop import stop_all
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 
-with telling(snakemake.log[0]) as say:
-    stop_all(parse(snakemake.config), say)
+with reporting(snakemake.log[0]) as report:
+    stop_all(parse(snakemake.config), report)

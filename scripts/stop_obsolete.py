@@ -3,7 +3,7 @@
 import msgspec
 from serving.deploy.processes.markers import Record
 from serving.deploy.processes.stop import stop_obsolete
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 
-with telling(snakemake.log[0]) as say:
-    stop_obsolete(msgspec.json.decode(snakemake.params.record, type=Record), say)
+with reporting(snakemake.log[0]) as report:
+    stop_obsolete(msgspec.json.decode(snakemake.params.record, type=Record), report)

@@ -45,9 +45,7 @@ def make_engine(folder: Path, *, device: str, dtype: str, tiny: bool = False) ->
     else:
         shutil.copyfile(LLAMA_8B / "config.json", shape / "config.json")
     _save_byte_tokenizer(shape)
-    model = fetch_model(
-        ModelConfig(id=str(shape)), folder / "model", weights="dummy", progress=_tell
-    )
+    model = fetch_model(ModelConfig(id=str(shape)), folder / "model", weights="dummy", report=_tell)
     engine = EngineConfig(device=device, dtype=dtype, weights="dummy")  # type: ignore[arg-type]
     return build_engine(
         model, folder / "engine", engine=engine, fingerprint="benchmark", progress=_tell

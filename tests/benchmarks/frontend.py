@@ -98,7 +98,7 @@ def pin(pid: int, cores: set[int]) -> None:
 def ours(model: Path, folder: Path, num_workers: int) -> Iterator[Serving]:
     folder.mkdir(parents=True)
     said = fetch_model(
-        ModelConfig(id=str(model)), folder / "model", weights="dummy", progress=lambda _: None
+        ModelConfig(id=str(model)), folder / "model", weights="dummy", report=lambda _: None
     )
     engine = EngineConfig(backend="mock", device="cpu", dtype="float32", weights="dummy")
     build_engine(

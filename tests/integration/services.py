@@ -28,7 +28,7 @@ def etcd_executable() -> Path:
 
     Every test process asks for it outside of network namespaces, where nothing can be fetched.
     """
-    return resolve_etcd(CACHE, progress=print).path
+    return resolve_etcd(CACHE, report=print).path
 
 
 def free_port() -> int:

@@ -5,7 +5,7 @@ import os
 import pytest
 from serving.config import Config
 from serving.deploy.checks import ucx as checks_ucx
-from serving.deploy.checks.report import judge
+from serving.deploy.checks.findings import judge
 
 pytestmark = pytest.mark.integration
 

@@ -47,13 +47,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def fetch(folder: Path, lines: list[str] | None = None, **config: object) -> ModelManifest:
     model = ModelConfig(id="org/tiny", **config)  # type: ignore[arg-type]
-    return fetch_model(model, folder, progress=[].append if lines is None else lines.append)
+    return fetch_model(model, folder, report=[].append if lines is None else lines.append)
 
 
 def fetch_quickly(folder: Path) -> None:
     """Straight to the hub part, which lets a test not wait between attempts."""
     fetch_from_hub(
-        ModelConfig(id="org/tiny"), folder / "files", progress=[].append, retry_after_s=0.01
+        ModelConfig(id="org/tiny"), folder / "files", report=[].append, retry_after_s=0.01
     )
 
 

@@ -53,14 +53,14 @@ def test_chosen_executable_serves(
     tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ETCD_BIN", str(etcd_executable()))
-    found = resolve_etcd(tmp_path / "cache", progress=print, release=NO_RELEASE)
+    found = resolve_etcd(tmp_path / "cache", report=print, release=NO_RELEASE)
     assert found.origin == "ETCD_BIN"
     assert_serves(found, tmp_path / "etcd")
 
 
 def test_installed_executable_serves(tools: Path, tmp_path: Path) -> None:
     shutil.copy2(etcd_executable(), tools / "etcd")
-    found = resolve_etcd(tmp_path / "cache", progress=print, release=NO_RELEASE)
+    found = resolve_etcd(tmp_path / "cache", report=print, release=NO_RELEASE)
     assert (found.origin, found.path) == ("PATH", tools / "etcd")
     assert_serves(found, tmp_path / "etcd")
 
@@ -69,11 +69,11 @@ def test_release_is_downloaded_serves_and_is_not_downloaded_again(
     tools: Path, tmp_path: Path, releases: ReleaseServer
 ) -> None:
     release = releases.publish("3.5.21", etcd_executable())
-    found = resolve_etcd(tmp_path / "cache", progress=print, release=release)
+    found = resolve_etcd(tmp_path / "cache", report=print, release=release)
     assert found.origin == "release"
     assert_serves(found, tmp_path / "etcd")
     releases.files.clear()
-    assert resolve_etcd(tmp_path / "cache", progress=print, release=release).origin == "cache"
+    assert resolve_etcd(tmp_path / "cache", report=print, release=release).origin == "cache"
 
 
 def test_package_is_used_where_the_release_host_has_nothing(
@@ -82,7 +82,7 @@ def test_package_is_used_where_the_release_host_has_nothing(
     release = releases.publish("3.5.21", etcd_executable())
     releases.files.clear()
     lines: list[str] = []
-    found = resolve_etcd(tmp_path / "cache", progress=lines.append, release=release)
+    found = resolve_etcd(tmp_path / "cache", report=lines.append, release=release)
     assert found.origin == "Debian package"
     assert any("404" in line for line in lines)
     assert_serves(found, tmp_path / "etcd")
@@ -99,7 +99,7 @@ def test_package_is_found_without_any_package_lists_on_the_machine(
     settings.write_text(f'Dir::State::Lists "{lists}";\n')
     monkeypatch.setenv("APT_CONFIG", str(settings))
     lines: list[str] = []
-    found = resolve_etcd(tmp_path / "cache", progress=lines.append, release=NO_RELEASE)
+    found = resolve_etcd(tmp_path / "cache", report=lines.append, release=NO_RELEASE)
     assert found.origin == "Debian package"
     assert any("fetching them into a private folder" in line for line in lines)
     assert not list((lists / "partial").iterdir())

@@ -34,7 +34,7 @@ def until(condition: Callable[[], object], within_s: float = 15.0) -> None:
 def make_service(folder: Path, num_instances: int | None = None, **more: Any) -> RunningService:
     model = make(folder / "tiny")
     fetched = fetch_model(
-        ModelConfig(id=str(model)), folder / "model", weights="dummy", progress=print
+        ModelConfig(id=str(model)), folder / "model", weights="dummy", report=print
     )
     engine = EngineConfig(backend="mock", device="cpu", dtype="float32", weights="dummy")
     build_engine(fetched, folder / "engine", engine=engine, fingerprint="test", progress=print)

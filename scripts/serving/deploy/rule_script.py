@@ -8,32 +8,33 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from serving.errors import OperatorError
+from serving.progress import Report
 
 FAILURES = "SERVING_FAILURES"
 """Names the file where paragraphs are gathered, each ended by a NUL, to be said again at the end."""
 
 
 @contextmanager
-def telling(log: str | Path) -> Iterator[Callable[[str], None]]:
-    """Gives `say(line)`, which writes to the terminal and to `log`.
+def reporting(log: str | Path) -> Iterator[Report]:
+    """Yields `report(line)`, which writes to the terminal and to `log`.
 
-    An OperatorError inside is told the same way and becomes SystemExit(1).
+    An OperatorError inside goes to standard error and to `log`, and becomes SystemExit(1).
     """
     path = Path(log)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as lines:
 
-        def say(line: str) -> None:
+        def report(line: str) -> None:
             print(line, flush=True)
             print(line, file=lines, flush=True)
 
         try:
-            yield say
+            yield report
         except OperatorError as exc:
             print(f"\n{exc}\n", file=sys.stderr, flush=True)
             print(exc, file=lines, flush=True)

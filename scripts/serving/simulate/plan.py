@@ -16,12 +16,11 @@ from msgspec import Struct
 
 from serving.config import PlanConfig, RouterConfig
 from serving.errors import OperatorError
+from serving.progress import Report
 from serving.simulate.cluster import ClusterShape, simulate
 from serving.simulate.outcome import Outcome
 from serving.simulate.trace import Trace, load_trace
 from serving.simulate.worker import EngineSpeed
-
-Say = Callable[[str], None]
 
 
 class Tried(Struct, frozen=True):
@@ -48,13 +47,15 @@ HEADING = "prefill  decode  TTFT (s) ITL (ms)  hit %  busy %  local %"
 class Planner:
     """Simulates pairs, each once."""
 
-    def __init__(self, trace: Trace, plan: PlanConfig, router: RouterConfig, say: Say) -> None:
-        self._trace, self._plan, self._router, self._say = trace, plan, router, say
+    def __init__(
+        self, trace: Trace, plan: PlanConfig, router: RouterConfig, report: Report
+    ) -> None:
+        self._trace, self._plan, self._router, self._report = trace, plan, router, report
         self._tried: dict[tuple[int, int, bool], Tried] = {}
 
     def fewest(self) -> Tried:
         """The pair to use. Raises OperatorError when the targets cannot be met."""
-        self._say(HEADING)
+        self._report(HEADING)
         plenty = self._plan.max_workers
         prefill = self._least(
             lambda n: self._ttft_is_met(self.try_out(n, plenty, helps=False)), "ttft_s"
@@ -77,7 +78,7 @@ class Planner:
         key = prefill, decode, helps
         if key not in self._tried:
             self._tried[key] = tried = self._measure(prefill, decode, helps)
-            self._say(tried.line())
+            self._report(tried.line())
         return self._tried[key]
 
     def _more(self, number: int) -> int:
@@ -143,7 +144,7 @@ def _busy(outcome: Outcome, duration_s: float, prefill: int) -> float:
     return busy_s / prefill / max(duration_s, 1e-9)
 
 
-def propose(plan: PlanConfig, router: RouterConfig, *, say: Say) -> Tried:
+def propose(plan: PlanConfig, router: RouterConfig, *, report: Report) -> Tried:
     """Tell what was tried and what to configure. Raises OperatorError without a usable trace."""
     if plan.trace is None:
         raise OperatorError(
@@ -152,10 +153,10 @@ def propose(plan: PlanConfig, router: RouterConfig, *, say: Say) -> Tried:
         )
     trace = load_trace(Path(plan.trace).expanduser()).part(plan.max_requests).faster(plan.speed_up)
     rate = len(trace.requests) / max(trace.duration_s, 1e-9)
-    say(
+    report(
         f"{len(trace.requests)} requests in {trace.duration_s:.0f} s ({rate:.2f}/s); targets at the "
         f"{100 * plan.quantile:g}th percentile: TTFT {plan.ttft_s:g} s, ITL {1000 * plan.itl_s:g} ms"
     )
-    found = Planner(trace, plan, router, say).fewest()
-    say(f"\nworkers:\n  prefill: {found.prefill}\n  decode: {found.decode}")
+    found = Planner(trace, plan, router, report).fewest()
+    report(f"\nworkers:\n  prefill: {found.prefill}\n  decode: {found.decode}")
     return found

@@ -87,7 +87,7 @@ def test_etcd_bin_comes_before_path(
     chosen = fake_etcd(tmp_path / "chosen", "3.6.1")
     fake_etcd(only_sh / "etcd", "3.5.20")
     monkeypatch.setenv("ETCD_BIN", str(chosen))
-    found = resolve_etcd(tmp_path / "cache", progress=print, release=NOWHERE)
+    found = resolve_etcd(tmp_path / "cache", report=print, release=NOWHERE)
     assert (found.path, found.version, found.origin) == (chosen, "3.6.1", "ETCD_BIN")
 
 
@@ -101,14 +101,14 @@ def test_unusable_etcd_bin_is_an_error_and_not_skipped(
         fake_etcd(chosen, version)
     monkeypatch.setenv("ETCD_BIN", str(chosen))
     with pytest.raises(OperatorError, match="ETCD_BIN"):
-        resolve_etcd(tmp_path / "cache", progress=print, release=NOWHERE)
+        resolve_etcd(tmp_path / "cache", report=print, release=NOWHERE)
 
 
 def test_refused_etcd_on_path_is_passed_over_for_the_cache(tmp_path: Path, only_sh: Path) -> None:
     fake_etcd(only_sh / "etcd", "3.5.4")
     cached = fake_etcd(tmp_path / "cache/etcd", "3.5.20")
     said: list[str] = []
-    found = resolve_etcd(tmp_path / "cache", progress=said.append, release=NOWHERE)
+    found = resolve_etcd(tmp_path / "cache", report=said.append, release=NOWHERE)
     assert (found.path, found.origin) == (cached, "cache")
     assert any("3.5.4 is refused" in line for line in said)
 
@@ -116,7 +116,7 @@ def test_refused_etcd_on_path_is_passed_over_for_the_cache(tmp_path: Path, only_
 def test_old_etcd_is_used_with_a_warning(tmp_path: Path, only_sh: Path) -> None:
     fake_etcd(only_sh / "etcd", "3.4.23")
     said: list[str] = []
-    found = resolve_etcd(tmp_path / "cache", progress=said.append, release=NOWHERE)
+    found = resolve_etcd(tmp_path / "cache", report=said.append, release=NOWHERE)
     assert found.origin == "PATH"
     assert any("3.4.32" in line for line in said)
 
@@ -126,10 +126,10 @@ def test_release_with_the_pinned_checksum_is_unpacked_into_the_cache(
 ) -> None:
     release = release_of(upstream, tarball("3.5.21", tmp_path))
     cache = tmp_path / "cache"
-    found = resolve_etcd(cache, progress=print, release=release)
+    found = resolve_etcd(cache, report=print, release=release)
     assert (found.path, found.version, found.origin) == (cache / "etcd", "3.5.21", "release")
     assert [p.name for p in cache.iterdir()] == ["etcd"]  # nothing half-done beside it
-    assert resolve_etcd(cache, progress=print, release=NOWHERE).origin == "cache"
+    assert resolve_etcd(cache, report=print, release=NOWHERE).origin == "cache"
 
 
 def test_release_with_another_checksum_is_not_kept(
@@ -139,7 +139,7 @@ def test_release_with_another_checksum_is_not_kept(
     release = release_of(upstream, body)
     upstream["/v3.5.21/etcd-v3.5.21-linux-amd64.tar.gz"] = body + b"x"
     with pytest.raises(OperatorError, match="checksum") as caught:
-        resolve_etcd(tmp_path / "cache", progress=print, release=release)
+        resolve_etcd(tmp_path / "cache", report=print, release=release)
     assert "ETCD_BIN" in caught.value.remedy
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -149,7 +149,7 @@ def test_nothing_reachable_lists_every_source_and_a_remedy(
 ) -> None:
     release = Release("3.5.21", {"amd64": "0" * 64}, upstream["url"].decode())
     with pytest.raises(OperatorError) as caught:
-        resolve_etcd(tmp_path / "cache", progress=print, release=release)
+        resolve_etcd(tmp_path / "cache", report=print, release=release)
     assert "404" in caught.value.what
     assert "not a Debian" in caught.value.what
     assert "ETCD_BIN" in caught.value.remedy

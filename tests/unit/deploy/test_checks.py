@@ -10,11 +10,11 @@ from serving.deploy.checks import gpu as checks_gpu
 from serving.deploy.checks import host as checks_host
 from serving.deploy.checks import ports as checks_ports
 from serving.deploy.checks import ucx as checks_ucx
+from serving.deploy.checks.findings import CheckResult, Finding, conclude, judge, render
 from serving.deploy.checks.gpu import TorchFacts, TorchGpu
 from serving.deploy.checks.host import HostFacts
-from serving.deploy.checks.report import CheckReport, Finding, conclude, judge, render
 from serving.deploy.checks.ucx import UcxFacts
-from serving.deploy.rule_script import telling
+from serving.deploy.rule_script import reporting
 from serving.errors import ConfigError, OperatorError
 
 GIB = 1024**3
@@ -64,11 +64,11 @@ def test_report_is_written_and_told_even_when_the_check_fails(tmp_path: Path) ->
         Finding("cores", False, "1 core", "get more", warning=True),
     ]
     with pytest.raises(OperatorError) as caught:
-        conclude(judge("check_host", findings), path, say=said.append)
+        conclude(judge("check_host", findings), path, report=said.append)
     assert caught.value.what == "check_host failed: disk: 1 GB free"
     assert caught.value.remedy == "free some"
     assert said == [f"check_host: {render(findings[1])}"]
-    assert msgspec.json.decode(path.read_bytes(), type=CheckReport).checks == findings
+    assert msgspec.json.decode(path.read_bytes(), type=CheckResult).checks == findings
 
 
 def test_operator_error_ends_a_rule_script_with_one_paragraph(
@@ -77,8 +77,8 @@ def test_operator_error_ends_a_rule_script_with_one_paragraph(
     log = tmp_path / "logs" / "check.log"
 
     def script() -> None:
-        with telling(log) as say:
-            say("looking")
+        with reporting(log) as report:
+            report("looking")
             raise OperatorError("no room", remedy="make some")
 
     with pytest.raises(SystemExit) as caught:
@@ -91,7 +91,7 @@ def test_operator_error_ends_a_rule_script_with_one_paragraph(
 
 
 def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), telling(tmp_path / "log"):
+    with pytest.raises(ZeroDivisionError), reporting(tmp_path / "log"):
         raise ZeroDivisionError
 
 

@@ -20,7 +20,7 @@ from serving.deploy.checks.container import (
     judge_imports,
     judge_limits,
 )
-from serving.deploy.checks.report import Finding
+from serving.deploy.checks.findings import Finding
 from serving.deploy.containers import runtime as container_runtime
 
 Script = Callable[[str, str], Path]

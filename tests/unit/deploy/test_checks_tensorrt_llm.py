@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import parse
-from serving.deploy.checks.report import Finding
+from serving.deploy.checks.findings import Finding
 from serving.deploy.checks.tensorrt_llm import (
     MINIMUM_DRIVERS,
     judge_tensorrt_llm,

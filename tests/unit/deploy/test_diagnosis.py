@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import Config
-from serving.deploy.checks.report import Finding
+from serving.deploy.checks.findings import Finding
 from serving.deploy.report import doctor
 from serving.deploy.report.diagnosis import Evidence, diagnose, judge_routing
 from serving.deploy.report.service import Expected
@@ -182,7 +182,7 @@ async def test_nothing_deployed_ends_with_how_to_start(
     findings = await doctor.examine(Config())
     said: list[str] = []
     with pytest.raises(OperatorError, match="nothing was started here"):
-        doctor.conclude_doctor(findings, say=said.append)
+        doctor.conclude_doctor(findings, report=said.append)
     assert said
 
 

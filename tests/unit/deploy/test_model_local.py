@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 def fetch(folder: Path, out: Path) -> list[str]:
     lines: list[str] = []
-    fetch_model(ModelConfig(id=str(folder)), out, progress=lines.append)
+    fetch_model(ModelConfig(id=str(folder)), out, report=lines.append)
     return lines
 
 

@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError
 from serving.config import Config, parse
 from serving.deploy.checks.container import check_container, judge_gpus
-from serving.deploy.checks.report import Finding, conclude, judge
+from serving.deploy.checks.findings import Finding, conclude, judge
 from serving.deploy.checks.tensorrt_llm import judge_tensorrt_llm
 from serving.deploy.model.hub_errors import explain
 from serving.deploy.planning.placement import require_room, usable_gpus
@@ -41,7 +41,7 @@ GIB = 1024**3
 
 
 def checked(name: str, findings: list[Finding]) -> None:
-    conclude(judge(name, findings), Path("check.json"), say=print)
+    conclude(judge(name, findings), Path("check.json"), report=print)
 
 
 def on_gpus(driver: str) -> list[Finding]:

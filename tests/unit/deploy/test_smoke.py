@@ -28,7 +28,7 @@ async def run(fake: FakeService, *, disaggregated: bool = True) -> dict[str, smo
             max_model_len=512,
             exact=True,
         )
-        outcomes = await smoke.run_smoke(told, say=lambda line: None)
+        outcomes = await smoke.run_smoke(told, report=lambda line: None)
     return {outcome.name: outcome for outcome in outcomes}
 
 
@@ -39,7 +39,7 @@ async def test_service_that_behaves_passes_every_check() -> None:
         *("8 at once", "abort"),
     ]
     assert [o.detail for o in outcomes.values() if not o.ok] == []
-    smoke.conclude_smoke(list(outcomes.values()), say=lambda line: None)
+    smoke.conclude_smoke(list(outcomes.values()), report=lambda line: None)
 
 
 async def test_aggregated_service_needs_no_kv_transfer() -> None:
@@ -68,7 +68,7 @@ async def test_broken_service_fails_the_check_for_it(broken: str, check: str, re
     assert not outcomes[check].ok
     assert reason in outcomes[check].detail
     with pytest.raises(OperatorError, match="smoke test failed"):
-        smoke.conclude_smoke(list(outcomes.values()), say=lambda line: None)
+        smoke.conclude_smoke(list(outcomes.values()), report=lambda line: None)
 
 
 async def test_blocks_held_by_nobody_are_found_before_the_abort() -> None:
@@ -84,7 +84,7 @@ async def test_service_that_is_not_ready_is_not_asked_further() -> None:
 
 async def test_nothing_listening_is_one_clear_failure() -> None:
     told = expected(Path("nowhere"), parse({"frontend": {"port": 9}}))
-    (outcome,) = await smoke.run_smoke(told, say=lambda line: None)
+    (outcome,) = await smoke.run_smoke(told, report=lambda line: None)
     assert outcome.name == "ready"
     assert "http://127.0.0.1:9/ready" in outcome.detail
 

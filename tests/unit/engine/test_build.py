@@ -33,7 +33,7 @@ def model(original: Path, tmp_path: Path) -> Path:
 
 def described(model: Path, **config: Any) -> ModelManifest:
     out = model.parent / "described"
-    return fetch_model(ModelConfig(id=str(model), **config), out, progress=[].append)
+    return fetch_model(ModelConfig(id=str(model), **config), out, report=[].append)
 
 
 def built(

@@ -79,7 +79,7 @@ def write_gguf(path: Path, *, pre: str = "smollm", architecture: str = "llama") 
 
 
 def build(path: Path, out: Path) -> EngineManifest:
-    manifest = fetch_model(ModelConfig(id=str(path)), out / "model", progress=[].append)
+    manifest = fetch_model(ModelConfig(id=str(path)), out / "model", report=[].append)
     engine = EngineConfig(device="cpu", dtype="float32")
     return build_engine(
         manifest, out / "engine", engine=engine, fingerprint="f", progress=[].append

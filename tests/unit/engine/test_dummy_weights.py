@@ -57,7 +57,7 @@ def build(
 ) -> EngineManifest:
     said: list[str] = [] if lines is None else lines
     config = ModelConfig(id=str(model), tokenizer=None if tokenizer is None else str(tokenizer))
-    fetched = fetch_model(config, out / "model", weights="dummy", progress=said.append)
+    fetched = fetch_model(config, out / "model", weights="dummy", report=said.append)
     engine = EngineConfig(device="cpu", dtype="float32", weights="dummy")
     return build_engine(
         fetched, out / "engine", engine=engine, fingerprint="f", progress=said.append
@@ -194,5 +194,5 @@ def test_tokenizer_that_is_not_there_names_the_key(shape: Path, tmp_path: Path) 
 
 def test_config_alone_is_refused_as_real_weights(shape: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no model\.safetensors") as failure:
-        fetch_model(ModelConfig(id=str(shape)), tmp_path / "model", progress=[].append)
+        fetch_model(ModelConfig(id=str(shape)), tmp_path / "model", report=[].append)
     assert "`engine.weights: dummy`" in failure.value.remedy

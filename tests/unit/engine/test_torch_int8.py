@@ -267,7 +267,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def built(model: Path, out: Path, dtype: str = "int8") -> tuple[EngineManifest, list[str]]:
     lines: list[str] = []
-    manifest = fetch_model(ModelConfig(id=str(model)), out.parent / "described", progress=[].append)
+    manifest = fetch_model(ModelConfig(id=str(model)), out.parent / "described", report=[].append)
     engine = EngineConfig(device="cpu", dtype=dtype)  # type: ignore[arg-type]
     return build_engine(
         manifest, out, engine=engine, fingerprint="f00d", progress=lines.append

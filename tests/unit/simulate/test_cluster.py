@@ -137,6 +137,6 @@ def test_a_target_that_no_number_meets_is_named(change, named) -> None:
 
 def test_a_plan_needs_a_trace(tmp_path) -> None:
     with pytest.raises(OperatorError, match="no workload"):
-        propose(PlanConfig(), RouterConfig(), say=print)
+        propose(PlanConfig(), RouterConfig(), report=print)
     with pytest.raises(OperatorError, match="there is no trace"):
-        propose(PlanConfig(trace=str(tmp_path / "x.jsonl")), RouterConfig(), say=print)
+        propose(PlanConfig(trace=str(tmp_path / "x.jsonl")), RouterConfig(), report=print)

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from msgspec import Struct
 from serving.config import BenchConfig
 from serving.deploy.bench.samples import Sample, Sampler, hit_rates
 from serving.errors import OperatorError
-
-Say = Callable[[str], None]
+from serving.progress import Report
 
 TOKENIZER = "service/model"
 _TOKENIZER_FILES = (
@@ -197,7 +196,12 @@ def offline_home(tokenizer_dir: Path, home: Path) -> Path:
 
 
 def run(
-    arguments: Sequence[str], home: Path, log: Path, sampler: Sampler, timeout_s: float, say: Say
+    arguments: Sequence[str],
+    home: Path,
+    log: Path,
+    sampler: Sampler,
+    timeout_s: float,
+    report: Report,
 ) -> None:
     """Run aiperf to its end, sampling and telling meanwhile; `home` is from `offline_home`.
 
@@ -235,7 +239,7 @@ def run(
                     )
                 if now - told >= TELL_S:
                     told = now
-                    say(_progress(first, sample, now - started))
+                    report(_progress(first, sample, now - started))
         except httpx.HTTPError as exc:
             raise OperatorError(
                 f"the service stopped answering during the benchmark: {exc}",

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from serving.config import Config, ContainerConfig
 from serving.deploy.checks import container_probe
-from serving.deploy.checks.report import Finding, Say
+from serving.deploy.checks.findings import Finding
 from serving.deploy.containers import image_store
 from serving.deploy.containers.runtime import ASK_S, INSTALL, ask, complaint, run
 from serving.deploy.containers.worker_command import wrap
@@ -26,6 +26,7 @@ from serving.deploy.processes.removal import remove
 from serving.deploy.processes.supervisor_conf import RUN
 from serving.engine.trtllm.versions import parse_version
 from serving.errors import ConfigError, OperatorError
+from serving.progress import Report
 
 TRIAL_S = 300.0
 """A first import of TensorRT-LLM from a cold disk takes more than a minute."""
@@ -65,7 +66,7 @@ class ProbeImport(Struct, frozen=True):
     error: str = ""
 
 
-def check_container(config: Config, gpus: Sequence[int], say: Say) -> list[Finding]:
+def check_container(config: Config, gpus: Sequence[int], report: Report) -> list[Finding]:
     """All findings about `container.*`; a single one when no container is configured.
 
     `gpus` are those that workers will use, none on CPU. Fetches a missing image when told to.
@@ -82,7 +83,7 @@ def check_container(config: Config, gpus: Sequence[int], say: Say) -> list[Findi
         findings += _missing_mounts(container)
         image = image_store.find(container)
         if not image.ok and container.image is not None and container.pull:
-            image = image_store.pull(container, say)
+            image = image_store.pull(container, report)
         findings.append(image)
     if any(finding.blocks for finding in findings):
         return findings

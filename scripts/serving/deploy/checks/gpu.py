@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct
 
-from serving.deploy.checks.report import Finding
+from serving.deploy.checks.findings import Finding
 from serving.engine.files import human
 from serving.gpus import driver_version
 

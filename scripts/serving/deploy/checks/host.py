@@ -19,7 +19,7 @@ import psutil
 from msgspec import Struct
 
 from serving.config import Config
-from serving.deploy.checks.report import Finding
+from serving.deploy.checks.findings import Finding
 from serving.deploy.model.files import local_files
 from serving.deploy.planning.fingerprint import resolve_dtype, resolve_source
 from serving.engine.files import human

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from serving.config import Config
-from serving.deploy.checks.report import Finding
+from serving.deploy.checks.findings import Finding
 from serving.deploy.planning.topology import address, joins
 from serving.deploy.processes.ports import claim
 from serving.errors import OperatorError

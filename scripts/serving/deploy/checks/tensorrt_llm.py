@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from serving.config import Config
-from serving.deploy.checks.report import Finding
+from serving.deploy.checks.findings import Finding
 from serving.engine.files import human
 from serving.engine.trtllm.quantization import BF16_NEEDS
 from serving.engine.trtllm.versions import parse_version

@@ -19,7 +19,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from serving.config import Config
-from serving.deploy.checks.report import Finding
+from serving.deploy.checks.findings import Finding
 
 PROBE_S = 60.0
 _PROBE = [sys.executable, "-m", "serving.deploy.checks.ucx_probe"]

@@ -7,7 +7,7 @@ file made of what was built.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,8 +18,8 @@ from serving.deploy.containers import image_store, images
 from serving.deploy.containers.images import Base, Serving
 from serving.deploy.containers.runtime import ask, complaint, run, stream
 from serving.errors import OperatorError
+from serving.progress import Report
 
-Say = Callable[[str], None]
 BUILDERS = ("docker", "podman")
 SOURCE_DISK_BYTES = 63 * 10**9
 """TensorRT-LLM's documentation on building from source; for the image and all it is made of."""
@@ -27,7 +27,7 @@ ASK_S = 30.0
 _STORAGE = {"docker": "{{.DockerRootDir}}", "podman": "{{.Store.GraphRoot}}"}
 
 
-def build_base(config: Config, folder: Path, say: Say) -> Base:
+def build_base(config: Config, folder: Path, report: Report) -> Base:
     """Build or fetch the base image, and say in `folder/base.json` which one it is.
 
     Raises OperatorError: no builder, no git-lfs, no disk space, no access to the registry.
@@ -41,13 +41,13 @@ def build_base(config: Config, folder: Path, say: Say) -> Base:
         assert container.source_commit is not None
         if not found.ok:
             _require_for_source(builder, folder)
-            checkout = fetch_source(container.source_commit, folder / "tensorrt-llm", say)
+            checkout = fetch_source(container.source_commit, folder / "tensorrt-llm", report)
             dockerfile = folder / "base.Dockerfile"
             dockerfile.write_text(images.render_base(container))
-            _build(builder, container, reference, dockerfile, checkout, say)
+            _build(builder, container, reference, dockerfile, checkout, report)
             found = image_store.find(wanted)
     elif not found.ok:
-        found = image_store.pull(wanted, say, folder)
+        found = image_store.pull(wanted, report, folder)
     if not found.ok:
         raise OperatorError(
             f"the base image {reference} cannot be had: {found.detail}", remedy=found.remedy
@@ -57,7 +57,7 @@ def build_base(config: Config, folder: Path, say: Say) -> Base:
     return base
 
 
-def build_serving(config: Config, base: Base, folder: Path, say: Say) -> Serving:
+def build_serving(config: Config, base: Base, folder: Path, report: Report) -> Serving:
     """Build the serving image on `base`, and say in `folder/serving.json` which one it is."""
     container, backend, builder = config.container, config.engine.backend, base.builder
     text = images.render_serving(base.reference, container)
@@ -69,12 +69,12 @@ def build_serving(config: Config, base: Base, folder: Path, say: Say) -> Serving
         path = context / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    _build(builder, container, image, dockerfile, context, say)
+    _build(builder, container, image, dockerfile, context, report)
     found = image_store.find(replace(container, runtime=builder, image=image))
     suffix = {"apptainer": ".sif", "enroot": ".sqsh"}.get(container.runtime, "")
     file = folder / f"serving-{image.rpartition(':')[2]}{suffix}" if suffix else None
     if file is not None:
-        _convert(builder, container.runtime, image, file, say)
+        _convert(builder, container.runtime, image, file, report)
     serving = Serving(
         image=image,
         detail=found.detail,
@@ -106,10 +106,10 @@ def choose_builder(container: ContainerConfig) -> str:
     )
 
 
-def fetch_source(commit: str, checkout: Path, say: Say) -> Path:
+def fetch_source(commit: str, checkout: Path, report: Report) -> Path:
     """A checkout of TensorRT-LLM at `commit` with its submodules and LFS files."""
     for command in source_commands(commit, checkout):
-        code, text = stream(command, say)
+        code, text = stream(command, report)
         if code != 0:
             raise OperatorError(
                 f"the source of TensorRT-LLM at {commit} cannot be fetched: {text}",
@@ -159,23 +159,23 @@ def _build(
     image: str,
     dockerfile: Path,
     context: Path,
-    say: Say,
+    report: Report,
 ) -> None:
     command = [*images.build_command(builder, container, image, dockerfile), str(context)]
-    say(" ".join(command))
-    code, text = stream(command, say)
+    report(" ".join(command))
+    code, text = stream(command, report)
     if code != 0:
         finding = complaint("build", command, code, text, image)
         raise OperatorError(f"{image} cannot be built: {finding.detail}", remedy=finding.remedy)
 
 
-def _convert(builder: str, runtime: str, image: str, file: Path, say: Say) -> None:
+def _convert(builder: str, runtime: str, image: str, file: Path, report: Report) -> None:
     file.unlink(missing_ok=True)  # enroot refuses to overwrite
     commands: Sequence[list[str]] = images.conversion(builder, runtime, image, file)
     try:
         for command in commands:
-            say(" ".join(command))
-            code, text = stream(command, say)
+            report(" ".join(command))
+            code, text = stream(command, report)
             if code != 0:
                 finding = complaint("convert", command, code, text, image)
                 raise OperatorError(

@@ -7,16 +7,15 @@ again, whatever the tag means by then. apptainer and enroot run files, made from
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from serving.config import ContainerConfig
-from serving.deploy.checks.report import Finding
+from serving.deploy.checks.findings import Finding
 from serving.deploy.containers.runtime import ASK_S, ask, complaint, run, stream
+from serving.progress import Report
 
-Say = Callable[[str], None]
 IMAGES = Path("results/images")
 PINNED = "pinned.json"
 """`{reference: digest}` of what was pulled here. Delete an entry to follow its tag again."""
@@ -57,15 +56,15 @@ def find(container: ContainerConfig) -> Finding:
     return Finding("image", False, f"there is no file {image}", _fetch_hint(container, image))
 
 
-def pull(container: ContainerConfig, say: Say, images: Path = IMAGES) -> Finding:
+def pull(container: ContainerConfig, report: Report, images: Path = IMAGES) -> Finding:
     """Fetch the image, telling the runtime's progress, and find it then."""
     assert container.image is not None
     reference, runtime = container.image, container.runtime
     pins = read_pins(images)
-    say(f"{runtime}: fetching {reference}")
+    report(f"{runtime}: fetching {reference}")
     images.mkdir(parents=True, exist_ok=True)
     for command in pull_commands(container, pins.get(reference)):
-        code, text = stream(command, say)
+        code, text = stream(command, report)
         if code != 0:
             return complaint("image", command, code, text, reference)
     found = find(container)

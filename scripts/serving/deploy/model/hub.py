@@ -17,9 +17,10 @@ from serving.config import ModelConfig, Weights
 from serving.deploy.model.files import WeightFiles, select
 from serving.deploy.model.hub_download import HubDownload, HubFile, size_of
 from serving.deploy.model.hub_errors import explain
-from serving.engine.files import Progress, human, require_space
+from serving.engine.files import human, require_space
 from serving.engine.manifest import ModelFile
 from serving.errors import ModelError
+from serving.progress import Report
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -32,7 +33,7 @@ def fetch_from_hub(
     files_dir: Path,
     *,
     weights: Weights = "real",
-    progress: Progress,
+    report: Report,
     retry_after_s: float = 1.0,
 ) -> tuple[WeightFiles, list[ModelFile], str]:
     """Bring the needed files of `config.id` into `files_dir`; returns them and the commit.
@@ -48,15 +49,13 @@ def fetch_from_hub(
     wanted = [listed[name] for name in names]
     files_dir.mkdir(parents=True, exist_ok=True)
     pinned = msgspec.structs.replace(config, revision=commit)
-    download = HubDownload(api, pinned, files_dir, progress=progress, retry_after_s=retry_after_s)
+    download = HubDownload(api, pinned, files_dir, report=report, retry_after_s=retry_after_s)
     _remove_others(files_dir, {download.partial(file).name for file in wanted} | set(names))
     missing = [file for file in wanted if not file.matches(files_dir / file.name)]
     here = sum(size_of(download.partial(file)) for file in missing)
     to_fetch = max(0, sum(file.size for file in missing) - here)
     before = f" ({human(here)} are here from before)" if here else ""
-    progress(
-        f"{config.id} at {commit[:12]}: {len(wanted)} files, {human(to_fetch)} to fetch{before}"
-    )
+    report(f"{config.id} at {commit[:12]}: {len(wanted)} files, {human(to_fetch)} to fetch{before}")
     require_space(files_dir, to_fetch, config.id)
     for file in missing:
         download.fetch(file)

@@ -16,8 +16,9 @@ from msgspec import Struct
 
 from serving.config import ModelConfig
 from serving.deploy.model.hub_errors import explain
-from serving.engine.files import Progress, human
+from serving.engine.files import human
 from serving.errors import ModelError
+from serving.progress import Report
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -67,11 +68,11 @@ class HubDownload:
         config: ModelConfig,
         folder: Path,
         *,
-        progress: Progress,
+        report: Report,
         retry_after_s: float,
     ) -> None:
         self.api, self.config, self.folder = api, config, folder
-        self.progress, self.retry_after_s = progress, retry_after_s
+        self.report, self.retry_after_s = report, retry_after_s
 
     def partial(self, file: HubFile) -> Path:
         return self.folder / f".{file.name}.{file.digest[:16]}.partial"
@@ -94,7 +95,7 @@ class HubDownload:
                         f"{file.name} stopped at {human(arrived)} of {human(file.size)}: {exc}",
                         remedy="run the same command again: it continues from there",
                     ) from exc
-                self.progress(f"{file.name}: {exc}; trying again")
+                self.report(f"{file.name}: {exc}; trying again")
                 time.sleep(self.retry_after_s * 2 ** (attempts - 1))
         if not file.matches(partial):
             partial.unlink()
@@ -130,7 +131,7 @@ class HubDownload:
                 # A plain 200 ignored the range and starts over.
                 continues = response.status_code == httpx.codes.PARTIAL_CONTENT
                 with partial.open("ab" if continues else "wb") as out:
-                    meter = _Meter(file, self.progress, out.tell())
+                    meter = _Meter(file, self.report, out.tell())
                     for chunk in response.iter_bytes():
                         out.write(chunk)
                         meter.add(len(chunk))
@@ -149,8 +150,8 @@ def size_of(path: Path) -> int:
 class _Meter:
     """Tells how far a file is, every few seconds and at the end."""
 
-    def __init__(self, file: HubFile, progress: Progress, done: int) -> None:
-        self.file, self.progress, self.done = file, progress, done
+    def __init__(self, file: HubFile, report: Report, done: int) -> None:
+        self.file, self.report, self.done = file, report, done
         self.first, self.started = done, time.monotonic()
         self.told = self.started
 
@@ -161,6 +162,6 @@ class _Meter:
             self.told = now
             rate = (self.done - self.first) / max(now - self.started, 1e-3)
             percent = 100 * self.done // max(1, self.file.size)
-            self.progress(
+            self.report(
                 f"{self.file.name}: {percent}% of {human(self.file.size)} ({human(rate)}/s)"
             )

@@ -19,15 +19,16 @@ from serving.deploy.model.files import (
 )
 from serving.deploy.model.hub import fetch_from_hub
 from serving.deploy.planning.fingerprint import resolve_source
-from serving.engine.files import Progress, human, sha256_of
+from serving.engine.files import human, sha256_of
 from serving.engine.manifest import ModelFile, ModelManifest, load_model, write_json
 from serving.errors import ModelError
+from serving.progress import Report
 
 HASH_LOCAL_UP_TO_BYTES = 64 * 1024 * 1024
 
 
 def fetch_model(
-    config: ModelConfig, out_dir: Path, *, weights: Weights = "real", progress: Progress
+    config: ModelConfig, out_dir: Path, *, weights: Weights = "real", report: Report
 ) -> ModelManifest:
     """Fetch the model into `out_dir/files` and write `out_dir/model.json`.
 
@@ -43,14 +44,14 @@ def fetch_model(
     path = "files"
     if source == "local":
         found = local_files(config, weights=weights)
-        files = _describe(found, progress)
+        files = _describe(found, report)
         path = str(found.folder)
     elif source == "bundled":
-        found, files = fetch_bundled(files_dir, progress=progress)
+        found, files = fetch_bundled(files_dir, report=report)
     else:
-        found, files, commit = fetch_from_hub(config, files_dir, weights=weights, progress=progress)
+        found, files, commit = fetch_from_hub(config, files_dir, weights=weights, report=report)
     check_shards(found.folder, found.names)
-    tokenizer = _lent_tokenizer(config, out_dir, progress)
+    tokenizer = _lent_tokenizer(config, out_dir, report)
     if tokenizer is None:
         require_tokenizer(found)
     manifest = ModelManifest(
@@ -67,20 +68,20 @@ def fetch_model(
     write_json(out_dir / "model.json", manifest)
     total = human(sum(file.size for file in files))
     without = ", no weights" if found.format == "config" else ""
-    progress(f"{config.id}: {len(files)} files, {total}, {found.format}, from {source}{without}")
+    report(f"{config.id}: {len(files)} files, {total}, {found.format}, from {source}{without}")
     return load_model(out_dir / "model.json")
 
 
-def _lent_tokenizer(config: ModelConfig, out_dir: Path, progress: Progress) -> str | None:
+def _lent_tokenizer(config: ModelConfig, out_dir: Path, report: Report) -> str | None:
     """Where `model.tokenizer` is, relative to `out_dir` or absolute; None for the model's own."""
     if config.tokenizer == "bundled":
-        found, _ = fetch_bundled(out_dir / "tokenizer", progress=progress)
+        found, _ = fetch_bundled(out_dir / "tokenizer", report=report)
         return f"tokenizer/{found.names[0]}"
     path = tokenizer_source(config)
     return None if path is None else str(path)
 
 
-def _describe(found: WeightFiles, progress: Progress) -> list[ModelFile]:
+def _describe(found: WeightFiles, report: Report) -> list[ModelFile]:
     """Identify a person's own files: by content when small, by size and time when large."""
     files = []
     for name in found.names:
@@ -100,5 +101,5 @@ def _describe(found: WeightFiles, progress: Progress) -> list[ModelFile]:
                     f"{found.folder / found.names[0]} does not begin like a GGUF file",
                     remedy="download it again",
                 )
-    progress(f"using {found.folder} in place; the network is not touched")
+    report(f"using {found.folder} in place; the network is not touched")
     return files

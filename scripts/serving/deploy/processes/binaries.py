@@ -22,8 +22,8 @@ from pathlib import Path
 import httpx
 
 from serving.errors import OperatorError
+from serving.progress import Report
 
-Progress = Callable[[str], None]
 Version = tuple[int, int, int]
 
 
@@ -66,7 +66,7 @@ class _Unavailable(Exception):
     """This source cannot provide the binary; the next one may."""
 
 
-def resolve_etcd(cache_dir: Path, *, progress: Progress, release: Release = ETCD_RELEASE) -> Binary:
+def resolve_etcd(cache_dir: Path, *, report: Report, release: Release = ETCD_RELEASE) -> Binary:
     """The first usable etcd of: $ETCD_BIN, PATH, `cache_dir`, the pinned release, Debian's package.
 
     What had to be fetched is left in `cache_dir`. Versions 3.5.0 to 3.5.5 can corrupt data
@@ -74,25 +74,25 @@ def resolve_etcd(cache_dir: Path, *, progress: Progress, release: Release = ETCD
     """
     if chosen := os.environ.get("ETCD_BIN"):
         try:
-            return _accept(Path(chosen), "ETCD_BIN", progress)
+            return _accept(Path(chosen), "ETCD_BIN", report)
         except _Unavailable as exc:
             raise OperatorError(f"ETCD_BIN: {exc}", remedy=_REMEDY) from None
     found = shutil.which("etcd")
     cached = cache_dir.resolve() / "etcd"  # tools below are run in folders of their own
     sources: list[tuple[str, Callable[[], Binary]]] = []
     if found:
-        sources.append(("PATH", lambda: _accept(Path(found), "PATH", progress)))
+        sources.append(("PATH", lambda: _accept(Path(found), "PATH", report)))
     if cached.exists():
-        sources.append(("cache", lambda: _accept(cached, "cache", progress)))
-    sources.append(("release", lambda: _from_release(release, cached, progress)))
-    sources.append(("Debian package", lambda: _from_debian(cached, progress)))
+        sources.append(("cache", lambda: _accept(cached, "cache", report)))
+    sources.append(("release", lambda: _from_release(release, cached, report)))
+    sources.append(("Debian package", lambda: _from_debian(cached, report)))
     failures = []
     for name, source in sources:
         try:
             return source()
         except _Unavailable as exc:
             failures.append(f"{name}: {exc}")
-            progress(f"etcd from {name}: {exc}")
+            report(f"etcd from {name}: {exc}")
     raise OperatorError("no usable etcd; " + "; ".join(failures), remedy=_REMEDY)
 
 
@@ -131,14 +131,14 @@ def check_etcd_version(version: Version) -> str | None:
     return None
 
 
-def _accept(path: Path, origin: str, progress: Progress) -> Binary:
+def _accept(path: Path, origin: str, report: Report) -> Binary:
     version = _ask_version(path, r"etcd Version: (\d+)\.(\d+)\.(\d+)")
     try:
         warning = check_etcd_version(version)
     except OperatorError as exc:
         raise _Unavailable(exc.what) from None
     if warning:
-        progress(f"warning: {warning}")
+        report(f"warning: {warning}")
     return Binary(path, _text(version), origin)
 
 
@@ -175,13 +175,13 @@ def _nats_from_wheel() -> tuple[Path | None, str]:
 # --- fetching etcd -----------------------------------------------------------------------------
 
 
-def _from_release(release: Release, target: Path, progress: Progress) -> Binary:
+def _from_release(release: Release, target: Path, report: Report) -> Binary:
     arch = _ARCH.get(platform.machine())
     if platform.system() != "Linux" or arch is None or arch not in release.sha256:
         raise _Unavailable(f"no pinned tarball for {platform.system()} {platform.machine()}")
     stem = f"etcd-v{release.version}-linux-{arch}"
     url = f"{release.url}/v{release.version}/{stem}.tar.gz"
-    progress(f"downloading {url}")
+    report(f"downloading {url}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         tarball = Path(scratch, "etcd.tar.gz")
@@ -197,7 +197,7 @@ def _from_release(release: Release, target: Path, progress: Progress) -> Binary:
                     shutil.copyfileobj(member, out)
         except (tarfile.TarError, KeyError) as exc:
             raise _Unavailable(f"{url} cannot be unpacked: {exc}") from None
-        return _install(Path(scratch, "etcd"), target, "release", progress)
+        return _install(Path(scratch, "etcd"), target, "release", report)
 
 
 def _download(url: str, target: Path) -> str:
@@ -219,11 +219,11 @@ def _download(url: str, target: Path) -> str:
     return digest.hexdigest()
 
 
-def _from_debian(target: Path, progress: Progress) -> Binary:
+def _from_debian(target: Path, report: Report) -> Binary:
     """The distribution's etcd-server, unpacked and not installed: apt checks its signature."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise _Unavailable("this is not a Debian or Ubuntu system")
-    progress("fetching the distribution's etcd-server package")
+    report("fetching the distribution's etcd-server package")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         scratch = Path(name)
@@ -232,7 +232,7 @@ def _from_debian(target: Path, progress: Progress) -> Binary:
         try:
             _apt([*options, "download", "etcd-server"], scratch)
         except _Unavailable:
-            progress("the package lists are missing or old; fetching them into a private folder")
+            report("the package lists are missing or old; fetching them into a private folder")
             options += _private_lists(scratch)
             _apt([*options, "update"], scratch)
             _apt([*options, "download", "etcd-server"], scratch)
@@ -240,7 +240,7 @@ def _from_debian(target: Path, progress: Progress) -> Binary:
         if package is None:
             raise _Unavailable("apt-get download left no package")
         _command(["dpkg", "-x", str(package), "unpacked"], scratch)
-        return _install(scratch / "unpacked/usr/bin/etcd", target, "Debian package", progress)
+        return _install(scratch / "unpacked/usr/bin/etcd", target, "Debian package", report)
 
 
 def _private_lists(scratch: Path) -> list[str]:
@@ -269,11 +269,11 @@ def _command(command: list[str], cwd: Path) -> None:
         raise _Unavailable(str(exc)) from None
 
 
-def _install(source: Path, target: Path, origin: str, progress: Progress) -> Binary:
+def _install(source: Path, target: Path, origin: str, report: Report) -> Binary:
     """Check what was fetched before it becomes visible under its final name."""
     if not source.is_file():
         raise _Unavailable(f"no executable at {source.name}")
     source.chmod(0o755)
-    version = _accept(source, origin, progress).version
+    version = _accept(source, origin, report).version
     source.replace(target)
     return Binary(target, version, origin)

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -35,8 +34,8 @@ from serving.deploy.processes.markers import write_marker
 from serving.deploy.processes.readiness import first_answer, probe_for
 from serving.deploy.processes.supervisor import LOGS, RUN, ProcessInfo, ProgramSpec, Supervisor
 from serving.errors import OperatorError
+from serving.progress import Report
 
-Say = Callable[[str], None]
 TELL_EVERY_S = 5.0
 LAST_LINES = 15
 _PROBE_S = 0.1
@@ -49,7 +48,7 @@ _OWN_HEAD = re.compile(r"^\S+ \S+ \S+ CRITICAL \S+: ")
 _REMEDY = "  -> "
 
 
-def launch(program: Program, config: Config, say: Say) -> None:
+def launch(program: Program, config: Config, report: Report) -> None:
     """Have `program` run and ready, and write its marker. Raises OperatorError."""
     started = time.monotonic()
     supervisor: Supervisor | SlurmJobs = Supervisor()
@@ -60,22 +59,22 @@ def launch(program: Program, config: Config, say: Say) -> None:
     log = LOGS / f"{program.name}.log"
     log_from = log.stat().st_size if log.exists() else 0
     if info is not None and info.running and info.fingerprint == program.fingerprint:
-        say(f"{program.name}: already running ({_place(info)})")
+        report(f"{program.name}: already running ({_place(info)})")
     else:
         supervisor.stop([program.name])
         ports.claim(program.host, program.ports, RUN)
         _write_settings(program)
         info = _start(supervisor, program, config)
-        say(f"{program.name}: started ({_place(info)}), log: {log}")
+        report(f"{program.name}: started ({_place(info)}), log: {log}")
     try:
-        _wait_ready(supervisor, program, info, log_from, config, say)
+        _wait_ready(supervisor, program, info, log_from, config, report)
         if program.name == "frontend":
             first_answer(program)
     except OperatorError:
         supervisor.stop([program.name])
         raise
     write_marker(info, RUN)
-    say(f"{program.name}: ready after {time.monotonic() - started:.1f} s")
+    report(f"{program.name}: ready after {time.monotonic() - started:.1f} s")
 
 
 def _place(info: ProcessInfo) -> str:
@@ -155,12 +154,12 @@ def _wait_ready(
     info: ProcessInfo,
     log_from: int,
     config: Config,
-    say: Say,
+    report: Report,
 ) -> None:
     """Raises OperatorError as soon as the process ends, or when `start_s` has passed since it
     began: a job may pend for longer."""
     if isinstance(supervisor, SlurmJobs):
-        _wait_allocated(supervisor, program, config, say)
+        _wait_allocated(supervisor, program, config, report)
     probe = probe_for(program.name)
     log = LOGS / f"{program.name}.log"
     started = told = time.monotonic()
@@ -186,11 +185,11 @@ def _wait_ready(
         if now - told >= TELL_EVERY_S:
             told = now
             doing = (_new_lines(log, log_from) or [missing])[-1]
-            say(f"{program.name}: {_LINE_HEAD.sub('', doing)[:100]} ({now - started:.0f} s)")
+            report(f"{program.name}: {_LINE_HEAD.sub('', doing)[:100]} ({now - started:.0f} s)")
         time.sleep(_PROBE_S if isinstance(supervisor, Supervisor) else _PEND_S / 2)
 
 
-def _wait_allocated(jobs: SlurmJobs, program: Program, config: Config, say: Say) -> None:
+def _wait_allocated(jobs: SlurmJobs, program: Program, config: Config, report: Report) -> None:
     """Until Slurm has found room for it, saying what it waits for."""
     started, told, last = time.monotonic(), 0.0, ""
     while obstacle := jobs.obstacle(program.name):
@@ -202,7 +201,7 @@ def _wait_allocated(jobs: SlurmJobs, program: Program, config: Config, say: Say)
                 "`slurm.pending_s`",
             )
         if obstacle != last or now - told >= 6 * TELL_EVERY_S:
-            say(f"{program.name}: {obstacle} ({now - started:.0f} s)")
+            report(f"{program.name}: {obstacle} ({now - started:.0f} s)")
             told, last = now, obstacle
         time.sleep(_PEND_S)
 

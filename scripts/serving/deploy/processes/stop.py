@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from serving.config import Config
 from serving.deploy.cluster.slurm import SlurmJobs
@@ -13,8 +13,7 @@ from serving.deploy.processes import ports, processes
 from serving.deploy.processes.markers import RECORD, Record, no_longer_wanted, write_record
 from serving.deploy.processes.supervisor import RUN, Supervisor
 from serving.errors import ConfigError, OperatorError
-
-Say = Callable[[str], None]
+from serving.progress import Report
 
 _LEFTOVERS = (
     "*.up",
@@ -33,16 +32,16 @@ _FOLDERS = ("programs", "etcd", "slurm")
 """Secrets stay: clients have the API keys by now, and other nodes the file they join with."""
 
 
-def stop_obsolete(wanted: Record, say: Say) -> None:
+def stop_obsolete(wanted: Record, report: Report) -> None:
     """Stop what `wanted` has no place for, and record `wanted` as what is deployed."""
     supervisor = Supervisor()
     supervisor.ensure()
     running = {**supervisor.state(), **SlurmJobs().state()}
-    _stop(supervisor, no_longer_wanted(wanted, running), say)
+    _stop(supervisor, no_longer_wanted(wanted, running), report)
     write_record(wanted, RUN)
 
 
-def stop_all(config: Config, say: Say) -> None:
+def stop_all(config: Config, report: Report) -> None:
     """Stop the deployment in this directory, whatever state it is in.
 
     Raises OperatorError when a process survives or a port stays taken by one of ours.
@@ -50,9 +49,9 @@ def stop_all(config: Config, say: Say) -> None:
     supervisor = Supervisor()
     names = [*supervisor.state(), *SlurmJobs().state()]
     strays = sorted({tag.program for _, tag in supervisor.orphans()} - {""})
-    _stop(supervisor, names, say)
+    _stop(supervisor, names, report)
     if strays:
-        say(f"stopping {', '.join(strays)}, which no supervisor looks after")
+        report(f"stopping {', '.join(strays)}, which no supervisor looks after")
     supervisor.shutdown()
     left = [f"pid {process.pid} ({tag.program})" for process, tag in processes.deployed(RUN)]
     if left:
@@ -60,13 +59,13 @@ def stop_all(config: Config, say: Say) -> None:
             f"still running: {', '.join(left)}", remedy="end them with `kill -9`, and look at dmesg"
         )
     _tidy()
-    _check_ports(config, say)
-    say("stopped; nothing is left" if names or strays else "nothing runs here")
+    _check_ports(config, report)
+    report("stopped; nothing is left" if names or strays else "nothing runs here")
 
 
-def _stop(supervisor: Supervisor, names: Sequence[str], say: Say) -> None:
+def _stop(supervisor: Supervisor, names: Sequence[str], report: Report) -> None:
     for tier in stop_tiers(names):
-        say(f"stopping {', '.join(tier)}")
+        report(f"stopping {', '.join(tier)}")
         supervisor.stop(tier)
         SlurmJobs().stop(tier)
         for name in tier:
@@ -86,7 +85,7 @@ def _tidy() -> None:
         RUN.rmdir()
 
 
-def _check_ports(config: Config, say: Say) -> None:
+def _check_ports(config: Config, report: Report) -> None:
     """A port that is still taken is somebody else's by now; say so, since the next start needs it."""
     if joins(config):
         return
@@ -102,4 +101,4 @@ def _check_ports(config: Config, say: Say) -> None:
         except ConfigError:
             continue  # the config changed since; the start will say it
         except OperatorError as exc:
-            say(f"note: {exc.what}")
+            report(f"note: {exc.what}")

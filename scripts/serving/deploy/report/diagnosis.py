@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from serving.deploy.checks.report import Finding
+from serving.deploy.checks.findings import Finding
 from serving.protocol import InstanceInfo, ModelCard
 
 _START = "run the same `snakemake serve_*` again: it starts what is missing"

@@ -16,8 +16,8 @@ import httpx
 
 from serving.config import Config
 from serving.config.process import ControlServices
+from serving.deploy.checks.findings import Finding, render
 from serving.deploy.checks.ports import judge_ports
-from serving.deploy.checks.report import Finding, Say, render
 from serving.deploy.cluster.slurm import SlurmJobs
 from serving.deploy.planning.topology import MULTINODE, joins
 from serving.deploy.processes.certificates import client_context
@@ -29,6 +29,7 @@ from serving.discovery import Discovery
 from serving.errors import OperatorError, ServingError
 from serving.events import EventPlane
 from serving.load_report import LoadReport
+from serving.progress import Report
 from serving.protocol import InstanceInfo, KvEventBatch
 
 ASK_S = 3.0
@@ -50,10 +51,10 @@ async def examine(config: Config) -> list[Finding]:
     return findings
 
 
-def conclude_doctor(findings: Sequence[Finding], *, say: Say) -> None:
+def conclude_doctor(findings: Sequence[Finding], *, report: Report) -> None:
     """Tell everything; raises OperatorError when something is wrong that is more than a warning."""
     for finding in findings:
-        say(render(finding))
+        report(render(finding))
     wrong = [finding for finding in findings if finding.blocks]
     if wrong:
         first = wrong[0]
@@ -62,7 +63,7 @@ def conclude_doctor(findings: Sequence[Finding], *, say: Say) -> None:
             f"{first.detail}",
             remedy=first.remedy,
         )
-    say(f"nothing wrong in {len(findings)} findings")
+    report(f"nothing wrong in {len(findings)} findings")
 
 
 def _place(config: Config) -> Literal["alone", "head", "node"]:

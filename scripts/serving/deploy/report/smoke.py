@@ -15,9 +15,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from serving.deploy.checks.report import Say
 from serving.deploy.report.service import Expected, Service, ServiceFailed
 from serving.errors import OperatorError
+from serving.progress import Report
 
 NUM_AT_ONCE = 8
 MOST_NAMES = 16
@@ -210,11 +210,11 @@ class Smoke:
         return grown
 
 
-async def run_smoke(expected: Expected, *, say: Say) -> list[Outcome]:
+async def run_smoke(expected: Expected, *, report: Report) -> list[Outcome]:
     """Run the checks, telling each as it ends. Without readiness the others are not tried."""
     outcomes: list[Outcome] = []
     async with Service(expected.url, expected.headers, expected.tls_cert_file) as service:
-        say(f"smoke test of {expected.url}")
+        report(f"smoke test of {expected.url}")
         for name, check in Smoke(service, expected).checks():
             started = time.monotonic()
             try:
@@ -224,13 +224,13 @@ async def run_smoke(expected: Expected, *, say: Say) -> list[Outcome]:
             outcome = Outcome(name, ok, detail, time.monotonic() - started)
             outcomes.append(outcome)
             verdict = "ok" if ok else "FAILED"
-            say(f"  {verdict:<8}{name:<14}{outcome.seconds:6.2f} s  {detail}")
+            report(f"  {verdict:<8}{name:<14}{outcome.seconds:6.2f} s  {detail}")
             if not ok and name in ("ready", "models"):
                 break
     return outcomes
 
 
-def conclude_smoke(outcomes: list[Outcome], *, say: Say) -> None:
+def conclude_smoke(outcomes: list[Outcome], *, report: Report) -> None:
     """Raises OperatorError with the first reason when a check failed."""
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed:
@@ -239,7 +239,7 @@ def conclude_smoke(outcomes: list[Outcome], *, say: Say) -> None:
             f"smoke test failed ({names}): {failed[0].detail}",
             remedy="`snakemake doctor` looks for the cause; the programs' own words are in logs/",
         )
-    say(f"smoke test passed: {len(outcomes)} checks in {sum(o.seconds for o in outcomes):.1f} s")
+    report(f"smoke test passed: {len(outcomes)} checks in {sum(o.seconds for o in outcomes):.1f} s")
 
 
 def _by_instance(state: dict[str, Any]) -> dict[str, dict[str, Any]]:

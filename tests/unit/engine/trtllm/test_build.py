@@ -51,7 +51,7 @@ def built(
     **source: Any,
 ) -> tuple[EngineManifest, list[str]]:
     lines: list[str] = []
-    described = fetch_model(ModelConfig(id=str(model)), model.parent / "described", progress=print)
+    described = fetch_model(ModelConfig(id=str(model)), model.parent / "described", report=print)
     result = build_engine(
         msgspec.structs.replace(described, **source),
         out,
@@ -146,7 +146,7 @@ def test_other_formats_are_converted_and_compared(model: Path, tmp_path: Path) -
 
     torch.save(weights, model / "pytorch_model.bin")
     described = fetch_model(
-        ModelConfig(id=str(model), allow_pickle=True), tmp_path / "described", progress=print
+        ModelConfig(id=str(model), allow_pickle=True), tmp_path / "described", report=print
     )
     out = tmp_path / "engine"
     engine = build_engine(
@@ -258,7 +258,7 @@ def test_salt_differs_where_kv_does(model: Path, tmp_path: Path) -> None:
 
 
 def test_changed_files_are_noticed(model: Path, tmp_path: Path) -> None:
-    described = fetch_model(ModelConfig(id=str(model)), tmp_path / "described", progress=print)
+    described = fetch_model(ModelConfig(id=str(model)), tmp_path / "described", report=print)
     (model / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="has changed"):
         build_engine(

@@ -8,15 +8,14 @@ that is wrong but lets the deployment go on. The checks themselves live beside t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
 from serving.errors import OperatorError
-
-Say = Callable[[str], None]
+from serving.progress import Report
 
 
 class Finding(Struct, frozen=True, omit_defaults=True):
@@ -33,7 +32,7 @@ class Finding(Struct, frozen=True, omit_defaults=True):
         return not self.ok and not self.warning
 
 
-class CheckReport(Struct, frozen=True):
+class CheckResult(Struct, frozen=True):
     """`results/checks/{name}.json`. `created` is a Unix time in seconds."""
 
     name: str
@@ -42,10 +41,10 @@ class CheckReport(Struct, frozen=True):
     created: float
 
 
-def judge(name: str, findings: Iterable[Finding]) -> CheckReport:
+def judge(name: str, findings: Iterable[Finding]) -> CheckResult:
     """A check is ok when nothing in it blocks. A remedy for what is well is left out."""
     checks = [Finding(f.name, True, f.detail) if f.ok else f for f in findings]
-    return CheckReport(name, not any(f.blocks for f in checks), checks, time.time())
+    return CheckResult(name, not any(f.blocks for f in checks), checks, time.time())
 
 
 def render(finding: Finding) -> str:
@@ -55,22 +54,22 @@ def render(finding: Finding) -> str:
     return line if finding.ok or not finding.remedy else f"{line}\n        -> {finding.remedy}"
 
 
-def conclude(report: CheckReport, path: Path, *, say: Say) -> None:
+def conclude(result: CheckResult, path: Path, *, report: Report) -> None:
     """Write the report, tell what is not as it should be, and refuse to go on if something blocks.
 
     Raises OperatorError that holds every blocking finding with its remedy.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-    wrong = [f for f in report.checks if not f.ok]
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    wrong = [f for f in result.checks if not f.ok]
     for finding in wrong:
         if finding.warning:
-            say(f"{report.name}: {render(finding)}")
-    if report.ok:
-        say(f"{report.name}: ok ({len(report.checks)} checks, {len(wrong)} warnings)")
+            report(f"{result.name}: {render(finding)}")
+    if result.ok:
+        report(f"{result.name}: ok ({len(result.checks)} checks, {len(wrong)} warnings)")
         return
     blocking = [f for f in wrong if f.blocks]
     what = "; ".join(f"{f.name}: {f.detail}" for f in blocking)
     raise OperatorError(
-        f"{report.name} failed: {what}", remedy="; ".join(f.remedy for f in blocking if f.remedy)
+        f"{result.name} failed: {what}", remedy="; ".join(f.remedy for f in blocking if f.remedy)
     )

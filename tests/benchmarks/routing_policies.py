@@ -10,25 +10,25 @@ from collections import OrderedDict
 from collections.abc import Callable
 from random import Random
 
-from serving.kv_router.policy import Choice, Select
+from serving.kv_router.policy import RoutingRequest, Select
 
 MakeSelect = Callable[[Random], Select]
 
 
 def round_robin(rng: Random) -> Select:
-    return lambda choice: list(choice.load)[choice.turn % len(choice.load)]
+    return lambda request: list(request.load)[request.turn % len(request.load)]
 
 
 def dynamo(rng: Random) -> Select:
     """`max(active prefill + prompt - overlap, 0) + decode blocks`, in blocks; the lowest wins."""
 
-    def cost(choice: Choice, name: str) -> float:
-        load, size = choice.load[name], choice.prompt
+    def cost(request: RoutingRequest, name: str) -> float:
+        load, size = request.load[name], request.prompt
         prefill = (load.queued_tokens + size.num_tokens) / size.block_size
-        return max(prefill - choice.overlap.get(name, 0), 0) + load.active_blocks
+        return max(prefill - request.overlap.get(name, 0), 0) + load.active_blocks
 
-    def select(choice: Choice) -> str:
-        costs = {name: cost(choice, name) for name in choice.load}
+    def select(request: RoutingRequest) -> str:
+        costs = {name: cost(request, name) for name in request.load}
         lowest = min(costs.values())
         return rng.choice([name for name, each in costs.items() if each == lowest])
 
@@ -44,21 +44,21 @@ def sglang_like(rng: Random, tree_blocks: int = 2000) -> Select:
         tree = trees.setdefault(name, OrderedDict())
         return next((n for n, each in enumerate(hashes) if each not in tree), len(hashes))
 
-    def choose(choice: Choice, hashes: list[int]) -> str:
-        requests = {name: load.num_requests for name, load in choice.load.items()}
+    def choose(request: RoutingRequest, hashes: list[int]) -> str:
+        requests = {name: load.num_requests for name, load in request.load.items()}
         most, least = max(requests.values()), min(requests.values())
         if most - least > 32 and most > 1.0001 * least:
             return min(requests, key=lambda name: requests[name])
-        overlap = {name: matched(name, hashes) for name in choice.load}
+        overlap = {name: matched(name, hashes) for name in request.load}
         best = max(overlap, key=lambda name: overlap[name])
         if overlap[best] > 0.5 * max(1, len(hashes)):
             return best
-        smallest = min(len(trees[name]) for name in choice.load)
-        return rng.choice([name for name in choice.load if len(trees[name]) == smallest])
+        smallest = min(len(trees[name]) for name in request.load)
+        return rng.choice([name for name in request.load if len(trees[name]) == smallest])
 
-    def select(choice: Choice) -> str:
-        hashes = list(choice.hashes)
-        chosen = choose(choice, hashes)
+    def select(request: RoutingRequest) -> str:
+        hashes = list(request.block_hashes)
+        chosen = choose(request, hashes)
         tree = trees.setdefault(chosen, OrderedDict())
         for block_hash in reversed(hashes):
             tree[block_hash] = None

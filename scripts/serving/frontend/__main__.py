@@ -61,7 +61,7 @@ async def run(process: FrontendSettings, slot: ProcessSlot | None) -> None:
         events.on_reconnect = instances.on_reconnect
         await events.subscribe(instances.on_kv, instances.on_load)
         if slot is not None:
-            router.others = DecisionLog(slot.decision_log, slot.number, len(slot.own_ports))
+            router.peers = DecisionLog(slot.decision_log, slot.number, len(slot.own_ports))
         metrics.add(RouterMetrics(router, events.counters))
         discovery = await stack.enter_async_context(Discovery.of(process.control))
         owned = [

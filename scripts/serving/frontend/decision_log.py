@@ -17,7 +17,7 @@ from struct import Struct
 
 from xxhash import xxh3_64_intdigest
 
-from serving.kv_router.route import Sent
+from serving.kv_router.peers import RoutingDecision
 
 CAPACITY = 4096
 """Entries that are kept of each process. Of more between two decisions of another, the oldest are
@@ -50,29 +50,29 @@ class DecisionLog:
             if ring != self._own
         }
 
-    def tell(self, sent: Sent) -> None:
-        """Let the others know."""
-        tokens, blocks = min(sent.queued_tokens, _MOST), min(sent.blocks, _MOST)
-        body = _BODY.pack(self._next, sent.registration, sent.sent_s, tokens, blocks)
+    def publish(self, decision: RoutingDecision) -> None:
+        """Show a decision to the other processes."""
+        tokens, blocks = min(decision.queued_tokens, _MOST), min(decision.blocks, _MOST)
+        body = _BODY.pack(self._next, decision.registration, decision.decided_s, tokens, blocks)
         at = self._own + self._next % CAPACITY * _ENTRY
         self._memory[at : at + _ENTRY] = body + _CHECK.pack(xxh3_64_intdigest(body))
         self._next += 1
 
-    def news(self) -> list[Sent]:
-        """What the others have told since the last time, the oldest first."""
-        found: list[Sent] = []
+    def updates(self) -> list[RoutingDecision]:
+        """Decisions of the other processes since the last call, the oldest first."""
+        found: list[RoutingDecision] = []
         for ring, number in self._next_of_others.items():
             expected = number
             while (entry := self._read(ring, expected)) is not None and entry[0] >= expected:
                 if entry[0] == expected:
-                    found.append(Sent(*entry[1:]))
+                    found.append(RoutingDecision(*entry[1:]))
                     expected += 1
                 else:  # overwritten meanwhile: on with the oldest that may still be there
                     expected = entry[0] - CAPACITY + 1
             if expected != number:
                 self._next_of_others[ring] = expected
         if len(found) > 1:
-            found.sort(key=lambda sent: sent.sent_s)
+            found.sort(key=lambda decision: decision.decided_s)
         return found
 
     def _read(self, ring: int, number: int) -> tuple[int, int, float, int, int] | None:

@@ -1,7 +1,7 @@
-"""The instances a router knows, what they hold and how loaded they are, kept true.
+"""What a router knows of the instances: who is alive, what each holds, how loaded it is.
 
-Instances come, go and restart; their events arrive late, twice or not at all. This module takes
-it all in, and knows nothing of requests. No I/O, no tasks; all calls belong on one thread.
+Instances come, go and restart; their events arrive late, twice or not at all. This module keeps
+the picture true, and knows nothing of requests. No I/O, no tasks; all calls belong on one thread.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from serving.block_hash import root_hash
 from serving.config import RouterConfig
 from serving.errors import InstanceRefused
 from serving.kv_router.breaker import Breaker, State
+from serving.kv_router.event_stream import IndexCounters, KvEventStream
 from serving.kv_router.load import InstanceLoad, Load
+from serving.kv_router.peers import PeerRouters
 from serving.kv_router.prefix_index import PrefixIndex
-from serving.kv_router.route import Others
-from serving.kv_router.sequence import EventSequence, IndexCounters
 from serving.load_report import LoadReport
 from serving.protocol import InstanceInfo, KvEventBatch, ModelCard, Role
 
@@ -38,9 +38,11 @@ class InstanceState(NamedTuple):
 
 
 class Instance:
+    """One registration of an instance, with the state that the router keeps for it."""
+
     __slots__ = ("breaker", "events", "info", "instance_id", "load", "registration")
 
-    def __init__(self, info: InstanceInfo, events: EventSequence, rng: Random) -> None:
+    def __init__(self, info: InstanceInfo, events: KvEventStream, rng: Random) -> None:
         self.info, self.instance_id, self.events = info, info.instance_id, events
         self.registration = xxh3_64_intdigest(f"{info.instance_id} {info.epoch}".encode())
         self.load = InstanceLoad()
@@ -48,12 +50,12 @@ class Instance:
 
 
 class Membership:
-    """Instances, and what they say about themselves.
+    """The instances, and what they report about themselves.
 
     Instances must agree with each other, and with `block_size`, `hash_salt` and the served name
     `model` where given: otherwise their hashes would never match and KV routing would be silently
-    inert. Those that do not are in `refused`, with the reason. When the last accepted instance is
-    gone, the next one decides anew what the others have to agree with.
+    inert. `refused` maps instances that do not agree to the reason. When the last accepted
+    instance is gone, the next one sets the terms anew.
 
     The index is fed only under the `kv` policy; the others ignore events and need no snapshots.
     `clock` gives seconds, monotonic.
@@ -78,14 +80,16 @@ class Membership:
         }
         self.refused: dict[str, str] = {}
         self.counters = IndexCounters()
-        self._card: ModelCard | None = None  # of the first accepted instance, while there is one
+        self._card: ModelCard | None = (
+            None  # of the first accepted instance, while there is instance
+        )
         self._root = 0
         self._index = PrefixIndex(config.index_max_blocks)
         self._instances: dict[str, Instance] = {}
         self._clock = clock
         self._by_registration: dict[int, Instance] = {}
-        self.others: Others | None = None
-        """Where several frontends share the instances."""
+        self.peers: PeerRouters | None = None
+        """The routers of other frontend processes, if there are any."""
 
     @property
     def uses_index(self) -> bool:
@@ -98,7 +102,7 @@ class Membership:
 
     @property
     def evicted_blocks(self) -> int:
-        """Blocks the index has given up because it was full."""
+        """Blocks that the index evicted because it was full."""
         return self._index.evicted
 
     def indexed(self, instance_id: str) -> set[int]:
@@ -108,10 +112,10 @@ class Membership:
     # --- membership -----------------------------------------------------------------------------
 
     def add_instance(self, info: InstanceInfo) -> None:
-        """Route to this instance from now on. A newer epoch replaces what was known of an older
-        one; an older epoch is ignored.
+        """Route to this instance from now on. A newer epoch replaces an older one; an older
+        epoch is ignored.
 
-        Raises InstanceRefused, after noting it in `refused`, when it does not fit.
+        Raises InstanceRefused, after noting it in `refused`, when it does not agree.
         """
         known = self._instances.get(info.instance_id)
         if known is not None:
@@ -121,15 +125,15 @@ class Membership:
             if info == known.info:
                 return
             self._forget(info.instance_id)
-        if reason := self._misfit(info):
+        if reason := self._mismatch(info):
             self.refused[info.instance_id] = reason
             raise InstanceRefused(info.instance_id, reason)
         self.refused.pop(info.instance_id, None)
         if self._card is None:
             self._card, self._root = info.model, root_hash(info.model.hash_salt)
-        events = EventSequence(self._index, info.instance_id, self.counters)
-        one = self._instances[info.instance_id] = Instance(info, events, self._rng)
-        self._by_registration[one.registration] = one
+        events = KvEventStream(self._index, info.instance_id, self.counters)
+        instance = self._instances[info.instance_id] = Instance(info, events, self._rng)
+        self._by_registration[instance.registration] = instance
 
     def remove_instance(self, instance_id: str, epoch: int) -> None:
         """The registration is gone: no more requests go there. Routes that exist stay valid."""
@@ -142,8 +146,8 @@ class Membership:
             self._forget(instance_id)
 
     def failed(self, instance_id: str, epoch: int) -> None:
-        """It is gone, or said nothing for too long: avoid it for a while, unless nothing else has
-        its role. See `breaker.py`, here and below."""
+        """Its connection broke, or it was silent past a deadline: avoid it for a while, unless no
+        other instance has its role (`breaker.py`)."""
         if known := self._instance(instance_id, epoch):
             known.breaker.failed(self._clock())
 
@@ -155,34 +159,34 @@ class Membership:
     def instances(self, role: Role, *, exclude: Collection[str] = ()) -> list[InstanceInfo]:
         """Accepted instances of a role, the oldest registration first."""
         return [
-            one.info
-            for instance_id, one in self._instances.items()
-            if one.info.role == role and instance_id not in exclude
+            instance.info
+            for instance_id, instance in self._instances.items()
+            if instance.info.role == role and instance_id not in exclude
         ]
 
     def state(self) -> list[InstanceState]:
         """Everything known, for status and metrics."""
-        self._hear_others()
+        self._read_peer_decisions()
         now_s = self._clock()
         return [
             InstanceState(
-                one.info,
-                one.load.estimate(now_s),
-                one.load.last_report,
+                instance.info,
+                instance.load.estimate(now_s),
+                instance.load.last_report,
                 self._index.num_blocks(instance_id),
-                one.events.synchronised,
-                one.breaker.state(now_s),
-                one.breaker.openings,
+                instance.events.synchronised,
+                instance.breaker.state(now_s),
+                instance.breaker.openings,
             )
-            for instance_id, one in self._instances.items()
+            for instance_id, instance in self._instances.items()
         ]
 
-    # --- what instances say ---------------------------------------------------------------------
+    # --- what instances report--------------------------------------------------------------------
 
     def on_kv(self, batch: KvEventBatch) -> bool:
         """Apply a batch of KV events; True: the instance needs a snapshot.
 
-        That is so from its registration or from a gap on until the numbers close up. Batches of
+        It needs one from its registration or from a gap on, until the numbers close up. Batches of
         an unknown instance or another epoch are counted and ignored.
         """
         if not self.uses_index:
@@ -202,7 +206,7 @@ class Membership:
         host_hashes: Sequence[int] = (),
     ) -> bool:
         """Take over all that an instance held as of `seq`, by tier; True: it needs another
-        snapshot, because batches after this one are missing too."""
+        snapshot, because batches after it are missing too."""
         if not self.uses_index:
             return False
         known = self._of_epoch(instance_id, epoch)
@@ -217,34 +221,34 @@ class Membership:
             return []
         return [
             instance_id
-            for instance_id, one in self._instances.items()
-            if not one.events.synchronised
+            for instance_id, instance in self._instances.items()
+            if not instance.events.synchronised
         ]
 
     def distrust_index(self) -> None:
         """Events may have been lost unseen (the event plane reconnected): all instances need a
         snapshot. What is indexed stays in use meanwhile."""
-        for one in self._instances.values():
-            one.events.distrust()
+        for instance in self._instances.values():
+            instance.events.distrust()
 
     def on_load(self, report: LoadReport) -> None:
-        """Take over a load report; one of another epoch is counted and ignored."""
+        """Take over a load report; instance of another epoch is counted and ignored."""
         known = self._of_epoch(report.instance_id, report.epoch)
         if known is not None:
             known.load.report(report, self._clock())
 
-    def _hear_others(self) -> None:
-        """Take in what other routers have sent; they may know instances that we do not."""
-        if self.others is None:
+    def _read_peer_decisions(self) -> None:
+        """Count what peer routers have sent; they may know instances that we do not."""
+        if self.peers is None:
             return
-        for sent in self.others.news():
-            known = self._by_registration.get(sent.registration)
+        for decision in self.peers.updates():
+            known = self._by_registration.get(decision.registration)
             if known is not None:
-                load = Load(sent.queued_tokens, sent.blocks, 1)
-                known.load.sent_by_another(load, sent.sent_s, self._clock())
+                load = Load(decision.queued_tokens, decision.blocks, 1)
+                known.load.add_peer_request(load, decision.decided_s, self._clock())
 
     def _instance(self, instance_id: str, epoch: int) -> Instance | None:
-        """None when it is gone or has restarted: what an earlier one did says nothing of it."""
+        """None when it is gone or has restarted: a new process starts without failures."""
         known = self._instances.get(instance_id)
         return known if known is not None and known.info.epoch == epoch else None
 
@@ -264,8 +268,8 @@ class Membership:
         if not self._instances:
             self._card = None
 
-    def _misfit(self, info: InstanceInfo) -> str:
-        """Why the instance does not fit; empty when it does."""
+    def _mismatch(self, info: InstanceInfo) -> str:
+        """What the instance does not agree with; empty when it fits."""
         required = self._required if self._card is None else _terms(self._card)
         return "; ".join(
             f"{what} is {theirs!r}, but {required[what]!r} is served here"

@@ -1,4 +1,4 @@
-"""Overlap and load to an instance: the routing policies, as pure functions.
+"""The routing policies: overlap and load in, an instance out, as pure functions.
 
 Costs are in blocks, and the lowest wins.
 
@@ -13,7 +13,7 @@ prefix elsewhere, elsewhere wins, and the prefix is then cached twice. What is c
 later requests wait; that is what a weight above 1 is for. A missing block costs a decode instance
 memory and a transfer. Blocks in a host tier count for a part of one on the device.
 
-No state, no clock: what varies (the turn of `round_robin`, randomness) is passed in.
+No state and no clock: the caller passes in what varies (the turn of `round_robin`, randomness).
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class PromptSize(NamedTuple):
         return self.num_blocks - overlap_blocks
 
 
-class Choice(NamedTuple):
-    """A request to be sent to one of the keys of `load`, which is not empty.
+class RoutingRequest(NamedTuple):
+    """A request to be routed to one of the instances in `load`, which is not empty.
 
-    `overlap` maps instances to what leading blocks of the prompt there are worth; one that is
-    absent holds none. `turn` counts the requests of this role. `content` is a hash of what is new
-    in the prompt, if that is known.
+    `overlap` maps instances to the value of the leading blocks that they hold, in blocks; an
+    absent instance holds none. `turn` counts the requests of this role. `block_hashes` names the
+    prompt's full blocks, if they are known; some instance holds the first `num_known_blocks`.
     """
 
     role: Role
@@ -67,49 +67,58 @@ class Choice(NamedTuple):
     overlap: Mapping[str, float]
     load: Mapping[str, Load]
     turn: int = 0
-    content: int | None = None
-    hashes: Sequence[int] = ()
+    block_hashes: Sequence[int] = ()
+    num_known_blocks: int = 0
+
+    @property
+    def new_content(self) -> int | None:
+        """The hash of the first block that no instance holds; None when no block is known."""
+        if not self.block_hashes:
+            return None
+        return self.block_hashes[min(self.num_known_blocks, len(self.block_hashes) - 1)]
 
 
-Select = Callable[[Choice], str]
+Select = Callable[[RoutingRequest], str]
 
 
-def select(choice: Choice, *, config: RouterConfig, rng: Random) -> str:
+def select(request: RoutingRequest, *, config: RouterConfig, rng: Random) -> str:
     """The instance that gets the request."""
-    prompt, load = choice.prompt, choice.load
+    prompt, load = request.prompt, request.load
     instances = list(load)
     if config.policy == "round_robin":
-        return instances[choice.turn % len(instances)]
+        return instances[request.turn % len(instances)]
     if config.policy == "random":
         return rng.choice(instances)
     if config.policy == "least_loaded":
-        costs = [of.queued_tokens / prompt.block_size + of.active_blocks for of in load.values()]
+        costs = [
+            each.queued_tokens / prompt.block_size + each.active_blocks for each in load.values()
+        ]
         return cheapest(instances, costs, rng)
-    costs = kv_costs(choice, config.overlap_weight)
+    costs = kv_costs(request, config.overlap_weight)
     if config.temperature:
         return instances[sample(costs, config.temperature, rng)]
-    return cheapest(instances, costs, rng, choice.content)
+    return cheapest(instances, costs, rng, request.new_content)
 
 
-def kv_costs(choice: Choice, overlap_weight: float) -> list[float]:
+def kv_costs(request: RoutingRequest, overlap_weight: float) -> list[float]:
     """What it costs, in blocks, to send the prompt to each instance. See the module."""
-    prompt, overlap = choice.prompt, choice.overlap
-    if choice.role == "decode":
+    prompt, overlap = request.prompt, request.overlap
+    if request.role == "decode":
         return [
-            of.active_blocks + overlap_weight * prompt.missing_blocks(overlap.get(name, 0))
-            for name, of in choice.load.items()
+            load.active_blocks + overlap_weight * prompt.missing_blocks(overlap.get(name, 0))
+            for name, load in request.load.items()
         ]
     block_size, num_tokens = prompt.block_size, prompt.num_tokens
-    nothing = overlap_weight * num_tokens
-    held_costs = 0 if choice.role == "prefill" else block_size / BLOCKS_READ_PER_COMPUTED
+    whole_prompt = overlap_weight * num_tokens
+    block_cost = 0 if request.role == "prefill" else block_size / BLOCKS_READ_PER_COMPUTED
     costs = []
-    for name, of in choice.load.items():  # Every instance, for every request: no calls here.
+    for name, load in request.load.items():  # Every instance, for every request: no calls here.
         held = overlap.get(name)
-        work = nothing
+        work = whole_prompt
         if held is not None:
-            left = num_tokens - int(held * block_size)
-            work = overlap_weight * (left if left > 1 else 1)
-        costs.append((of.queued_tokens + work + held_costs * of.active_blocks) / block_size)
+            uncached = num_tokens - int(held * block_size)
+            work = overlap_weight * (uncached if uncached > 1 else 1)
+        costs.append((load.queued_tokens + work + block_cost * load.active_blocks) / block_size)
     return costs
 
 
@@ -118,9 +127,9 @@ def cheapest(
 ) -> str:
     """The instance with the lowest cost.
 
-    Equals share at random, so that no one is favoured by name; or by `content`, a hash of what is
-    new in the prompt: then frontends that know nothing of each other yet send equal prompts to
-    one instance, and different ones to different instances.
+    Ties are broken at random, so that no name is favoured; or by `content`, a hash of what is new
+    in the prompt. Frontends that have not seen each other's decisions yet then send equal prompts
+    to one instance, and different prompts to different instances.
     """
     lowest = min(costs)
     ties = [name for name, cost in zip(instances, costs, strict=True) if cost == lowest]

@@ -1,6 +1,6 @@
 """The prefix index: chained block hashes to the instances that hold those blocks.
 
-    store, remove, replace    what instances say about themselves
+    store, remove, replace    what instances report about themselves
     overlap                   leading blocks of a prompt that each instance holds
 
 Answers are exact for what the index was told: the longest run of leading blocks that an instance
@@ -57,7 +57,7 @@ class PrefixIndex:
         self._num_loose = 0
         self._max_blocks = max_blocks
         self.evicted = 0
-        """Blocks given up so far because the index was full."""
+        """Blocks evicted so far because the index was full."""
 
     def __len__(self) -> int:
         """Distinct blocks in the tree, and loose ones of every instance."""
@@ -80,7 +80,7 @@ class PrefixIndex:
             found.update(run.held(_masks(run, tier).get(instance_id, 0)))
         return found
 
-    # --- what instances say ---------------------------------------------------------------------
+    # --- what instances report ---------------------------------------------------------------------
 
     def store(
         self,
@@ -162,7 +162,7 @@ class PrefixIndex:
             run.host.pop(instance_id, None)
         self._tree.abandon(holder.runs)
 
-    # --- what prompts ask -----------------------------------------------------------------------
+    # --- look-up -----------------------------------------------------------------------
 
     def overlap(self, block_hashes: Sequence[int]) -> Overlap:
         """Leading blocks held by each instance. `block_hashes` is the chain of a prompt.
@@ -251,7 +251,7 @@ class PrefixIndex:
                 del holder.loose[block_hash]
                 self._num_loose -= 1
 
-    # --- holding and giving up ------------------------------------------------------------------
+    # --- holders and eviction ------------------------------------------------------------------
 
     def _holder(self, instance_id: str) -> _Holder:
         holder = self._holders.get(instance_id)
@@ -274,10 +274,10 @@ class PrefixIndex:
             return
         while (excess := len(self) - self._max_blocks) > 0:
             if self._num_loose:
-                holder = max(self._holders.values(), key=lambda one: len(one.loose))
+                holder = max(self._holders.values(), key=lambda holder: len(holder.loose))
                 # Many at once: each time the search begins at what was deleted before.
-                num_given_up = max(excess, len(holder.loose) // 8)
-                for block_hash in list(islice(holder.loose, num_given_up)):
+                num_evicted = max(excess, len(holder.loose) // 8)
+                for block_hash in list(islice(holder.loose, num_evicted)):
                     del holder.loose[block_hash]
                     self._num_loose -= 1
                     self.evicted += 1

@@ -1,10 +1,9 @@
-"""A routed request: the prompt as the router sees it, and the decision while it holds."""
+"""A routed request: what the router knows of its prompt, and its share of an instance's load."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 from serving.kv_router.breaker import Breaker
 from serving.kv_router.load import Reservation
@@ -22,39 +21,16 @@ class PromptHashes(NamedTuple):
     block_hashes: list[int]
 
 
-class Sent(NamedTuple):
-    """A request was sent to an instance: it means so many tokens to compute there and so many
-    blocks to hold. That it ended is left to the instance's own reports.
-
-    `registration` is a number for an instance and its epoch, the same in every process. `sent_s` is
-    of the router's clock, which processes of one machine share.
-    """
-
-    registration: int
-    sent_s: float
-    queued_tokens: int
-    blocks: int
-
-
-class Others(Protocol):
-    """Routers of other processes, which send requests to the same instances."""
-
-    def tell(self, sent: Sent) -> None:
-        """Let them know, before they decide next."""
-
-    def news(self) -> Sequence[Sent]:
-        """What they have sent since the last time, the oldest first."""
-
-
 class Route:
-    """A decision that holds. A context manager: the load it means is counted until it ends."""
+    """The instance that a request goes to. A context manager: the request counts as load there
+    until the context ends."""
 
     __slots__ = (
         "_block_size",
         "_breaker",
+        "_is_probe",
         "_reservation",
         "_room",
-        "_tries",
         "instance",
         "overlap_blocks",
         "prompt_blocks",
@@ -71,13 +47,13 @@ class Route:
         overlap_blocks: int,
         reservation: Reservation,
         breaker: Breaker,
-        tries: bool,
+        is_probe: bool,
     ) -> None:
-        """`tries`: whether this request shows if an instance that failed can be trusted again."""
+        """`is_probe`: this request shows whether an instance that failed works again."""
         self.request_id, self.role, self.instance = request_id, role, instance
         self.overlap_blocks, self.prompt_blocks = overlap_blocks, size.num_blocks
         self._reservation = reservation
-        self._breaker, self._tries = breaker, tries
+        self._breaker, self._is_probe = breaker, is_probe
         self._block_size = size.block_size
         self._room = size.num_blocks * size.block_size - size.num_tokens
 
@@ -91,8 +67,8 @@ class Route:
         trace: TracebackType | None,
     ) -> None:
         self._reservation.release()
-        if self._tries:
-            self._breaker.try_over()
+        if self._is_probe:
+            self._breaker.probe_ended()
 
     @property
     def instance_id(self) -> str:

@@ -1,7 +1,8 @@
-"""The KV router: which instance gets a request.
+"""The KV router: decides which instance gets a request.
 
-Joins the prefix index, the load of each instance and the policy. It is told everything (see
-`membership.py`) and asks for nothing: no I/O, no tasks. All calls belong on one thread.
+`route` is the decision. It looks the prompt up in the prefix index, estimates the load of each
+instance, and lets the policy choose. What the router knows of the instances arrives through its
+base class (`membership.py`). No I/O, no tasks; all calls belong on one thread.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from serving.config import RouterConfig
 from serving.errors import NoInstances
 from serving.kv_router import policy
 from serving.kv_router.membership import Instance, InstanceState, Membership
-from serving.kv_router.policy import Choice, PromptSize, Select
+from serving.kv_router.peers import RoutingDecision
+from serving.kv_router.policy import PromptSize, RoutingRequest, Select
 from serving.kv_router.prefix_index import Overlap
-from serving.kv_router.route import PromptHashes, Route, Sent
+from serving.kv_router.route import PromptHashes, Route
 from serving.kv_router.sessions import Sessions
 from serving.protocol import Role
 
@@ -30,8 +32,11 @@ __all__ = ["InstanceState", "KvRouter", "PromptHashes", "Route"]
 Prompt = PromptHashes | Sequence[int] | np.ndarray
 
 
-class _Question(NamedTuple):
-    """A prompt that wants to go somewhere, and what is known about it now."""
+class _LocatedPrompt(NamedTuple):
+    """A prompt, and how much of it each instance holds now.
+
+    `value` is the overlap in blocks, where blocks in a host tier count for less.
+    """
 
     request_id: str
     session: str | None
@@ -39,17 +44,17 @@ class _Question(NamedTuple):
     block_hashes: list[int]
     size: PromptSize
     overlap: Overlap
-    worth: Mapping[str, float]
+    value: Mapping[str, float]
 
-    def left(self, one: Instance) -> int:
+    def uncached_tokens(self, instance: Instance) -> int:
         """Tokens that the instance would have to compute."""
-        return self.size.uncached_tokens(self.worth.get(one.instance_id, 0))
+        return self.size.uncached_tokens(self.value.get(instance.instance_id, 0))
 
 
 class KvRouter(Membership):
-    """Instances, what they hold, how loaded they are; and the choice between them.
+    """Chooses between the instances of a `Membership`.
 
-    `select` chooses in place of the configured policy.
+    `select` replaces the configured policy.
     """
 
     def __init__(
@@ -69,7 +74,7 @@ class KvRouter(Membership):
         self._select = select or partial(policy.select, config=config, rng=rng or Random())
 
     def hash(self, token_ids: Sequence[int] | np.ndarray) -> PromptHashes:
-        """Hash a prompt once, to be routed as often as needed."""
+        """Hash a prompt once; it can then be routed several times."""
         if self._card is None or not self.uses_index:
             return PromptHashes(len(token_ids), [])
         return PromptHashes(len(token_ids), chain(token_ids, self._card.block_size, self._root))
@@ -85,13 +90,13 @@ class KvRouter(Membership):
     ) -> Route:
         """Choose an instance of `role` and count the request there; use it in a `with` statement.
 
-        `exclude` names instances that this request must not go to again. `session` names what the
-        prompt belongs to, if anything. Raises NoInstances.
+        `exclude` names instances that this request must not go to again. `session` names the
+        conversation that the prompt belongs to, if any. Raises NoInstances.
         """
         candidates = self._candidates(role, exclude)
-        question = self._question(prompt, candidates[0], request_id, session)
-        chosen = self._choose(question, role, candidates)
-        return self._send(question, role, chosen, computes=role != "decode")
+        located = self._locate(prompt, candidates[0], request_id, session)
+        chosen = self._choose(located, role, candidates)
+        return self._commit(located, role, chosen, computes=role != "decode")
 
     def route_local(
         self,
@@ -101,12 +106,12 @@ class KvRouter(Membership):
         exclude: Collection[str] = (),
         session: str | None = None,
     ) -> Route | None:
-        """A decode instance that should compute the prompt itself, counted there; None when
-        prefill and decode should be apart.
+        """Choose a decode instance that computes the prompt itself, and count the request there.
+        None: prefill and decode should run on different instances.
 
-        That is one where nothing waits, and that lacks at most `local_prefill_tokens` of it; or
-        (`local_prefill_when_idle`) that runs nothing and would be done before the best prefill
-        instance.
+        No request waits at such an instance, and at most `local_prefill_tokens` of the prompt are
+        missing there. With `local_prefill_when_idle` an instance also qualifies when it runs
+        nothing and would finish the prompt before the best prefill instance.
         """
         if not self.uses_index:
             return None
@@ -115,59 +120,68 @@ class KvRouter(Membership):
             prefills = self._candidates("prefill", exclude)
         except NoInstances:
             return None
-        question = self._question(prompt, decodes[0], request_id, session)
-        now_s, limit = question.now_s, self.config.local_prefill_tokens
-        short = question.size.block_size if limit is None else limit
-        soonest = min(
-            one.load.estimate(now_s).queued_tokens + question.left(one) for one in prefills
-        )
-        idle_helps = self.config.local_prefill_when_idle
-        suited = [
-            one
-            for one in decodes
-            if not one.load.num_waiting
-            and (
-                (left := question.left(one)) <= short
-                or (idle_helps and left < soonest and not one.load.estimate(now_s).num_requests)
-            )
-        ]
+        located = self._locate(prompt, decodes[0], request_id, session)
+        suited = self._suited_for_prefill(located, decodes, prefills)
         if not suited:
             return None
-        chosen = self._choose(question, "decode", suited)
-        return self._send(question, "decode", chosen, computes=True)
+        chosen = self._choose(located, "decode", suited)
+        return self._commit(located, "decode", chosen, computes=True)
+
+    def _suited_for_prefill(
+        self, located: _LocatedPrompt, decodes: list[Instance], prefills: list[Instance]
+    ) -> list[Instance]:
+        """The decode instances that should compute the prompt themselves; see `route_local`."""
+        now_s, limit = located.now_s, self.config.local_prefill_tokens
+        few_tokens = located.size.block_size if limit is None else limit
+        tokens_before_done = min(
+            prefill.load.estimate(now_s).queued_tokens + located.uncached_tokens(prefill)
+            for prefill in prefills
+        )
+        suited = []
+        for decode in decodes:
+            if decode.load.num_waiting:
+                continue
+            uncached = located.uncached_tokens(decode)
+            if uncached <= few_tokens or (
+                self.config.local_prefill_when_idle
+                and uncached < tokens_before_done
+                and not decode.load.estimate(now_s).num_requests
+            ):
+                suited.append(decode)
+        return suited
 
     # --- one decision ---------------------------------------------------------------------------
 
     def _candidates(self, role: Role, exclude: Collection[str]) -> list[Instance]:
         allowed = [
-            one
-            for instance_id, one in self._instances.items()
-            if one.info.role == role and instance_id not in exclude
+            instance
+            for instance_id, instance in self._instances.items()
+            if instance.info.role == role and instance_id not in exclude
         ]
         if not allowed:
             tried = f" besides {', '.join(sorted(exclude))}" if exclude else ""
             raise NoInstances(f"no live instance for role {role}{tried}")
         now_s = self._clock()
-        return [one for one in allowed if one.breaker.admits(now_s)] or allowed
+        return [instance for instance in allowed if instance.breaker.admits(now_s)] or allowed
 
-    def _question(
-        self, prompt: Prompt, one: Instance, request_id: str, session: str | None
-    ) -> _Question:
+    def _locate(
+        self, prompt: Prompt, instance: Instance, request_id: str, session: str | None
+    ) -> _LocatedPrompt:
         if not isinstance(prompt, PromptHashes):
             prompt = self.hash(prompt)
-        self._hear_others()
+        self._read_peer_decisions()
         overlap = self._index.overlap(prompt.block_hashes)
-        return _Question(
+        return _LocatedPrompt(
             request_id,
             session,
             self._clock(),
             prompt.block_hashes,
-            PromptSize(prompt.num_tokens, one.info.model.block_size),
+            PromptSize(prompt.num_tokens, instance.info.model.block_size),
             overlap,
-            self._worth(overlap),
+            self._value(overlap),
         )
 
-    def _worth(self, overlap: Overlap) -> Mapping[str, float]:
+    def _value(self, overlap: Overlap) -> Mapping[str, float]:
         """Overlaps in blocks, where those in a host tier count for less."""
         if not overlap.on_host:
             return overlap.blocks
@@ -177,36 +191,41 @@ class KvRouter(Membership):
             for instance_id, blocks in overlap.blocks.items()
         }
 
-    def _choose(self, question: _Question, role: Role, candidates: list[Instance]) -> str:
-        now_s, worth, hashes = question.now_s, question.worth, question.block_hashes
-        load = {one.instance_id: one.load.estimate(now_s) for one in candidates}
+    def _choose(self, located: _LocatedPrompt, role: Role, candidates: list[Instance]) -> str:
+        now_s, value = located.now_s, located.value
+        load = {instance.instance_id: instance.load.estimate(now_s) for instance in candidates}
         if self.config.session_affinity:
-            last = self._sessions.last(question.session, role)
+            last = self._sessions.last(located.session, role)
             if last in load:
                 if not self.uses_index:
                     return last
-                share = self.config.session_affinity * question.size.num_blocks
-                worth = {**worth, last: max(worth.get(last, 0), share)}
-        held = max(question.overlap.blocks.values(), default=0)
-        content = hashes[min(held, len(hashes) - 1)] if hashes else None
+                share = self.config.session_affinity * located.size.num_blocks
+                value = {**value, last: max(value.get(last, 0), share)}
         turn = self._turns[role]
         self._turns[role] += 1
-        return self._select(Choice(role, question.size, worth, load, turn, content, hashes))
+        num_known = max(located.overlap.blocks.values(), default=0)
+        return self._select(
+            RoutingRequest(role, located.size, value, load, turn, located.block_hashes, num_known)
+        )
 
-    def _send(self, question: _Question, role: Role, chosen: str, *, computes: bool) -> Route:
-        one, size = self._instances[chosen], question.size
-        overlap_blocks = question.overlap.blocks.get(chosen, 0)
-        queued_tokens = question.left(one) if computes else 0
+    def _commit(self, located: _LocatedPrompt, role: Role, chosen: str, *, computes: bool) -> Route:
+        """Count the request at the chosen instance, and show the decision to peer routers."""
+        instance, size, now_s = self._instances[chosen], located.size, located.now_s
+        overlap_blocks = located.overlap.blocks.get(chosen, 0)
+        queued_tokens = located.uncached_tokens(instance) if computes else 0
         blocks = size.num_blocks - overlap_blocks
         if self.config.session_affinity:
-            self._sessions.remember(question.session, role, chosen)
-        if self.others is not None:
-            self.others.tell(Sent(one.registration, question.now_s, queued_tokens, blocks))
-        reservation = one.load.reserve(
-            queued_tokens=queued_tokens, blocks=blocks, now_s=question.now_s
-        )
-        breaker = one.breaker
-        tries = breaker.sent()
+            self._sessions.remember(located.session, role, chosen)
+        if self.peers is not None:
+            self.peers.publish(RoutingDecision(instance.registration, now_s, queued_tokens, blocks))
+        reservation = instance.load.reserve(queued_tokens=queued_tokens, blocks=blocks, now_s=now_s)
         return Route(
-            question.request_id, role, one.info, size, overlap_blocks, reservation, breaker, tries
+            located.request_id,
+            role,
+            instance.info,
+            size,
+            overlap_blocks,
+            reservation,
+            instance.breaker,
+            is_probe=instance.breaker.request_sent(),
         )

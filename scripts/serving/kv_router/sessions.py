@@ -1,4 +1,7 @@
-"""Where the last request of a session went: for prompts whose cached blocks the index cannot know."""
+"""Which instance had the last request of each session (`router.session_affinity`).
+
+It serves prompts whose cached blocks the index cannot know.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ MAX_SESSIONS = 65_536
 
 
 class Sessions:
-    """The latest `MAX_SESSIONS` of them, by name and role."""
+    """The most recent `MAX_SESSIONS` sessions, by name and role."""
 
     def __init__(self) -> None:
         self._last: OrderedDict[tuple[str, Role], str] = OrderedDict()
@@ -20,6 +23,7 @@ class Sessions:
         return None if session is None else self._last.get((session, role))
 
     def remember(self, session: str | None, role: Role, instance_id: str) -> None:
+        """A request of this session went there; no session: nothing to remember."""
         if session is None:
             return
         self._last[session, role] = instance_id

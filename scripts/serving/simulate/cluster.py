@@ -9,7 +9,7 @@ from random import Random
 from msgspec import Struct
 
 from serving.config import RouterConfig
-from serving.kv_router.route import Sent
+from serving.kv_router.peers import RoutingDecision
 from serving.kv_router.router import KvRouter, PromptHashes, Route
 from serving.load_report import LoadReport
 from serving.protocol import KvEventBatch, ModelCard, Role
@@ -94,13 +94,13 @@ class _Cluster:
             for role, count in counts.items()
             for number in range(count)
         }
-        self._told: list[tuple[int, Sent]] = []
+        self._decisions: list[tuple[int, RoutingDecision]] = []
         for number, router in enumerate(self._routers):
             for worker in self._workers.values():
                 router.add_instance(worker.info)
                 router.on_snapshot(worker.info.instance_id, 1, 0, [])
             if shape.frontends > 1 and shape.share:
-                router.others = _Others(self._told, number)
+                router.peers = _PeerRouters(self._decisions, number)
 
     def run(self, on_time: Callable[[float], None] | None) -> Outcome:
         for number, request in enumerate(self._trace.requests):
@@ -212,19 +212,19 @@ class _Cluster:
         )
 
 
-class _Others:
-    """What the routers beside `number` have `told`, a list that all of them write to."""
+class _PeerRouters:
+    """The routers beside `number`. All of them append to one list of decisions."""
 
-    def __init__(self, told: list[tuple[int, Sent]], number: int) -> None:
-        self._told, self._number, self._read = told, number, 0
+    def __init__(self, decisions: list[tuple[int, RoutingDecision]], number: int) -> None:
+        self._decisions, self._number, self._read = decisions, number, 0
 
-    def tell(self, sent: Sent) -> None:
-        self._told.append((self._number, sent))
+    def publish(self, decision: RoutingDecision) -> None:
+        self._decisions.append((self._number, decision))
 
-    def news(self) -> list[Sent]:
-        found = self._told[self._read :]
-        self._read = len(self._told)
-        return [sent for number, sent in found if number != self._number]
+    def updates(self) -> list[RoutingDecision]:
+        found = self._decisions[self._read :]
+        self._read = len(self._decisions)
+        return [decision for number, decision in found if number != self._number]
 
 
 def _tell(routers: Sequence[KvRouter], method: Callable[..., object], message: object) -> None:

@@ -18,9 +18,9 @@ if "serving.frontend" in sys.orig_argv:
     if _name == "sglang-like":
         _select = sglang_like(Random(), int(os.environ["ROUTING_TREE_BLOCKS"]))
 
-    def select(choice: policy.Choice, **ours: Any) -> str:
+    def select(request: policy.RoutingRequest, **ours: Any) -> str:
         """In place of ours."""
-        return _select(choice)
+        return _select(request)
 
     policy.select = select
     print(f"requests are routed as {_name} would", file=sys.stderr, flush=True)

@@ -11,8 +11,8 @@ from serving.engine.torch.engine import TorchEngine
 from serving.engine.torch.kv_pool import KvPool
 from serving.errors import OperatorError
 from serving.kv_layout import KvLayout
+from serving.kv_router.event_stream import IndexCounters, KvEventStream
 from serving.kv_router.prefix_index import PrefixIndex
-from serving.kv_router.sequence import EventSequence, IndexCounters
 from serving.protocol import BlocksStored, KvEventBatch
 from transformers import LlamaConfig
 from unit.engine.torch_rig import (
@@ -44,7 +44,7 @@ async def test_evicted_prompts_are_found_on_the_host(model: Path) -> None:
     prompts = random_prompts([40, 70, 61, 33, 90])
     options = {"kv_cache_tokens": 128, "host_cache_bytes": 100 * BLOCK_BYTES}
     index, num_heard, num_batches = PrefixIndex(), 0, 0
-    router = EventSequence(index, "w0", IndexCounters())
+    router = KvEventStream(index, "w0", IndexCounters())
     async with running(model, **options) as (engine, sink):
         for turn in "abc":
             for i, prompt in enumerate(prompts):

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from serving.frontend import decision_log
 from serving.frontend.decision_log import CAPACITY, DecisionLog
-from serving.kv_router.route import Sent
+from serving.kv_router.peers import RoutingDecision
 
 
-def sent(number: int, at_s: float | None = None) -> Sent:
-    return Sent(2**64 - 1 - number, float(number) if at_s is None else at_s, number, number % 7)
+def decision(number: int, at_s: float | None = None) -> RoutingDecision:
+    return RoutingDecision(
+        2**64 - 1 - number, float(number) if at_s is None else at_s, number, number % 7
+    )
 
 
 @pytest.fixture
@@ -32,32 +34,32 @@ def logs(memory: int) -> list[DecisionLog]:
 
 def test_the_others_read_each_once_and_the_writer_not_at_all(memory: int) -> None:
     one, other, third = logs(memory)
-    one.tell(sent(1))
-    assert other.news() == third.news() == [sent(1)]
-    assert other.news() == one.news() == []
-    one.tell(sent(2))
-    one.tell(sent(3))
-    assert other.news() == [sent(2), sent(3)]
+    one.publish(decision(1))
+    assert other.updates() == third.updates() == [decision(1)]
+    assert other.updates() == one.updates() == []
+    one.publish(decision(2))
+    one.publish(decision(3))
+    assert other.updates() == [decision(2), decision(3)]
 
 
 def test_news_of_several_come_in_the_order_they_were_sent(memory: int) -> None:
     one, other, third = logs(memory)
-    one.tell(sent(1, at_s=5.0))
-    third.tell(sent(2, at_s=4.0))
-    one.tell(sent(3, at_s=6.0))
-    assert [each.queued_tokens for each in other.news()] == [2, 1, 3]
+    one.publish(decision(1, at_s=5.0))
+    third.publish(decision(2, at_s=4.0))
+    one.publish(decision(3, at_s=6.0))
+    assert [each.queued_tokens for each in other.updates()] == [2, 1, 3]
 
 
 def test_who_comes_later_hears_nothing_of_before_and_goes_on_where_it_stopped(memory: int) -> None:
     one, other, _ = logs(memory)
     for number in range(1, 6):
-        one.tell(sent(number))
+        one.publish(decision(number))
     successor = DecisionLog(memory, 0, 3)
     late = DecisionLog(memory, 2, 3)
-    assert late.news() == []
-    successor.tell(sent(9))
-    assert late.news() == [sent(9)]
-    assert other.news() == [*map(sent, range(1, 6)), sent(9)]
+    assert late.updates() == []
+    successor.publish(decision(9))
+    assert late.updates() == [decision(9)]
+    assert other.updates() == [*map(decision, range(1, 6)), decision(9)]
 
 
 @pytest.mark.parametrize("torn", range(0, 40, 3))
@@ -65,47 +67,47 @@ def test_an_entry_that_was_not_finished_is_none_and_its_place_is_used_again(
     memory: int, torn: int
 ) -> None:
     one, other, _ = logs(memory)
-    one.tell(sent(1))
-    one.tell(sent(2))
+    one.publish(decision(1))
+    one.publish(decision(2))
     at = 2 * decision_log._ENTRY + torn
     os.pwrite(memory, bytes(byte ^ 255 for byte in os.pread(memory, 1, at)), at)
-    assert other.news() == [sent(1)]
-    assert other.news() == []
+    assert other.updates() == [decision(1)]
+    assert other.updates() == []
     successor = DecisionLog(memory, 0, 3)
-    successor.tell(sent(3))
-    assert other.news() == [sent(3)]
+    successor.publish(decision(3))
+    assert other.updates() == [decision(3)]
 
 
 @pytest.mark.parametrize("missed", [0, 1, CAPACITY // 2, CAPACITY - 1, CAPACITY, 5 * CAPACITY + 3])
 def test_who_is_more_than_a_round_behind_misses_the_oldest_only(memory: int, missed: int) -> None:
     one, other, _ = logs(memory)
-    one.tell(sent(0))
-    other.news()
+    one.publish(decision(0))
+    other.updates()
     total = CAPACITY + missed
     for number in range(1, total + 1):
-        one.tell(sent(number))
-    assert other.news() == [sent(number) for number in range(missed + 1, total + 1)]
-    one.tell(sent(7))
-    assert other.news() == [sent(7)]
+        one.publish(decision(number))
+    assert other.updates() == [decision(number) for number in range(missed + 1, total + 1)]
+    one.publish(decision(7))
+    assert other.updates() == [decision(7)]
 
 
 def test_numbers_that_do_not_fit_are_the_largest_that_do(memory: int) -> None:
     one, other, _ = logs(memory)
-    one.tell(Sent(1, 0.0, 2**40, 2**33))
-    assert other.news() == [Sent(1, 0.0, 2**32 - 1, 2**32 - 1)]
+    one.publish(RoutingDecision(1, 0.0, 2**40, 2**33))
+    assert other.updates() == [RoutingDecision(1, 0.0, 2**32 - 1, 2**32 - 1)]
 
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 WRITE = """
 import sys
 from serving.frontend.decision_log import DecisionLog
-from serving.kv_router.route import Sent
+from serving.kv_router.peers import RoutingDecision
 memory, number, count = map(int, sys.argv[1:])
 log = DecisionLog(memory, number, 3)
 print("ready", flush=True)
 sys.stdin.readline()
 for each in range(count):
-    log.tell(Sent(number, float(each), each, 0))
+    log.publish(RoutingDecision(number, float(each), each, 0))
 """
 
 
@@ -133,10 +135,10 @@ def test_between_processes_nothing_is_lost_or_made_up(memory: int) -> None:
             assert writer.stdin
             writer.stdin.write(b"\n")
             writer.stdin.flush()
-        found: list[Sent] = []
+        found: list[RoutingDecision] = []
         while any(writer.poll() is None for writer in writers):
-            found += reader.news()
-        found += reader.news()
+            found += reader.updates()
+        found += reader.updates()
     for number, writer in enumerate(writers):
         assert writer.returncode == 0
         own = [each.queued_tokens for each in found if each.registration == number]

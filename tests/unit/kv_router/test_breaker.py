@@ -32,12 +32,12 @@ def test_each_failure_in_a_row_doubles_the_pause_up_to_the_longest(breaker: Brea
     assert breaker.openings == 8
 
 
-def test_one_request_tries_until_there_is_a_verdict(breaker: Breaker) -> None:
-    assert breaker.sent() is False
+def test_a_half_open_breaker_admits_one_probe_at_a_time(breaker: Breaker) -> None:
+    assert breaker.request_sent() is False
     breaker.failed(0.0)
     assert not breaker.admits(1.0)
     assert breaker.admits(10.0)
-    assert breaker.sent() is True
+    assert breaker.request_sent() is True
     assert not breaker.admits(10.0), "a second one beside it"
     assert breaker.state(10.0) == "half_open"
     breaker.succeeded()
@@ -45,23 +45,23 @@ def test_one_request_tries_until_there_is_a_verdict(breaker: Breaker) -> None:
     assert breaker.admits(10.0)
 
 
-def test_a_try_that_is_cancelled_leaves_room_for_another(breaker: Breaker) -> None:
+def test_a_cancelled_probe_lets_the_next_request_probe(breaker: Breaker) -> None:
     breaker.failed(0.0)
-    assert breaker.sent()
-    breaker.try_over()
+    assert breaker.request_sent()
+    breaker.probe_ended()
     assert breaker.admits(10.0)
     assert breaker.state(10.0) == "half_open"
 
 
-def test_a_failed_try_opens_it_for_longer(breaker: Breaker) -> None:
+def test_a_failed_probe_opens_the_breaker_for_longer(breaker: Breaker) -> None:
     breaker.failed(0.0)
     first = pause(breaker, 0.0)
-    breaker.sent()
+    breaker.request_sent()
     breaker.failed(10.0)
     assert pause(breaker, 10.0) > first
 
 
-def test_errors_open_it_only_in_a_row(breaker: Breaker) -> None:
+def test_only_errors_in_a_row_open_the_breaker(breaker: Breaker) -> None:
     for _ in range(3):
         for _ in range(ERRORS - 1):
             breaker.answered_error(0.0)
@@ -72,8 +72,8 @@ def test_errors_open_it_only_in_a_row(breaker: Breaker) -> None:
     assert breaker.state(0.0) == "open"
 
 
-def test_an_error_of_the_request_that_tries_opens_it_again(breaker: Breaker) -> None:
+def test_an_error_of_the_probe_opens_the_breaker_again(breaker: Breaker) -> None:
     breaker.failed(0.0)
-    breaker.sent()
+    breaker.request_sent()
     breaker.answered_error(5.0)
     assert breaker.state(5.0) == "open"

@@ -63,7 +63,7 @@ def test_a_prompt_that_is_partly_computed_counts_as_the_report_says() -> None:
     assert load.estimate(5.0).queued_tokens == 40_000
 
 
-def test_finishing_what_a_report_has_seen_waits_for_the_next_report() -> None:
+def test_the_end_of_a_reported_request_shows_in_the_next_report() -> None:
     load = InstanceLoad()
     request = send(load)
     load.report(report(1100, 77, 4), LATER)
@@ -71,7 +71,7 @@ def test_finishing_what_a_report_has_seen_waits_for_the_next_report() -> None:
     assert load.estimate(LATER) == Load(1100, 77, 4)
 
 
-def test_finishing_before_any_report_saw_it_counts_at_once() -> None:
+def test_the_end_of_an_unreported_request_counts_at_once() -> None:
     load = InstanceLoad()
     load.report(report(1000, 70, 3), 0.0)
     request = send(load)
@@ -81,10 +81,10 @@ def test_finishing_before_any_report_saw_it_counts_at_once() -> None:
     assert load.estimate(0.0) == Load(1000, 70, 3)
 
 
-def test_what_other_frontends_sent_counts_until_a_report_must_contain_it() -> None:
+def test_requests_of_peer_routers_count_until_a_report_must_contain_them() -> None:
     load = InstanceLoad()
     load.report(report(1000, 70, 3), 0.0)
-    load.sent_by_another(Load(500, 30, 1), 1.0, 1.0)
+    load.add_peer_request(Load(500, 30, 1), 1.0, 1.0)
     assert load.estimate(1.0) == Load(1500, 100, 4)
     load.report(report(1000, 70, 3), 1.0 + REPORT_LAG_S / 2)
     assert load.estimate(1.1) == Load(1500, 100, 4)
@@ -92,9 +92,9 @@ def test_what_other_frontends_sent_counts_until_a_report_must_contain_it() -> No
     assert load.estimate(1.0 + LATER) == Load(1500, 100, 4)
 
 
-def test_what_others_sent_to_an_instance_without_reports_is_forgotten_in_time() -> None:
+def test_requests_of_peer_routers_expire_at_an_instance_without_reports() -> None:
     load = InstanceLoad()
-    load.sent_by_another(Load(500, 30, 1), 1.0, 1.0)
+    load.add_peer_request(Load(500, 30, 1), 1.0, 1.0)
     assert load.estimate(1.5) == Load(500, 30, 1)
     assert load.estimate(1.0 + REPORT_MAX_AGE_S) == Load()
 
@@ -138,8 +138,8 @@ def test_nothing_piles_up_while_no_report_comes() -> None:
     load = InstanceLoad()
     for number in range(10_000):
         send(load, now_s=number * 0.01).release()
-        load.sent_by_another(Load(1, 1, 1), number * 0.01, number * 0.01)
-    assert len(load._own) + len(load._others) <= 2 * REPORT_MAX_AGE_S / 0.01 + 2
+        load.add_peer_request(Load(1, 1, 1), number * 0.01, number * 0.01)
+    assert len(load._own) + len(load._of_peers) <= 2 * REPORT_MAX_AGE_S / 0.01 + 2
     assert load.in_flight == Load()
 
 
@@ -158,10 +158,10 @@ def test_any_order_of_requests_and_reports_ends_at_the_last_report() -> None:
         elif running and action < 0.9:
             running.pop(rng.randrange(len(running))).release()
         elif action < 0.95:
-            load.sent_by_another(Load(rng.randrange(500), rng.randrange(9), 1), now_s, now_s)
+            load.add_peer_request(Load(rng.randrange(500), rng.randrange(9), 1), now_s, now_s)
         else:
             load.report(report(), now_s)
-        assert min(*load.in_flight, *load.unseen, *load.of_others, *load.estimate(now_s)) >= 0
+        assert min(*load.in_flight, *load.unseen, *load.of_peers, *load.estimate(now_s)) >= 0
     for request in running:
         request.release()
     assert load.in_flight == Load()

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 from serving.config import RouterConfig
 from serving.kv_router.load import Load
-from serving.kv_router.policy import Choice, PromptSize, cheapest, sample, select
+from serving.kv_router.policy import PromptSize, RoutingRequest, cheapest, sample, select
 
 PROMPT = PromptSize(num_tokens=1024, block_size=16)
 IDLE = {"a": Load(), "b": Load(), "c": Load()}
@@ -14,8 +14,9 @@ IDLE = {"a": Load(), "b": Load(), "c": Load()}
 
 def pick(policy, role, overlap, load, *, seed=0, turn=0, content=None, **options):
     options = {"overlap_weight": 1.0, **options}
-    choice = Choice(role, PROMPT, overlap, load, turn, content)
-    return select(choice, config=RouterConfig(policy=policy, **options), rng=Random(seed))
+    block_hashes = [] if content is None else [content]
+    request = RoutingRequest(role, PROMPT, overlap, load, turn, block_hashes)
+    return select(request, config=RouterConfig(policy=policy, **options), rng=Random(seed))
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode", "agg"])
@@ -87,13 +88,13 @@ def test_round_robin_takes_turns() -> None:
 def test_equal_instances_share_the_requests(policy) -> None:
     rng = Random(1)
     config = RouterConfig(policy=policy)
-    choice = Choice("agg", PROMPT, {}, IDLE)
-    counts = Counter(select(choice, config=config, rng=rng) for _ in range(900))
+    request = RoutingRequest("agg", PROMPT, {}, IDLE)
+    counts = Counter(select(request, config=config, rng=rng) for _ in range(900))
     assert set(counts) == set(IDLE)
     assert min(counts.values()) > 240
 
 
-def test_equal_instances_are_told_apart_by_what_is_new_in_the_prompt() -> None:
+def test_new_content_of_the_prompt_decides_between_equal_instances() -> None:
     """So do frontends that know nothing of each other, and one prefix meets itself."""
     picked = [pick("kv", "agg", {}, IDLE, seed=n, content=n // 2 * 977) for n in range(600)]
     assert picked[::2] == picked[1::2]
@@ -107,8 +108,8 @@ def test_a_seed_decides_everything(policy, temperature) -> None:
 
     def run(seed: int) -> list[str]:
         rng = Random(seed)
-        choices = [Choice("agg", PROMPT, {"a": n % 3}, IDLE, n) for n in range(50)]
-        return [select(choice, config=config, rng=rng) for choice in choices]
+        choices = [RoutingRequest("agg", PROMPT, {"a": n % 3}, IDLE, n) for n in range(50)]
+        return [select(request, config=config, rng=rng) for request in choices]
 
     assert run(4) == run(4)
 

@@ -213,7 +213,7 @@ def test_replacing_keeps_what_is_in_both() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_nonsense_from_an_instance_breaks_nothing(seed: int) -> None:
+def test_contradictory_events_do_not_corrupt_the_index(seed: int) -> None:
     """Hashes that repeat, contradict their parents or go in circles: answers may be odd, later
     ones of orderly instances are right, and everything can be removed again."""
     rng = random.Random(seed)
@@ -235,7 +235,7 @@ def test_nonsense_from_an_instance_breaks_nothing(seed: int) -> None:
     assert index.overlap([101, 102, 104]).blocks == {"good": 2}
 
 
-def test_a_full_index_forgets_what_was_not_asked_for_longest_leaves_first() -> None:
+def test_a_full_index_evicts_the_least_recently_used_runs_leaves_first() -> None:
     index = PrefixIndex(max_blocks=100)
     system = list(range(10))
     index.store("a", system)
@@ -253,7 +253,7 @@ def test_a_full_index_forgets_what_was_not_asked_for_longest_leaves_first() -> N
     assert index.overlap([*system, *turns[1]]).blocks["a"] == 40
 
 
-def test_loose_blocks_are_forgotten_before_anything_that_was_placed() -> None:
+def test_loose_blocks_are_evicted_before_placed_ones() -> None:
     index = PrefixIndex(max_blocks=100)
     index.store("a", list(range(60)))
     index.replace("b", range(1000, 1200))
@@ -291,7 +291,7 @@ def test_a_bounded_index_never_claims_what_is_not_held(seed: int) -> None:
     assert len(index) == 0
 
 
-def test_losing_an_instance_with_many_blocks_stalls_nobody() -> None:
+def test_removing_an_instance_with_many_blocks_takes_little_time() -> None:
     """Blocks of its own go bit by bit, with the events of others."""
     index = PrefixIndex()
     rng = random.Random(1)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from serving.config import RouterConfig
 from serving.errors import InstanceRefused, NoInstances
-from serving.kv_router.route import Sent
+from serving.kv_router.peers import RoutingDecision
 from serving.kv_router.router import KvRouter
 from serving.load_report import LoadReport
 from serving.protocol import BlocksStored, InstanceInfo, KvEventBatch, ModelCard
@@ -104,7 +104,7 @@ def test_a_refused_instance_that_comes_back_right_is_accepted() -> None:
     ("expected", "reason"),
     [({"model": "x"}, "model"), ({"block_size": 8}, "block size"), ({"hash_salt": "x"}, "salt")],
 )
-def test_what_to_expect_can_be_given_before_any_instance_is_there(expected, reason) -> None:
+def test_required_terms_can_be_given_before_any_instance_registers(expected, reason) -> None:
     with pytest.raises(InstanceRefused, match=reason):
         KvRouter(RouterConfig(), **expected).add_instance(info("w0"))
 
@@ -190,7 +190,7 @@ def test_unavailable_instances_are_avoided_until_their_time_or_need_comes() -> N
         assert chosen(router, prompt(160)) == "w0"
 
 
-def test_what_an_earlier_process_did_says_nothing_of_a_new_one() -> None:
+def test_a_restarted_instance_starts_with_a_closed_breaker() -> None:
     router = make_router(info("w0"), info("w1"))
     router.add_instance(info("w0", epoch=2))
     router.failed("w0", epoch=1)
@@ -242,7 +242,7 @@ def test_policies_that_ignore_the_cache_pay_nothing_for_it(policy) -> None:
 # --- requests -----------------------------------------------------------------------------------
 
 
-def test_a_route_says_what_was_found_and_hashes_serve_twice() -> None:
+def test_a_route_reports_its_overlap_and_hashes_can_be_routed_twice() -> None:
     router = make_router(info("p0", "prefill"), info("d0", "decode"))
     store(router, "p0", prompt(100)[:64])
     hashes = router.hash(prompt(100))
@@ -397,35 +397,35 @@ def test_a_session_leaves_an_instance_that_is_busy_or_gone() -> None:
     assert chosen(router, prompt(320, seed=2), session="s") == home
 
 
-def test_sessions_mean_nothing_unless_configured() -> None:
+def test_sessions_are_ignored_unless_configured() -> None:
     router = make_router(*(info(f"w{i}") for i in range(8)))
     assert len({chosen(router, prompt(320, seed=n), session="s") for n in range(60)}) > 4
 
 
-class FakeOthers:
-    """Tells `others`, by appending to what each has yet to hear."""
+class FakePeers:
+    """Publishes by appending to what each peer has yet to read."""
 
     def __init__(self) -> None:
-        self.others: list[FakeOthers] = []
-        self.unheard: list[Sent] = []
+        self.peers: list[FakePeers] = []
+        self.unread: list[RoutingDecision] = []
 
-    def tell(self, sent: Sent) -> None:
-        for other in self.others:
-            other.unheard.append(sent)
+    def publish(self, decision: RoutingDecision) -> None:
+        for other in self.peers:
+            other.unread.append(decision)
 
-    def news(self) -> list[Sent]:
-        heard, self.unheard = self.unheard, []
+    def updates(self) -> list[RoutingDecision]:
+        heard, self.unread = self.unread, []
         return heard
 
 
 def make_acquainted(*routers: KvRouter) -> None:
-    everybody = [FakeOthers() for _ in routers]
+    everybody = [FakePeers() for _ in routers]
     for router, own in zip(routers, everybody, strict=True):
-        router.others = own
-        own.others = [other for other in everybody if other is not own]
+        router.peers = own
+        own.peers = [other for other in everybody if other is not own]
 
 
-def test_frontends_that_tell_each_other_do_not_meet_at_one_instance() -> None:
+def test_routers_that_share_decisions_do_not_send_a_burst_to_one_instance() -> None:
     routers = [make_router(*(info(f"w{i}") for i in range(4)), seed=n) for n in range(4)]
     make_acquainted(*routers)
     counts: Counter[str] = Counter()
@@ -438,7 +438,7 @@ def test_frontends_that_tell_each_other_do_not_meet_at_one_instance() -> None:
     assert set(counts.values()) == {8}
 
 
-def test_what_others_send_counts_where_the_instance_is_the_same_registration() -> None:
+def test_a_peer_decision_counts_for_the_same_registration_only() -> None:
     router, elsewhere = make_router(info("w0", epoch=2)), make_router(info("w9"), info("w0"))
     same = make_router(info("w0", epoch=2))
     make_acquainted(router, elsewhere, same)
@@ -452,7 +452,7 @@ def test_what_others_send_counts_where_the_instance_is_the_same_registration() -
     assert router.state() == []
 
 
-def test_what_others_sent_before_the_last_report_is_in_it() -> None:
+def test_a_peer_decision_older_than_the_last_report_is_not_added() -> None:
     clock = Clock()
     router, other = (make_router(info("w0"), clock=clock) for _ in range(2))
     make_acquainted(router, other)
@@ -481,7 +481,7 @@ def test_prefill_and_decode_are_apart_by_default() -> None:
     assert local(make_disaggregated(), prompt(320)) is None
 
 
-def test_what_is_short_or_nearly_all_there_is_prefilled_on_the_decode_instance() -> None:
+def test_short_or_mostly_cached_prompts_are_prefilled_on_the_decode_instance() -> None:
     router = make_disaggregated()
     store(router, "d1", prompt(320)[:304])
     busy = LoadReport("d1", 1, 5, 0, 0, 100, 0, 1000)

@@ -1,8 +1,8 @@
 """One instance's KV events, applied to the prefix index in order and without loss.
 
-The event plane may lose, repeat or delay batches, and a frontend may join late. Batches of one
-epoch are numbered 1, 2, 3, ..., so all of that shows. What cannot be applied yet is kept until the
-missing batch or a snapshot arrives; until then the index keeps what it had, slightly old.
+NATS may lose, repeat or delay batches, and a frontend may join late. Batches of one epoch are
+numbered 1, 2, 3, ..., so every such case shows. A batch that comes early is kept until the missing
+one or a snapshot arrives; until then the index keeps what it had, slightly old.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class IndexCounters(Struct):
     `gaps`: losses noticed. `duplicates`: batches and snapshots older than what is known.
     `stale_epoch`: messages of a registration that was replaced. `unregistered`: messages of an
     instance, or an epoch of it, that discovery has not shown or that was refused. `dropped`:
-    batches given up because the buffer was full before a snapshot came.
+    batches discarded because the buffer was full before a snapshot came.
     """
 
     batches: int = 0
@@ -35,20 +35,27 @@ class IndexCounters(Struct):
     dropped: int = 0
 
 
-class EventSequence:
-    """The order of one registration's events.
+class KvEventStream:
+    """The KV events of one registration, applied in order.
 
     Everything up to `last_seq` is in the index. `synchronised` is False when something after it
     is missing or may be: at first (the instance may have a history), after a gap, and after
     `distrust`. It becomes True again when the numbers close up or a snapshot arrives.
     """
 
-    def __init__(self, index: PrefixIndex, instance_id: str, counters: IndexCounters) -> None:
+    def __init__(
+        self,
+        index: PrefixIndex,
+        instance_id: str,
+        counters: IndexCounters,
+        max_buffered_blocks: int = MAX_BUFFERED_BLOCKS,
+    ) -> None:
         self.last_seq = 0
         self.synchronised = False
         self._index, self._instance_id, self._counters = index, instance_id, counters
         self._buffer: dict[int, KvEventBatch] = {}
         self._buffered_blocks = 0
+        self._max_buffered_blocks = max_buffered_blocks
 
     def on_batch(self, batch: KvEventBatch) -> None:
         """Apply the batch if it is the next one, keep it if it is early, ignore it if it is old."""
@@ -79,7 +86,7 @@ class EventSequence:
         self._catch_up()
 
     def distrust(self) -> None:
-        """Later batches may have been lost without any following that would show it."""
+        """Batches may have been lost at the end, where no later batch shows the gap."""
         self.synchronised = False
 
     def _catch_up(self) -> None:
@@ -102,8 +109,8 @@ class EventSequence:
     def _keep(self, batch: KvEventBatch) -> None:
         self._buffer[batch.seq] = batch
         self._buffered_blocks += _weight(batch)
-        while self._buffered_blocks > MAX_BUFFERED_BLOCKS:
-            # The oldest is the one that a snapshot is most likely to cover.
+        while self._buffered_blocks > self._max_buffered_blocks:
+            # A snapshot most likely covers the oldest.
             self._take(min(self._buffer))
             self._counters.dropped += 1
 

@@ -2,9 +2,8 @@
 
 import random
 
-from serving.kv_router import sequence
+from serving.kv_router.event_stream import IndexCounters, KvEventStream
 from serving.kv_router.prefix_index import PrefixIndex
-from serving.kv_router.sequence import EventSequence, IndexCounters
 from serving.protocol import BlocksCleared, BlocksRemoved, BlocksStored, KvEventBatch
 
 
@@ -17,9 +16,9 @@ def stored(*hashes: int) -> BlocksStored:
 
 
 class Setup:
-    def __init__(self) -> None:
+    def __init__(self, max_buffered_blocks: int = 65_536) -> None:
         self.index, self.counters = PrefixIndex(), IndexCounters()
-        self.events = EventSequence(self.index, "w0", self.counters)
+        self.events = KvEventStream(self.index, "w0", self.counters, max_buffered_blocks)
 
     @property
     def num_blocks(self) -> int:
@@ -127,9 +126,8 @@ def test_after_distrust_the_next_number_in_line_proves_that_nothing_was_lost() -
     assert s.events.synchronised
 
 
-def test_the_buffer_is_bounded_and_its_oldest_batches_go_first(monkeypatch) -> None:
-    monkeypatch.setattr(sequence, "MAX_BUFFERED_BLOCKS", 100)
-    s = Setup()
+def test_the_buffer_is_bounded_and_its_oldest_batches_go_first() -> None:
+    s = Setup(max_buffered_blocks=100)
     for seq in range(2, 202):
         s.events.on_batch(batch(seq, stored(*range(seq * 10, seq * 10 + 9))))
     assert s.counters.dropped == 190

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
+HREF = re.compile(r"""(?:src|href)=["']?([^"' >]+)""")
 REMOTE = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*(?:src|href)=["']?(?:https?:)?//""")
 
 
@@ -47,6 +49,17 @@ def test_site_loads_nothing_from_the_network(site: Path) -> None:
         assert not REMOTE.search(page.read_text("utf-8")), page.name
 
 
+def test_every_link_of_the_site_opens_from_its_folder(site: Path) -> None:
+    """As files: pages lie in the site, and source files where `site/` is a folder of the checkout."""
+    for page in set(site.glob("*.html")) - {site / "404.html"}:  # which only a server shows
+        for link in HREF.findall(page.read_text("utf-8")):
+            target = link.partition("#")[0].partition("?")[0]
+            if not target or "://" in target or target.startswith(("data:", "javascript:")):
+                continue
+            place = ROOT / "docs" / target if target.startswith("../") else site / target
+            assert place.exists(), f"{page.name}: {link}"
+
+
 def test_a_dead_link_or_anchor_fails_the_build(tmp_path: Path) -> None:
     """On a copy of the site's sources, with one page broken in three ways."""
     for name in ("mkdocs.yml", "README.md", "CHANGELOG.md", "LICENSE"):
@@ -72,6 +85,17 @@ def test_a_dead_link_or_anchor_fails_the_build(tmp_path: Path) -> None:
 def test_relative_links_lead_to_files_of_the_repository(page: Path) -> None:
     targets = [link for link in LINK.findall(page.read_text("utf-8")) if "://" not in link]
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_configuration_keys_that_pages_name_exist(page: Path) -> None:
+    types = json.loads((ROOT / "config" / "config.schema.json").read_text("utf-8"))["$defs"]
+    sections = {
+        section: types[definition["$ref"].rpartition("/")[2]]["properties"]
+        for section, definition in types["Config"]["properties"].items()
+    }
+    named = re.findall(rf"`({'|'.join(sections)})\.(?!py`)([a-z]\w*)[`:]", page.read_text("utf-8"))
+    assert not [(section, key) for section, key in named if key not in sections[section]]
 
 
 def test_readme_stays_short() -> None:

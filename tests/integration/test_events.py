@@ -12,7 +12,7 @@ import pytest
 from integration.services import Nats, until
 from serving.config import RouterConfig
 from serving.errors import DeadlineExceeded, InstanceLost
-from serving.events import EventPlane, plane
+from serving.events import EventPlane, PlaneLimits
 from serving.kv_router.router import KvRouter, PromptHashes
 from serving.load_report import LoadReport
 from serving.protocol import BlocksRemoved, BlocksStored, InstanceInfo, KvEventBatch, ModelCard
@@ -32,7 +32,7 @@ def report(num_running: int, instance_id: str = "a") -> LoadReport:
 
 
 class Receiver:
-    """Everything a frontend was told, in order."""
+    """Everything that a frontend received, in order."""
 
     def __init__(self) -> None:
         self.batches: list[KvEventBatch] = []
@@ -51,11 +51,13 @@ class Receiver:
         await frontend.subscribe(self.batches.append, self.reports.append)
 
 
-def connect(nats: Nats, namespace: str = "ns") -> AbstractAsyncContextManager[EventPlane]:
-    return EventPlane.connect(nats.url, namespace, nats.token)
+def connect(
+    nats: Nats, namespace: str = "ns", **limits: int | float
+) -> AbstractAsyncContextManager[EventPlane]:
+    return EventPlane.connect(nats.url, namespace, nats.token, PlaneLimits(**limits))  # type: ignore[arg-type]
 
 
-async def both(worker: EventPlane, frontend: EventPlane) -> None:
+async def connected(worker: EventPlane, frontend: EventPlane) -> None:
     await until(lambda: worker.connected and frontend.connected)
 
 
@@ -66,7 +68,7 @@ async def test_events_and_reports_arrive_numbered_and_in_order(nats: Nats) -> No
         await stranger.attach(other)
         await receiver.attach(frontend)
         await worker.serve_snapshots("a", 7, list)
-        await both(worker, frontend)
+        await connected(worker, frontend)
         await until(lambda: other.connected)
         for number in range(200):
             worker.publish_kv([BlocksStored(None, [number]), BlocksRemoved([number])])
@@ -88,7 +90,7 @@ async def test_event_larger_than_a_message_is_split_with_a_number_each(nats: Nat
     async with connect(nats) as worker, connect(nats) as frontend:
         await receiver.attach(frontend)
         await worker.serve_snapshots("a", 1, list)
-        await both(worker, frontend)
+        await connected(worker, frontend)
         worker.publish_kv([BlocksStored(None, hashes)], report(5))
         await until(lambda: sum(map(num_hashes, receiver.batches)) == len(hashes))
         assert receiver.seqs == [1, 2, 3]
@@ -105,7 +107,7 @@ async def test_snapshot_of_any_size_arrives_whole(nats: Nats, num_blocks: int) -
     held = [2**63 + n for n in range(num_blocks)]
     async with connect(nats) as worker, connect(nats) as frontend:
         await worker.serve_snapshots("a", 7, lambda: held)
-        await both(worker, frontend)
+        await connected(worker, frontend)
         worker.publish_kv([BlocksStored(None, [1])])
         snapshot = await frontend.request_snapshot("a", 10)
         assert (snapshot.instance_id, snapshot.epoch, snapshot.seq) == ("a", 7, 1)
@@ -122,23 +124,31 @@ async def test_snapshot_of_nobody_fails_at_once(nats: Nats) -> None:
 
 
 async def test_snapshot_that_does_not_come_runs_into_its_deadline(nats: Nats) -> None:
+    silence = Silence()
     async with connect(nats) as mute, connect(nats) as frontend:
-        await mute._listen("ns.snapshot.a", swallow)
-        await both(mute, frontend)
+        await mute._connection.listen("ns.snapshot.a", silence.receive)
+        await connected(mute, frontend)
         with pytest.raises(DeadlineExceeded, match="snapshot"):
             await frontend.request_snapshot("a", 0.2)
 
 
-async def swallow(_: object) -> None:
-    """An instance that took the question and answers never."""
+class Silence:
+    """Receives requests and never answers."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+
+    async def receive(self, _: object) -> None:
+        self.num_requests += 1
 
 
 async def test_disconnect_fails_a_waiting_snapshot_at_once(nats: Nats) -> None:
+    silence = Silence()
     async with connect(nats) as mute, connect(nats) as frontend:
-        await mute._listen("ns.snapshot.a", swallow)
-        await both(mute, frontend)
+        await mute._connection.listen("ns.snapshot.a", silence.receive)
+        await connected(mute, frontend)
         asked = asyncio.create_task(frontend.request_snapshot("a", 60))
-        await asyncio.sleep(0.2)
+        await until(lambda: silence.num_requests == 1)
         nats.kill()
         with pytest.raises(InstanceLost):
             await asyncio.wait_for(asked, 5)
@@ -152,7 +162,7 @@ async def test_restarted_server_heals_and_the_numbers_show_the_gap(nats: Nats) -
     async with connect(nats) as worker, connect(nats) as frontend:
         await receiver.attach(frontend)
         await worker.serve_snapshots("a", 1, lambda: held)
-        await both(worker, frontend)
+        await connected(worker, frontend)
         worker.publish_kv([BlocksStored(None, [1])])
         await until(lambda: receiver.seqs == [1])
         assert receiver.num_reconnects == 1
@@ -163,7 +173,7 @@ async def test_restarted_server_heals_and_the_numbers_show_the_gap(nats: Nats) -
         assert worker.counters.dropped == 2
         nats.start()
         started = time.monotonic()
-        await both(worker, frontend)
+        await connected(worker, frontend)
         assert time.monotonic() - started < 2
         await until(lambda: receiver.num_reconnects == 2)
         worker.publish_kv([BlocksRemoved([1])])
@@ -173,15 +183,12 @@ async def test_restarted_server_heals_and_the_numbers_show_the_gap(nats: Nats) -
         assert (await frontend.request_snapshot("a", 5)).seq == worker.seq
 
 
-async def test_loss_shows_even_when_no_further_event_follows(
-    nats: Nats, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plane, "QUEUE_BYTES", 2000)
+async def test_loss_shows_even_when_no_further_event_follows(nats: Nats) -> None:
     receiver = Receiver()
-    async with connect(nats) as worker, connect(nats) as frontend:
+    async with connect(nats, queue_bytes=2000) as worker, connect(nats) as frontend:
         await receiver.attach(frontend)
         await worker.serve_snapshots("a", 1, list)
-        await both(worker, frontend)
+        await connected(worker, frontend)
         for number in range(100):  # one burst; the last ones find the queue full
             worker.publish_kv([BlocksStored(None, [number] * 5)])
         assert 0 < worker.counters.dropped < 100
@@ -190,7 +197,9 @@ async def test_loss_shows_even_when_no_further_event_follows(
         assert receiver.seqs[-2] < 100
 
 
-async def test_connecting_needs_no_server_and_finds_it_later(tmp_path: Path) -> None:
+async def test_connecting_needs_no_server_and_finds_it_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     nats, receiver = Nats(tmp_path), Receiver()
     async with connect(nats) as worker, connect(nats) as frontend:
         await receiver.attach(frontend)
@@ -198,9 +207,9 @@ async def test_connecting_needs_no_server_and_finds_it_later(tmp_path: Path) -> 
         worker.publish_load(report(1))
         assert not worker.connected
         assert worker.counters.dropped == 1
-        await asyncio.sleep(0.5)
+        await until(lambda: "no connection to NATS" in caplog.text)
         with nats:
-            await both(worker, frontend)
+            await connected(worker, frontend)
             worker.publish_load(report(2))
             await until(lambda: [one.num_running for one in receiver.reports] == [2])
 
@@ -211,26 +220,27 @@ async def test_token_is_read_again_when_the_server_wants_another(
     token_file = tmp_path / "token"
     token_file.write_text("wrong-secret\n")
     async with EventPlane.connect(nats.url, "ns", token_file) as worker:
-        await asyncio.sleep(0.7)
+        await until(lambda: refusals(caplog) == 1)
         assert not worker.connected
         token_file.write_text(nats.token + "\n")
         await until(lambda: worker.connected)
         nats.kill()
         nats.token = "another-secret"
         nats.start()
-        await asyncio.sleep(0.7)
+        await until(lambda: refusals(caplog) == 2)
         assert not worker.connected
         token_file.write_text(nats.token)
         await until(lambda: worker.connected)
     assert "secret" not in caplog.text
 
 
-async def test_server_that_hangs_is_left_and_found_again(
-    nats: Nats, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plane, "PING_S", 0.2)
-    monkeypatch.setattr(plane, "CALL_S", 1)
-    async with connect(nats) as worker:
+def refusals(caplog: pytest.LogCaptureFixture) -> int:
+    """Connections that the server refused, as the log shows them."""
+    return sum("authorization" in record.getMessage().lower() for record in caplog.records)
+
+
+async def test_server_that_hangs_is_left_and_found_again(nats: Nats) -> None:
+    async with connect(nats, ping_s=0.2, call_s=1) as worker:
         await until(lambda: worker.connected)
         nats.signal(signal.SIGSTOP)
         await until(lambda: not worker.connected)
@@ -243,7 +253,7 @@ async def test_garbage_is_counted_and_does_not_stop_the_rest(nats: Nats) -> None
     async with connect(nats) as worker, connect(nats) as frontend:
         await receiver.attach(frontend)
         await worker.serve_snapshots("a", 1, list)
-        await both(worker, frontend)
+        await connected(worker, frontend)
         worker._enqueue("ns.kv.a", b"\xff garbage")
         worker._enqueue("ns.load.a", b"")
         worker.publish_kv([BlocksRemoved([1])])
@@ -251,15 +261,12 @@ async def test_garbage_is_counted_and_does_not_stop_the_rest(nats: Nats) -> None
         await until(lambda: frontend.counters.undecodable == 2)
 
 
-async def test_receiver_that_cannot_keep_up_is_noticed(
-    nats: Nats, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plane, "PENDING_MESSAGES", 4)
+async def test_receiver_that_cannot_keep_up_is_noticed(nats: Nats) -> None:
     receiver = Receiver()
-    async with connect(nats) as worker, connect(nats) as frontend:
+    async with connect(nats) as worker, connect(nats, pending_messages=4) as frontend:
         await receiver.attach(frontend)
         await worker.serve_snapshots("a", 1, list)
-        await both(worker, frontend)
+        await connected(worker, frontend)
         for number in range(500):
             worker.publish_kv([BlocksStored(None, [number])])
         counters = frontend.counters
@@ -334,18 +341,16 @@ async def test_restarted_frontend_routes_by_cache_within_a_second(nats: Nats) ->
         assert min(time.monotonic() - started, time.process_time() - cpu) < 1.0
 
 
-async def test_index_converges_through_restarts_losses_and_slow_receivers(
-    nats: Nats, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_index_converges_through_restarts_losses_and_slow_receivers(nats: Nats) -> None:
     """Whatever happens to events, after the next snapshot the index is what the worker holds."""
     rng = random.Random(5)
     held: set[int] = set()
-    async with connect(nats) as worker, connect(nats) as events:
+    async with connect(nats, queue_messages=100) as worker, connect(nats) as events:
         await worker.serve_snapshots("w0", 1, lambda: held)
         frontend = IndexedFrontend(events)
         await frontend.attach()
         frontend.router.add_instance(registered("w0"))
-        await both(worker, events)
+        await connected(worker, events)
 
         def work(steps: int) -> None:
             for _ in range(steps):
@@ -365,15 +370,14 @@ async def test_index_converges_through_restarts_losses_and_slow_receivers(
         await until(lambda: not worker.connected)
         work(50)
         nats.start()
-        await both(worker, events)
+        await connected(worker, events)
         work(10)
         await until_async(converged)
-        monkeypatch.setattr(plane, "QUEUE_MESSAGES", 0)
-        monkeypatch.setattr(plane, "QUEUE_BYTES", 200)  # a burst that the worker cannot send
-        work(100)
-        monkeypatch.setattr(plane, "QUEUE_BYTES", 64 << 20)
-        assert worker.counters.dropped > 0
-        await asyncio.sleep(0.1)
+        dropped = worker.counters.dropped
+        work(150)  # a burst that fills the worker's queue
+        assert worker.counters.dropped > dropped
+        published = worker.counters.published
+        await until(lambda: worker.counters.published >= published + 100)
         work(1)
         await until_async(converged)
         assert frontend.router.counters.gaps > 0

@@ -1,7 +1,9 @@
-"""The live instances as one frontend sees them: a connection each, and a place in the router.
+"""The live instances as one frontend sees them: a connection to each, and its entry in the router.
 
-Discovery says who should be alive; a connection proves it. An instance is routable while its
-connection stands, so a killed worker is out at once and not only when its lease ends.
+Discovery says which instances should be alive; a connection proves it. The router has an instance
+while its connection stands and it does not drain. So a killed worker gets no more requests at once,
+not only when its lease ends, and a draining worker gets none as soon as it says that it drains.
+Requests that run on a draining worker keep their connection until they are finished.
 """
 
 from __future__ import annotations
@@ -41,12 +43,13 @@ class Instances:
         secret: bytes = b"",
         tokenizer_dir: str = "",
     ) -> None:
-        """`secret`: what workers ask frontends to know. `tokenizer_dir`: where this machine has
-        what a worker's card says of its own."""
+        """`secret` proves to workers that this frontend belongs to the deployment. `tokenizer_dir`
+        replaces the path in a worker's card, which may be a path on another machine."""
         self._secret, self._tokenizer_dir = secret, tokenizer_dir
         self._router, self._events, self._tasks = router, events, tasks
         self._metrics = metrics
         self._keepers: dict[str, tuple[InstanceInfo, asyncio.Task[None]]] = {}
+        self._departing: set[asyncio.Task[None]] = set()
         self._clients: dict[str, RpcClient] = {}
         self._reports: dict[str, LoadReport] = {}
         self._unsynchronised = asyncio.Event()
@@ -54,7 +57,7 @@ class Instances:
         self.card: ModelCard | None = None
 
     def client(self, instance_id: str) -> RpcClient:
-        """Raises InstanceLost when the connection went away since routing."""
+        """Raises InstanceLost when the connection has been lost since routing."""
         try:
             return self._clients[instance_id]
         except KeyError:
@@ -63,47 +66,56 @@ class Instances:
     # --- membership ----------------------------------------------------------------------------
 
     def up(self, info: InstanceInfo) -> None:
-        """Discovery saw a registration."""
+        """Discovery has a new registration."""
         log.info("%s is up (epoch %d)", info.instance_id, info.epoch)
         task = self._tasks.create_task(self._keep(info), name=f"keep-{info.instance_id}")
         self._keepers[info.instance_id] = (info, task)
 
     def down(self, instance_id: str, epoch: int) -> None:
-        """Its lease is gone."""
+        """Its registration is gone. A draining instance closes the connection when it is done."""
         keeper = self._keepers.get(instance_id)
         if keeper is None or keeper[0].epoch != epoch:
             return
         log.info("%s is gone (epoch %d)", instance_id, epoch)
-        del self._keepers[instance_id]
-        keeper[1].cancel()
+        _, task = self._keepers.pop(instance_id)
+        client = self._clients.get(instance_id)
+        if client is not None and client.draining:
+            self._departing.add(task)
+            task.add_done_callback(self._departing.discard)
+        else:
+            task.cancel()
 
     async def _keep(self, info: InstanceInfo) -> None:
-        """Hold a connection for as long as discovery names the instance."""
+        """Hold a connection for as long as discovery names the instance, or it drains."""
         pause_s = RECONNECT_MIN_S
         while True:
             lost = asyncio.Event()
             client = RpcClient(info, secret=self._secret, merge=True)
             client.on_lost = lost.set
+            client.on_draining = lambda: self._on_draining(info)
             try:
                 await client.connect(CONNECT_S)
                 pause_s = RECONNECT_MIN_S
                 await self._serve_through(client, lost)
-            except InstanceRefused as exc:  # until whoever it does not fit is gone
+            except InstanceRefused as exc:  # Until the instances that it does not fit are gone.
                 log.error("%s", exc)
                 pause_s = RECONNECT_MAX_S
             except InstanceLost as exc:
                 log.debug("%s", exc)
             finally:
                 await client.close()
+            if asyncio.current_task() in self._departing:
+                return
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RECONNECT_MAX_S)
 
     async def _serve_through(self, client: RpcClient, lost: asyncio.Event) -> None:
         info = client.info
-        async with self._joining:  # or two that come together would not see each other
+        async with self._joining:  # Two that join at the same time would miss each other.
             if info.kv_by_engine:
                 await warm_up(client, self._kv_peers(info))
-            self._router.add_instance(info)
+            if not client.draining:
+                self._router.add_instance(info)
             if self.card is None and info.model.dummy_weights:
                 log.warning("%s has dummy weights: answers are noise", info.model.name)
             self.card = self.card or self._readable(info.model)
@@ -113,20 +125,29 @@ class Instances:
             await lost.wait()
             log.warning("%s: connection lost", info.instance_id)
         finally:
-            self._clients.pop(info.instance_id, None)
-            self._reports.pop(info.instance_id, None)
-            self._router.remove_instance(info.instance_id, info.epoch)
-            self._metrics.forget_instance(info.instance_id)
+            if self._clients.get(info.instance_id) is client:  # A successor may be up already.
+                del self._clients[info.instance_id]
+                self._reports.pop(info.instance_id, None)
+                self._router.remove_instance(info.instance_id, info.epoch)
+                self._metrics.forget_instance(info.instance_id)
+
+    def _on_draining(self, info: InstanceInfo) -> None:
+        log.info("%s drains: it gets no new requests", info.instance_id)
+        self._router.remove_instance(info.instance_id, info.epoch)
 
     def _readable(self, card: ModelCard) -> ModelCard:
-        """A worker may be on another machine; the tokenizer is on this one too."""
+        """The card with the path of the tokenizer on this machine."""
         if not self._tokenizer_dir:
             return card
         return replace(card, tokenizer_dir=self._tokenizer_dir)
 
     def _kv_peers(self, info: InstanceInfo) -> list[RpcClient]:
-        roles = {info.role, "agg"}
-        return [c for c in self._clients.values() if c.info.role not in roles]
+        """Instances of the other role, which exchange KV with this one."""
+        return [
+            client
+            for client in self._clients.values()
+            if client.info.role not in (info.role, "agg") and not client.draining
+        ]
 
     # --- events --------------------------------------------------------------------------------
 
@@ -142,17 +163,17 @@ class Instances:
             self._metrics.observe_load(report)
 
     def on_reconnect(self) -> None:
-        """Events may have been missed; gaps would show it, but only with the next event."""
+        """Events may have been missed. A gap would show that only with the next event."""
         self._router.distrust_index()
         self._unsynchronised.set()
 
     def close(self) -> None:
-        """Let go of every connection."""
-        for _, task in self._keepers.values():
+        """Close every connection."""
+        for task in (*(task for _, task in self._keepers.values()), *self._departing):
             task.cancel()
 
     async def synchronise_forever(self) -> None:
-        """Ask every instance whose index is behind for a snapshot, until none is."""
+        """Ask each instance that the index does not match for a snapshot, until all match."""
         while True:
             await self._unsynchronised.wait()
             self._unsynchronised.clear()
@@ -175,14 +196,14 @@ class Instances:
                 self._unsynchronised.set()
                 await asyncio.sleep(RECONNECT_MAX_S / 4)
 
-    # --- for people ----------------------------------------------------------------------------
+    # --- for `/ready` ---------------------------------------------------------------------------
 
     def describe(self) -> list[dict[str, Any]]:
-        """One row an instance, for `/ready` and `status`."""
+        """One row for each registered instance that is connected."""
         unsynchronised = set(self._router.needs_snapshot())
-        breakers = {one.info.instance_id: one.breaker for one in self._router.state()}
+        breakers = {state.info.instance_id: state.breaker for state in self._router.state()}
         rows = []
-        for instance_id in sorted(self._clients):
+        for instance_id in sorted(self._clients.keys() & self._keepers.keys()):
             info = self._keepers[instance_id][0]
             report = self._reports.get(instance_id, LoadReport())
             row = {

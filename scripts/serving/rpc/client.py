@@ -182,7 +182,7 @@ class WorkerConnection(Connection):
             if (waiting := self._pings.get(message.id)) is not None and not waiting.done():
                 waiting.set_result(None)
         elif isinstance(message, Draining):
-            self._client.draining = True
+            self._client.drains()
         elif self.hello.done():
             raise ProtocolViolation("a second hello")
         else:
@@ -225,6 +225,8 @@ class RpcClient:
         self.address = ""
         self.on_lost: Callable[[], None] | None = None
         """Called once when an established connection drops, not on `close`."""
+        self.on_draining: Callable[[], None] | None = None
+        """Called once when the worker announces that it drains."""
         self.merge = merge
         self._stall_s = stall_s
         self._connection: WorkerConnection | None = None
@@ -326,6 +328,13 @@ class RpcClient:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
+
+    def drains(self) -> None:
+        """Called by the connection: the worker takes no new requests."""
+        if not self.draining:
+            self.draining = True
+            if self.on_draining is not None:
+                self.on_draining()
 
     def disconnected(self, connection: WorkerConnection) -> None:
         if connection is not self._connection:

@@ -121,6 +121,8 @@ async def serve(
 
         await stop.wait()
         log.info("%s drains", process.instance_id)
+        # First of all, so that frontends know why the registration goes and keep their connections.
+        worker.start_draining()
         await discovery.unregister()
         await worker.drain(process.drain_s)
 

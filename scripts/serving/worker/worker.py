@@ -98,10 +98,13 @@ class Worker:
             self._events.publish_load(self._report(self.engine.load()))
             await asyncio.sleep(REPORT_INTERVAL_S)
 
-    async def drain(self, drain_s: float) -> None:
-        """Accept nothing more; wait for running requests and for held KV to be fetched."""
+    def start_draining(self) -> None:
+        """Accept nothing more, and let all frontends know."""
         self._draining = True
         self.rpc.announce_drain()
+
+    async def drain(self, drain_s: float) -> None:
+        """Wait for running requests to finish and for held KV to be fetched."""
         deadline = time.monotonic() + drain_s
         while self.rpc.num_live or self.handover.num_held:
             if time.monotonic() > deadline:

@@ -31,8 +31,9 @@ from kv_ends import (
     until,
 )
 from serving.errors import KvTransferFailed
-from serving.kv_transfer.base import KvTransfer, Progress
-from serving.kv_transfer.wire import WIRE_VERSION, Hello, Pull
+from serving.framing import frame
+from serving.kv_transfer import KvTransfer, PrefillProgress
+from serving.kv_transfer.messages import WIRE_VERSION, ChannelHello, Pull
 
 BLOCK = LAYOUT.block_bytes
 
@@ -81,7 +82,7 @@ async def relay(address: str) -> AsyncIterator[tuple[str, Any]]:
 
 
 def talk(address: str, *payloads: bytes) -> None:
-    """Say something raw to a listener and wait for it to hang up or answer."""
+    """Send raw bytes to a listener and wait until it closes or answers."""
     parts = urlsplit(address)
     with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=5) as sock:
         for payload in payloads:
@@ -92,11 +93,6 @@ def talk(address: str, *payloads: bytes) -> None:
                 pass
         except (TimeoutError, ConnectionError):
             pass
-
-
-def frame(message: Any) -> bytes:
-    payload = msgspec.msgpack.encode(message)
-    return len(payload).to_bytes(4, "little") + payload
 
 
 class TransferContract:
@@ -131,7 +127,7 @@ class TransferContract:
         assert not got.blocks[:11].any()
         assert not got.blocks[31:].any()
 
-    async def test_ends_with_different_chunk_sizes_agree_on_the_smaller(self) -> None:
+    async def test_endpoints_with_different_chunk_sizes_use_the_smaller_one(self) -> None:
         blocks = random_blocks(23)
         for mine, theirs in [(2 * BLOCK, 8 * BLOCK), (8 * BLOCK, 3 * BLOCK)]:
             async with (
@@ -141,7 +137,7 @@ class TransferContract:
                 got = await pull_all(end, source.address, "a", blocks)
             assert max(count for _, count in got.calls) == min(mine, theirs) // BLOCK
 
-    async def test_pull_of_no_blocks_only_tells_the_source_that_it_is_done(self) -> None:
+    async def test_pull_of_no_blocks_lets_the_source_release_them(self) -> None:
         held = Held(a=random_blocks(4))
         async with serving(self.name, held) as source, pulling(self.name) as end:
             got = Got(held.requests["a"])
@@ -156,7 +152,7 @@ class TransferContract:
             serving(self.name, held, chunk_bytes=4 * BLOCK) as source,
             pulling(self.name, chunk_bytes=4 * BLOCK) as end,
         ):
-            for _ in range(2):  # the second time over links that are already there
+            for _ in range(2):  # the second time over the channels of the first time
                 await asyncio.gather(
                     *(pull_all(end, source.address, key, value) for key, value in requests.items())
                 )
@@ -181,10 +177,10 @@ class TransferContract:
         ):
             await pull_all(end, source.address, "a", blocks)
 
-    async def test_a_prefill_is_followed_block_by_block(self) -> None:
+    async def test_blocks_are_pulled_while_the_prefill_computes_them(self) -> None:
         blocks = random_blocks(40)
         held = Held(a=blocks)
-        held.computed["a"] = Progress(10)
+        held.computed["a"] = PrefillProgress(10)
         async with serving(self.name, held) as source, pulling(self.name) as end:
             wanted = params(source.address, "a", 40)
             got = Got(blocks)
@@ -193,20 +189,22 @@ class TransferContract:
             waiting = asyncio.create_task(end.progress(wanted, 10, 5.0))
             await asyncio.sleep(0.05)
             assert not waiting.done()
-            held.computed["a"] = Progress(33)
+            held.computed["a"] = PrefillProgress(33)
             assert await waiting == (33, None)
             await end.pull(wanted, 10, 23, got, more_follows=True)
-            held.computed["a"] = Progress(40, 123)
+            held.computed["a"] = PrefillProgress(40, 123)
             assert await end.progress(wanted, 33, 5.0) == (40, 123)
             assert not held.done_with
             await end.pull(wanted, 33, 7, got)
             await until(lambda: held.done_with == ["a"])
         assert np.array_equal(got.blocks, blocks)
 
-    async def test_following_ends_with_the_prefill_the_deadline_and_the_caller(self) -> None:
+    async def test_waiting_for_progress_ends_with_the_prefill_the_deadline_and_the_caller(
+        self,
+    ) -> None:
         blocks = random_blocks(4)
         held = Held(a=blocks)
-        held.computed["a"] = Progress(0)
+        held.computed["a"] = PrefillProgress(0)
         async with serving(self.name, held) as source, pulling(self.name) as end:
             wanted = params(source.address, "a", 4)
             guess = msgspec.structs.replace(wanted, nonce="guess")
@@ -335,7 +333,7 @@ class TransferContract:
             assert time.monotonic() - started < 2
             assert not held.done_with
 
-    async def test_source_gives_up_on_a_peer_that_takes_too_long(self) -> None:
+    async def test_source_ends_a_pull_that_takes_too_long(self) -> None:
         blocks = random_blocks(640)  # more than sockets buffer
         held = Held(a=blocks)
         async with (
@@ -350,7 +348,7 @@ class TransferContract:
             got.pause_s = 0
             await pull_all(end, source.address, "a", blocks)
 
-    async def test_nobody_listening_fails_at_once(self) -> None:
+    async def test_pull_fails_at_once_when_nothing_listens(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
         async with pulling(self.name) as end:
@@ -361,14 +359,14 @@ class TransferContract:
                 )
             assert time.monotonic() - started < 3  # UCX itself starts in this time
 
-    async def test_listener_that_says_nothing_runs_into_the_connect_deadline(self) -> None:
+    async def test_pull_from_a_silent_listener_fails_at_the_connect_deadline(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             address = f"{self.scheme}://127.0.0.1:{silent.getsockname()[1]}"
             async with pulling(self.name, connect_s=0.2) as end:
                 with pytest.raises(KvTransferFailed, match=r"nothing within 0\.2 s"):
                     await end.pull(params(address, "a", 4), 0, 4, Got(random_blocks(4)))
 
-    async def test_link_that_broke_while_idle_is_replaced(self) -> None:
+    async def test_channel_lost_while_idle_is_replaced(self) -> None:
         blocks = random_blocks(20)
         async with (
             serving(self.name, Held(a=blocks)) as source,
@@ -379,7 +377,7 @@ class TransferContract:
                 await pull_all(end, address, "a", blocks)
                 await cut()
 
-    async def test_link_is_kept_between_pulls(self) -> None:
+    async def test_channel_is_kept_between_pulls(self) -> None:
         blocks = random_blocks(4)
         async with serving(self.name, Held(a=blocks)) as source, pulling(self.name) as end:
             await pull_all(end, source.address, "a", blocks)
@@ -388,11 +386,11 @@ class TransferContract:
                 await pull_all(end, source.address, "a", blocks)
             assert len(os.listdir("/proc/self/fd")) <= before
 
-    async def test_nothing_a_peer_says_ends_the_service(self) -> None:
+    async def test_garbage_from_a_peer_does_not_end_the_service(self) -> None:
         blocks = random_blocks(20)
         held = Held(a=blocks)
         junk = np.random.default_rng(4).bytes(4096)
-        hello = frame(Hello(WIRE_VERSION, self.scheme, junk[:200]))
+        hello = frame(ChannelHello(WIRE_VERSION, self.scheme, junk[:200]))
         unasked = frame(Pull("a", "guess", LAYOUT.fingerprint, 0, 4, 4, 0))
         huge = frame(Pull("a", "n-a", LAYOUT.fingerprint, 0, 1 << 62, 1 << 62, -1))
         async with serving(self.name, held) as source, pulling(self.name) as end:
@@ -401,8 +399,8 @@ class TransferContract:
                 (b"\xff" * 4,),
                 (b"\x00" * 64,),
                 (b"GET / HTTP/1.1\r\n\r\n",),
-                (frame(Hello(99, self.scheme)),),
-                (frame(Hello(WIRE_VERSION, "pigeon")),),
+                (frame(ChannelHello(99, self.scheme)),),
+                (frame(ChannelHello(WIRE_VERSION, "pigeon")),),
                 (unasked,),
                 (hello, unasked),
                 (hello, hello),

@@ -1,8 +1,8 @@
-"""Two ends of a KV transfer for tests and benchmarks: known blocks, a source and a sink over them.
+"""Both endpoints of a KV transfer for tests and benchmarks: known blocks, a source and a sink.
 
-`python tests/kv_ends.py serve ucx|tcp` is a source in a process of its own: prints its address
-and serves until its input closes. `... pull ucx|tcp ADDRESS` pulls everything, at
-`PAUSE_S` per chunk, and prints a line at the first one.
+`python tests/kv_ends.py serve ucx|tcp` is a source in a process of its own: it prints its address
+and serves until its input closes. `... pull ucx|tcp ADDRESS` pulls everything, at `PAUSE_S` per
+chunk, and prints a line for each chunk.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 if __name__ == "__main__":
     sys.path.insert(0, str(SCRIPTS))
 
+from serving.config import KvTransferConfig  # noqa: E402
 from serving.kv_layout import BlocksInPlace, KvLayout, PoolMemory  # noqa: E402
-from serving.kv_transfer import make_transfer  # noqa: E402
-from serving.kv_transfer.base import KvTransfer, Progress  # noqa: E402
+from serving.kv_transfer import KvTransfer, PrefillProgress  # noqa: E402
 from serving.kv_transfer.gpu_memory import (  # noqa: E402
     HANDLE_BYTES,
+    CudaDevice,
     CudaError,
-    Gpu,
     GpuBuffer,
     Mapping,
 )
-from serving.kv_transfer.link import Carrier  # noqa: E402
-from serving.kv_transfer.staging import host_pages  # noqa: E402
+from serving.kv_transfer.staging_pool import host_pages  # noqa: E402
+from serving.kv_transfer.transport import Transport  # noqa: E402
+from serving.kv_transfer.transports.ucx import UcxTransport  # noqa: E402
 from serving.protocol import KvTransferParams  # noqa: E402
 
 # 64 KiB a block.
@@ -57,7 +58,7 @@ class Held:
 
     def __init__(self, **requests: Blocks) -> None:
         self.requests = requests
-        self.computed: dict[str, Progress] = {}
+        self.computed: dict[str, PrefillProgress] = {}
         self.done_with: list[str] = []
         self.pause_s = 0.0
         self.error: Exception | None = None
@@ -72,11 +73,11 @@ class Held:
             raise PermissionError(nonce)
         return len(self.requests[request_id])
 
-    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> PrefillProgress:
         """What `computed` says, as soon as that is more than `beyond`; else everything."""
         while True:
             held = self.open(request_id, nonce)
-            found = self.computed.get(request_id, Progress(held, 7))
+            found = self.computed.get(request_id, PrefillProgress(held, 7))
             if found.token is not None or found.num_blocks > beyond:
                 return found
             await asyncio.sleep(0.002)
@@ -107,7 +108,8 @@ class HeldInPool(Held):
         count = sum(map(len, requests.values()))
         order = np.random.default_rng(7).permutation(count).tolist()
         self.ids = {name: [order.pop() for _ in blocks] for name, blocks in requests.items()}
-        self.pool = np.zeros((max(1, count), LAYOUT.block_bytes), np.uint8)
+        block_bytes = next((blocks.shape[1] for blocks in requests.values()), LAYOUT.block_bytes)
+        self.pool = np.zeros((max(1, count), block_bytes), np.uint8)
         for name, blocks in requests.items():
             self.pool[self.ids[name]] = blocks
         self.memory = PoolMemory(self.pool.ctypes.data, self.pool.nbytes)
@@ -166,12 +168,14 @@ def host_view(buffer: Any) -> Blocks:
     return np.frombuffer(buffer, dtype=np.uint8)
 
 
-class GpuInHostMemory(Gpu):
-    """Stands in for a GPU: everything but the driver is real."""
+class GpuInHostMemory(CudaDevice):
+    """Stands in for a GPU: everything but the driver is real.
 
-    def __init__(self) -> None:
-        self.ordinal = 0
-        self.maps = True
+    `maps` False: memory cannot be shared between processes. `process` is whose GPU it is.
+    """
+
+    def __init__(self, *, maps: bool = True, process: str = "this process") -> None:
+        self.ordinal, self.process, self.maps = 0, process, maps
         self._pages: list[Any] = []
 
     def allocate(self, nbytes: int) -> GpuBuffer:
@@ -194,43 +198,39 @@ class GpuInHostMemory(Gpu):
             raise CudaError("no peer access")
 
     def pin(self, pages: Any) -> None:
-        """It is as near as it can be."""
+        """Host memory needs no pinning for a copy within the host."""
 
 
-def transfer(name: Any, layout: KvLayout = LAYOUT, **changed: Any) -> KvTransfer:
-    """`ucx-gpu` is UCX between two stand-ins for a GPU, `tcp-gpu` TCP, which reaches none."""
-    options = {"host": "127.0.0.1", "chunk_bytes": 1 << 20, "connect_s": 5.0, "transfer_s": 20.0}
-    options.update(changed)
-    if name == "tcp-gpu":
-        from serving.kv_transfer.tcp import TcpTransfer
+class UcxThatMovesGpuMemory(UcxTransport):
+    """UCX with stand-ins for GPUs, whose memory it can move because it is host memory."""
 
-        class TcpStandIn(TcpTransfer):
-            gpu = GpuInHostMemory()
+    async def start(self) -> bytes:
+        address = await super().start()
+        self.moves_gpu_memory = True
+        return address
 
-            def _gpu(self) -> Gpu:
-                return self.gpu
 
-        return TcpStandIn(layout, **options)
-    if name != "ucx-gpu":
-        return make_transfer(name, layout, **options)
-    from serving.kv_transfer.ucx import UcxCarrier, UcxTransfer
+def transfer(
+    name: str,
+    layout: KvLayout = LAYOUT,
+    *,
+    device: str = "cpu",
+    gpu: CudaDevice | None = None,
+    transport: Transport | None = None,
+    **settings: Any,
+) -> KvTransfer:
+    """`ucx-gpu` is UCX between two stand-ins for a GPU; `tcp-gpu` is TCP, which moves no GPU memory.
 
-    class ReachingCarrier(UcxCarrier):
-        async def start(self) -> bytes:
-            address = await super().start()
-            self.reaches_gpus = True
-            return address
-
-    class StandIn(UcxTransfer):
-        gpu = GpuInHostMemory()
-
-        def _carrier(self) -> Carrier:
-            return ReachingCarrier(self.host, on_gpu=False)
-
-        def _gpu(self) -> Gpu:
-            return self.gpu
-
-    return StandIn(layout, **options)
+    `settings` are those of the `kv_transfer` section.
+    """
+    scheme, _, kind = name.partition("-")
+    defaults = {"chunk_bytes": 1 << 20, "connect_s": 5.0, "transfer_s": 20.0}
+    config = KvTransferConfig(transport=scheme, **{**defaults, **settings})  # type: ignore[arg-type]
+    host = "127.0.0.1"
+    if kind == "gpu":
+        gpu = gpu or GpuInHostMemory()
+        transport = UcxThatMovesGpuMemory(host) if scheme == "ucx" else None
+    return KvTransfer(config, layout, host=host, device=device, transport=transport, gpu=gpu)
 
 
 def params(

@@ -48,7 +48,7 @@ from engine_under_test import find_engine  # noqa: E402
 from kv_ends import Got, Held, params, pulling, random_blocks, serving  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
 from serving.kv_layout import KvLayout  # noqa: E402
-from serving.kv_transfer.base import Progress  # noqa: E402
+from serving.kv_transfer import PrefillProgress  # noqa: E402
 from serving.load_report import LoadReport  # noqa: E402
 from serving.protocol import (  # noqa: E402
     EngineOutput,
@@ -246,8 +246,8 @@ class Exports:
             raise KeyError(request_id)
         return held
 
-    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
-        return Progress(self.open(request_id, nonce), 0)
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> PrefillProgress:
+        return PrefillProgress(self.open(request_id, nonce), 0)
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         self._kv.read(request_id, first, out)

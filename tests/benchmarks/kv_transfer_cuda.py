@@ -47,9 +47,9 @@ import torch  # noqa: E402
 from kv_ends import Held, host_view, params, transfer  # noqa: E402
 from serving.engine.torch.kv_pool import KvPool  # noqa: E402
 from serving.kv_layout import BlocksInPlace, KvLayout  # noqa: E402
-from serving.kv_transfer import memory  # noqa: E402
+from serving.kv_transfer import staging  # noqa: E402
 from serving.kv_transfer.gpu_memory import GpuBuffer  # noqa: E402
-from serving.kv_transfer.nixl import nixl_module  # noqa: E402
+from serving.kv_transfer.transports.nixl import nixl_module  # noqa: E402
 
 LAYOUT = KvLayout(num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
 PROMPTS = {"1k": 1024, "8k": 8192, "32k": 32768}
@@ -151,8 +151,8 @@ class Source(Held):
 
 def set_plan(chunk_mib: int, depth: int) -> None:
     size = chunk_mib << 20
-    memory.GPU = dataclasses.replace(
-        memory.GPU,
+    staging.GPU_SIZES = dataclasses.replace(
+        staging.GPU_SIZES,
         chunk_bytes=size,
         least_bytes=min(size, 32 << 20),
         depth=depth,
@@ -399,7 +399,7 @@ class Bench:
     async def sweep(self) -> None:
         keep = await self.child.ask({"open": "ucx", "as": "keep"})  # UCX itself stays up
         del keep
-        default = memory.GPU
+        default = staging.GPU_SIZES
         for chunk_mib, depth in SWEEP:
 
             async def one(chunk_mib: int = chunk_mib, depth: int = depth) -> None:
@@ -416,7 +416,7 @@ class Bench:
                     await self.child.ask({"close": "s"})
 
             await self.attempt(f"sweep {chunk_mib} MiB, depth {depth}", one)
-        memory.GPU = default
+        staging.GPU_SIZES = default
 
     # --- NIXL --------------------------------------------------------------------------------
 

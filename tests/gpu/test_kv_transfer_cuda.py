@@ -27,7 +27,7 @@ import msgspec  # noqa: E402
 from kv_ends import line_of, process, pulling, serving  # noqa: E402
 from serving.engine.torch.kv_pool import KvPool  # noqa: E402
 from serving.kv_layout import BlocksInPlace, KvLayout  # noqa: E402
-from serving.kv_transfer.base import Progress  # noqa: E402
+from serving.kv_transfer import PrefillProgress  # noqa: E402
 from serving.protocol import KvTransferParams  # noqa: E402
 from unit.engine.torch_rig import (  # noqa: E402
     generate,
@@ -61,8 +61,8 @@ class Exports:
             raise KeyError(request_id)
         return int(held)
 
-    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
-        return Progress(self.open(request_id, nonce), 0)
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> PrefillProgress:
+        return PrefillProgress(self.open(request_id, nonce), 0)
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         self._kv.read(request_id, first, out)

@@ -115,7 +115,7 @@ asyncio.run(main())
     assert not {name for name in set(os.listdir("/dev/shm")) - before if "ucx" in name}
 
 
-async def test_the_persons_interface_works_whatever_the_address() -> None:
+async def test_an_interface_chosen_in_the_environment_works_whatever_the_address() -> None:
     """UCX listens there and connects to itself from there: its port must know that address."""
     names = [
         name
@@ -133,7 +133,7 @@ asyncio.run(one_round())
     )
 
 
-async def test_an_idle_link_costs_next_to_no_processor_time() -> None:
+async def test_an_idle_channel_costs_next_to_no_processor_time() -> None:
     code = f"""
 {ONE_ROUND}
 import time
@@ -150,9 +150,9 @@ asyncio.run(main())
     assert float(await run_python(code)) < 0.2
 
 
-async def test_what_the_person_set_for_ucx_stays() -> None:
+async def test_ucx_variables_of_the_environment_keep_their_values() -> None:
     code = """
-from serving.kv_transfer.ucx import ucx_options
+from serving.kv_transfer.transports.ucx.options import ucx_options
 print(ucx_options("127.0.0.1"), ucx_options("10.0.0.1"))
 """
     given = await run_python(code, UCX_TLS="all", UCX_NET_DEVICES="eth0")
@@ -172,7 +172,7 @@ async def main():
             pass
     except OperatorError as exc:
         assert "tcp" in exc.remedy, exc
-        print("told")
+        print("refused")
     try:
         async with pulling("ucx") as end:
             await pull_all(end, "ucx://127.0.0.1:1", "a", random_blocks(1))
@@ -180,6 +180,6 @@ async def main():
         print("failed")
 asyncio.run(main())
 """
-    said = (await run_python(code, UCX_TLS="pigeon")).splitlines()
-    assert "told" in said
-    assert "failed" in said
+    printed = (await run_python(code, UCX_TLS="pigeon")).splitlines()
+    assert "refused" in printed
+    assert "failed" in printed

@@ -1,19 +1,15 @@
-"""The same contract where both ends stage on a GPU, with stand-ins for the GPU's driver; and what
-happens where the two cannot reach each other's memory."""
+"""The contract of transports where both workers stage on a GPU, with stand-ins for the GPU's driver.
+Also: what happens when the two cannot map each other's memory."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 import pytest_asyncio
-from kv_contract import BLOCK, TransferContract, pull_all
-from kv_ends import LAYOUT, Got, GpuInHostMemory, Held, params, pulling, random_blocks, serving
-from serving.errors import KvTransferFailed
-from serving.kv_transfer.memory import GPU, HOST, Staging
+from kv_contract import TransferContract, pull_all
+from kv_ends import GpuInHostMemory, Held, pulling, random_blocks, serving
 
 pytestmark = pytest.mark.integration
 
@@ -47,41 +43,16 @@ class TestUcxOnGpu(TransferContract):
         assert ("its GPU shares none" in caplog.text) is (puller == "ucx-gpu")
 
     async def test_memory_that_cannot_be_mapped_means_host_memory_and_a_warning(
-        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        # As if in another process each, and that process on a GPU without peer access.
-        names = map(str, itertools.count())
-        monkeypatch.setattr("serving.kv_transfer.memory.this_process", lambda: next(names))
         blocks = random_blocks(20)
+        far, near = GpuInHostMemory(process="far"), GpuInHostMemory(process="near", maps=False)
         with caplog.at_level(logging.WARNING):
-            async with serving(self.name, Held(a=blocks)) as source, pulling(self.name) as end:
-                vars(type(end))["gpu"].maps = False
+            async with (
+                serving(self.name, Held(a=blocks), gpu=far) as source,
+                pulling(self.name, gpu=near) as end,
+            ):
                 got = await pull_all(end, source.address, "a", blocks)
                 await pull_all(end, source.address, "a", blocks)
         assert not got.on_gpu
         assert caplog.text.count("comes through host memory: no peer access") == 1
-
-    async def test_a_peer_that_asks_for_gpu_memory_without_having_any_is_refused(self) -> None:
-        blocks = random_blocks(4)
-        async with serving("ucx", Held(a=blocks)) as source, pulling("ucx") as end:
-            await pull_all(end, source.address, "a", blocks)
-            puller: Any = end._puller  # type: ignore[attr-defined]
-            puller._ways = lambda _: _staged()
-            puller._staging._on_gpu = puller._staging.pool(False)
-            for link in puller._idle[source.address]:
-                link.on_gpu = True
-            with pytest.raises(KvTransferFailed, match="no GPU memory was offered"):
-                await end.pull(params(source.address, "a", 4), 0, 4, Got(blocks))
-
-
-async def _staged() -> tuple[bool, bool]:
-    return True, False
-
-
-async def test_short_transfers_use_smaller_chunks_on_a_gpu() -> None:
-    staging = Staging(LAYOUT, None, GpuInHostMemory(), lambda _: None)
-    mib = (1 << 20) // BLOCK
-    sizes = [staging.chunk_blocks(True, n * mib) // mib for n in (8, 128, 256, 1024, 4096)]
-    assert sizes == [32, 64, 128, 256, 256]
-    assert staging.chunk_blocks(False, 4096 * mib) * BLOCK == HOST.chunk_bytes
-    assert GPU.depth <= GPU.num_buffers

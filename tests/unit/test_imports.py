@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "scripts" / "serving"
 LAYERS = [
     {"frontend", "worker", "deploy", "simulate"},
     {"kv_router", "kv_transfer", "engine", "discovery", "events", "rpc", "text"},
-    {"block_hash", "kv_layout", "grammar"},
+    {"block_hash", "kv_layout", "grammar", "framing"},
     {"protocol", "load_report", "config", "model_folder", "progress", "gpus", "errors"},
 ]
 LAYER_OF = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}

@@ -1,41 +1,19 @@
-"""Moving KV blocks between workers, over UCX, NIXL or plain TCP."""
+"""Moving KV blocks between workers, over UCX, NIXL or plain TCP.
 
-from __future__ import annotations
+The decode worker pulls. It names a request by id and nonce, which the prefill worker gave to the
+frontend; the prefill worker answers with exactly the blocks asked for, or refuses.
 
-from typing import Literal
+    contract.py       what a worker provides to be pulled from, and what it gets
+    transfer.py       KvTransfer: one per worker, serves its own blocks and pulls from peers
+    puller.py         the decode half; channel_pool.py keeps its connections
+    server.py         the prefill half; sender.py sends the chunks
+    messages.py       the control connection's messages; control.py the connection itself
+    transport.py      what a transport must do; transports/ has one file (or folder) for each
+    peer_memory.py    which memory two workers can share; gpu_memory.py asks the CUDA driver
+    staging.py        the memory that chunks pass through
+"""
 
-from serving.kv_layout import KvLayout
-from serving.kv_transfer.base import KvTransfer
+from serving.kv_transfer.contract import BlockSource, ChunkSink, PrefillProgress
+from serving.kv_transfer.transfer import KvTransfer
 
-
-def make_transfer(
-    name: Literal["ucx", "tcp", "nixl"],
-    layout: KvLayout,
-    *,
-    host: str,
-    chunk_bytes: int | None,
-    connect_s: float,
-    transfer_s: float,
-    device: str = "cpu",
-    in_place: bool = True,
-) -> KvTransfer:
-    """The transport called `name` (`kv_transfer.transport`); its library loads in `serve`.
-
-    See `KvTransfer` for `chunk_bytes`, `device` and `in_place`.
-    """
-    transport: type[KvTransfer]
-    if name == "nixl":
-        from serving.kv_transfer.nixl import NixlTransfer as transport
-    elif name == "ucx":
-        from serving.kv_transfer.ucx import UcxTransfer as transport
-    else:
-        from serving.kv_transfer.tcp import TcpTransfer as transport
-    return transport(
-        layout,
-        host=host,
-        chunk_bytes=chunk_bytes,
-        connect_s=connect_s,
-        transfer_s=transfer_s,
-        device=device,
-        in_place=in_place,
-    )
+__all__ = ["BlockSource", "ChunkSink", "KvTransfer", "PrefillProgress"]

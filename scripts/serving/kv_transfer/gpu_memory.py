@@ -1,14 +1,16 @@
-"""Staging memory on a GPU that another process of this host can map, and pinned host memory.
+"""GPU memory that another process of this host can map, and pinned host memory.
 
-Through the CUDA driver itself (`ctypes`): torch's allocator may hand out memory that cannot be
-shared (`expandable_segments`), and no library that is always there tells whether a peer's memory
-can be mapped here, which decides between a copy from GPU to GPU and one through the host. The only
-module that knows libcuda.
+This is the only module that knows libcuda. It calls the driver itself (`ctypes`) for two reasons:
+torch's allocator may return memory that cannot be shared (`expandable_segments`), and no library
+that is always installed can find out whether a peer's memory can be mapped here. The answer decides
+between a copy from GPU to GPU and a copy through the host.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import secrets
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +25,13 @@ HANDLE_BYTES = 64
 
 
 class CudaError(Exception):
-    """The driver refused; the text says what and why."""
+    """The driver refused a call; the text names the call and the reason."""
+
+
+@functools.cache
+def this_process() -> str:
+    """An identity that does not repeat, unlike process ids in different containers."""
+    return secrets.token_hex(16)
 
 
 class _IpcHandle(ctypes.Structure):
@@ -31,9 +39,9 @@ class _IpcHandle(ctypes.Structure):
 
 
 class GpuBuffer:
-    """Bytes on a GPU. Slices share the memory, which is freed when none of them is left.
+    """Bytes on a GPU. Slices share the memory, which is freed when the last of them is gone.
 
-    Whatever knows `__cuda_array_interface__` takes it: torch, ucxx.
+    torch and ucxx accept it through `__cuda_array_interface__`.
     """
 
     __slots__ = ("__weakref__", "_owner", "address", "device", "nbytes")
@@ -62,9 +70,9 @@ class GpuBuffer:
 
 
 class Mapping:
-    """Another process's memory at `address` of this one; unmapped when nobody refers to it.
+    """Another process's memory, mapped at `address` of this one until nobody refers to this object.
 
-    The memory stays allocated until then, even if its process is gone.
+    The memory stays allocated until then, even if its process has ended.
     """
 
     __slots__ = ("__weakref__", "address")
@@ -73,12 +81,12 @@ class Mapping:
         self.address = address
 
 
-class Gpu:
-    """One device, by its ordinal among the visible ones. Safe from any thread."""
+class CudaDevice:
+    """One GPU, by its ordinal among the visible ones, as `process` uses it. Safe from any thread."""
 
     def __init__(self, ordinal: int, library: str = "libcuda.so.1") -> None:
         """Raises CudaError when there is no driver or no such device."""
-        self.ordinal = ordinal
+        self.ordinal, self.process = ordinal, this_process()
         try:
             self._cuda = ctypes.CDLL(library)
         except OSError as exc:
@@ -87,15 +95,15 @@ class Gpu:
         device = ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
         self._context = ctypes.c_void_p()
-        # The context that torch uses, too. Held for as long as the process lives.
+        # torch uses the same context. It is held until the process ends.
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
 
     def use(self) -> None:
-        """Make it the calling thread's device, for libraries that expect one. Raises CudaError."""
+        """Make this the calling thread's device, for libraries that expect one. Raises CudaError."""
         self._call("cuCtxSetCurrent", self._context)
 
     def allocate(self, nbytes: int) -> GpuBuffer:
-        """Memory of its own allocation, which can be exported. Raises CudaError."""
+        """A new allocation, which can be exported. Raises CudaError."""
         address = ctypes.c_uint64()
         with self._current():
             self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
@@ -113,8 +121,10 @@ class Gpu:
         return bytes(handle)
 
     def export_at(self, address: int) -> tuple[bytes, int]:
-        """A handle of the allocation that holds `address`, and how far into it that is. Raises
-        CudaError, for example for memory that is mapped in pieces."""
+        """A handle of the allocation that holds `address`, and the offset of `address` in it, in bytes.
+
+        Raises CudaError, for example for memory that is mapped in pieces.
+        """
         base, size = ctypes.c_uint64(), ctypes.c_size_t()
         with self._current():
             self._call(
@@ -127,8 +137,10 @@ class Gpu:
         return self.export(whole), address - base.value
 
     def map(self, handle: bytes, offset: int) -> Mapping:
-        """What lies `offset` bytes into the memory that another process exported. Raises CudaError
-        when it cannot be mapped here."""
+        """Map memory that another process exported; the mapping begins `offset` bytes into it.
+
+        Raises CudaError when it cannot be mapped here.
+        """
         address = ctypes.c_uint64()
         with self._current():
             self._check("cuIpcOpenMemHandle", self._open(address, handle))
@@ -159,7 +171,7 @@ class Gpu:
             self._cuda.cuIpcCloseMemHandle(ctypes.c_uint64(address))
 
     def pin(self, pages: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        """Page-lock host memory until the array is gone: copies to and from the GPU get faster and
+        """Page-lock host memory until the array is gone. Copies to and from the GPU become faster and
         need no synchronisation in between. Raises CudaError."""
         address = ctypes.c_void_p(pages.ctypes.data)
         flags = ctypes.c_uint(_HOST_PORTABLE)

@@ -1,31 +1,27 @@
-"""The prefill side: listens, checks who asks for what, and sends exactly those blocks."""
+"""The prefill half: listens, checks each request, and delivers exactly the blocks asked for."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import socket
-from collections import deque
 
 import numpy as np
 
-from serving.kv_transfer.base import BlockSource
-from serving.kv_transfer.link import SETTLE_S, Link, Side, all_of, finish, stop
-from serving.kv_transfer.memory import Offers
-from serving.kv_transfer.staging import Buffer
-from serving.kv_transfer.wire import (
+from serving.framing import ProtocolError
+from serving.kv_transfer.cancellation import finish, stop
+from serving.kv_transfer.contract import BlockSource
+from serving.kv_transfer.control import ControlConnection, socket_family
+from serving.kv_transfer.messages import (
     MAX_BLOCKS_IN_PLACE,
     MAX_CHUNKS,
     WIRE_VERSION,
+    ChannelHello,
     Computed,
-    Connection,
     Follow,
     Granted,
-    Hello,
     Message,
-    ProtocolError,
     Pull,
     Received,
     Refusal,
@@ -33,29 +29,30 @@ from serving.kv_transfer.wire import (
     Stop,
     Stopped,
     chunk_ranges,
-    socket_family,
 )
-
-Chunks = list[tuple[int, int]]
+from serving.kv_transfer.peer_memory import MemoryOffers
+from serving.kv_transfer.sender import ChunkSender
+from serving.kv_transfer.staging import StagingMemory
+from serving.kv_transfer.transport import TransferChannel, TransferEndpoint
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
 ACCEPT_PAUSE_S = 0.1
-IN_PLACE = "cuda_ipc, in place"
+IN_PLACE_ROUTE = "cuda_ipc, in place"
 
 
 class BlockServer:
-    """Answers pulls from `source`. Nothing a peer sends ends more than its own connection."""
+    """Answers pulls from `source`. Whatever a peer sends can end only its own connection."""
 
-    def __init__(self, source: BlockSource, side: Side) -> None:
-        self._source, self._side = source, side
-        self._staging = side.staging()
-        self._offers = Offers(
-            side.gpu,
+    def __init__(self, source: BlockSource, endpoint: TransferEndpoint) -> None:
+        self._source, self._endpoint = source, endpoint
+        self._staging = StagingMemory.for_endpoint(endpoint)
+        self._offers = MemoryOffers(
+            endpoint.gpu,
             self._staging,
-            source.memory if side.gpu and side.in_place else None,
-            can_stage=side.carrier.reaches_gpus,
+            source.memory if endpoint.gpu and endpoint.config.in_place else None,
+            can_stage=endpoint.transport.moves_gpu_memory,
         )
         self._listener: socket.socket | None = None
         self._serving: set[asyncio.Task[None]] = set()
@@ -71,7 +68,7 @@ class BlockServer:
         return port
 
     async def close(self) -> None:
-        """Stop listening and end all connections; pulls under way fail on the other side."""
+        """Stop listening and end all connections; peers' pulls fail."""
         if self._listener:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
@@ -88,7 +85,7 @@ class BlockServer:
             log.warning("cannot accept a KV connection: %s", exc)
             self._pause_accepting(listener)
             return
-        connection = Connection(sock)
+        connection = ControlConnection(sock)
         task = asyncio.create_task(self._serve(connection), name="kv-serve")
         self._serving.add(task)
         # Here and not in `_serve`, which never begins when it is cancelled early enough.
@@ -96,7 +93,7 @@ class BlockServer:
         task.add_done_callback(self._serving.discard)
 
     def _pause_accepting(self, listener: socket.socket) -> None:
-        """Out of descriptors, most likely: the listener stays readable and would spin."""
+        """No descriptors are left, most likely. The listener stays readable and would spin."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(listener)
 
@@ -106,19 +103,19 @@ class BlockServer:
 
         loop.call_later(ACCEPT_PAUSE_S, resume)
 
-    async def _serve(self, connection: Connection) -> None:
-        link: Link | None = None
+    async def _serve(self, connection: ControlConnection) -> None:
+        channel: TransferChannel | None = None
         try:
-            async with asyncio.timeout(self._side.connect_s):
-                link = await self._greet(connection)
+            async with asyncio.timeout(self._endpoint.config.connect_s):
+                channel = await self._greet(connection)
             while True:
                 # Between pulls a connection may idle for as long as the peer keeps it.
                 request = await connection.receive()
                 if isinstance(request, Follow):
-                    await self._tell_progress(request, link)
+                    await self._report_progress(request, connection)
                     continue
-                async with asyncio.timeout(self._side.transfer_s):
-                    await self._answer(request, link)
+                async with asyncio.timeout(self._endpoint.config.transfer_s):
+                    await self._answer(request, channel)
         except TimeoutError:
             log.warning("a KV connection was closed: it ran past its deadline")
         except (OSError, Refusal) as exc:
@@ -126,125 +123,56 @@ class BlockServer:
         except Exception:
             log.exception("a KV connection was closed")
         finally:
-            if link is not None:
-                await finish(link.close())
+            if channel is not None:
+                await finish(channel.close())
 
-    async def _greet(self, connection: Connection) -> Link:
+    async def _greet(self, connection: ControlConnection) -> TransferChannel:
         hello = await connection.receive()
-        if not isinstance(hello, Hello):
+        if not isinstance(hello, ChannelHello):
             raise ProtocolError("no hello")
-        memory = await self._offers.to(hello.memory)
-        mine = Hello(WIRE_VERSION, self._side.carrier.scheme, self._side.endpoint, memory)
+        transport = self._endpoint.transport
+        memory = await self._offers.answer(hello.memory)
+        mine = ChannelHello(
+            WIRE_VERSION, transport.scheme, self._endpoint.transport_address, memory
+        )
         await connection.send(mine)
         if (hello.version, hello.transport) != (mine.version, mine.transport):
             raise ProtocolError(f"the peer speaks {hello.transport} version {hello.version}")
-        return self._side.carrier.link(connection, hello)
+        return transport.channel(connection, hello)
 
-    async def _tell_progress(self, follow: Follow, link: Link) -> None:
-        """Waits for as long as the prefill takes: its end, whatever it is, ends this too."""
+    async def _report_progress(self, follow: Follow, connection: ControlConnection) -> None:
+        """Waits for as long as the prefill takes. When the prefill ends, in any way, so does this."""
         try:
             progress = await self._source.progress(follow.request_id, follow.nonce, follow.beyond)
         except (PermissionError, KeyError) as exc:
-            await link.connection.send(Refused(_why(exc)))
+            await connection.send(Refused(_reason(exc)))
             return
-        await link.connection.send(Computed(*progress))
+        await connection.send(Computed(*progress))
 
-    async def _answer(self, pull: Message, link: Link) -> None:
+    async def _answer(self, pull: Message, channel: TransferChannel) -> None:
         if not isinstance(pull, Pull):
             raise ProtocolError("no pull")
         try:
-            chunk_blocks = self._admit(pull)
+            chunk_blocks = self._check(pull)
         except Refusal as refusal:
-            await link.connection.send(Refused(str(refusal)))
+            await channel.connection.send(Refused(str(refusal)))
             return
         if pull.in_place:
-            await self._lend(pull, link.connection)
-            return
-        await link.open()
-        await link.connection.send(Granted(chunk_blocks, link.route(pull.on_gpu)))
-        chunks = chunk_ranges(pull.first_block, pull.num_blocks, chunk_blocks)
-        # From before the wait for memory on: who left meanwhile is not sent anything.
-        listening = asyncio.create_task(link.connection.receive(), name="kv-reply")
-        try:
-            depth = min(self._staging.depth(pull.on_gpu), len(chunks))
-            async with self._staging.pool(pull.on_gpu).lease(depth) as lease:
-                try:
-                    received = await self._deliver(pull, chunks, lease.buffers, link, listening)
-                except BaseException:
-                    lease.quarantine(await finish(link.close()))
-                    raise
-        finally:
-            await stop([listening])
+            received = await self._lend(pull, channel.connection)
+        else:
+            received = await self._deliver(pull, chunk_blocks, channel)
         if received and not pull.more_follows:
             self._source.done(pull.request_id)
 
-    async def _lend(self, pull: Pull, connection: Connection) -> None:
-        """Keep the blocks as they are while the peer reads them."""
-        with contextlib.ExitStack() as lending:
-            try:
-                lent = self._source.lend(pull.request_id, pull.first_block, pull.num_blocks)
-                blocks = lending.enter_context(lent)
-            except KeyError as exc:
-                await connection.send(Refused(_why(exc)))
-                return
-            try:
-                ids = np.array(blocks, "<i4").tobytes()
-                await connection.send(Granted(pull.num_blocks, IN_PLACE, ids))
-                reply = await connection.receive()
-            except BaseException:
-                # Before the blocks may change: a peer that still reads them looks at the
-                # connection afterwards.
-                connection.close()
-                raise
-        if isinstance(reply, Stop):
-            await connection.send(Stopped(0))
-        elif not isinstance(reply, Received):
-            raise ProtocolError(f"{reply} in the place of received")
-        elif not pull.more_follows:
-            self._source.done(pull.request_id)
-
-    async def _deliver(
-        self,
-        pull: Pull,
-        chunks: Chunks,
-        buffers: list[Buffer],
-        link: Link,
-        listening: asyncio.Task[Message],
-    ) -> bool:
-        """Send `chunks`, unless the peer stops it; whether it has them all."""
-        sends: list[asyncio.Task[None]] = []
-        sending: asyncio.Task[None] | None = None
-        try:
-            if not listening.done():
-                sending = asyncio.create_task(
-                    self._send(pull, chunks, buffers, link, sends), name="kv-send"
-                )
-                await asyncio.wait({sending, listening}, return_when=asyncio.FIRST_COMPLETED)
-                if sending.done():
-                    await sending
-            reply = await listening  # raises when the peer is gone
-            if isinstance(reply, Received) and sending and len(sends) == len(chunks):
-                await sending  # the peer can know sooner than this side that the last one arrived
-                return True
-            if not isinstance(reply, Stop):
-                raise ProtocolError(f"{reply} after {len(sends)} of {len(chunks)} chunks")
-            if sending:
-                await stop([sending])
-            await link.connection.send(Stopped(len(sends)))
-            async with asyncio.timeout(SETTLE_S):
-                await all_of(sends)
-            return False
-        finally:
-            await stop([*sends, *([sending] if sending else [])])
-
-    def _admit(self, pull: Pull) -> int:
-        """Blocks per chunk. Raises Refusal."""
-        if pull.layout != self._side.layout.fingerprint:
-            raise Refusal(f"layout {pull.layout} asked for, {self._side.layout.fingerprint} held")
+    def _check(self, pull: Pull) -> int:
+        """Blocks in a chunk. Raises Refusal when the peer may not have these blocks."""
+        if pull.layout != self._endpoint.layout.fingerprint:
+            held_layout = self._endpoint.layout.fingerprint
+            raise Refusal(f"layout {pull.layout} asked for, {held_layout} held")
         try:
             held = self._source.open(pull.request_id, pull.nonce)
         except (PermissionError, KeyError) as exc:
-            raise Refusal(_why(exc)) from None
+            raise Refusal(_reason(exc)) from None
         if not 0 <= pull.first_block <= pull.first_block + pull.num_blocks <= held:
             raise Refusal(
                 f"{pull.num_blocks} blocks from {pull.first_block} on asked for, {held} held"
@@ -261,55 +189,50 @@ class BlockServer:
             raise Refusal(f"chunks of {chunk_blocks} blocks")
         return chunk_blocks
 
-    async def _send(
-        self,
-        pull: Pull,
-        chunks: Chunks,
-        buffers: list[Buffer],
-        link: Link,
-        sends: list[asyncio.Task[None]],
-    ) -> None:
-        """Gather into whatever buffers are free while chunks travel, and send in order; `sends`
-        grows by a task for each chunk."""
-        gathers: deque[tuple[asyncio.Task[None], Buffer]] = deque()
+    async def _deliver(self, pull: Pull, chunk_blocks: int, channel: TransferChannel) -> bool:
+        """Send the blocks through staging memory. Returns whether the peer has them all."""
+        await channel.open()
+        await channel.connection.send(Granted(chunk_blocks, channel.route(pull.on_gpu)))
+        chunks = chunk_ranges(pull.first_block, pull.num_blocks, chunk_blocks)
+        # Listening starts before the wait for memory, so that a peer that left gets nothing sent.
+        reply = asyncio.create_task(channel.connection.receive(), name="kv-reply")
         try:
-            for index in range(len(chunks)):
-                ahead = index + len(gathers)
-                while ahead < min(len(chunks), index + len(buffers)):
-                    if ahead >= len(buffers):
-                        sent = sends[ahead - len(buffers)]
-                        if gathers and not sent.done():
-                            break
-                        await all_of([sent])
-                    first, count = chunks[ahead]
-                    data = buffers[ahead % len(buffers)][: count * self._side.layout.block_bytes]
-                    gather = self._gather(pull.request_id, first, data)
-                    gathers.append((asyncio.create_task(gather, name="kv-gather"), data))
-                    ahead += 1
-                gathered, data = gathers[0]
+            depth = min(self._staging.depth(pull.on_gpu), len(chunks))
+            async with self._staging.pool(pull.on_gpu).borrow(depth) as borrowed:
+                sender = ChunkSender(self._source, self._endpoint, pull, chunks, channel)
                 try:
-                    await gathered
-                except Refusal as refusal:
-                    await all_of(sends)  # the refusal comes in the place of the next chunk
-                    await link.connection.send(Refused(str(refusal)))
+                    return await sender.run(borrowed.buffers, reply)
+                except BaseException:
+                    borrowed.quarantine(await finish(channel.close()))
                     raise
-                gathers.popleft()
-                sends.append(asyncio.create_task(link.send(pull.tag, index, data), name="kv-chunk"))
         finally:
-            await stop(gathered for gathered, _ in gathers)
-        await all_of(sends)
+            await stop([reply])
 
-    async def _gather(self, request_id: str, first: int, data: Buffer) -> None:
-        """Raises Refusal: that it is the source that gave up, not the way, is worth telling."""
-        read = functools.partial(self._source.read, request_id, first, data)
-        try:
-            await finish(asyncio.get_running_loop().run_in_executor(self._side.threads, read))
-        except KeyError:
-            raise Refusal("released meanwhile") from None
-        except Exception as exc:
-            log.exception("cannot read the blocks of %s", request_id)
-            raise Refusal(f"cannot read the blocks: {exc}") from exc
+    async def _lend(self, pull: Pull, connection: ControlConnection) -> bool:
+        """Keep the blocks unchanged while the peer reads them. Returns whether it has them all."""
+        with contextlib.ExitStack() as lending:
+            try:
+                lent = self._source.lend(pull.request_id, pull.first_block, pull.num_blocks)
+                blocks = lending.enter_context(lent)
+            except KeyError as exc:
+                await connection.send(Refused(_reason(exc)))
+                return False
+            try:
+                ids = np.array(blocks, "<i4").tobytes()
+                await connection.send(Granted(pull.num_blocks, IN_PLACE_ROUTE, ids))
+                reply = await connection.receive()
+            except BaseException:
+                # Before the blocks may change: a peer that still reads them checks the connection
+                # afterwards.
+                connection.close()
+                raise
+        if isinstance(reply, Received):
+            return True
+        if not isinstance(reply, Stop):
+            raise ProtocolError(f"{reply} instead of received")
+        await connection.send(Stopped(0))
+        return False
 
 
-def _why(exc: PermissionError | KeyError) -> str:
+def _reason(exc: PermissionError | KeyError) -> str:
     return "wrong nonce" if isinstance(exc, PermissionError) else "not held here (any more)"

@@ -1,20 +1,21 @@
-"""A KvTransfer made of the two halves and of a carrier."""
+"""A worker's KV transfers: it serves its own blocks and pulls those of its peers."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 
+from serving.config import KvTransferConfig
 from serving.errors import KvTransferFailed, OperatorError
 from serving.kv_layout import KvLayout
-from serving.kv_transfer.base import BlockSource, ChunkSink, KvTransfer, Progress
-from serving.kv_transfer.gpu_memory import CudaError, Gpu
-from serving.kv_transfer.link import Carrier, Side
-from serving.kv_transfer.pull import Puller
+from serving.kv_transfer.contract import BlockSource, ChunkSink, PrefillProgress
+from serving.kv_transfer.gpu_memory import CudaDevice, CudaError
+from serving.kv_transfer.puller import Puller
 from serving.kv_transfer.server import BlockServer
+from serving.kv_transfer.transport import TransferEndpoint, Transport
+from serving.kv_transfer.transports import TRANSPORTS
 from serving.protocol import KvTransferParams
 
 log = logging.getLogger(__name__)
@@ -22,52 +23,60 @@ log = logging.getLogger(__name__)
 MAX_THREADS = 4  # gather and scatter are copies: a few threads saturate the memory
 
 
-class LinkedTransfer(KvTransfer):
-    """Everything but the way of the blocks, which the carrier decides."""
+class KvTransfer:
+    """One per worker process. The transport's library loads in `serve` or in the first pull."""
+
+    address: str
+    """What peers connect to, once serving: `ucx://host:port`, for example."""
+
+    route = ""
+    """How the blocks of the latest pull travelled, for people: `cuda_ipc`, or `tcp`."""
 
     def __init__(
         self,
+        config: KvTransferConfig,
         layout: KvLayout,
         *,
         host: str,
-        chunk_bytes: int | None,
-        connect_s: float,
-        transfer_s: float,
         device: str = "cpu",
-        in_place: bool = True,
+        transport: Transport | None = None,
+        gpu: CudaDevice | None = None,
     ) -> None:
-        super().__init__(
-            layout,
-            host=host,
-            chunk_bytes=chunk_bytes,
-            connect_s=connect_s,
-            transfer_s=transfer_s,
-            device=device,
-            in_place=in_place,
-        )
+        """`device` has the engine's blocks (`cpu`, `cuda`, `cuda:1`).
+
+        `transport` None: a new one, as `config.transport` says. `gpu` None: that of `device`.
+        """
+        self._config, self._layout, self._host, self._device = config, layout, host, device
+        self._transport = transport or TRANSPORTS[config.transport](host, device)
+        self._gpu = gpu
         self._changing = asyncio.Lock()  # starting and closing exclude each other
-        self._side: Side | None = None
+        self._endpoint: TransferEndpoint | None = None
         self._puller: Puller | None = None
         self._server: BlockServer | None = None
         self._closed = False
 
-    @abstractmethod
-    def _carrier(self) -> Carrier:
-        """The way of the blocks, not started yet."""
-
     async def serve(self, source: BlockSource) -> None:
-        """See `KvTransfer.serve`. Raises OperatorError when the transport cannot work here."""
+        """Listen (on an ephemeral port of `host`) and answer pulls until `close`.
+
+        Raises OperatorError when the transport cannot work here.
+        """
         async with self._changing:
             if self._closed or self._server:
                 raise RuntimeError("serve() is called once, before close()")
-            side = await self._start()
-            server = BlockServer(source, side)
-            port = server.start(self.host)
+            endpoint = await self._start()
+            server = BlockServer(source, endpoint)
+            port = server.start(self._host)
             self._server = server
-            host = f"[{self.host}]" if ":" in self.host else self.host
-            self.address = f"{side.carrier.scheme}://{host}:{port}"
+            host = f"[{self._host}]" if ":" in self._host else self._host
+            self.address = f"{endpoint.transport.scheme}://{host}:{port}"
 
-    async def progress(self, params: KvTransferParams, beyond: int, within_s: float) -> Progress:
+    async def progress(
+        self, params: KvTransferParams, beyond: int, within_s: float
+    ) -> PrefillProgress:
+        """Wait until a prefill has computed more than `beyond` blocks, or has ended.
+
+        Raises KvTransferFailed, also when neither happened `within_s`. Cancellable.
+        """
         puller = await self._started(params)
         return await puller.progress(params, beyond, within_s)
 
@@ -80,12 +89,32 @@ class LinkedTransfer(KvTransfer):
         *,
         more_follows: bool = False,
     ) -> int:
+        """Fetch `num_blocks` from `first_block` on; returns the bytes received.
+
+        Gather, transport and scatter of consecutive chunks overlap. Afterwards the source may
+        release the blocks, unless `more_follows`; a pull of no blocks does nothing else. Raises
+        KvTransferFailed on refusal, loss, or when `connect_s` or `transfer_s` ran out; `sink` is not
+        called after that. Cancellable.
+        """
         puller = await self._started(params)
         num_bytes = await puller.pull(
             params, first_block, num_blocks, sink, more_follows=more_follows
         )
         self.route = puller.route
         return num_bytes
+
+    async def close(self) -> None:
+        """Close listener, channels and staging memory; pulls under way fail."""
+        self._closed = True
+        async with self._changing:
+            if self._puller:
+                await self._puller.close()
+            if self._server:
+                await self._server.close()
+            if self._endpoint:
+                endpoint, self._endpoint = self._endpoint, None
+                await endpoint.transport.close()
+                endpoint.threads.shutdown()
 
     async def _started(self, params: KvTransferParams) -> Puller:
         if self._puller is None:
@@ -99,48 +128,33 @@ class LinkedTransfer(KvTransfer):
         assert self._puller
         return self._puller
 
-    async def close(self) -> None:
-        self._closed = True
-        async with self._changing:
-            if self._puller:
-                await self._puller.close()
-            if self._server:
-                await self._server.close()
-            if self._side:
-                side, self._side = self._side, None
-                await side.carrier.close()
-                side.threads.shutdown()
-
-    async def _start(self) -> Side:
+    async def _start(self) -> TransferEndpoint:
         if self._closed:
-            raise RuntimeError("this side is closed")
-        if self._side is None:
-            gpu = self._gpu()  # before the carrier starts: its library looks for a device
-            carrier = self._carrier()
-            self._side = Side(
-                carrier=carrier,
-                endpoint=await carrier.start(),
-                layout=self.layout,
-                chunk_bytes=self.chunk_bytes,
+            raise RuntimeError("this endpoint is closed")
+        if self._endpoint is None:
+            gpu = self._gpu or _open_gpu(self._device)  # first: the library looks for a device
+            self._endpoint = TransferEndpoint(
+                config=self._config,
+                layout=self._layout,
+                transport=self._transport,
+                transport_address=await self._transport.start(),
                 gpu=gpu,
                 threads=ThreadPoolExecutor(
                     min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="kv-transfer"
                 ),
-                connect_s=self.connect_s,
-                transfer_s=self.transfer_s,
-                in_place=self.in_place,
             )
-            self._puller = Puller(self._side)
-        return self._side
+            self._puller = Puller(self._endpoint)
+        return self._endpoint
 
-    def _gpu(self) -> Gpu | None:
-        kind, _, ordinal = self.device.partition(":")
-        if kind != "cuda":
-            return None
-        try:
-            gpu = Gpu(int(ordinal or 0))
-            gpu.use()
-        except CudaError as exc:
-            log.warning("KV travels through host memory that is not pinned: %s", exc)
-            return None
-        return gpu
+
+def _open_gpu(device: str) -> CudaDevice | None:
+    kind, _, ordinal = device.partition(":")
+    if kind != "cuda":
+        return None
+    try:
+        gpu = CudaDevice(int(ordinal or 0))
+        gpu.use()
+    except CudaError as exc:
+        log.warning("KV travels through host memory that is not pinned: %s", exc)
+        return None
+    return gpu

@@ -16,7 +16,7 @@ import msgspec
 
 from serving.engine.base import BlockEngine, KvReservation
 from serving.errors import KvTransferFailed, ServingError
-from serving.kv_transfer.base import KvTransfer
+from serving.kv_transfer import KvTransfer
 from serving.load_report import KvTransferTotals
 from serving.protocol import EngineOutput, EngineRequest, ErrorInfo, KvTransferParams
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from serving.config.process import WorkerSettings
 from serving.engine.base import BlockEngine, TransferringEngine
-from serving.kv_transfer import make_transfer
+from serving.kv_transfer import KvTransfer
 from serving.load_report import KvTransferTotals
 from serving.protocol import EngineOutput, EngineRequest
 from serving.worker.decode import DecodeEndpoint
@@ -59,15 +59,8 @@ class BlockHandover(Handover):
         assert layout is not None, "a block engine has a layout"
         settings = process.kv_transfer
         self._engine = engine
-        self._transfer = make_transfer(
-            settings.transport,
-            layout,
-            host=process.kv_host,
-            chunk_bytes=settings.chunk_bytes,
-            connect_s=settings.connect_s,
-            transfer_s=settings.transfer_s,
-            device=engine.spec.device,
-            in_place=settings.in_place,
+        self._transfer = KvTransfer(
+            settings, layout, host=process.kv_host, device=engine.spec.device
         )
         self._prefill = PrefillEndpoint(
             engine,

@@ -21,7 +21,7 @@ import msgspec
 
 from serving.engine.base import BlockEngine
 from serving.kv_layout import PoolMemory
-from serving.kv_transfer.base import Progress
+from serving.kv_transfer import PrefillProgress
 from serving.protocol import EngineOutput, EngineRequest, KvTransferParams
 
 log = logging.getLogger(__name__)
@@ -151,13 +151,13 @@ class PrefillEndpoint:
     def open(self, request_id: str, nonce: str) -> int:
         return self._entitled(request_id, nonce).params.num_blocks
 
-    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> PrefillProgress:
         while True:
             offer = self._entitled(request_id, nonce)
             if offer.token is not None:
-                return Progress(offer.params.num_blocks, offer.token)
+                return PrefillProgress(offer.params.num_blocks, offer.token)
             if (computed := self._engine.kv.computed(request_id)) > beyond:
-                return Progress(computed)
+                return PrefillProgress(computed)
             await offer.news.wait()
 
     def _entitled(self, request_id: str, nonce: str) -> Offer:

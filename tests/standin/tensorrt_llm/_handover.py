@@ -13,10 +13,11 @@ import secrets
 from typing import Any
 
 import msgspec
+from serving.config import KvTransferConfig
 from serving.engine.base import KvBlocks, KvReservation
 from serving.errors import KvTransferFailed
 from serving.kv_layout import KvLayout
-from serving.kv_transfer import make_transfer
+from serving.kv_transfer import KvTransfer
 from serving.protocol import KvTransferParams
 from xxhash import xxh3_64_intdigest
 
@@ -51,18 +52,18 @@ def unpack(opaque_state: Any) -> State:
 
 
 class Contexts:
-    """Implements `kv_transfer.base.BlockSource`."""
+    """Implements `kv_transfer.BlockSource`."""
 
     def __init__(self, blocks: KvBlocks, layout: KvLayout, transport: str) -> None:
         self._blocks, self._layout = blocks, layout
-        self._transfer = make_transfer(
-            os.environ.get("STANDIN_TRTLLM_TRANSPORT", transport),  # type: ignore[arg-type]
-            layout,
-            host=os.environ.get("STANDIN_TRTLLM_HOST", "127.0.0.1"),
+        config = KvTransferConfig(
+            transport=os.environ.get("STANDIN_TRTLLM_TRANSPORT", transport),  # type: ignore[arg-type]
             chunk_bytes=_CHUNK_BYTES,
             connect_s=_DEADLINE_S,
             transfer_s=_DEADLINE_S,
         )
+        host = os.environ.get("STANDIN_TRTLLM_HOST", "127.0.0.1")
+        self._transfer = KvTransfer(config, layout, host=host)
         self._held: dict[str, tuple[str, asyncio.TimerHandle | None]] = {}
 
     @property

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import contextlib
+import os
 
+import msgspec
 import numpy as np
 import pytest
 from kv_contract import pull_all, relay
-from kv_ends import Got, HeldInPool, params, pulling, random_blocks, serving, until
+from kv_ends import (
+    Got,
+    GpuInHostMemory,
+    HeldInPool,
+    params,
+    pulling,
+    random_blocks,
+    serving,
+    until,
+)
 from serving.errors import KvTransferFailed
+from serving.kv_layout import KvLayout
+from serving.kv_transfer.messages import MAX_BLOCKS_IN_PLACE
 
 NAME = "tcp-gpu"
 
@@ -39,25 +52,29 @@ async def test_part_of_a_prompt_while_more_follows() -> None:
     assert not got.blocks[:2].any()
 
 
-async def test_more_blocks_than_one_message_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.kv_transfer.pull.MAX_BLOCKS_IN_PLACE", 8)
-    blocks = random_blocks(20)
+async def test_more_blocks_than_one_message_can_name_take_several_messages() -> None:
+    tiny = KvLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype="bfloat16")
+    blocks = random_blocks(2 * MAX_BLOCKS_IN_PLACE + 4, tiny)
     held = HeldInPool(a=blocks)
-    async with serving(NAME, held) as source, pulling(NAME) as end:
-        got = await pull_all(end, source.address, "a", blocks)
-        assert [count for _, count in got.calls] == [8, 8, 4]
+    async with serving(NAME, held, tiny) as source, pulling(NAME, tiny) as end:
+        got = Got(blocks)
+        asked = params(source.address, "a", len(blocks), tiny)
+        assert await end.pull(asked, 0, len(blocks), got) == blocks.nbytes
+        assert np.array_equal(got.blocks, blocks)
+        counts = [count for _, count in got.calls]
+        assert counts == [MAX_BLOCKS_IN_PLACE, MAX_BLOCKS_IN_PLACE, 4]
         await until(lambda: held.done_with == ["a"])
         assert held.num_lent == 0
 
 
-@pytest.mark.parametrize("side", ["puller", "source"])
-async def test_either_side_can_decline(side: str) -> None:
+@pytest.mark.parametrize("declining", ["puller", "source"])
+async def test_puller_and_source_can_each_decline_to_read_in_place(declining: str) -> None:
     blocks = random_blocks(5)
     held = HeldInPool(a=blocks)
     held.read = lambda request_id, first, out: None  # type: ignore[method-assign]
     async with (
-        serving(NAME, held, in_place=side != "source") as source,
-        pulling(NAME, in_place=side != "puller") as end,
+        serving(NAME, held, in_place=declining != "source") as source,
+        pulling(NAME, in_place=declining != "puller") as end,
     ):
         got = Got(blocks)
         await end.pull(params(source.address, "a", 5), 0, 5, got)
@@ -68,17 +85,12 @@ async def test_a_pool_that_cannot_be_shared_is_staged(caplog: pytest.LogCaptureF
     blocks = random_blocks(5)
     held = HeldInPool(a=blocks)
     held.read = lambda request_id, first, out: None  # type: ignore[method-assign]
-    async with pulling(NAME) as end:
-        from kv_ends import transfer
-
-        source: Any = transfer(NAME)
-        source.gpu.maps = False
-        await source.serve(held)
-        try:
-            got = Got(blocks)
-            await end.pull(params(source.address, "a", 5), 0, 5, got)
-        finally:
-            await source.close()
+    async with (
+        serving(NAME, held, gpu=GpuInHostMemory(maps=False)) as source,
+        pulling(NAME) as end,
+    ):
+        got = Got(blocks)
+        await end.pull(params(source.address, "a", 5), 0, 5, got)
     assert not got.in_place
     assert "cannot be shared: memory of a kind" in caplog.text
 
@@ -87,12 +99,12 @@ async def test_a_pool_that_cannot_be_shared_is_staged(caplog: pytest.LogCaptureF
     ("request_id", "nonce", "why"),
     [("a", "guessed", "wrong nonce"), ("b", "n-b", "not held here")],
 )
-async def test_strangers_learn_no_block(request_id: str, nonce: str, why: str) -> None:
+async def test_a_peer_without_the_nonce_gets_no_block(
+    request_id: str, nonce: str, why: str
+) -> None:
     blocks = random_blocks(4)
     held = HeldInPool(a=blocks)
     async with serving(NAME, held) as source, pulling(NAME) as end:
-        import msgspec
-
         asked = msgspec.structs.replace(params(source.address, request_id, 4), nonce=nonce)
         with pytest.raises(KvTransferFailed, match=why):
             await end.pull(asked, 0, 4, Got(blocks))
@@ -110,7 +122,7 @@ async def test_blocks_released_meanwhile_are_refused() -> None:
         await pull_all(end, source.address, "a", blocks)
 
 
-async def test_a_failing_sink_ends_the_loan_and_not_the_link() -> None:
+async def test_a_failing_sink_ends_the_loan_and_keeps_the_channel() -> None:
     blocks = random_blocks(4)
     held = HeldInPool(a=blocks)
     async with serving(NAME, held) as source, pulling(NAME) as end:
@@ -141,7 +153,7 @@ async def test_a_cancelled_pull_ends_the_loan_only_when_its_copy_is_over() -> No
         await pull_all(end, source.address, "a", blocks)
 
 
-async def test_what_was_read_after_the_source_let_go_does_not_count() -> None:
+async def test_pull_fails_when_the_source_released_the_blocks_during_the_read() -> None:
     blocks = random_blocks(4)
     held = HeldInPool(a=blocks)
     async with serving(NAME, held, transfer_s=0.1) as source, pulling(NAME) as end:
@@ -171,12 +183,20 @@ async def test_a_lost_connection_ends_the_loan() -> None:
             await pull
 
 
-async def test_an_idle_link_to_a_peer_that_left_is_given_up_at_once() -> None:
-    """It would keep the memory of a process that is gone."""
+async def test_an_idle_channel_is_closed_as_soon_as_its_peer_leaves() -> None:
+    """It would keep the memory of a process that has ended."""
     blocks = random_blocks(4)
     async with pulling(NAME) as end:
+        before = num_sockets()
         async with serving(NAME, HeldInPool(a=blocks)) as source:
             await pull_all(end, source.address, "a", blocks)
-            idle = end._puller._idle[source.address]  # type: ignore[attr-defined]
-            assert len(idle) == 1
-        await until(lambda: not idle)
+            assert num_sockets() == before + 3  # the listener, and both ends of one connection
+        await until(lambda: num_sockets() == before)
+
+
+def num_sockets() -> int:
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own descriptor
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sum(link.startswith("socket:") for link in links)

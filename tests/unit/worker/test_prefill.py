@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from serving.kv_layout import KvLayout
-from serving.kv_transfer.base import Progress
+from serving.kv_transfer import PrefillProgress
 from serving.protocol import EngineOutput, EngineRequest, Guide, KvTransferParams, SamplingParams
 from serving.worker.prefill import PrefillEndpoint
 
@@ -91,13 +91,13 @@ async def test_progress_comes_with_the_blocks_and_the_token_with_the_end() -> No
     assert not waiting.done(), "nothing was computed"
     engine.num_computed = 2
     endpoint.finish(FURTHER)
-    assert await waiting == Progress(2)
-    assert await endpoint.progress("a", nonce, 1) == Progress(2)
+    assert await waiting == PrefillProgress(2)
+    assert await endpoint.progress("a", nonce, 1) == PrefillProgress(2)
     engine.num_computed = 0  # preempted
     waiting = asyncio.create_task(endpoint.progress("a", nonce, 2))
     await asyncio.sleep(0)
     endpoint.finish(FINISHED)
-    assert await waiting == Progress(5, 9)
+    assert await waiting == PrefillProgress(5, 9)
     with pytest.raises(PermissionError):
         await endpoint.progress("a", "guess", 0)
     endpoint.done("a")

@@ -23,8 +23,8 @@ from serving.deploy.checks.findings import Finding
 from serving.deploy.model.files import local_files
 from serving.deploy.planning.fingerprint import resolve_dtype, resolve_source
 from serving.engine.files import human
-from serving.kv_transfer.nixl import REMEDY as NIXL_REMEDY
-from serving.kv_transfer.nixl import nixl_module
+from serving.kv_transfer.transports.nixl import REMEDY as NIXL_REMEDY
+from serving.kv_transfer.transports.nixl import nixl_module
 
 PARAMETER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 RUNTIME_BYTES = 600 * 10**6

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from serving.config import KvTransferConfig
 from serving.errors import OperatorError, ServingError
 from serving.kv_layout import KvLayout
-from serving.kv_transfer import make_transfer
-from serving.kv_transfer.base import KvTransfer, Progress
+from serving.kv_transfer import KvTransfer, PrefillProgress
 from serving.protocol import KvTransferParams
 
 LAYOUT = KvLayout(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="float32")
@@ -46,8 +46,8 @@ class Held:
             raise PermissionError(request_id)
         return NUM_BLOCKS
 
-    async def progress(self, request_id: str, nonce: str, beyond: int) -> Progress:
-        return Progress(self.open(request_id, nonce), 0)
+    async def progress(self, request_id: str, nonce: str, beyond: int) -> PrefillProgress:
+        return PrefillProgress(self.open(request_id, nonce), 0)
 
     def read(self, request_id: str, first: int, out: Any) -> None:
         target = np.frombuffer(out, dtype=np.uint8)
@@ -64,14 +64,10 @@ class Held:
 
 
 def _transfer() -> KvTransfer:
-    return make_transfer(
-        "ucx",
-        LAYOUT,
-        host="127.0.0.1",
-        chunk_bytes=CHUNK_BYTES,
-        connect_s=DEADLINE_S,
-        transfer_s=DEADLINE_S,
+    config = KvTransferConfig(
+        transport="ucx", chunk_bytes=CHUNK_BYTES, connect_s=DEADLINE_S, transfer_s=DEADLINE_S
     )
+    return KvTransfer(config, LAYOUT, host="127.0.0.1")
 
 
 async def serve() -> None:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 
+from serving.framing import ProtocolError
+from serving.kv_transfer.control import ControlConnection
 from serving.kv_transfer.gpu_memory import GpuBuffer
-from serving.kv_transfer.link import Carrier, Link
-from serving.kv_transfer.staging import Buffer, Unsettled
-from serving.kv_transfer.transfer import LinkedTransfer
-from serving.kv_transfer.wire import Chunk, Connection, Hello, ProtocolError, Refusal, Refused
+from serving.kv_transfer.messages import ChannelHello, Chunk, Refusal, Refused
+from serving.kv_transfer.staging_pool import Buffer
+from serving.kv_transfer.transport import TransferChannel, Transport, Unsettled
 
 
-class TcpLink(Link):
-    """One chunk after the other: a frame that names it, then its bytes."""
+class TcpChannel(TransferChannel):
+    """One chunk after the other: a message that names it, then its bytes."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: ControlConnection) -> None:
         super().__init__(connection)
         self._sending, self._receiving = asyncio.Lock(), asyncio.Lock()  # both serve in order
 
     async def open(self) -> None:
-        """The connection is the way."""
+        """The control connection is open already."""
 
     def route(self, on_gpu: bool) -> str:
         return "tcp"
@@ -27,7 +28,7 @@ class TcpLink(Link):
     async def send(self, tag: int, index: int, data: Buffer) -> None:
         async with self._sending:
             await self.connection.send(Chunk(index))
-            assert not isinstance(data, GpuBuffer), "a carrier that reaches no GPU"
+            assert not isinstance(data, GpuBuffer), "this transport moves no GPU memory"
             await self.connection.send_bytes(data.data)
 
     async def receive(self, tag: int, index: int, data: Buffer) -> None:
@@ -37,34 +38,30 @@ class TcpLink(Link):
                 raise Refusal(message.reason)
             if message != Chunk(index):
                 raise ProtocolError(f"{message} instead of chunk {index}")
-            assert not isinstance(data, GpuBuffer), "a carrier that reaches no GPU"
+            assert not isinstance(data, GpuBuffer), "this transport moves no GPU memory"
             await self.connection.receive_into(data.data)
 
     async def finished(self) -> None:
         """Nothing reads ahead."""
 
-    async def give_up(self, tag: int, scratch: Buffer) -> bool:
-        return False  # closing is cheaper than reading what was sent for nothing
+    async def stop_receiving(self, tag: int, scratch: Buffer) -> bool:
+        return False  # closing is cheaper than reading chunks that nobody wants
 
     async def close(self) -> Unsettled:
-        return ()  # a cancelled socket call touches its buffer no more
+        return ()  # a cancelled socket call no longer touches its buffer
 
 
-class TcpCarrier(Carrier):
+class TcpTransport(Transport):
     scheme = "tcp"
+
+    def __init__(self, host: str = "", device: str = "cpu") -> None:
+        """Needs neither."""
 
     async def start(self) -> bytes:
         return b""
 
-    def link(self, connection: Connection, peer: Hello) -> Link:
-        return TcpLink(connection)
+    def channel(self, connection: ControlConnection, peer: ChannelHello) -> TransferChannel:
+        return TcpChannel(connection)
 
     async def close(self) -> None:
         """Holds nothing."""
-
-
-class TcpTransfer(LinkedTransfer):
-    """See `KvTransfer`."""
-
-    def _carrier(self) -> Carrier:
-        return TcpCarrier()

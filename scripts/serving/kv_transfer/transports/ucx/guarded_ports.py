@@ -1,8 +1,8 @@
-"""UCX's own TCP ports let nobody in but workers that were met.
+"""Closes UCX's own TCP ports to everybody but known workers.
 
-UCX authenticates nobody, and garbage at its port is no harmless matter: see "More than one machine"
-in docs/decisions.md. What can be had from outside of it is a classic BPF filter on its listening
-sockets, by which the kernel drops packets of strangers before there is a connection.
+UCX authenticates nobody, and garbage at its port is not harmless: see "More than one machine" in
+docs/decisions.md. A classic BPF filter on its listening sockets needs no help from UCX. With it, the
+kernel drops packets of strangers before there is a connection.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_ADDRESSES = 512
-"""The longest known are forgotten first. The kernel takes filters of 20 KiB."""
+"""Beyond that, the oldest are forgotten. The kernel accepts filters of up to 20 KiB."""
 
 # linux/filter.h
 _SO_ATTACH_FILTER = 26
@@ -34,19 +34,19 @@ _STEP_BYTES = 8
 
 
 class GuardedPorts:
-    """The IPv4 sockets that a library listens on in this process, closed to all but `let_in`.
+    """The IPv4 sockets that a library listens on in this process, open only to admitted addresses.
 
-    Only descriptors' numbers are kept: a duplicate would hold the port open, and stay in the
-    library's epoll set, after the library closed its own. A connection keeps the filter under
-    which it was accepted, so forgetting an address ends none.
+    This object keeps descriptor numbers only. A duplicate descriptor would hold the port open, and
+    stay in the library's epoll set, after the library closed its own. A connection keeps the filter
+    under which it was accepted, so forgetting an address ends no connection.
     """
 
     def __init__(self) -> None:
         self._sockets: dict[int, int] = {}  # descriptor: inode
-        self._addresses: dict[bytes, None] = {}  # in order of their meeting
+        self._addresses: dict[bytes, None] = {}  # in the order of `admit`
 
     def opened_by(self, opens: Callable[[], T]) -> T:
-        """Call `opens`, and guard the ports that are open afterwards and were not before."""
+        """Call `opens`, and guard the ports that it opened."""
         before = _open_sockets()
         result = opens()
         self._sockets |= {n: i for n, i in _open_sockets().items() if before.get(n) != i}
@@ -55,12 +55,12 @@ class GuardedPorts:
 
     @property
     def ports(self) -> list[int]:
-        """Those that are guarded."""
+        """The guarded ports."""
         with self._listening() as sockets:
-            return [each.getsockname()[1] for each in sockets]
+            return [listener.getsockname()[1] for listener in sockets]
 
-    def let_in(self, hosts: Iterable[str]) -> None:
-        """Whoever connects from these IPv4 addresses; other words are ignored."""
+    def admit(self, hosts: Iterable[str]) -> None:
+        """Accept connections from these IPv4 addresses. Anything else in `hosts` is ignored."""
         known = set(self._addresses)
         for host in hosts:
             with contextlib.suppress(ValueError):
@@ -77,25 +77,25 @@ class GuardedPorts:
         program = ctypes.create_string_buffer(steps, len(steps))
         argument = struct.pack("@HP", len(steps) // _STEP_BYTES, ctypes.addressof(program))
         with self._listening() as sockets:
-            for each in sockets:
+            for listener in sockets:
                 try:
-                    each.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, argument)
+                    listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, argument)
                 except OSError as exc:
-                    port = each.getsockname()[1]
-                    log.warning("UCX's port %d takes whoever connects: %s", port, exc)
+                    port = listener.getsockname()[1]
+                    log.warning("UCX's port %d is open to everybody: %s", port, exc)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[list[socket.socket]]:
-        """Those that listen for IPv4, under descriptors of their own for a moment."""
+        """The sockets that listen for IPv4, under temporary descriptors of their own."""
         with contextlib.ExitStack() as stack:
             found = []
             still = _open_sockets()
             for number in (n for n, inode in self._sockets.items() if still.get(n) == inode):
-                each = stack.enter_context(socket.socket(fileno=os.dup(number)))
-                if each.family == socket.AF_INET and each.getsockopt(
+                duplicate = stack.enter_context(socket.socket(fileno=os.dup(number)))
+                if duplicate.family == socket.AF_INET and duplicate.getsockopt(
                     socket.SOL_SOCKET, socket.SO_ACCEPTCONN
                 ):
-                    found.append(each)
+                    found.append(duplicate)
             yield found
 
 

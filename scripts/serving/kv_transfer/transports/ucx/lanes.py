@@ -1,4 +1,4 @@
-"""Which transports a UCX endpoint uses: asked of UCX itself, because ucxx does not say."""
+"""Asks UCX itself which transports an endpoint uses, because ucxx has no call for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Attributes(ctypes.Structure):
 
 
 def lanes(endpoint: int) -> list[str]:
-    """`transport/device` of each lane of a `ucp_ep_h`; empty where UCX does not tell."""
+    """`transport/device` of each lane of a `ucp_ep_h`; empty where UCX does not answer."""
     try:
         ucp = ctypes.CDLL("libucp.so.0")  # the one that ucxx has loaded
     except OSError:

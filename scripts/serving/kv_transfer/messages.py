@@ -100,7 +100,7 @@ class Refused(Struct, frozen=True, tag="refused"):
     reason: str
 
 
-class Chunk(Struct, frozen=True, tag="chunk"):
+class InlineChunk(Struct, frozen=True, tag="chunk"):
     """The bytes of chunk `index` follow on this very connection (TCP only)."""
 
     index: int
@@ -140,7 +140,7 @@ Message = (
     | Pull
     | Granted
     | Refused
-    | Chunk
+    | InlineChunk
     | ChunkAt
     | Received
     | Stop

@@ -43,7 +43,7 @@ class Offer:
 
 
 class PrefillEndpoint:
-    """Implements `kv_transfer.base.BlockSource` over an engine's blocks."""
+    """Implements `kv_transfer.BlockSource` over an engine's blocks."""
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import asyncio
 from serving.framing import ProtocolError
 from serving.kv_transfer.control import ControlConnection
 from serving.kv_transfer.gpu_memory import GpuBuffer
-from serving.kv_transfer.messages import ChannelHello, Chunk, Refusal, Refused
+from serving.kv_transfer.messages import ChannelHello, InlineChunk, Refusal, Refused
 from serving.kv_transfer.staging_pool import Buffer
 from serving.kv_transfer.transport import TransferChannel, Transport, Unsettled
 
@@ -27,7 +27,7 @@ class TcpChannel(TransferChannel):
 
     async def send(self, tag: int, index: int, data: Buffer) -> None:
         async with self._sending:
-            await self.connection.send(Chunk(index))
+            await self.connection.send(InlineChunk(index))
             assert not isinstance(data, GpuBuffer), "this transport moves no GPU memory"
             await self.connection.send_bytes(data.data)
 
@@ -36,7 +36,7 @@ class TcpChannel(TransferChannel):
             message = await self.connection.receive()
             if isinstance(message, Refused):
                 raise Refusal(message.reason)
-            if message != Chunk(index):
+            if message != InlineChunk(index):
                 raise ProtocolError(f"{message} instead of chunk {index}")
             assert not isinstance(data, GpuBuffer), "this transport moves no GPU memory"
             await self.connection.receive_into(data.data)

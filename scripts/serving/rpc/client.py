@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from serving.errors import InstanceLost, ServingError
+from serving.framing import ProtocolError
 from serving.protocol import (
     PROTOCOL_VERSION,
     Abort,
@@ -32,7 +33,7 @@ from serving.protocol import (
     Step,
     ToFrontend,
 )
-from serving.rpc.connection import STALL_S, Connection, ProtocolViolation
+from serving.rpc.connection import STALL_S, RpcConnection
 from serving.rpc.errors import raise_error
 from serving.rpc.handshake import frontend_proof, new_nonce, same, worker_proof
 
@@ -139,7 +140,7 @@ def _is_plain(output: EngineOutput) -> bool:
     )
 
 
-class WorkerConnection(Connection):
+class WorkerConnection(RpcConnection):
     def __init__(self, client: RpcClient, stall_s: float) -> None:
         super().__init__(msgspec.msgpack.Decoder(ToFrontend), stall_s)
         self._client = client
@@ -184,7 +185,7 @@ class WorkerConnection(Connection):
         elif isinstance(message, Draining):
             self._client.drains()
         elif self.hello.done():
-            raise ProtocolViolation("a second hello")
+            raise ProtocolError("a second hello")
         else:
             self.hello.set_result(message)
 

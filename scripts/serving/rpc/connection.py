@@ -1,7 +1,6 @@
-"""One end of a direct connection: frames, keep-alive, and giving up on a peer that does not read.
+"""One end of a direct connection: frames, keep-alive, and a deadline for peers that do not read.
 
-A frame is a little-endian u32 length and a msgpack body of that many bytes. What the messages
-mean is not known here.
+This module does not know what the messages mean.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from typing import Any, cast
 
 import msgspec
 
+from serving.framing import FrameParser, ProtocolError, frame
+
 log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -22,78 +23,35 @@ STALL_S = 10.0
 """A peer that leaves more than HIGH_WATER_BYTES unread for this long is disconnected."""
 CLOSE_S = 1.0
 
-_encode = msgspec.msgpack.Encoder().encode
 
-
-class ProtocolViolation(Exception):
-    """The peer sent something that is not this protocol; the connection cannot go on."""
-
-
-class FrameParser:
-    """Cuts a byte stream into frame bodies, whatever pieces it arrives in."""
-
-    def __init__(self) -> None:
-        self._rest = bytearray()
-
-    def feed(self, data: bytes) -> list[memoryview]:
-        """Bodies completed by `data`, valid until the next call. Raises ProtocolViolation."""
-        whole: bytes | bytearray = data
-        if self._rest:
-            self._rest += data
-            whole = self._rest
-        bodies = []
-        view, start, end = memoryview(whole), 0, len(whole)
-        while end - start >= 4:
-            size = int.from_bytes(view[start : start + 4], "little")
-            if size > MAX_FRAME_BYTES:
-                raise ProtocolViolation(f"a frame of {size} bytes")
-            if end - start - 4 < size:
-                break
-            bodies.append(view[start + 4 : start + 4 + size])
-            start += 4 + size
-        if start == end:
-            self._rest = bytearray()
-        elif start or whole is data:
-            self._rest = bytearray(view[start:])  # a new buffer: `bodies` look into the old one
-        return bodies
-
-    @property
-    def num_pending(self) -> int:
-        """Bytes kept of a frame that is not complete yet."""
-        return len(self._rest)
-
-
-class Connection(asyncio.Protocol):
-    """What both ends share: framing, keep-alive, and giving up on a peer that does not read."""
+class RpcConnection(asyncio.Protocol):
+    """The part that both ends share."""
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[Any], stall_s: float) -> None:
-        self._decoder, self._parser = decoder, FrameParser()
+        self._decoder, self._parser = decoder, FrameParser(MAX_FRAME_BYTES)
         self._stall_s = stall_s
         self._stalled: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport | None = None
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.num_frames_sent = 0
 
     def received(self, message: Any) -> None:
-        """One decoded message. Raises ProtocolViolation when it has no place here."""
+        """Handle one decoded message. Raises ProtocolError when it does not belong here."""
         raise NotImplementedError
 
-    def disconnected(self, why: str) -> None:
-        """Called once; `why` is for people."""
+    def disconnected(self, reason: str) -> None:
+        """Called once; `reason` is for people."""
         raise NotImplementedError
 
     def send(self, message: Any) -> None:
         """Queue one frame; nothing happens when the connection is gone."""
         if self.transport is None or self.transport.is_closing():
             return
-        body = _encode(message)
-        self.num_frames_sent += 1
-        self.transport.write(len(body).to_bytes(4, "little") + body)
+        self.transport.write(frame(message))
 
-    def fail(self, why: str) -> None:
+    def fail(self, reason: str) -> None:
         """Disconnect at once, dropping what is not yet written."""
         if self.transport is not None and not self.transport.is_closing():
-            log.warning("closing the connection with %s: %s", self.peer, why)
+            log.warning("closing the connection with %s: %s", self.peer, reason)
             self.transport.abort()
 
     @property
@@ -118,19 +76,19 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
             await self.lost
 
-    # asyncio's side
+    # --- called by asyncio ---------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by behaviour only
         self.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
-        with suppress(OSError):  # it may be gone already, which connection_lost will say
+        with suppress(OSError):  # the peer may be gone already; connection_lost reports it
             _tune(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         try:
             for body in self._parser.feed(data):
                 self.received(self._decoder.decode(body))
-        except (ProtocolViolation, msgspec.MsgspecError) as exc:
+        except (ProtocolError, msgspec.MsgspecError) as exc:
             self.fail(f"it sent {exc}")
 
     def pause_writing(self) -> None:

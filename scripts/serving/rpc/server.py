@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from serving.errors import EngineFailed, InvalidRequest, ServingError
+from serving.framing import ProtocolError
 from serving.protocol import (
     PROTOCOL_VERSION,
     Abort,
@@ -26,7 +27,7 @@ from serving.protocol import (
     Step,
     ToWorker,
 )
-from serving.rpc.connection import STALL_S, Connection, ProtocolViolation
+from serving.rpc.connection import STALL_S, RpcConnection
 from serving.rpc.errors import error_info
 from serving.rpc.handshake import frontend_proof, new_nonce, same, worker_proof
 
@@ -51,7 +52,7 @@ class RpcHandler(Protocol):
         """Nobody will fetch the KV that this finished prefill holds."""
 
 
-class FrontendConnection(Connection):
+class FrontendConnection(RpcConnection):
     """One connected frontend and the requests it is waiting for."""
 
     def __init__(self, server: RpcServer) -> None:
@@ -88,11 +89,11 @@ class FrontendConnection(Connection):
         elif isinstance(message, Ping):
             self.send(Pong(message.id))
         else:
-            raise ProtocolViolation("a second hello")
+            raise ProtocolError("a second hello")
 
     def _greet(self, message: Any) -> None:
         if not isinstance(message, Hello):
-            raise ProtocolViolation("no hello")
+            raise ProtocolError("no hello")
         secret = self._server.secret
         hello = self._server.hello
         if secret:
@@ -111,7 +112,7 @@ class FrontendConnection(Connection):
 
     def _check_proof(self, message: Any) -> None:
         if not isinstance(message, Proof) or not same(message.proof, self._awaited_proof):
-            raise ProtocolViolation("no proof that it belongs to this deployment")
+            raise ProtocolError("no proof that it belongs to this deployment")
         self._admit()
 
     def _admit(self) -> None:
@@ -238,7 +239,7 @@ class RpcServer:
         request_id = request.request_id
         owner = self._owners.get(request_id)
         if owner is connection:
-            raise ProtocolViolation(f"{request_id} twice")
+            raise ProtocolError(f"{request_id} twice")
         if owner is not None:
             taken = InvalidRequest(f"{request_id} is already running for another frontend")
             connection.send(Step([EngineOutput(request_id, [], "error", error=error_info(taken))]))

@@ -36,7 +36,6 @@ from serving.protocol import (
     ToWorker,
 )
 from serving.rpc import OutputStream, RpcClient, RpcServer, error_info, raise_error
-from serving.rpc.connection import MAX_FRAME_BYTES, FrameParser, ProtocolViolation
 
 CARD = ModelCard("model", "dir", 128, 16, "salt", "fingerprint", 0)
 
@@ -163,24 +162,6 @@ async def test_merging_stops_at_what_says_more_than_tokens(house: House) -> None
         assert (await anext(outputs)).token_ids == [1, 2]
         with pytest.raises(EngineFailed):
             await anext(outputs)
-
-
-# --- frames ------------------------------------------------------------------------------------
-
-
-def test_frames_survive_any_fragmentation() -> None:
-    bodies = [b"", b"a", b"bc" * 300, b"d" * 7, b""]
-    stream = b"".join(len(body).to_bytes(4, "little") + body for body in bodies)
-    for size in (1, 2, 3, 5, 64, 604, len(stream)):
-        parser, found = FrameParser(), []
-        for start in range(0, len(stream), size):
-            found += [bytes(body) for body in parser.feed(stream[start : start + size])]
-        assert found == bodies, size
-
-
-def test_frame_over_the_limit_is_refused_before_it_arrives() -> None:
-    with pytest.raises(ProtocolViolation):
-        FrameParser().feed((MAX_FRAME_BYTES + 1).to_bytes(4, "little"))
 
 
 # --- streams -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from serving.config import Config, parse
 from serving.deploy.checks.container import check_container, judge_gpus
 from serving.deploy.checks.findings import Finding, conclude, judge
 from serving.deploy.checks.tensorrt_llm import judge_tensorrt_llm
-from serving.deploy.model.hub_errors import explain
+from serving.deploy.model.hub_errors import explain_hub_error
 from serving.deploy.planning.placement import require_room, usable_gpus
 from serving.engine.trtllm.failures import explain_start
 from serving.engine.trtllm.gpus import check_gpus
@@ -88,7 +88,7 @@ def placed(tensor: int, num_gpus: int) -> None:
 def gated() -> None:
     answer = httpx.Response(403, request=httpx.Request("GET", "https://hub.example/x/y"))
     hub: Any = SimpleNamespace(endpoint="https://hub.example", token=None)
-    raise explain(
+    raise explain_hub_error(
         GatedRepoError("403 Client Error", response=answer), parse_model("x/y").model, hub
     )
 

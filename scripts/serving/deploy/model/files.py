@@ -1,6 +1,7 @@
-"""Which files make a model, whether they are all there, and whether they fit on the disk.
+"""Which files make a model, and whether they are all there.
 
-Knows names and sizes, not where files come from: the hub and local folders follow the same rules.
+The hub and local folders follow the same rules, so this module knows names and not where the files
+come from.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ class WeightFiles(Struct, frozen=True):
     names: list[str]
 
 
-def select(
+def select_files(
     names: Iterable[str], *, where: str, allow_pickle: bool, weights: Weights = "real"
 ) -> tuple[ModelFormat, list[str]]:
-    """The files to use out of all that a repository or folder holds.
+    """The files to use out of the `names` that a repository or folder holds.
 
-    Takes what transformers would load and leaves training state, other formats and other
-    frameworks' weights behind, and with dummy `weights` all of them. Raises ModelError that says
+    These are the files that transformers would load. Training state and weights for other
+    frameworks stay behind; with dummy `weights`, so do all weights. Raises ModelError that names
     what is missing.
     """
     present = set(names)
     if "config.json" not in present:
-        raise ModelError(f"{where} has no config.json, so it is no model", remedy=_hint(present))
+        raise ModelError(f"{where} has no config.json, so it is not a model", remedy=_hint(present))
     companions = [name for name in present if _COMPANIONS.fullmatch(name)]
     if weights == "dummy":
         return "config", sorted(companions)
@@ -84,7 +85,7 @@ def _hint(present: set[str]) -> str:
     if any(name.startswith("adapter_") for name in present):
         return "this is an adapter: merge it into its base model first, and serve the result"
     if "config.json" in present:
-        return "add the weights, or try this shape with random ones: `engine.weights: dummy`"
+        return "add the weights, or use random ones of this shape: `engine.weights: dummy`"
     return "check `model.id`: a folder or repository in Hugging Face layout is needed"
 
 
@@ -110,7 +111,7 @@ def require_tokenizer(found: WeightFiles) -> None:
     if found.format == "config" and not _TOKENIZERS & set(found.names):
         raise ModelError(
             f"{found.folder} has no tokenizer.json",
-            remedy="add one, or lend it another model's: `model.tokenizer: bundled`, or a path",
+            remedy="add one, or use another model's: set `model.tokenizer` to `bundled` or to a path",
         )
 
 
@@ -125,8 +126,8 @@ def tokenizer_source(config: ModelConfig) -> Path | None:
     if not (path.is_file() and path.suffix == ".gguf") and not (path / "tokenizer.json").is_file():
         raise ConfigError(
             "model.tokenizer",
-            f"{path} is no `.gguf` file, and no folder with a tokenizer.json",
-            remedy="give one of these, or `bundled`",
+            f"{path} is neither a `.gguf` file nor a folder with a tokenizer.json",
+            remedy="set it to one of these, or to `bundled`",
         )
     return path
 
@@ -140,7 +141,9 @@ def local_files(config: ModelConfig, *, weights: Weights = "real") -> WeightFile
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConfigError(
-                "model.id", f"{path} is a file but no `.gguf`", remedy="give its folder instead"
+                "model.id",
+                f"{path} is a file but not a `.gguf`",
+                remedy="set it to the folder instead",
             )
         if re.search(r"-\d+-of-\d+\.gguf$", path.name):
             raise ModelError(
@@ -150,11 +153,13 @@ def local_files(config: ModelConfig, *, weights: Weights = "real") -> WeightFile
         return WeightFiles(path.parent, "gguf", [path.name])
     if not path.is_dir():
         raise ConfigError(
-            "model.id", f"there is no {path}", remedy="give an existing folder or `.gguf` file"
+            "model.id", f"{path} does not exist", remedy="set it to a folder or a `.gguf` file"
         )
     names = [entry.name for entry in path.iterdir() if entry.is_file()]
     ggufs = [name for name in names if name.endswith(".gguf")]
     if "config.json" not in names and len(ggufs) == 1:
         return WeightFiles(path, "gguf", ggufs)
-    kind, chosen = select(names, where=str(path), allow_pickle=config.allow_pickle, weights=weights)
+    kind, chosen = select_files(
+        names, where=str(path), allow_pickle=config.allow_pickle, weights=weights
+    )
     return WeightFiles(path, kind, chosen)

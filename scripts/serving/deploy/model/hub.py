@@ -14,9 +14,9 @@ import httpx
 import msgspec
 
 from serving.config import ModelConfig, Weights
-from serving.deploy.model.files import WeightFiles, select
+from serving.deploy.model.files import WeightFiles, select_files
 from serving.deploy.model.hub_download import HubDownload, HubFile, size_of
-from serving.deploy.model.hub_errors import explain
+from serving.deploy.model.hub_errors import explain_hub_error
 from serving.engine.files import human, require_space
 from serving.engine.manifest import ModelFile
 from serving.errors import ModelError
@@ -42,10 +42,12 @@ def fetch_from_hub(
     ModelError: offline mode, no network, no such model or revision, no access, no space, a wrong
     checksum. What arrived before an interruption is kept and continued by the next call.
     """
-    api = _connect(config)
+    api = _open_hub(config)
     commit, listed = _list_files(api, config)
     where = f"{config.id} on the hub"
-    kind, names = select(listed, where=where, allow_pickle=config.allow_pickle, weights=weights)
+    kind, names = select_files(
+        listed, where=where, allow_pickle=config.allow_pickle, weights=weights
+    )
     wanted = [listed[name] for name in names]
     files_dir.mkdir(parents=True, exist_ok=True)
     pinned = msgspec.structs.replace(config, revision=commit)
@@ -54,7 +56,7 @@ def fetch_from_hub(
     missing = [file for file in wanted if not file.matches(files_dir / file.name)]
     here = sum(size_of(download.partial(file)) for file in missing)
     to_fetch = max(0, sum(file.size for file in missing) - here)
-    before = f" ({human(here)} are here from before)" if here else ""
+    before = f" ({human(here)} arrived earlier)" if here else ""
     report(f"{config.id} at {commit[:12]}: {len(wanted)} files, {human(to_fetch)} to fetch{before}")
     require_space(files_dir, to_fetch, config.id)
     for file in missing:
@@ -63,7 +65,7 @@ def fetch_from_hub(
     return WeightFiles(files_dir, kind, names), files, commit
 
 
-def _connect(config: ModelConfig) -> HfApi:
+def _open_hub(config: ModelConfig) -> HfApi:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         raise ModelError(
             f"{config.id} has to come from the hub, but HF_HUB_OFFLINE is set",
@@ -95,7 +97,7 @@ def _list_files(api: HfApi, config: ModelConfig) -> tuple[str, dict[str, HubFile
             sha256 = sibling.lfs.sha256 if sibling.lfs else None
             listed[name] = HubFile(name, sibling.size, sha256, sibling.blob_id)
     except httpx.HTTPError as exc:
-        raise explain(exc, config, api) from exc
+        raise explain_hub_error(exc, config, api) from exc
     except (ValueError, KeyError, TypeError) as exc:
         raise ModelError(
             f"{api.endpoint} does not answer like a model hub: {exc}",

@@ -15,7 +15,8 @@ import httpx
 from msgspec import Struct
 
 from serving.config import ModelConfig
-from serving.deploy.model.hub_errors import explain
+from serving.deploy.model.hub_errors import explain_hub_error
+from serving.deploy.model.transfer_progress import TransferProgress
 from serving.engine.files import human
 from serving.errors import ModelError
 from serving.progress import Report
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 REQUEST_TIMEOUT = httpx.Timeout(20.0, read=30.0)
 
-_ATTEMPTS = 4  # without any new byte, before giving up on a file
+_ATTEMPTS = 4  # in a row without any new byte
 _CHUNK_BYTES = 1024 * 1024
 _RETRYABLE = {408, 429, 500, 502, 503, 504}
 
@@ -131,37 +132,20 @@ class HubDownload:
                 # A plain 200 ignored the range and starts over.
                 continues = response.status_code == httpx.codes.PARTIAL_CONTENT
                 with partial.open("ab" if continues else "wb") as out:
-                    meter = _Meter(file, self.report, out.tell())
-                    for chunk in response.iter_bytes():
-                        out.write(chunk)
-                        meter.add(len(chunk))
+                    have = out.tell()
+                    with TransferProgress(
+                        file.name, file.size, self.report, done_bytes=have
+                    ) as progress:
+                        for chunk in response.iter_bytes():
+                            have += out.write(chunk)
+                            progress.advance_to(have)
         except httpx.TransportError as exc:
             raise _Retry(str(exc) or type(exc).__name__) from exc
         except httpx.HTTPError as exc:
-            raise explain(exc, self.config, self.api) from exc
+            raise explain_hub_error(exc, self.config, self.api) from exc
         if size_of(partial) < file.size:
             raise _Retry("the connection ended early")
 
 
 def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-class _Meter:
-    """Tells how far a file is, every few seconds and at the end."""
-
-    def __init__(self, file: HubFile, report: Report, done: int) -> None:
-        self.file, self.report, self.done = file, report, done
-        self.first, self.started = done, time.monotonic()
-        self.told = self.started
-
-    def add(self, num_bytes: int) -> None:
-        self.done += num_bytes
-        now = time.monotonic()
-        if self.done == self.file.size or now - self.told > 3.0:
-            self.told = now
-            rate = (self.done - self.first) / max(now - self.started, 1e-3)
-            percent = 100 * self.done // max(1, self.file.size)
-            self.report(
-                f"{self.file.name}: {percent}% of {human(self.file.size)} ({human(rate)}/s)"
-            )

@@ -1,4 +1,4 @@
-"""The hub's errors in words of this workflow, each with what to do about it."""
+"""The hub's errors in the words of this workflow, each with a remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-def explain(exc: httpx.HTTPError, config: ModelConfig, api: HfApi) -> ModelError:
+def explain_hub_error(exc: httpx.HTTPError, config: ModelConfig, api: HfApi) -> ModelError:
     """What went wrong when `api` was asked for the model of `config`."""
     from huggingface_hub import errors
 
@@ -50,10 +50,10 @@ def explain(exc: httpx.HTTPError, config: ModelConfig, api: HfApi) -> ModelError
         return ModelError(
             f"the hub refuses HF_TOKEN for {config.id} ({status})"
             if api.token
-            else f"the hub wants to know who asks for {config.id} ({status})",
+            else f"the hub serves {config.id} only to known accounts ({status})",
             remedy=f"set HF_TOKEN to a valid token with read access ({api.endpoint}/settings/tokens)",
         )
     return ModelError(
         f"{api.endpoint} answered {status or exc} when asked for {config.id}",
-        remedy="try again later; status.huggingface.co tells of outages",
+        remedy="try again later; see status.huggingface.co for outages",
     )

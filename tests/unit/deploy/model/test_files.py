@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 from serving.config import ModelConfig
-from serving.deploy.model.files import local_files, select
+from serving.deploy.model.files import local_files, select_files
 from serving.engine.files import human, require_space
 from serving.errors import ConfigError, ModelError
 
 
 def choose(*names: str, allow_pickle: bool = False) -> list[str]:
-    return select(names, where="m", allow_pickle=allow_pickle)[1]
+    return select_files(names, where="m", allow_pickle=allow_pickle)[1]
 
 
 def test_takes_weights_and_companions_and_nothing_else() -> None:
@@ -49,7 +49,7 @@ def test_folder_with_a_single_gguf_is_a_model(tmp_path: Path) -> None:
 
 
 def test_missing_path_names_the_key(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`model\.id`: there is no"):
+    with pytest.raises(ConfigError, match=r"`model\.id`: .* does not exist"):
         local_files(ModelConfig(id=str(tmp_path / "nothing")))
 
 
@@ -62,7 +62,7 @@ def test_piece_of_a_split_gguf_is_refused(tmp_path: Path) -> None:
 
 def test_other_files_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ConfigError, match=r"no `\.gguf`"):
+    with pytest.raises(ConfigError, match=r"not a `\.gguf`"):
         local_files(ModelConfig(id=str(tmp_path / "model.safetensors")))
 
 

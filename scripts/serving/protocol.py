@@ -173,10 +173,6 @@ class Release(Struct, frozen=True, tag="release"):
     request_id: str
 
 
-class Ping(Struct, frozen=True, tag="ping"):
-    id: int
-
-
 class Hello(Struct, frozen=True, tag="hello"):
     """First message in both directions: both sides check the version, the frontend the epoch.
 
@@ -196,10 +192,6 @@ class Proof(Struct, frozen=True, tag="proof"):
     proof: bytes
 
 
-class Pong(Struct, frozen=True, tag="pong"):
-    id: int
-
-
 class Step(Struct, frozen=True, tag="step"):
     """All outputs of one engine step for the streams of one frontend."""
 
@@ -210,8 +202,8 @@ class Draining(Struct, frozen=True, tag="draining"):
     """The worker accepts no more requests; running ones are finished."""
 
 
-ToWorker = Hello | Proof | Generate | Abort | Release | Ping
-ToFrontend = Hello | Step | Pong | Draining
+ToWorker = Hello | Proof | Generate | Abort | Release
+ToFrontend = Hello | Step | Draining
 
 
 # --- discovery (etcd, `discovery.py`) ----------------------------------------------------------

@@ -30,7 +30,6 @@ LONG_MODULES = {
     "tests/unit/engine/trtllm/test_standin.py": 730,
     "tests/unit/frontend/api/test_responses.py": 480,
     "tests/unit/kv_router/test_router.py": 590,
-    "tests/unit/rpc/test_connections.py": 530,
 }
 """Modules that may be longer, and how long."""
 

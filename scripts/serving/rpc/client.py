@@ -3,150 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import stat
-import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
 
-from serving.errors import InstanceLost, ServingError
+from serving.errors import InstanceLost
 from serving.framing import ProtocolError
 from serving.protocol import (
     PROTOCOL_VERSION,
-    Abort,
     Draining,
-    EngineOutput,
     EngineRequest,
-    ErrorInfo,
-    Generate,
     Hello,
     InstanceInfo,
-    Ping,
-    Pong,
     Proof,
     Release,
     Step,
     ToFrontend,
 )
 from serving.rpc.connection import STALL_S, RpcConnection
-from serving.rpc.errors import raise_error
 from serving.rpc.handshake import frontend_proof, new_nonce, same, worker_proof
-
-
-class OutputStream:
-    """The outputs of one request: `async with client.generate(...) as outputs`, then iterate.
-
-    Leaving before the last output aborts the request on the worker. Iterating raises what
-    `raise_error` raises, and InstanceLost when the connection drops; deadlines are the caller's.
-    """
-
-    __slots__ = ("_client", "_connection", "_error", "_finished", "_queue", "_request", "_waiter")
-
-    def __init__(self, client: RpcClient, request: EngineRequest) -> None:
-        self._client, self._request = client, request
-        self._connection: WorkerConnection | None = None
-        self._queue: deque[EngineOutput] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-        self._error: ServingError | None = None
-        self._finished = False
-
-    async def __aenter__(self) -> OutputStream:
-        """Sends the request. Raises InstanceLost without a connection."""
-        self._connection = self._client.connection()
-        self._connection.open(self._request.request_id, self)
-        self._connection.send(Generate(self._request))
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._connection is not None
-        if self._connection.drop(self._request.request_id, self):
-            self._connection.send(Abort(self._request.request_id))
-
-    def __aiter__(self) -> OutputStream:
-        return self
-
-    async def __anext__(self) -> EngineOutput:
-        while not self._queue:
-            if self._finished:
-                raise StopAsyncIteration
-            if self._error is not None:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        output = self._queue.popleft()
-        if self._queue and self._client.merge and _is_plain(output):
-            output = self._with_following(output)
-        if output.finish_reason is not None:
-            self._finished = True
-            if output.finish_reason == "error":
-                raise_error(output.error or ErrorInfo("EngineFailed", "no reason given"))
-        return output
-
-    def _with_following(self, first: EngineOutput) -> EngineOutput:
-        """`first` and the plain ones behind it, as one."""
-        queue, parts = self._queue, [first]
-        while queue and parts[-1].finish_reason is None and _is_plain(queue[0]):
-            parts.append(queue.popleft())
-        if len(parts) == 1:
-            return first
-        logprobs = None
-        if first.logprobs is not None:
-            logprobs = [entry for part in parts for entry in part.logprobs or ()]
-        return EngineOutput(
-            first.request_id,
-            [token_id for part in parts for token_id in part.token_ids],
-            parts[-1].finish_reason,
-            first.cached_tokens,
-            parts[-1].stop_token_id,
-            logprobs,
-            prompt_logprobs=first.prompt_logprobs,
-        )
-
-    # called by the connection
-
-    def put(self, output: EngineOutput) -> None:
-        self._queue.append(output)
-        self._wake()
-
-    def fail(self, error: ServingError) -> None:
-        """Raised once what has already arrived is consumed."""
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-def _is_plain(output: EngineOutput) -> bool:
-    """Only tokens and perhaps their end: it can be told together with those before it."""
-    return (
-        output.kv_transfer_params is None
-        and output.error is None
-        and output.finish_reason in (None, "stop", "length")
-    )
+from serving.rpc.output_stream import OutputStream
 
 
 class WorkerConnection(RpcConnection):
+    """The connection of one client, and the streams of the requests that it carries."""
+
     def __init__(self, client: RpcClient, stall_s: float) -> None:
         super().__init__(msgspec.msgpack.Decoder(ToFrontend), stall_s)
         self._client = client
         self._streams: dict[str, OutputStream] = {}
-        self._pings: dict[int, asyncio.Future[None]] = {}
-        self._ping_numbers = itertools.count()
         self.hello: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
 
     def open(self, request_id: str, stream: OutputStream) -> None:
@@ -154,21 +42,10 @@ class WorkerConnection(RpcConnection):
         self._streams[request_id] = stream
 
     def drop(self, request_id: str, stream: OutputStream) -> bool:
-        """True when it was still running."""
         if self._streams.get(request_id) is not stream:
             return False
         del self._streams[request_id]
         return True
-
-    async def ping(self) -> None:
-        """One round trip. Raises InstanceLost when the connection drops meanwhile."""
-        number = next(self._ping_numbers)
-        self._pings[number] = asyncio.get_running_loop().create_future()
-        self.send(Ping(number))
-        try:
-            await self._pings[number]
-        finally:
-            del self._pings[number]
 
     def received(self, message: Any) -> None:
         if isinstance(message, Step):
@@ -179,9 +56,6 @@ class WorkerConnection(RpcConnection):
                 if output.finish_reason is not None:
                     del self._streams[output.request_id]
                 stream.put(output)
-        elif isinstance(message, Pong):
-            if (waiting := self._pings.get(message.id)) is not None and not waiting.done():
-                waiting.set_result(None)
         elif isinstance(message, Draining):
             self._client.drains()
         elif self.hello.done():
@@ -189,14 +63,11 @@ class WorkerConnection(RpcConnection):
         else:
             self.hello.set_result(message)
 
-    def disconnected(self, why: str) -> None:
-        lost = InstanceLost(self._client.info.instance_id, why)
+    def disconnected(self, reason: str) -> None:
+        lost = InstanceLost(self._client.info.instance_id, reason)
         if not self.hello.done():
             self.hello.set_exception(lost)
-            self.hello.exception()  # nobody may be waiting
-        for waiting in self._pings.values():
-            if not waiting.done():
-                waiting.set_exception(lost)
+            self.hello.exception()  # nobody may be waiting for it
         for stream in self._streams.values():
             stream.fail(lost)
         self._streams.clear()
@@ -204,11 +75,11 @@ class WorkerConnection(RpcConnection):
 
 
 class RpcClient:
-    """A frontend's connection to one instance. It is never reconnected: a new registration of the
+    """A frontend's connection to one instance. It never reconnects: a new registration of the
     instance has a new epoch and gets a new client.
 
-    `merge`: what arrived of a request since its stream was looked at last comes as one output, which
-    costs a frontend that is behind no more per token than one that is not.
+    With `merge`, a stream returns all queued outputs of its request as one. A frontend that has
+    fallen behind then pays no more for a token than one that keeps up.
     """
 
     def __init__(
@@ -219,13 +90,13 @@ class RpcClient:
         stall_s: float = STALL_S,
         merge: bool = False,
     ) -> None:
-        """With a `secret`, only an instance that proves to know it is spoken to."""
+        """With a `secret`, connects only to an instance that proves to know it."""
         self._secret = secret
         self.info = info
         self.draining = False
         self.address = ""
         self.on_lost: Callable[[], None] | None = None
-        """Called once when an established connection drops, not on `close`."""
+        """Called once, when an established connection drops; not on `close`."""
         self.on_draining: Callable[[], None] | None = None
         """Called once when the worker announces that it drains."""
         self.merge = merge
@@ -233,7 +104,7 @@ class RpcClient:
         self._connection: WorkerConnection | None = None
 
     async def connect(self, deadline_s: float = 5.0) -> None:
-        """Try the addresses in order. Raises InstanceLost when none leads to this very instance."""
+        """Try the addresses in order. Raises InstanceLost when none leads to this instance and epoch."""
         reasons = []
         try:
             async with asyncio.timeout(deadline_s):
@@ -263,11 +134,11 @@ class RpcClient:
         else:
             raise ValueError("neither unix: nor tcp://")
         try:
-            asked = Hello(PROTOCOL_VERSION, nonce=new_nonce() if self._secret else b"")
-            connection.send(asked)
-            answer = await connection.hello
-            self._check(answer)
-            self._prove(connection, asked, answer)
+            mine = Hello(PROTOCOL_VERSION, nonce=new_nonce() if self._secret else b"")
+            connection.send(mine)
+            theirs = await connection.hello
+            self._check(theirs)
+            self._prove(connection, mine, theirs)
             if connection.closing:
                 raise InstanceLost(self.info.instance_id)
         except BaseException:
@@ -286,12 +157,12 @@ class RpcClient:
                 + ", expected {}, {}, {}".format(*wanted),
             )
 
-    def _prove(self, connection: WorkerConnection, asked: Hello, answer: Hello) -> None:
+    def _prove(self, connection: WorkerConnection, mine: Hello, theirs: Hello) -> None:
         if self._secret:
-            if not same(answer.proof, worker_proof(self._secret, asked, answer)):
+            if not same(theirs.proof, worker_proof(self._secret, mine, theirs)):
                 raise InstanceLost(self.info.instance_id, "it does not know the secret")
-            connection.send(Proof(frontend_proof(self._secret, asked, answer)))
-        elif answer.nonce:
+            connection.send(Proof(frontend_proof(self._secret, mine, theirs)))
+        elif theirs.nonce:
             raise InstanceLost(self.info.instance_id, "it asks for a secret")
 
     @property
@@ -306,23 +177,11 @@ class RpcClient:
 
     def generate(self, request: EngineRequest) -> OutputStream:
         """`async with client.generate(request) as outputs: async for output in outputs: ...`"""
-        return OutputStream(self, request)
+        return OutputStream(self.connection, request, merge=self.merge)
 
     def release(self, request_id: str) -> None:
         """Let the worker free what a finished prefill holds. Raises InstanceLost."""
         self.connection().send(Release(request_id))
-
-    async def ping(self, deadline_s: float) -> float:
-        """Seconds of one round trip. Raises InstanceLost, also when the deadline passes."""
-        start = time.monotonic()
-        try:
-            async with asyncio.timeout(deadline_s):
-                await self.connection().ping()
-        except TimeoutError:
-            raise InstanceLost(
-                self.info.instance_id, f"no answer within {deadline_s:g} s"
-            ) from None
-        return time.monotonic() - start
 
     async def close(self) -> None:
         """Running streams raise InstanceLost; `on_lost` is not called."""

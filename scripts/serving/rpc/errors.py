@@ -1,4 +1,4 @@
-"""Errors that travel: between the tree of `errors.py` and `protocol.ErrorInfo`."""
+"""Errors on the wire: from `serving.errors` to `protocol.ErrorInfo`, and back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def error_info(exc: ServingError) -> ErrorInfo:
 def raise_error(info: ErrorInfo) -> NoReturn:
     """Raise the error that `info` describes.
 
-    Kinds that only mean something inside a worker, and unknown ones, become EngineFailed.
+    Kinds that have a meaning only inside a worker become EngineFailed, and so do unknown kinds.
     """
     rebuild = _REBUILT.get(info.kind)
     raise EngineFailed(info.message) if rebuild is None else rebuild(info)

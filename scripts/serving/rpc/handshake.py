@@ -1,10 +1,10 @@
-"""Who may speak to a worker: both ends prove that they know the deployment's secret.
+"""The handshake of frontend and worker: both ends prove that they know the deployment's secret.
 
     -> Hello(nonce)   <- Hello(nonce, proof)   -> Proof
 
-A proof is HMAC-SHA256 over both nonces and the name of the worker, so that none can be used again
-or elsewhere. Neither end learns the secret. What follows is neither encrypted nor signed: whoever
-can alter packets on the way can take a connection over after its handshake.
+A proof is HMAC-SHA256 over both nonces and the name of the worker, so it is worthless for another
+connection or another worker. It does not reveal the secret. The messages after the handshake are
+neither encrypted nor signed: an attacker who can alter packets can take over the connection.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIN_SECRET_BYTES = 16
 
 
 def read_secret(path: str) -> bytes:
-    """The secret in `path`; empty, so that nothing is proven, for no path.
+    """The secret in `path`. No path means an empty secret, and no proofs.
 
     Raises OSError, and ValueError for a secret that could be guessed.
     """
@@ -39,21 +39,21 @@ def new_nonce() -> bytes:
     return secrets.token_bytes(NONCE_BYTES)
 
 
-def worker_proof(secret: bytes, asked: Hello, answer: Hello) -> bytes:
-    """What a worker says beside `answer` (its `proof` is not looked at)."""
-    return _proof(b"worker", secret, asked, answer)
+def worker_proof(secret: bytes, frontend: Hello, worker: Hello) -> bytes:
+    """The worker's proof, for its hello `worker` (without regard to the `proof` in it)."""
+    return _proof(b"worker", secret, frontend, worker)
 
 
-def frontend_proof(secret: bytes, asked: Hello, answer: Hello) -> bytes:
-    """What a frontend that said `asked` says to a worker that said `answer`."""
-    return _proof(b"frontend", secret, asked, answer)
+def frontend_proof(secret: bytes, frontend: Hello, worker: Hello) -> bytes:
+    """The proof of the frontend whose hello was `frontend`, for the worker that sent `worker`."""
+    return _proof(b"frontend", secret, frontend, worker)
 
 
-def _proof(side: bytes, secret: bytes, asked: Hello, answer: Hello) -> bytes:
-    parts = (side, asked.nonce, answer.nonce, answer.instance_id, answer.epoch, answer.version)
+def _proof(role: bytes, secret: bytes, frontend: Hello, worker: Hello) -> bytes:
+    parts = (role, frontend.nonce, worker.nonce, worker.instance_id, worker.epoch, worker.version)
     return hmac.digest(secret, msgspec.msgpack.encode(parts), hashlib.sha256)
 
 
 def same(proof: bytes, expected: bytes) -> bool:
-    """In a time that tells nothing about how much of it agrees."""
+    """Compare in a time that does not depend on the contents."""
     return hmac.compare_digest(proof, expected)

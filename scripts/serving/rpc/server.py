@@ -1,4 +1,4 @@
-"""The worker's end: accepts frontends, hands requests to the worker, outputs to whoever asked."""
+"""The worker's end: accepts frontends, passes their requests on, and returns the outputs to them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from serving.protocol import (
     EngineRequest,
     Generate,
     Hello,
-    Ping,
-    Pong,
     Proof,
     Release,
     Step,
@@ -33,45 +31,47 @@ from serving.rpc.handshake import frontend_proof, new_nonce, same, worker_proof
 
 log = logging.getLogger(__name__)
 
-GREET_S = 5.0
-"""Whoever has not introduced itself by then is disconnected."""
-GREET_BYTES = 4096
-"""So much of an unfinished message is kept from a peer that has not introduced itself."""
+HANDSHAKE_S = 5.0
+"""A peer that has not completed the handshake by then is disconnected."""
+HANDSHAKE_BYTES = 4096
+"""Largest unfinished message that is kept for a peer before the handshake is complete."""
 
 
 class RpcHandler(Protocol):
-    """What a worker does with what frontends ask."""
+    """What a worker does with the messages of frontends."""
 
     def on_generate(self, request: EngineRequest) -> None:
-        """Start a request; outputs go to `RpcServer.send`. A ServingError is sent as its end."""
+        """Start a request; its outputs go to `RpcServer.send`. A ServingError becomes its last one."""
 
     def on_abort(self, request_id: str) -> None:
-        """The frontend no longer wants it, or is gone."""
+        """The frontend no longer wants the request, or has disconnected."""
 
     def on_release(self, request_id: str) -> None:
-        """Nobody will fetch the KV that this finished prefill holds."""
+        """Nobody will fetch the KV that a finished prefill holds."""
 
 
 class FrontendConnection(RpcConnection):
-    """One connected frontend and the requests it is waiting for."""
+    """One connected frontend and its running requests."""
 
     def __init__(self, server: RpcServer) -> None:
         super().__init__(msgspec.msgpack.Decoder(ToWorker), server.stall_s)
         self._server = server
         self._greeted = False
         self._awaited_proof = b""
-        self._impatience: asyncio.TimerHandle | None = None
+        self._handshake_deadline: asyncio.TimerHandle | None = None
         self.live: set[str] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._server.remember(self)
         loop = asyncio.get_running_loop()
-        self._impatience = loop.call_later(GREET_S, self.fail, "it did not introduce itself")
+        self._handshake_deadline = loop.call_later(
+            self._server.handshake_s, self.fail, "it did not introduce itself"
+        )
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if not self._greeted and self._parser.num_pending > GREET_BYTES:
+        if not self._greeted and self._parser.num_pending > HANDSHAKE_BYTES:
             self.fail("it sent more than an introduction")
 
     def received(self, message: Any) -> None:
@@ -86,8 +86,6 @@ class FrontendConnection(RpcConnection):
             self._server.abort(self, message.request_id)
         elif isinstance(message, Release):
             self._server.release(message.request_id)
-        elif isinstance(message, Ping):
-            self.send(Pong(message.id))
         else:
             raise ProtocolError("a second hello")
 
@@ -99,7 +97,7 @@ class FrontendConnection(RpcConnection):
         if secret:
             hello = msgspec.structs.replace(hello, nonce=new_nonce())
             hello = msgspec.structs.replace(hello, proof=worker_proof(secret, message, hello))
-        self.send(hello)  # also to a peer of another version: it says what we are
+        self.send(hello)  # also to a peer of another version, which can then report ours
         if message.version != PROTOCOL_VERSION:
             assert self.transport is not None
             log.warning("%s speaks version %d", self.peer, message.version)
@@ -112,28 +110,28 @@ class FrontendConnection(RpcConnection):
 
     def _check_proof(self, message: Any) -> None:
         if not isinstance(message, Proof) or not same(message.proof, self._awaited_proof):
-            raise ProtocolError("no proof that it belongs to this deployment")
+            raise ProtocolError("no proof that it knows the secret")
         self._admit()
 
     def _admit(self) -> None:
         self._greeted = True
-        if self._impatience is not None:
-            self._impatience.cancel()
+        if self._handshake_deadline is not None:
+            self._handshake_deadline.cancel()
         if self._server.draining:
             self.announce_drain()
 
     def announce_drain(self) -> None:
-        if self._greeted:  # others learn it when they are
+        if self._greeted:  # `_admit` informs the others
             self.send(Draining())
 
-    def disconnected(self, why: str) -> None:
-        if self._impatience is not None:
-            self._impatience.cancel()
-        self._server.forget(self, why)
+    def disconnected(self, reason: str) -> None:
+        if self._handshake_deadline is not None:
+            self._handshake_deadline.cancel()
+        self._server.forget(self, reason)
 
 
 class RpcServer:
-    """Accepts frontends, hands requests to the worker and outputs to whoever asked for them."""
+    """Owns the listeners, and knows which frontend each running request belongs to."""
 
     def __init__(
         self,
@@ -143,11 +141,12 @@ class RpcServer:
         *,
         secret: bytes = b"",
         stall_s: float = STALL_S,
+        handshake_s: float = HANDSHAKE_S,
     ) -> None:
-        """With a `secret`, only who proves to know it is listened to."""
+        """With a `secret`, serves only frontends that prove to know it."""
         self.secret = secret
         self.hello = Hello(PROTOCOL_VERSION, instance_id, epoch)
-        self.stall_s = stall_s
+        self.stall_s, self.handshake_s = stall_s, handshake_s
         self.draining = False
         self._handler = handler
         self._connections: set[FrontendConnection] = set()
@@ -158,8 +157,8 @@ class RpcServer:
     async def start(self, host: str, unix_path: str | None = None) -> list[str]:
         """Listen on an ephemeral TCP port of `host` and on `unix_path`.
 
-        Returns addresses, preferred first. A path that cannot be used is left out with a warning:
-        it only saves time. Raises OSError when `host` cannot be listened on.
+        Returns the addresses, the preferred one first. An unusable path is left out with a warning,
+        because TCP is only slower. Raises OSError when it cannot listen on `host`.
         """
         loop = asyncio.get_running_loop()
         addresses = []
@@ -181,17 +180,13 @@ class RpcServer:
 
     @property
     def num_live(self) -> int:
-        """Requests that have not had their last output."""
+        """Requests whose last output was not sent yet."""
         return len(self._owners)
-
-    @property
-    def num_frontends(self) -> int:
-        return len(self._connections)
 
     def send(self, outputs: list[EngineOutput]) -> None:
         """Deliver what one engine step produced: one frame per frontend.
 
-        Outputs of requests that nobody waits for any more are dropped.
+        Drops the outputs of requests that were aborted.
         """
         batches: dict[FrontendConnection, list[EngineOutput]] = {}
         for output in outputs:
@@ -206,13 +201,13 @@ class RpcServer:
             owner.send(Step(batch))
 
     def announce_drain(self) -> None:
-        """Tell all frontends, present and future, to send nothing more."""
+        """Ask all frontends, present and future, to send no more requests."""
         self.draining = True
         for connection in self._connections:
             connection.announce_drain()
 
     async def close(self) -> None:
-        """Stop listening and disconnect everybody; their live requests are aborted."""
+        """Stop listening, disconnect all frontends, and abort their running requests."""
         for listener in self._listeners:
             listener.close()
         await asyncio.gather(*(connection.close() for connection in self._connections))
@@ -239,7 +234,7 @@ class RpcServer:
         request_id = request.request_id
         owner = self._owners.get(request_id)
         if owner is connection:
-            raise ProtocolError(f"{request_id} twice")
+            raise ProtocolError(f"the request {request_id} twice")
         if owner is not None:
             taken = InvalidRequest(f"{request_id} is already running for another frontend")
             connection.send(Step([EngineOutput(request_id, [], "error", error=error_info(taken))]))
@@ -273,9 +268,9 @@ class RpcServer:
         except Exception:
             log.exception("%s could not be released", request_id)
 
-    def forget(self, connection: FrontendConnection, why: str) -> None:
+    def forget(self, connection: FrontendConnection, reason: str) -> None:
         self._connections.discard(connection)
         if connection.live:
-            log.info("a frontend left (%s): aborting %d requests", why, len(connection.live))
+            log.info("a frontend left (%s): aborting %d requests", reason, len(connection.live))
         for request_id in list(connection.live):
             self.abort(connection, request_id)

@@ -1,65 +1,49 @@
-"""Only who knows the secret is listened to, and only who knows it is spoken to."""
+"""Frontends and workers serve only peers that prove to know the secret."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import msgspec
 import pytest
 from serving.errors import InstanceLost
+from serving.framing import frame
 from serving.protocol import (
     PROTOCOL_VERSION,
-    EngineRequest,
     Hello,
-    InstanceInfo,
-    ModelCard,
-    Ping,
     Proof,
+    Release,
 )
 from serving.rpc import RpcClient, RpcServer
-from serving.rpc import server as server_module
 from serving.rpc.handshake import frontend_proof, read_secret, worker_proof
+from serving.rpc.server import HANDSHAKE_S
+from unit.rpc.rpc_rig import Recorder, info_for, read_frame, until
 
 SECRET = b"of this deployment"
 
 
-class Deaf:
-    """A worker that must not be reached by strangers."""
+class Worker:
+    """A listening server with a secret, and what reached its handler."""
 
-    def on_generate(self, request: EngineRequest) -> None:
-        raise AssertionError("a stranger reached the worker")
+    def __init__(self, secret: bytes = SECRET, handshake_s: float = HANDSHAKE_S) -> None:
+        self.handler = Recorder()
+        self.server = RpcServer(self.handler, "agg-0", 7, secret=secret, handshake_s=handshake_s)
+        self.address = ""
 
-    def on_abort(self, request_id: str) -> None:
-        raise AssertionError("a stranger reached the worker")
+    async def __aenter__(self) -> "Worker":
+        self.address = (await self.server.start("127.0.0.1"))[0]
+        return self
 
-    on_release = on_abort
+    async def __aexit__(self, *_: object) -> None:
+        await self.server.close()
+
+    def client(self, secret: bytes = b"") -> RpcClient:
+        return RpcClient(info_for([self.address]), secret=secret)
 
 
 @pytest.fixture
-async def worker() -> AsyncIterator[tuple[RpcServer, str]]:
-    server = RpcServer(Deaf(), "agg-0", 7, secret=SECRET)
-    yield server, (await server.start("127.0.0.1"))[0]
-    await server.close()
-
-
-def info_at(address: str) -> InstanceInfo:
-    return InstanceInfo(
-        instance_id="agg-0",
-        epoch=7,
-        role="agg",
-        rpc_addresses=[address],
-        kv_address="",
-        model=ModelCard("m", "d", 64, 16, "salt", "f", 0),
-        num_blocks=1,
-        max_batch_size=1,
-        pid=1,
-        host="h",
-    )
-
-
-def frame(message: object) -> bytes:
-    body = msgspec.msgpack.encode(message)
-    return len(body).to_bytes(4, "little") + body
+async def worker() -> AsyncIterator[Worker]:
+    async with Worker() as worker:
+        yield worker
 
 
 async def dial(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -68,8 +52,9 @@ async def dial(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter
 
 
 async def hello_of(reader: asyncio.StreamReader) -> Hello:
-    size = int.from_bytes(await reader.readexactly(4), "little")
-    return msgspec.msgpack.decode(await reader.readexactly(size), type=Hello)
+    hello = await read_frame(reader)
+    assert isinstance(hello, Hello)
+    return hello
 
 
 async def closed(reader: asyncio.StreamReader) -> bool:
@@ -81,46 +66,47 @@ async def closed(reader: asyncio.StreamReader) -> bool:
         return True
 
 
-async def test_who_knows_the_secret_is_served(worker: tuple[RpcServer, str]) -> None:
-    client = RpcClient(info_at(worker[1]), secret=SECRET)
+async def test_client_with_the_secret_is_served(worker: Worker) -> None:
+    client = worker.client(SECRET)
     await client.connect()
-    assert await client.ping(2.0) < 2.0
+    client.release("r")
+    await until(lambda: worker.handler.released == ["r"])
     await client.close()
 
 
-async def test_client_with_another_secret_does_not_connect(worker: tuple[RpcServer, str]) -> None:
+async def test_client_with_another_secret_does_not_connect(worker: Worker) -> None:
     with pytest.raises(InstanceLost, match="does not know the secret"):
-        await RpcClient(info_at(worker[1]), secret=b"of another one").connect()
+        await worker.client(b"of another one").connect()
     with pytest.raises(InstanceLost, match="asks for a secret"):
-        await RpcClient(info_at(worker[1])).connect()
+        await worker.client().connect()
 
 
 async def test_client_does_not_speak_to_a_worker_without_the_secret() -> None:
-    server = RpcServer(Deaf(), "agg-0", 7)
-    address = (await server.start("127.0.0.1"))[0]
-    with pytest.raises(InstanceLost, match="does not know the secret"):
-        await RpcClient(info_at(address), secret=SECRET).connect()
-    await server.close()
+    async with Worker(secret=b"") as worker:
+        with pytest.raises(InstanceLost, match="does not know the secret"):
+            await worker.client(SECRET).connect()
 
 
-@pytest.mark.parametrize("second", [Ping(1), Proof(b""), Proof(b"x" * 32), Hello(PROTOCOL_VERSION)])
-async def test_stranger_is_disconnected_unanswered(
-    worker: tuple[RpcServer, str], second: object
+@pytest.mark.parametrize(
+    "second", [Release("r"), Proof(b""), Proof(b"x" * 32), Hello(PROTOCOL_VERSION)]
+)
+async def test_peer_without_a_proof_is_disconnected_without_an_answer(
+    worker: Worker, second: object
 ) -> None:
-    reader, writer = await dial(worker[1])
+    reader, writer = await dial(worker.address)
     writer.write(frame(Hello(PROTOCOL_VERSION)))
     await hello_of(reader)
-    writer.write(frame(second) + frame(Ping(2)))
+    writer.write(frame(second) + frame(Release("r")))
     assert await closed(reader)
     writer.close()
-    assert worker[0].num_frontends == 0
+    assert worker.handler.released == []
 
 
-async def test_proof_of_another_connection_or_of_the_other_side_does_not_count(
-    worker: tuple[RpcServer, str],
+async def test_proof_of_another_connection_or_of_the_worker_is_refused(
+    worker: Worker,
 ) -> None:
     asked = Hello(PROTOCOL_VERSION, nonce=b"always the same")
-    first_reader, first_writer = await dial(worker[1])
+    first_reader, first_writer = await dial(worker.address)
     first_writer.write(frame(asked))
     first = await hello_of(first_reader)
     for make in (
@@ -128,46 +114,42 @@ async def test_proof_of_another_connection_or_of_the_other_side_does_not_count(
         lambda answer: worker_proof(SECRET, asked, answer),
         lambda answer: answer.proof,
     ):
-        reader, writer = await dial(worker[1])
+        reader, writer = await dial(worker.address)
         writer.write(frame(asked))
-        writer.write(frame(Proof(make(await hello_of(reader)))) + frame(Ping(1)))
+        writer.write(frame(Proof(make(await hello_of(reader)))) + frame(Release("r")))
         assert await closed(reader)
         writer.close()
     first_writer.close()
 
 
-async def test_stranger_who_draws_it_out_is_disconnected(
-    worker: tuple[RpcServer, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_module, "GREET_S", 0.05)
-    reader, writer = await dial(worker[1])
-    assert await closed(reader)
-    writer.close()
+async def test_slow_handshake_is_disconnected_at_its_deadline() -> None:
+    async with Worker(handshake_s=0.05) as worker:
+        reader, writer = await dial(worker.address)
+        assert await closed(reader)
+        writer.close()
 
 
-async def test_stranger_cannot_fill_memory(worker: tuple[RpcServer, str]) -> None:
-    reader, writer = await dial(worker[1])
+async def test_unfinished_message_before_the_handshake_is_limited(worker: Worker) -> None:
+    reader, writer = await dial(worker.address)
     writer.write((32 << 20).to_bytes(4, "little") + b"x" * 100_000)
     assert await closed(reader)
     writer.close()
 
 
-async def test_frontend_learns_of_a_drain_only_once_it_is_known(
-    worker: tuple[RpcServer, str],
+async def test_drain_is_announced_only_after_the_handshake(
+    worker: Worker,
 ) -> None:
-    server, address = worker
-    server.announce_drain()
-    reader, writer = await dial(address)
+    worker.server.announce_drain()
+    reader, writer = await dial(worker.address)
     writer.write(frame(Hello(PROTOCOL_VERSION)))
     await hello_of(reader)
-    server.announce_drain()
+    worker.server.announce_drain()
     writer.write(frame(Proof(b"wrong")))
     assert await closed(reader)
     writer.close()
-    client = RpcClient(info_at(address), secret=SECRET)
+    client = worker.client(SECRET)
     await client.connect()
-    await client.ping(2.0)
-    assert client.draining
+    await until(lambda: client.draining)
     await client.close()
 
 

@@ -26,6 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "scripts"))
 
 import torch  # noqa: E402
+from serving.config import EngineConfig  # noqa: E402
 from serving.engine.manifest import load_manifest  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
 from serving.load_report import LoadReport  # noqa: E402
@@ -92,17 +93,21 @@ class Ours:
     """The engine, driven through its public interface."""
 
     def __init__(self, engine_dir: Path, threads: int, max_model_len: int) -> None:
-        self.name = f"torch engine, {load_manifest(engine_dir).dtype}"
+        dtype: Any = load_manifest(engine_dir).dtype
+        self.name = f"torch engine, {dtype}"
         self._engine = TorchEngine(
             engine_dir,
-            max_model_len=max_model_len,
-            block_size=BLOCK_SIZE,
-            kv_cache_tokens=16 * max_model_len,
-            max_batch_size=8,
-            max_num_batched_tokens=512,
-            max_waiting=64,
-            dtype=load_manifest(engine_dir).dtype,
-            num_threads=threads,
+            EngineConfig(
+                dtype=dtype,
+                max_model_len=max_model_len,
+                block_size=BLOCK_SIZE,
+                kv_cache_tokens=16 * max_model_len,
+                max_batch_size=8,
+                max_num_batched_tokens=512,
+                max_waiting=64,
+                num_threads=threads,
+            ),
+            "cpu",
             hash_salt="benchmark",
             fingerprint="benchmark",
         )

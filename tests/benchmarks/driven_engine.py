@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from serving.config import EngineConfig
 from serving.engine.manifest import load_manifest
 from serving.engine.torch.engine import TorchEngine
 from serving.load_report import LoadReport
@@ -96,17 +97,16 @@ class Run:
 
 
 class DrivenEngine:
-    """An engine of the built `engine_dir`; `settings` are for its constructor."""
+    """An engine of the built `engine_dir` on `device`; `settings` are those of `EngineConfig`."""
 
-    def __init__(self, engine_dir: Path, **settings: Any) -> None:
+    def __init__(self, engine_dir: Path, device: str, **settings: Any) -> None:
         manifest = load_manifest(engine_dir)
         self._engine = TorchEngine(
             engine_dir,
-            block_size=BLOCK_SIZE,
-            max_waiting=1024,
+            EngineConfig(block_size=BLOCK_SIZE, max_waiting=1024, **settings),
+            device,
             hash_salt=manifest.hash_salt,
             fingerprint=manifest.fingerprint,
-            **settings,
         )
         self._vocab_size = manifest.vocab_size
         self._random = random.Random(0)

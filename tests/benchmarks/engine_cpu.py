@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import torch  # noqa: E402
 from cpu_contenders import BLOCK_SIZE, Contender  # noqa: E402
 from engine_under_test import find_engine, find_gguf  # noqa: E402
+from serving.config import EngineConfig  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
 from serving.load_report import LoadReport  # noqa: E402
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams  # noqa: E402
@@ -106,14 +107,18 @@ async def measure_host_tier(engine_dir: Path, threads: int, repeats: int) -> Non
     length = 1024
     engine = TorchEngine(
         engine_dir,
-        max_model_len=length + BLOCK_SIZE,
-        block_size=BLOCK_SIZE,
-        kv_cache_tokens=length + BLOCK_SIZE,  # room for one of them
-        max_batch_size=1,
-        max_num_batched_tokens=512,
-        max_waiting=1,
-        host_cache_bytes=512 * 2**20,
-        num_threads=threads,
+        EngineConfig(
+            dtype="float32",
+            max_model_len=length + BLOCK_SIZE,
+            block_size=BLOCK_SIZE,
+            kv_cache_tokens=length + BLOCK_SIZE,  # room for one of them
+            max_batch_size=1,
+            max_num_batched_tokens=512,
+            max_waiting=1,
+            host_cache_bytes=512 * 2**20,
+            num_threads=threads,
+        ),
+        "cpu",
         hash_salt="benchmark",
         fingerprint="benchmark",
     )

@@ -46,6 +46,7 @@ if __name__ == "__main__" and "cuda" in sys.argv:
 import msgspec  # noqa: E402
 from engine_under_test import find_engine  # noqa: E402
 from kv_ends import Got, Held, params, pulling, random_blocks, serving  # noqa: E402
+from serving.config import EngineConfig  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
 from serving.kv_layout import KvLayout  # noqa: E402
 from serving.kv_transfer import PrefillProgress  # noqa: E402
@@ -202,13 +203,17 @@ class Worker:
     ) -> None:
         self.engine = TorchEngine(
             engine_dir,
-            max_model_len=2 * prompt_tokens,
-            block_size=SMOLLM2.block_size,
-            kv_cache_tokens=8 * prompt_tokens,
-            max_batch_size=8,
-            max_num_batched_tokens=chunk_tokens,
-            max_waiting=64,
-            num_threads=threads,
+            EngineConfig(
+                dtype="float32",
+                max_model_len=2 * prompt_tokens,
+                block_size=SMOLLM2.block_size,
+                kv_cache_tokens=8 * prompt_tokens,
+                max_batch_size=8,
+                max_num_batched_tokens=chunk_tokens,
+                max_waiting=64,
+                num_threads=threads,
+            ),
+            "cpu",
             hash_salt="benchmark",
             fingerprint="benchmark",
         )

@@ -45,7 +45,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from kv_ends import Held, host_view, params, transfer  # noqa: E402
-from serving.engine.torch.kv_pool import KvPool  # noqa: E402
+from serving.engine.torch.kv.pool import KvPool  # noqa: E402
 from serving.kv_layout import BlocksInPlace, KvLayout  # noqa: E402
 from serving.kv_transfer import staging  # noqa: E402
 from serving.kv_transfer.gpu_memory import GpuBuffer  # noqa: E402

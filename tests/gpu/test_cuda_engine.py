@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from serving.engine.torch.kv_pool import KvPool
+from serving.engine.torch.kv.pool import KvPool
 from serving.kv_layout import KvLayout
 from serving.protocol import KvTransferParams
 from transformers import AutoModelForCausalLM

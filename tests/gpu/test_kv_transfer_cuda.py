@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import msgspec  # noqa: E402
 from kv_ends import line_of, process, pulling, serving  # noqa: E402
-from serving.engine.torch.kv_pool import KvPool  # noqa: E402
+from serving.engine.torch.kv.pool import KvPool  # noqa: E402
 from serving.kv_layout import BlocksInPlace, KvLayout  # noqa: E402
 from serving.kv_transfer import PrefillProgress  # noqa: E402
 from serving.protocol import KvTransferParams  # noqa: E402

@@ -1,8 +1,10 @@
-"""The engine that a worker was told to serve, not started yet, and its model's card."""
+"""Makes the engine that a worker serves, not started yet, and its model's card."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import msgspec
 
 from serving.config.process import WorkerSettings
 from serving.engine.base import BlockEngine, TransferringEngine
@@ -12,7 +14,7 @@ from serving.protocol import ModelCard
 
 
 def load_engine(process: WorkerSettings) -> tuple[BlockEngine | TransferringEngine, ModelCard]:
-    """Raises OperatorError when the built engine is not the one that is meant."""
+    """Raises OperatorError when the built engine is not the one that the settings name."""
     manifest = load_manifest(Path(process.engine_dir))
     if manifest.fingerprint != process.engine_fingerprint:
         raise OperatorError(
@@ -42,21 +44,11 @@ def load_engine(process: WorkerSettings) -> tuple[BlockEngine | TransferringEngi
 def _torch(process: WorkerSettings, manifest: EngineManifest) -> BlockEngine:
     from serving.engine.torch.engine import TorchEngine
 
-    config = process.engine
     return TorchEngine(
         Path(process.engine_dir),
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        kv_cache_tokens=config.kv_cache_tokens,
-        max_batch_size=config.max_batch_size,
-        max_num_batched_tokens=config.step_tokens(process.device, process.role),
-        max_waiting=config.max_waiting,
-        device=process.device,
-        dtype=process.dtype,
-        kv_cache_dtype=config.kv_cache_dtype,
-        host_cache_bytes=config.host_cache_bytes,
-        num_threads=config.num_threads,
-        gpu_memory_fraction=config.gpu_memory_fraction,
+        msgspec.structs.replace(process.engine, dtype=process.dtype),
+        process.device,
+        role=process.role,
         hash_salt=manifest.hash_salt,
         fingerprint=manifest.fingerprint,
     )

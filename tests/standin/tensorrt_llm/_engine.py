@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from pathlib import Path
 
 from serving import block_hash
+from serving.config import EngineConfig
 from serving.engine.core.admission import SchedulerLimits
 from serving.engine.core.block_pool import BlockPool
 from serving.engine.core.scheduler import Scheduler
@@ -62,16 +63,11 @@ class Engine(TorchEngine):
     """`event_buffer_max_size` 0: no events. Without `block_reuse` no request finds another's blocks."""
 
     def __init__(
-        self,
-        *args: Any,
-        event_buffer_max_size: int,
-        host_cache_bytes: int,
-        block_reuse: bool,
-        **options: Any,
+        self, folder: Path, config: EngineConfig, *, event_buffer_max_size: int, block_reuse: bool
     ) -> None:
-        super().__init__(*args, **options)
+        super().__init__(folder, config, "cpu", hash_salt="standin", fingerprint="standin")
         self._event_buffer = event_buffer_max_size if block_reuse else 0
-        self._host_cache_bytes, self._block_reuse = host_cache_bytes, block_reuse
+        self._block_reuse = block_reuse
         self._lone = itertools.count()
         self.salts: dict[str, str] = {}  # request id -> cache_salt, until the request is queued
         self.kv_events: KvEvents | None = None
@@ -85,15 +81,13 @@ class Engine(TorchEngine):
             sequence.root = block_hash.root_hash(f"{self._hash_salt}|{salt}")
         return sequence
 
-    def _load(self) -> None:
-        super()._load()
-        pool = self._scheduler.pool
+    def _make_scheduler(self, pool: BlockPool) -> Scheduler:
         if self._event_buffer:
             block_bytes = self._runner.layout.block_bytes
             self.kv_events = KvEvents(
                 self._event_buffer,
                 window_size=self._limits.max_model_len,
                 num_blocks=pool.num_blocks,
-                num_host_blocks=self._host_cache_bytes // block_bytes,
+                num_host_blocks=self._config.host_cache_bytes // block_bytes,
             )
-        self._scheduler = WatchedScheduler(pool, self._limits, self.kv_events)
+        return WatchedScheduler(pool, self._limits, self.kv_events)

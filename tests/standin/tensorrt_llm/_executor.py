@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from serving.config import EngineConfig
 from serving.errors import ServingError
 from serving.load_report import LoadReport
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, SamplingParams
@@ -133,19 +134,18 @@ class Executor:
         s = self._settings
         engine = self._engine = Engine(
             s.model_dir,
-            max_model_len=s.max_seq_len,
-            block_size=s.tokens_per_block,
-            kv_cache_tokens=s.max_tokens_in_cache,
-            max_batch_size=s.max_batch_size,
-            max_num_batched_tokens=s.max_num_tokens,
-            max_waiting=1 << 30,
-            device="cpu",
-            dtype=s.dtype,
-            num_threads=_num_threads(),
-            hash_salt="standin",
-            fingerprint="standin",
+            EngineConfig(
+                max_model_len=s.max_seq_len,
+                block_size=s.tokens_per_block,
+                kv_cache_tokens=s.max_tokens_in_cache,
+                max_batch_size=s.max_batch_size,
+                max_num_batched_tokens=s.max_num_tokens,
+                max_waiting=1 << 30,
+                dtype=s.dtype,
+                num_threads=_num_threads(),
+                host_cache_bytes=s.host_cache_bytes,
+            ),
             event_buffer_max_size=s.event_buffer_max_size,
-            host_cache_bytes=s.host_cache_bytes,
             block_reuse=s.block_reuse,
         )
         await engine.start(self._on_step)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from serving.config import EngineConfig
 from serving.engine.torch.engine import TorchEngine
+from serving.engine.torch.runner import ModelRunner
 from serving.load_report import LoadReport
 from serving.protocol import (
     BlocksRemoved,
@@ -152,10 +154,18 @@ class Sink:
         await self._news.wait()
 
 
-@asynccontextmanager
-async def running(folder: Path, **options: Any) -> AsyncIterator[tuple[TorchEngine, Sink]]:
-    """An engine that is consistent, with nothing held, when the test is over."""
-    settings: dict[str, Any] = {
+def make_engine(
+    folder: Path,
+    *,
+    device: str = "cpu",
+    hash_salt: str = "tiny",
+    fingerprint: str = "tiny",
+    runner_class: type[ModelRunner] | None = None,
+    **settings: Any,
+) -> TorchEngine:
+    """A small engine; `settings` are those of `EngineConfig`."""
+    config: dict[str, Any] = {
+        "dtype": "float32",
         "max_model_len": 128,
         "block_size": 8,
         "kv_cache_tokens": 1024,
@@ -163,10 +173,22 @@ async def running(folder: Path, **options: Any) -> AsyncIterator[tuple[TorchEngi
         "max_num_batched_tokens": 256,
         "max_waiting": 32,
         "num_threads": 1,
-        "hash_salt": "tiny",
-        "fingerprint": "tiny",
+        **settings,
     }
-    engine, sink = TorchEngine(folder, **{**settings, **options}), Sink()
+    return TorchEngine(
+        folder,
+        EngineConfig(**config),
+        device,
+        hash_salt=hash_salt,
+        fingerprint=fingerprint,
+        runner_class=runner_class,
+    )
+
+
+@asynccontextmanager
+async def running(folder: Path, **options: Any) -> AsyncIterator[tuple[TorchEngine, Sink]]:
+    """An engine that is consistent, with nothing held, when the test is over. See `make_engine`."""
+    engine, sink = make_engine(folder, **options), Sink()
     await engine.start(sink)
     try:
         yield engine, sink

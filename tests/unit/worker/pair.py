@@ -37,7 +37,7 @@ from serving.rpc import RpcClient
 from serving.text.preprocess import PreparedRequest
 from serving.worker.handover import BlockHandover
 from serving.worker.worker import Worker
-from unit.engine.torch_rig import settled
+from unit.engine.torch_rig import make_engine, settled
 
 CARD = ModelCard("m", "/nowhere", 512, 8, "tiny", "tiny", 0)
 CONTROL = ControlServices(
@@ -70,21 +70,13 @@ class RunningWorker:
         return self.handover.transfers.kv_bytes_received
 
 
+SIZES: dict[str, Any] = {"max_model_len": 256, "max_num_batched_tokens": 16}
+
+
 @asynccontextmanager
 async def running_worker(
     role: Role, folder: Path, kv_transfer: KvTransferConfig, **options: Any
 ) -> AsyncIterator[RunningWorker]:
-    settings: dict[str, Any] = {
-        "max_model_len": 256,
-        "block_size": 8,
-        "kv_cache_tokens": 1024,
-        "max_batch_size": 8,
-        "max_num_batched_tokens": 16,
-        "max_waiting": 32,
-        "num_threads": 1,
-        "hash_salt": "tiny",
-        "fingerprint": "tiny",
-    }
     instance_id = f"{role}-0"
     process = WorkerSettings(
         instance_id=instance_id,
@@ -105,7 +97,7 @@ async def running_worker(
         drain_s=1.0,
     )
     this = RunningWorker()
-    this.engine = TorchEngine(folder, **{**settings, **options})
+    this.engine = make_engine(folder, **{**SIZES, **options})
 
     def sink(outputs: list[EngineOutput], cache: list[KvEvent], load: LoadReport) -> None:
         this.told += outputs

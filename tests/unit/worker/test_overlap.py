@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.engine.torch.model_runner import ModelRunner
+from serving.engine.torch.runner import ModelRunner
 from serving.errors import EngineFailed, Overloaded, ServingError
 from serving.protocol import EngineRequest
 from serving.text.preprocess import PreparedRequest

@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from serving.config import EngineConfig
 from serving.engine.core.sequence import Sequence, State
 from serving.engine.core.sequence_blocks import SequenceBlocks
 from serving.errors import Overloaded
@@ -25,6 +26,17 @@ class SchedulerLimits:
     max_batch_size: int
     max_num_batched_tokens: int
     max_waiting: int
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, step_tokens: int) -> SchedulerLimits:
+        """`step_tokens` is the resolved `max_num_batched_tokens` of a worker."""
+        return cls(
+            config.block_size,
+            config.max_model_len,
+            config.max_batch_size,
+            step_tokens,
+            config.max_waiting,
+        )
 
 
 class Admission:

@@ -65,13 +65,7 @@ class MockEngine(TransferringEngine):
         self._manifest, self._layout = manifest, manifest.kv_layout
         self._engine_dir, self._instance_id = engine_dir, instance_id
         self._timing = timing
-        self._limits = SchedulerLimits(
-            engine.block_size,
-            engine.max_model_len,
-            engine.max_batch_size,
-            engine.step_tokens(role=role),
-            engine.max_waiting,
-        )
+        self._limits = SchedulerLimits.from_config(engine, engine.step_tokens(role=role))
         num_tokens = engine.kv_cache_tokens or engine.max_batch_size * engine.max_model_len
         if num_tokens < engine.max_model_len:
             raise OperatorError(

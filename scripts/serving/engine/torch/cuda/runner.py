@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from serving.config import EngineConfig
 from serving.engine.core.sequence import UNKNOWN_TOKEN, Sequence
 from serving.engine.core.step import Chunk
 from serving.engine.torch.attention import AttentionOptions
@@ -28,8 +29,9 @@ from serving.engine.torch.cuda.step import (
     cudnn_causal,
     flash_varlen,
 )
-from serving.engine.torch.model_runner import Launched, ModelRunner, Probe
+from serving.engine.torch.probe import Probe
 from serving.engine.torch.rewrite.fusion import Report, Rotation, fuse
+from serving.engine.torch.runner import Launched, ModelRunner
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,11 @@ class CudaRunner(ModelRunner):
 
     depth = 2
 
-    def __init__(self, engine_dir: Path, **options: Any) -> None:
-        super().__init__(engine_dir, **options)
+    def __init__(
+        self, engine_dir: Path, config: EngineConfig, device: str, max_num_batched_tokens: int
+    ) -> None:
+        super().__init__(engine_dir, config, device, max_num_batched_tokens)
+        self._max_batch = config.max_batch_size
         report: Report = fuse(self._model, self.layout)
         log.info("%s", report)
         self._packer = Packer(self.device)
@@ -67,18 +72,23 @@ class CudaRunner(ModelRunner):
         activations = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
-        usable = free - int(total * (1 - self._memory_fraction)) - activations - _RESERVE_BYTES
+        usable = (
+            free
+            - int(total * (1 - self._config.gpu_memory_fraction))
+            - activations
+            - _RESERVE_BYTES
+        )
         log.info(
             "GPU memory: %.1f of %.1f GiB free after the weights, %.2f GiB for the largest step of "
             "%d tokens, %.1f GiB for KV (engine.gpu_memory_fraction %.2f)",
             free / 2**30, total / 2**30, activations / 2**30, num_tokens, max(0, usable) / 2**30,
-            self._memory_fraction,
+            self._config.gpu_memory_fraction,
         )  # fmt: skip
         return max(0, usable)
 
     def warm_up(self, num_tokens: int) -> None:
         """Compile the kernels, then capture the decode graphs, largest batch first."""
-        width = self.layout.num_blocks(self._max_model_len)
+        width = self.layout.num_blocks(self._config.max_model_len)
         self._slots = Slots(self._max_batch, width)
         shape = (self._slots.count, width)
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -216,7 +226,7 @@ class CudaRunner(ModelRunner):
 
     def _decodes(self, count: int, slots: torch.Tensor, lengths: torch.Tensor) -> Decodes:
         splits = kernels.num_splits(
-            count, self.layout.num_kv_heads, self._max_model_len, self._processors
+            count, self.layout.num_kv_heads, self._config.max_model_len, self._processors
         )
         return Decodes(count, slots, lengths, self._tables, splits)
 

@@ -16,7 +16,7 @@ import torch
 
 from serving.engine.torch.attention import AttentionOptions, masked_attention
 from serving.engine.torch.cuda import kernels
-from serving.engine.torch.kv_pool import KvPool
+from serving.engine.torch.kv.pool import KvPool
 from serving.engine.torch.rewrite.fusion import Rotation, store
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)

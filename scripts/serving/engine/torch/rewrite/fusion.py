@@ -23,7 +23,7 @@ from torch import nn
 
 from serving.engine.torch.attention import AttentionOptions
 from serving.engine.torch.cuda import kernels
-from serving.engine.torch.kv_pool import KvPool
+from serving.engine.torch.kv.pool import KvPool
 from serving.kv_layout import KvLayout
 
 # Rounding of bfloat16 products differs by about 0.4%; a wrong formula by tens of percent.

@@ -17,7 +17,7 @@ from serving.engine.torch.build import build_engine
 from serving.engine.torch.weights import dummy as dummy_weights
 from serving.errors import ConfigError, ModelError
 from tokenizers import Tokenizer
-from unit.engine.test_build_gguf import write_gguf
+from unit.engine.gguf_file import write_gguf
 from unit.engine.torch_rig import greedy, request, running
 
 PROMPT = list(range(5, 45))

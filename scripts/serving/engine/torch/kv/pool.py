@@ -17,7 +17,7 @@ from serving.kv_layout import BlocksInPlace, KvLayout, PoolMemory
 
 if TYPE_CHECKING:
     from serving.engine.torch.cpu.kernels import CpuKernels
-    from serving.engine.torch.kv_copy import BlockCopies
+    from serving.engine.torch.kv.block_copies import BlockCopies
 
 # Types that turn what is beyond their range into NaN, and their largest number. Keys and values are
 # kept with a scale of 1: this type's range is wide enough for them, and what is not saturates.
@@ -47,7 +47,7 @@ class KvPool:
         self.kernels = kernels if kernels and kernels.can_attend(self.tensor) else None
         self._copies: BlockCopies | None = None
         if self.tensor.is_cuda:
-            from serving.engine.torch.kv_copy import BlockCopies
+            from serving.engine.torch.kv.block_copies import BlockCopies
 
             self._copies = BlockCopies(self._bytes.unsqueeze(1))
 

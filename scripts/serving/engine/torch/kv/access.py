@@ -1,8 +1,8 @@
-"""What transfers see of the engine: held blocks to read, reserved blocks to fill.
+"""Transfers' access to the engine: held blocks to read, reserved blocks to fill.
 
-Blocks are copied on transfer threads while others may release them. What is read is lent: it
-keeps a reference of its own until the copy is over. What is written is kept by the reservation,
-whose `transfer_lock` keeps copy and release apart: a release waits for one chunk at most.
+Transfer threads copy blocks while others may release them. Blocks to read are lent: they keep a
+reference of their own until the copy is over. Blocks to write belong to a reservation, whose
+`transfer_lock` keeps copy and release apart: a release waits for one chunk at most.
 """
 
 from __future__ import annotations
@@ -11,31 +11,18 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
-    AbstractContextManager,
     asynccontextmanager,
     contextmanager,
     nullcontext,
 )
-from typing import Any, Protocol
+from typing import Any
 
-from serving.engine.core.scheduler import Scheduler
 from serving.engine.core.sequence import Sequence, State
-from serving.engine.torch.kv_pool import KvPool
+from serving.engine.torch.kv.pool import KvPool
+from serving.engine.torch.shared_scheduler import SharedScheduler
 from serving.errors import EngineFailed, InvalidRequest
 from serving.kv_layout import PoolMemory
 from serving.protocol import EngineRequest, KvTransferParams
-
-
-class Books(Protocol):
-    """The part of the engine that is needed here."""
-
-    def new_sequence(self, request: EngineRequest) -> Sequence: ...
-
-    def change(self, action: Callable[[], None]) -> None: ...
-
-    def locked(self) -> AbstractContextManager[object]: ...
-
-    def on_loop(self, callback: Callable[[], object]) -> None: ...
 
 
 class TorchReservation:
@@ -57,18 +44,24 @@ class TorchReservation:
 class TorchKvBlocks:
     """See `base.KvBlocks`."""
 
-    def __init__(self, books: Books, scheduler: Scheduler, pool: KvPool) -> None:
-        self._books, self._scheduler, self._pool = books, scheduler, pool
+    def __init__(
+        self,
+        new_sequence: Callable[[EngineRequest], Sequence],
+        shared: SharedScheduler,
+        pool: KvPool,
+    ) -> None:
+        self._new_sequence, self._shared, self._pool = new_sequence, shared, pool
+        self._scheduler = shared.scheduler
         self._reserved: dict[str, Sequence] = {}
 
-    # --- prefill side --------------------------------------------------------------------------
+    # --- finished prefills --------------------------------------------------------------------------
 
     def exported(self, request_id: str) -> int:
         sequence = self._scheduler.exported.get(request_id)
         return 0 if sequence is None else len(sequence.blocks)
 
     def computed(self, request_id: str) -> int:
-        with self._books.locked():
+        with self._shared.locked():
             return self._scheduler.num_exportable(request_id)
 
     def read(self, request_id: str, first: int, out: Any, /) -> None:
@@ -81,21 +74,21 @@ class TorchKvBlocks:
 
     @contextmanager
     def lend(self, request_id: str, first: int, count: int) -> Iterator[list[int]]:
-        with self._books.locked():
+        with self._shared.locked():
             blocks = self._scheduler.lend(request_id, first, count)
         try:
             yield blocks
         finally:
-            with self._books.locked():
+            with self._shared.locked():
                 self._scheduler.take_back(blocks)
                 is_awaited = bool(self._scheduler.waiting)
-            if is_awaited:  # by a request that the last reference kept out
-                self._books.on_loop(lambda: self._books.change(lambda: None))
+            if is_awaited:  # a waiting request may fit now that the last reference is gone
+                self._shared.on_loop(lambda: self._shared.change(lambda: None))
 
     def release(self, request_id: str) -> None:
-        self._books.change(lambda: self._scheduler.release_export(request_id))
+        self._shared.change(lambda: self._scheduler.release_export(request_id))
 
-    # --- decode side ---------------------------------------------------------------------------
+    # --- reservations ---------------------------------------------------------------------------
 
     def reserve(self, request: EngineRequest) -> AbstractAsyncContextManager[TorchReservation]:
         return self._reserve(request)
@@ -107,12 +100,12 @@ class TorchKvBlocks:
             isinstance(params, KvTransferParams) and params.num_tokens != len(request.token_ids) - 1
         ):
             raise InvalidRequest("KV is fetched for all tokens but the last one")
-        sequence = self._books.new_sequence(request)
+        sequence = self._new_sequence(request)
         settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        sequence.on_settled = lambda: self._books.on_loop(
+        sequence.on_settled = lambda: self._shared.on_loop(
             lambda: None if settled.done() else settled.set_result(None)
         )
-        self._books.change(lambda: self._scheduler.add(sequence))
+        self._shared.change(lambda: self._scheduler.add(sequence))
         self._reserved[request.request_id] = sequence
         try:
             await settled
@@ -124,7 +117,7 @@ class TorchKvBlocks:
                 del self._reserved[request.request_id]
             if sequence.state in (State.WAITING, State.RESERVED) and sequence.is_reservation:
                 with sequence.transfer_lock:
-                    self._books.change(lambda: self._scheduler.discard(sequence))
+                    self._shared.change(lambda: self._scheduler.discard(sequence))
 
     def write(self, sequence: Sequence, first: int, data: Any) -> None:
         """Data for a request that was aborted meanwhile is dropped."""
@@ -133,16 +126,16 @@ class TorchKvBlocks:
                 self._pool.scatter(self._slice(sequence, first, data), data)
 
     def commit(self, sequence: Sequence, token: int | None = None) -> None:
-        """Without effect for a request that was aborted meanwhile: that was told already."""
+        """Without effect for a request that was aborted meanwhile: its end was reported already."""
         if sequence.state is State.RESERVED:
-            self._books.change(lambda: self._scheduler.commit(sequence, token))
+            self._shared.change(lambda: self._scheduler.commit(sequence, token))
 
     # --- both ----------------------------------------------------------------------------------
 
     def abort(self, request_id: str) -> None:
         sequence = self._reserved.get(request_id)
         with sequence.transfer_lock if sequence is not None else nullcontext():
-            self._books.change(lambda: self._scheduler.abort(request_id))
+            self._shared.change(lambda: self._scheduler.abort(request_id))
 
     def cancel_all(self) -> None:
         """End every request and every hold, each when the copy under way is over."""

@@ -17,8 +17,8 @@ import torch
 from serving.engine.core.host_tier import Copies
 from serving.engine.core.sequence import Sequence, State
 from serving.engine.core.step import Chunk
-from serving.engine.torch.kv_pool import KvPool
-from serving.engine.torch.model_runner import ModelRunner
+from serving.engine.torch.kv.pool import KvPool
+from serving.engine.torch.runner import ModelRunner
 from serving.errors import OperatorError
 from serving.protocol import EngineRequest, SamplingParams
 

@@ -19,9 +19,9 @@ from serving.engine.torch.cpu import int8_weights, packed_linear
 from serving.engine.torch.cpu import kernels as cpu_kernels
 from serving.engine.torch.cpu.int8_weights import Int8Embedding, Int8Linear
 from serving.engine.torch.cpu.kernels import CpuKernels
-from serving.engine.torch.kv_pool import KvPool
-from serving.engine.torch.model_runner import ModelRunner
+from serving.engine.torch.kv.pool import KvPool
 from serving.engine.torch.rewrite import lean_layers
+from serving.engine.torch.runner import ModelRunner
 from serving.errors import ModelError
 from serving.kv_layout import KvLayout
 from transformers import (
@@ -425,17 +425,9 @@ def test_layers_run_lean_where_that_changes_nothing(
     logits = []
     for rewrite in (lean_layers.rewrite, lambda model: "as transformers wrote it"):
         monkeypatch.setattr(lean_layers, "rewrite", rewrite)
-        runner = ModelRunner(
-            tmp_path / "int8",
-            device="cpu",
-            dtype="int8",
-            block_size=8,
-            max_model_len=64,
-            max_batch_size=2,
-            max_num_batched_tokens=64,
-            gpu_memory_fraction=0.9,
-        )
-        runner.allocate_pool(256)
+        config = EngineConfig(dtype="int8", block_size=8, max_model_len=64, kv_cache_tokens=256)
+        runner = ModelRunner(tmp_path / "int8", config, "cpu", 64)
+        runner.allocate_pool()
         logits.append(runner_logits(runner))
     assert f"{num_lean} of 2 layers run lean" in caplog.text
     assert relative(*logits) < 2e-3

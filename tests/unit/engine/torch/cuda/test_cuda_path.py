@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="needs triton: pip install -e '.[test]'")
 from serving.engine.torch.cpu import packed_linear
 from serving.engine.torch.cuda import kernels
 from serving.engine.torch.cuda import runner as cuda_runner
-from serving.engine.torch.engine import TorchEngine
+from serving.engine.torch.cuda.runner import CudaRunner
 from serving.engine.torch.rewrite.fusion import Report
 from serving.protocol import Guide, SamplingParams
 from transformers import (
@@ -115,7 +115,6 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[Report]:
     monkeypatch.setattr(cuda_runner._Graph, "memory", None)
     monkeypatch.setattr(cuda_runner, "_graph_sizes", lambda _: [4, 2])
 
-    monkeypatch.setattr(TorchEngine, "_runner_class", lambda _: cuda_runner.CudaRunner)
     return found
 
 
@@ -127,7 +126,7 @@ async def test_tokens_are_those_of_generate_whatever_was_fused(
     model = save_model(tmp_path, config)
     prompts = random_prompts([19, 5])
     expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
-    async with running(model, max_num_batched_tokens=12) as (engine, sink):
+    async with running(model, runner_class=CudaRunner, max_num_batched_tokens=12) as (engine, sink):
         for index, prompt in enumerate(prompts):
             engine.submit(request(f"a{index}", prompt, greedy(NUM_TOKENS)))
         await sink.finished("a0", "a1")
@@ -146,7 +145,7 @@ async def test_a_stop_token_drops_the_step_that_was_launched_ahead(
     tokens = generate(model, prompt, 8)
     stop = next(i for i in range(3, 8) if tokens[i] not in tokens[:i])
     sampling = greedy(8, stop_token_ids=(tokens[stop],))
-    async with running(model) as (engine, sink):
+    async with running(model, runner_class=CudaRunner) as (engine, sink):
         engine.submit(request("stops", prompt, sampling))
         engine.submit(request("goes on", prompt, greedy(8)))
         await sink.finished("stops", "goes on")
@@ -160,7 +159,7 @@ async def test_penalties_see_every_token_although_steps_are_launched_ahead(
     model = save_model(tmp_path)
     [prompt] = random_prompts([9])
     sampling = greedy(8, frequency_penalty=1.5)
-    async with running(model) as (engine, sink):
+    async with running(model, runner_class=CudaRunner) as (engine, sink):
         engine.submit(request("r", prompt, sampling))
         engine.submit(request("beside", prompt[:5], greedy(8)))
         await sink.finished("r", "beside")
@@ -184,14 +183,14 @@ async def test_guides_and_prompt_logprobs_beside_rows_that_run_ahead(
         SamplingParams(9, seed=2, top_p=0.9, logit_bias=((7, 2.0),), logprobs=1),
     ]
 
-    async def answers() -> Sink:
-        async with running(model, max_num_batched_tokens=9) as (engine, sink):
+    async def answers(**runner: Any) -> Sink:
+        async with running(model, **runner, max_num_batched_tokens=9) as (engine, sink):
             for i, (prompt, sampling) in enumerate(zip(prompts, asked, strict=True)):
                 engine.submit(request(str(i), prompt, sampling))
             await sink.finished("0", "1", "2")
         return sink
 
-    ours = await answers()
+    ours = await answers(runner_class=CudaRunner)
     monkeypatch.undo()
     peer = await answers()
     assert ours.tokens == peer.tokens
@@ -210,7 +209,7 @@ async def test_preemption_waits_for_the_step_under_way(
     prompts = random_prompts([14, 14, 14])
     expected = [generate(model, prompt, 17) for prompt in prompts]
     options = {"kv_cache_tokens": 72, "max_model_len": 32, "max_num_batched_tokens": 48}
-    async with running(model, **options) as (engine, sink):
+    async with running(model, runner_class=CudaRunner, **options) as (engine, sink):
         for index, prompt in enumerate(prompts):
             engine.submit(request(str(index), prompt, greedy(17)))
         await sink.finished("0", "1", "2")
@@ -226,7 +225,10 @@ async def test_evicted_blocks_come_back_although_steps_are_launched_ahead(
     prompts = random_prompts([18, 21])
     expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
     options = {"kv_cache_tokens": 32, "max_model_len": 32, "host_cache_bytes": 2**20}
-    async with running(model, max_num_batched_tokens=32, **options) as (engine, sink):
+    async with running(model, runner_class=CudaRunner, max_num_batched_tokens=32, **options) as (
+        engine,
+        sink,
+    ):
         for turn in "ab":
             names = [f"{turn}{index}" for index in range(2)]
             for name, prompt in zip(names, prompts, strict=True):
@@ -245,8 +247,10 @@ async def test_narrow_kv_is_written_and_read_by_the_kernels(
     [prompt] = random_prompts([13])
     sampling = greedy(2, logprobs=20)
 
-    async def logprobs() -> list[dict[int, float]]:
-        async with running(model, kv_cache_dtype="bfloat16", max_num_batched_tokens=8) as both:
+    async def logprobs(**runner: Any) -> list[dict[int, float]]:
+        async with running(
+            model, **runner, kv_cache_dtype="bfloat16", max_num_batched_tokens=8
+        ) as both:
             engine, sink = both
             for name in ("cold", "again"):
                 engine.submit(request(name, prompt, sampling))
@@ -254,7 +258,7 @@ async def test_narrow_kv_is_written_and_read_by_the_kernels(
             assert sink.cached["again"] == 8
             return [dict(e.top) for name in ("cold", "again") for e in sink.logprobs[name]]
 
-    ours = await logprobs()
+    ours = await logprobs(runner_class=CudaRunner)
     monkeypatch.undo()
     for one, other in zip(ours, await logprobs(), strict=True):
         shared = one.keys() & other.keys()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from serving.engine.torch.engine import TorchEngine
-from serving.engine.torch.kv_pool import KvPool
+from serving.engine.torch.kv.pool import KvPool
 from serving.errors import OperatorError
 from serving.kv_layout import KvLayout
 from serving.kv_router.event_stream import IndexCounters, KvEventStream
@@ -20,6 +20,7 @@ from unit.engine.torch_rig import (
     Sink,
     generate,
     greedy,
+    make_engine,
     random_prompts,
     request,
     running,
@@ -183,7 +184,9 @@ async def test_a_transfer_writes_only_when_what_it_replaces_was_copied(model: Pa
 async def test_no_host_tier_where_computing_is_cheaper(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("serving.engine.torch.host_blocks.HostBlocks.onload_s", lambda self: 1000.0)
+    monkeypatch.setattr(
+        "serving.engine.torch.kv.host_blocks.HostBlocks.onload_s", lambda self: 1000.0
+    )
     async with running(model, host_cache_bytes=64 * BLOCK_BYTES) as (engine, _):
         assert engine.load().num_host_blocks == 0
     assert "computing is cheaper" in caplog.text
@@ -199,26 +202,14 @@ async def test_failing_copies_end_the_engine_and_not_the_truth(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = random_prompts([60, 90])
-    engine = TorchEngine(
-        model,
-        max_model_len=128,
-        block_size=8,
-        kv_cache_tokens=128,
-        max_batch_size=4,
-        max_num_batched_tokens=256,
-        max_waiting=4,
-        host_cache_bytes=64 * BLOCK_BYTES,
-        num_threads=1,
-        hash_salt="",
-        fingerprint="",
-    )
+    engine = make_engine(model, kv_cache_tokens=128, host_cache_bytes=64 * BLOCK_BYTES)
     sink = Sink()
     await engine.start(sink)
 
     def fail(self: object, copies: object) -> None:
         raise RuntimeError("no such memory")
 
-    monkeypatch.setattr("serving.engine.torch.host_blocks.HostBlocks.run", fail)
+    monkeypatch.setattr("serving.engine.torch.kv.host_blocks.HostBlocks.run", fail)
     for name, prompt in zip("ab", prompts, strict=True):
         engine.submit(request(name, prompt, greedy(1)))
         await sink.finished(name)

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
+from serving.config import EngineConfig
 from serving.engine.core.step import Chunk
 from serving.engine.torch.attention import (
     NAME,
-    AttentionOptions,
     AttentionStep,
     PagedStep,
     SequenceSpan,
     attend_paged,
     order_decodes,
 )
-from serving.engine.torch.cpu import int8_weights, packed_linear
-from serving.engine.torch.cpu import kernels as cpu_kernels
-from serving.engine.torch.kv_pool import KvPool
-from serving.engine.torch.rewrite import lean_layers
+from serving.engine.torch.kv.pool import KvPool
+from serving.engine.torch.loaded_model import load_model
+from serving.engine.torch.probe import Probe
 from serving.engine.torch.sampling.sampler import Pending, Sampler, report_tokens
-from serving.engine.torch.weights import dummy as dummy_weights
-from serving.errors import ModelError, OperatorError
-from serving.kv_layout import WEIGHT_ONLY_DTYPES, KvLayout, kv_dtype
+from serving.errors import OperatorError
+from serving.kv_layout import KvLayout
 from serving.protocol import TokenLogprob
-
-log = logging.getLogger(__name__)
 
 # Share of free memory that a KV pool of unstated size may take on CPU, where workers share a host.
 _CPU_SHARE = 0.25
@@ -77,71 +72,30 @@ class ModelRunner:
     depth = 1
 
     def __init__(
-        self,
-        engine_dir: Path,
-        *,
-        device: str,
-        dtype: str,
-        block_size: int,
-        max_model_len: int,
-        max_batch_size: int,
-        max_num_batched_tokens: int,
-        gpu_memory_fraction: float,
-        kv_cache_dtype: str = "auto",
+        self, engine_dir: Path, config: EngineConfig, device: str, max_num_batched_tokens: int
     ) -> None:
         """Raises ModelError when the folder does not load or attention is not what we page.
 
-        `kv_cache_dtype` is torch's name of what keys and values are kept in, or `auto` for what
-        the model computes in.
+        `device` is torch's name of one; `max_num_batched_tokens` the most tokens of one step.
         """
-        self._max_model_len, self._max_batch = max_model_len, max_batch_size
-        self._max_tokens = max_num_batched_tokens
-        self._memory_fraction = gpu_memory_fraction
         AttentionInterface.register(NAME, attend_paged)
         self.device = torch.device(device)
-        torch_dtype: torch.dtype = getattr(torch, kv_dtype(dtype))
-        model: Any
-        try:
-            if dummy := dummy_weights.of_engine(engine_dir):
-                model = dummy_weights.make_model(
-                    engine_dir, dummy.seed, self.device, torch_dtype, attention=NAME
-                )
-                if dtype in WEIGHT_ONLY_DTYPES:
-                    int8_weights.quantize(model)
-            elif dtype in WEIGHT_ONLY_DTYPES:
-                model = int8_weights.load(engine_dir, attention=NAME)
-            else:
-                model = AutoModelForCausalLM.from_pretrained(
-                    engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
-                )
-        except OperatorError:
-            raise
-        except Exception as exc:  # transformers and safetensors raise whatever they meet
-            raise ModelError(
-                f"{engine_dir} does not load: {exc}", remedy="rebuild the engine folder"
-            ) from exc
-        self._model = model.eval().to(self.device)
-        config = self._model.config.get_text_config()
-        self.vocab_size: int = config.vocab_size
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self._kernels: cpu_kernels.CpuKernels | None = None
-        if packed_linear.can_pack(device, torch_dtype):
-            if dtype in WEIGHT_ONLY_DTYPES:
-                self._kernels = cpu_kernels.load(engine_dir)
-            count = packed_linear.pack_linears(self._model, self._kernels)
-            log.info("packed %d linear layers", count)
-        if dtype in WEIGHT_ONLY_DTYPES:
-            log.info("%s", lean_layers.rewrite(self._model))
-        self.layout = self._probe(block_size, kv_cache_dtype)
+        self._config, self._max_tokens = config, max_num_batched_tokens
+        loaded = load_model(engine_dir, config.dtype, self.device)
+        self._model, self._kernels = loaded.model, loaded.kernels
+        model_config = self._model.config.get_text_config()
+        self.vocab_size: int = model_config.vocab_size
+        self.max_positions: int | None = getattr(model_config, "max_position_embeddings", None)
+        self.layout = self._probe_layout()
         self._sampler = Sampler(self.vocab_size, self.device)
         self.pool: KvPool
 
-    def allocate_pool(self, kv_cache_tokens: int | None) -> int:
+    def allocate_pool(self) -> int:
         """Create the pool; returns its number of usable blocks.
 
         Raises OperatorError when it cannot hold one request of `max_model_len`.
         """
-        max_model_len = self._max_model_len
+        max_model_len, kv_cache_tokens = self._config.max_model_len, self._config.kv_cache_tokens
         if kv_cache_tokens is None:
             tokens = self.free_for_kv() // self.layout.token_bytes
         else:
@@ -172,7 +126,9 @@ class ModelRunner:
         """Bytes that a KV pool of unstated size takes."""
         room = int(psutil.virtual_memory().available * _CPU_SHARE)
         # Whole blocks for every request of a full batch.
-        num_blocks = self._max_batch * self._max_model_len // self.layout.block_size + 1
+        num_blocks = (
+            self._config.max_batch_size * self._config.max_model_len // self.layout.block_size + 1
+        )
         return min(room, num_blocks * self.layout.block_bytes)
 
     def launch(self, chunks: list[Chunk]) -> Launched:
@@ -248,46 +204,9 @@ class ModelRunner:
         logits: torch.Tensor = out.logits[0]
         return logits.float()
 
-    def _probe(self, block_size: int, kv_cache_dtype: str) -> KvLayout:
+    def _probe_layout(self) -> KvLayout:
         """Learn the shape of KV from one forward pass: config fields differ between models."""
         probe = Probe()
         with torch.inference_mode():
             self._compute_rows([0], [0], [0], probe)
-        shapes = set(probe.shapes.values())
-        layers = sorted(probe.shapes)
-        if len(shapes) != 1 or layers != list(range(len(layers))):
-            raise ModelError(
-                f"attention layers {layers} with key and value shapes {sorted(shapes, key=str)}: "
-                "only models whose layers all keep keys and values of one shape can be paged",
-                remedy="choose another model",
-            )
-        (key_heads, key_dim), value_shape = shapes.pop()
-        if (key_heads, key_dim) != value_shape:
-            raise ModelError("keys and values differ in shape", remedy="choose another model")
-        dtype = kv_cache_dtype
-        if dtype == "auto":
-            dtype = str(probe.dtype).removeprefix("torch.")
-        return KvLayout(len(layers), key_heads, key_dim, block_size, dtype)
-
-
-class Probe:
-    """Stands behind the attention layers once and notes what they are given."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
-        self.dtype = torch.float32
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        self.shapes[layer] = (
-            (key.shape[0], key.shape[2]),
-            (value.shape[0], value.shape[2]),
-        )
-        self.dtype = key.dtype
-        return query.transpose(0, 1)
+        return probe.layout(self._config.block_size, self._config.kv_cache_dtype)

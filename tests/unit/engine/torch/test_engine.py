@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.engine.torch.engine import TorchEngine
 from serving.errors import InvalidRequest, ModelError, OperatorError, Overloaded
 from serving.protocol import SamplingParams
 from transformers import (
@@ -23,6 +22,7 @@ from unit.engine.torch_rig import (
     SIZES,
     generate,
     greedy,
+    make_engine,
     random_prompts,
     request,
     running,
@@ -298,17 +298,7 @@ async def test_start_names_the_key_when_the_pool_is_too_small(model: Path) -> No
 
 
 async def test_folder_without_a_model_is_a_model_error(tmp_path: Path) -> None:
-    engine = TorchEngine(
-        tmp_path,
-        max_model_len=64,
-        block_size=8,
-        kv_cache_tokens=None,
-        max_batch_size=1,
-        max_num_batched_tokens=64,
-        max_waiting=1,
-        hash_salt="",
-        fingerprint="",
-    )
+    engine = make_engine(tmp_path)
     with pytest.raises(ModelError):
         await engine.start(lambda *_: None)
     await engine.close()

@@ -11,7 +11,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 pytest.importorskip("triton", reason="Triton comes with CUDA builds of torch")
 
-from serving.engine.torch.kv_copy import copy_blocks
+from serving.engine.torch.kv.block_copies import copy_blocks
 
 pytestmark = pytest.mark.skipif(
     os.environ["TRITON_INTERPRET"] != "1", reason="TRITON_INTERPRET is set to something else"

@@ -1,0 +1,70 @@
+"""A built engine folder becomes a model in memory, as fast as this device computes it.
+
+Knows the kinds of weights (real, dummy, int8) and the packing of linear layers; does not know
+steps, KV or sampling.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from serving.engine.torch.attention import NAME
+from serving.engine.torch.cpu import int8_weights, packed_linear
+from serving.engine.torch.cpu import kernels as cpu_kernels
+from serving.engine.torch.rewrite import lean_layers
+from serving.engine.torch.weights import dummy as dummy_weights
+from serving.errors import ModelError, OperatorError
+from serving.kv_layout import WEIGHT_ONLY_DTYPES, kv_dtype
+
+log = logging.getLogger(__name__)
+
+
+class LoadedModel(NamedTuple):
+    """`kernels` are the compiled CPU kernels of int8 engines, where they can be used."""
+
+    model: Any
+    kernels: cpu_kernels.CpuKernels | None
+
+
+def load_model(engine_dir: Path, dtype: str, device: torch.device) -> LoadedModel:
+    """Load with paged attention, in evaluation mode, on `device`. Raises ModelError."""
+    torch_dtype: torch.dtype = getattr(torch, kv_dtype(dtype))
+    try:
+        model = _read(engine_dir, dtype, torch_dtype, device)
+    except OperatorError:
+        raise
+    except Exception as exc:  # transformers and safetensors raise whatever they meet
+        raise ModelError(
+            f"{engine_dir} does not load: {exc}", remedy="rebuild the engine folder"
+        ) from exc
+    model = model.eval().to(device)
+    kernels: cpu_kernels.CpuKernels | None = None
+    if packed_linear.can_pack(device.type, torch_dtype):
+        if dtype in WEIGHT_ONLY_DTYPES:
+            kernels = cpu_kernels.load(engine_dir)
+        log.info("packed %d linear layers", packed_linear.pack_linears(model, kernels))
+    if dtype in WEIGHT_ONLY_DTYPES:
+        log.info("%s", lean_layers.rewrite(model))
+    return LoadedModel(model, kernels)
+
+
+def _read(engine_dir: Path, dtype: str, torch_dtype: torch.dtype, device: torch.device) -> Any:
+    model: Any
+    if dummy := dummy_weights.of_engine(engine_dir):
+        model = dummy_weights.make_model(
+            engine_dir, dummy.seed, device, torch_dtype, attention=NAME
+        )
+        if dtype in WEIGHT_ONLY_DTYPES:
+            int8_weights.quantize(model)
+    elif dtype in WEIGHT_ONLY_DTYPES:
+        model = int8_weights.load(engine_dir, attention=NAME)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
+        )
+    return model

@@ -1,0 +1,52 @@
+"""The shape of a model's KV, learned from one forward pass: config fields differ between models."""
+
+from __future__ import annotations
+
+import torch
+
+from serving.engine.torch.attention import AttentionOptions
+from serving.errors import ModelError
+from serving.kv_layout import KvLayout
+
+
+class Probe:
+    """Stands behind the attention layers once and notes the shapes of keys and values."""
+
+    def __init__(self) -> None:
+        # Per layer: (heads, head size) of keys and of values.
+        self._shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+        self._dtype = torch.float32
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """See `attention.AttentionStep`. Hands the queries back."""
+        self._shapes[layer] = ((key.shape[0], key.shape[2]), (value.shape[0], value.shape[2]))
+        self._dtype = key.dtype
+        return query.transpose(0, 1)
+
+    def layout(self, block_size: int, kv_cache_dtype: str) -> KvLayout:
+        """The layout of a pool. `kv_cache_dtype` `auto`: the dtype that the model computes in.
+
+        Raises ModelError when the layers do not all keep keys and values of one shape.
+        """
+        shapes = set(self._shapes.values())
+        layers = sorted(self._shapes)
+        if len(shapes) != 1 or layers != list(range(len(layers))):
+            raise ModelError(
+                f"attention layers {layers} with key and value shapes {sorted(shapes, key=str)}: "
+                "only models whose layers all keep keys and values of one shape can be paged",
+                remedy="choose another model",
+            )
+        (key_heads, key_dim), value_shape = shapes.pop()
+        if (key_heads, key_dim) != value_shape:
+            raise ModelError("keys and values differ in shape", remedy="choose another model")
+        dtype = kv_cache_dtype
+        if dtype == "auto":
+            dtype = str(self._dtype).removeprefix("torch.")
+        return KvLayout(len(layers), key_heads, key_dim, block_size, dtype)

@@ -16,7 +16,6 @@ MAX_LINES = 400
 LONG_MODULES = {
     "scripts/serving/discovery/__init__.py": 450,
     "scripts/serving/engine/torch/cuda/kernels.py": 580,
-    "scripts/serving/engine/torch/engine.py": 460,
     "scripts/serving/engine/torch/rewrite/fusion.py": 500,
     "scripts/serving/engine/trtllm/requests.py": 450,
     "tests/benchmarks/index.py": 480,
@@ -24,7 +23,7 @@ LONG_MODULES = {
     "tests/integration/test_containers.py": 460,
     "tests/integration/test_multinode.py": 480,
     "tests/kv_contract.py": 570,
-    "tests/unit/engine/test_torch_int8.py": 500,
+    "tests/unit/engine/torch/cpu/test_int8.py": 500,
     "tests/unit/engine/trtllm/test_adapter.py": 710,
     "tests/unit/engine/trtllm/test_requests.py": 530,
     "tests/unit/engine/trtllm/test_standin.py": 730,
@@ -37,7 +36,6 @@ MAX_MODULES = 15
 LARGE_FOLDERS = {
     "scripts/serving/engine/trtllm": 26,
     "tests/unit/deploy": 34,
-    "tests/unit/engine": 17,
     "tests/unit/engine/trtllm": 24,
 }
 """Folders that may hold more modules, and how many."""
@@ -47,7 +45,6 @@ SHARING_TEST_MODULES = {
     "tests/integration/test_slurm.py",
     "tests/unit/deploy/test_paragraphs.py",
     "tests/unit/deploy/test_slurm.py",
-    "tests/unit/engine/test_dummy_weights.py",
     "tests/unit/engine/trtllm/test_tensorrt_flow.py",
 }
 """Test modules that still import from another test module."""

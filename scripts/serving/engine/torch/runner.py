@@ -21,7 +21,7 @@ from serving.engine.torch.attention import (
     order_decodes,
 )
 from serving.engine.torch.kv.pool import KvPool
-from serving.engine.torch.loaded_model import load_model
+from serving.engine.torch.loading import load_model
 from serving.engine.torch.probe import Probe
 from serving.engine.torch.sampling.sampler import Pending, Sampler, report_tokens
 from serving.errors import OperatorError

@@ -24,14 +24,14 @@ from serving.kv_layout import WEIGHT_ONLY_DTYPES, kv_dtype
 log = logging.getLogger(__name__)
 
 
-class LoadedModel(NamedTuple):
+class TorchModel(NamedTuple):
     """`kernels` are the compiled CPU kernels of int8 engines, where they can be used."""
 
     model: Any
     kernels: cpu_kernels.CpuKernels | None
 
 
-def load_model(engine_dir: Path, dtype: str, device: torch.device) -> LoadedModel:
+def load_model(engine_dir: Path, dtype: str, device: torch.device) -> TorchModel:
     """Load with paged attention, in evaluation mode, on `device`. Raises ModelError."""
     torch_dtype: torch.dtype = getattr(torch, kv_dtype(dtype))
     try:
@@ -50,7 +50,7 @@ def load_model(engine_dir: Path, dtype: str, device: torch.device) -> LoadedMode
         log.info("packed %d linear layers", packed_linear.pack_linears(model, kernels))
     if dtype in WEIGHT_ONLY_DTYPES:
         log.info("%s", lean_layers.rewrite(model))
-    return LoadedModel(model, kernels)
+    return TorchModel(model, kernels)
 
 
 def _read(engine_dir: Path, dtype: str, torch_dtype: torch.dtype, device: torch.device) -> Any:

@@ -183,6 +183,11 @@ class RpcServer:
         """Requests whose last output was not sent yet."""
         return len(self._owners)
 
+    @property
+    def num_frontends(self) -> int:
+        """Connections, including those whose handshake is not complete."""
+        return len(self._connections)
+
     def send(self, outputs: list[EngineOutput]) -> None:
         """Deliver what one engine step produced: one frame per frontend.
 

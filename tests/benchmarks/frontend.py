@@ -34,7 +34,7 @@ from benchmarks.dummy_backend import MODEL  # noqa: E402
 from benchmarks.frontend_peers import Serving, backends, dynamo, router  # noqa: E402
 from benchmarks.http_load import Result, Shape, load, load_alone  # noqa: E402
 from benchmarks.running_service import RunningService  # noqa: E402
-from integration.tiny_model import make  # noqa: E402
+from integration.tiny_model import save_tiny_model  # noqa: E402
 from serving.config import EngineConfig, ModelConfig  # noqa: E402
 from serving.deploy.model.prepare import fetch_model  # noqa: E402
 from serving.deploy.processes.credentials import RPC_SECRET_FILE  # noqa: E402
@@ -292,7 +292,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with contextlib.redirect_stdout(sys.stderr):
-            model = make(folder / "tiny", corpus=invented_words(), vocab_size=8192)
+            model = save_tiny_model(folder / "tiny", corpus=invented_words(), vocab_size=8192)
         against_dynamo(args, model, folder / "frontends", core)
         against_routers(args, model, folder / "routers", core)
 

@@ -34,7 +34,7 @@ from typing import Any
 import psutil
 from benchmarks.streaming_client import Client, Completion
 from integration.deployment import Deployment
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 from msgspec import Struct
 from serving.simulate.outcome import Outcome, RequestOutcome
 from serving.simulate.trace import HASH_TOKENS, Trace, TraceRequest
@@ -192,7 +192,7 @@ class Live:
 def deployments(folder: Path, kinds: list[str]) -> Iterator[dict[str, Live]]:
     """One of each kind. They are stopped however this ends."""
     with contextlib.redirect_stdout(sys.stderr):
-        model = make(folder / "tiny")
+        model = save_tiny_model(folder / "tiny")
     config = model / "config.json"
     told = json.loads(config.read_text()) | {"max_position_embeddings": MAX_MODEL_LEN}
     config.write_text(json.dumps(told))

@@ -35,6 +35,7 @@ class Hub:
     gated: bool = False
     token: str | None = None
     ignore_ranges: bool = False
+    instead_of_listing: dict[str, Any] | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     url: str = ""
 
@@ -43,6 +44,8 @@ class Hub:
         return [ranged for verb, path, ranged in self.requests if verb == "GET" and name in path]
 
     def listing(self, commit: str) -> dict[str, Any]:
+        if self.instead_of_listing is not None:
+            return self.instead_of_listing
         siblings: list[dict[str, Any]] = []
         for name, content in self.files[commit].items():
             size = self.pretend_size.get(name, len(content))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import secrets
@@ -12,7 +11,6 @@ import subprocess
 import time
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 
 from serving.deploy.processes.binaries import resolve_etcd, resolve_nats
@@ -146,11 +144,3 @@ class Nats(Service):
     def answers(self) -> bool:
         with socket.create_connection(("127.0.0.1", self._port), timeout=1) as probe:
             return probe.recv(5) == b"INFO "
-
-
-async def until(condition: Callable[[], object], deadline_s: float = 10.0) -> None:
-    """Wait for something that happens elsewhere."""
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        await asyncio.sleep(0.01)

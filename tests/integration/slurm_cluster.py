@@ -11,13 +11,13 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from missing_tools import SLURM, skip_without
+from waiting import wait_until
 
 CONF = Path("/etc/slurm/slurm.conf")
 COMMAND_S = 20
@@ -102,21 +102,21 @@ def slurm(folder: Path) -> Iterator[None]:
             started.append(
                 _start(folder, "runuser", "-u", "munge", "--", "munged", "-F", "--force")
             )
-            _wait("munge answers", lambda: run("munge", "-n", check=False) != "")
+            wait_until(lambda: run("munge", "-n", check=False) != "", what="munge answers")
         started.append(_start(folder, "slurmctld", "-D"))
         for node in NODES:
             started.append(_start(folder, "slurmd", "-D", "-N", node))
-        _wait(
-            "both nodes are idle",
+        wait_until(
             lambda: run("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * 2,
             60,
+            "both nodes are idle",
         )
         yield
     finally:
         if CONF.exists():
             run("scancel", "--user=root", check=False)
             with contextlib.suppress(AssertionError):
-                _wait("no job is left", lambda: not queue(), 30)
+                wait_until(lambda: not queue(), 30, "no job is left")
         for process in reversed(started):
             for child in psutil.Process(process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
@@ -137,13 +137,3 @@ def _start(folder: Path, *command: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
         )
-
-
-def _wait(what: str, check: object, deadline_s: float = 20) -> None:
-    assert callable(check)
-    ends = time.monotonic() + deadline_s
-    while time.monotonic() < ends:
-        if check():
-            return
-        time.sleep(0.3)
-    raise AssertionError(f"not within {deadline_s} s: {what}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from integration.deployment import Deployment, running
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 
 PYTHON = os.environ.get("BENCH_PYTHON", "")
 pytestmark = [
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def test_bench_measures_the_running_service_and_compares(tmp_path: Path) -> None:
-    model = make(tmp_path / "tiny")
+    model = save_tiny_model(tmp_path / "tiny")
     deployment = Deployment(
         tmp_path / "mock",
         str(model),

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import msgspec
 import psutil
 import pytest
 from integration.deployment import Deployment, running
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 from missing_tools import PODMAN, skip_without
 from serving.config import parse
 from serving.deploy.containers import images
@@ -33,6 +32,7 @@ from serving.deploy.containers.worker_command import wrap
 from serving.deploy.planning.source_digest import SCRIPTS
 from serving.engine.trtllm.library import PYTHON
 from standin.install import install
+from waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -108,7 +108,9 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, runtime: None) -> Deplo
         "ulimits": limits(),
         "mounts": python_mounts(),
     }
-    return Deployment(folder / "deployment", model=str(make(folder / "model")), container=container)
+    return Deployment(
+        folder / "deployment", model=str(save_tiny_model(folder / "model")), container=container
+    )
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +180,7 @@ def test_killed_client_leaves_its_container_and_the_next_serve_replaces_it(
     client = psutil.Process(service.pids()["worker-decode-0"])
     assert "podman" in client.name()
     client.kill()
-    while client.is_running() and client.status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.05)
+    wait_until(lambda: not client.is_running() or client.status() == psutil.STATUS_ZOMBIE)
     assert inside.is_running(), "podman's container goes on without its client"
     service.snakemake("serve_disagg")
     assert not inside.is_running()

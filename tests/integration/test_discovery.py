@@ -10,10 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 from etcd3aio import Etcd3Client
-from integration.services import Etcd, until
+from integration.services import Etcd
 from serving.discovery import Discovery
 from serving.errors import OperatorError
 from serving.protocol import InstanceInfo, ModelCard, Role
+from waiting import until
 
 pytestmark = pytest.mark.integration
 
@@ -57,9 +58,11 @@ class Watcher:
 
 
 @asynccontextmanager
-async def watching(etcd: Etcd, namespace: str = "ns") -> AsyncIterator[Watcher]:
+async def watching(
+    etcd: Etcd, namespace: str = "ns", discovery_type: type[Discovery] = Discovery
+) -> AsyncIterator[Watcher]:
     watcher = Watcher()
-    async with Discovery.connect(etcd.endpoint, namespace, lease_s=LEASE_S) as discovery:
+    async with discovery_type.connect(etcd.endpoint, namespace, lease_s=LEASE_S) as discovery:
         task = asyncio.create_task(discovery.watch(watcher.up, watcher.down))
         try:
             yield watcher
@@ -165,42 +168,41 @@ async def test_compaction_behind_a_disconnected_watch_heals(etcd: Etcd) -> None:
         await until(lambda: watcher.present == {"a": 1})
 
 
-async def test_watch_cancelled_by_compaction_lists_again(
-    etcd: Etcd, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_watch_cancelled_by_compaction_lists_again(etcd: Etcd) -> None:
     """The list is answered, then the history behind it is compacted before the watch starts."""
-    listed = Discovery._list
     num_lists = 0
 
-    async def list_then_compact(self: Discovery) -> tuple[int, list[InstanceInfo]]:
-        nonlocal num_lists
-        num_lists += 1
-        result = await listed(self)
-        if num_lists == 1:
-            async with Etcd3Client([etcd.endpoint]) as client:
-                assert client.kv is not None
-                value = msgspec.json.encode(instance("between"))
-                await client.kv.put("/ns/instances/between", value)
-                for number in range(5):
-                    answer = await client.kv.put("/elsewhere", str(number))
-                await client.kv.compact(answer.header.revision, physical=True)
-        return result
+    class SlowDiscovery(Discovery):
+        async def _list(self) -> tuple[int, list[InstanceInfo]]:
+            nonlocal num_lists
+            num_lists += 1
+            result = await super()._list()
+            if num_lists == 1:
+                async with Etcd3Client([etcd.endpoint]) as client:
+                    assert client.kv is not None
+                    value = msgspec.json.encode(instance("between"))
+                    await client.kv.put("/ns/instances/between", value)
+                    for number in range(5):
+                        answer = await client.kv.put("/elsewhere", str(number))
+                    await client.kv.compact(answer.header.revision, physical=True)
+            return result
 
-    monkeypatch.setattr(Discovery, "_list", list_then_compact)
-    async with watching(etcd) as watcher:
+    async with watching(etcd, discovery_type=SlowDiscovery) as watcher:
         await until(lambda: watcher.present == {"between": 1})
         async with registered(etcd, instance("a")):
             await until(lambda: watcher.present == {"between": 1, "a": 1})
     assert num_lists >= 2
 
 
-async def test_newer_epoch_replaces_and_the_older_one_does_not_come_back(etcd: Etcd) -> None:
+async def test_newer_epoch_replaces_and_the_older_one_does_not_come_back(
+    etcd: Etcd, caplog: pytest.LogCaptureFixture
+) -> None:
     async with watching(etcd) as watcher, registered(etcd, instance("a", 1)):
         await until(lambda: watcher.present == {"a": 1})
         async with registered(etcd, instance("a", 2)) as newer:
             await until(lambda: watcher.present == {"a": 2})
             assert watcher.events[1:] == [("down", "a", 1), ("up", "a", 2)]
-            await asyncio.sleep(LEASE_S / 2)  # the older one renews, sees, and gives up
+            await until(lambda: "giving the id up" in caplog.text)
             assert await newer.instances() == [instance("a", 2)]
         await until(lambda: watcher.present == {})
         await asyncio.sleep(LEASE_S / 2)
@@ -247,14 +249,17 @@ async def test_without_etcd_connecting_works_and_registering_says_why_not(tmp_pa
             await discovery.instances(0.5)
 
 
-async def test_etcd_that_comes_late_is_found_by_itself(tmp_path: Path) -> None:
+async def test_etcd_that_comes_late_is_found_by_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     etcd = Etcd(tmp_path)
     async with (
         watching(etcd) as watcher,
         Discovery.connect(etcd.endpoint, "ns", lease_s=LEASE_S) as discovery,
     ):
         registering = asyncio.create_task(discovery.register(instance("a"), deadline_s=20))
-        await asyncio.sleep(1)
+        await until(lambda: "is not registered" in caplog.text and "is away" in caplog.text)
+        assert not discovery.connected
         with etcd:
             await registering
             assert discovery.connected

@@ -239,9 +239,7 @@ def test_index_must_list_only_shards_that_exist(hub: Hub, tmp_path: Path) -> Non
     assert {*shards, "model.safetensors.index.json"} <= {f.path for f in fetch(tmp_path).files}
 
 
-def test_something_else_at_the_endpoint_is_recognised(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Hub, "listing", lambda self, commit: {"id": "x"})
+def test_something_else_at_the_endpoint_is_recognised(hub: Hub, tmp_path: Path) -> None:
+    hub.instead_of_listing = {"id": "x"}
     with pytest.raises(ModelError, match="does not answer like a model hub"):
         fetch(tmp_path)

@@ -9,13 +9,14 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 
 import pytest
-from integration.services import Nats, until
+from integration.services import Nats
 from serving.config import RouterConfig
 from serving.errors import DeadlineExceeded, InstanceLost
 from serving.events import EventPlane, PlaneLimits
 from serving.kv_router.router import KvRouter, PromptHashes
 from serving.load_report import LoadReport
 from serving.protocol import BlocksRemoved, BlocksStored, InstanceInfo, KvEventBatch, ModelCard
+from waiting import until
 
 pytestmark = pytest.mark.integration
 

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 from integration.deployment import Deployment, running, share_results
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -25,7 +25,7 @@ PROMPT = "Prefill and decode run in separate workers; blocks travel between them
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_changed_model_is_rebuilt_and_served(
 ) -> None:
     before = service.complete(PROMPT)["choices"]
     pids = service.pids()
-    other = make(tmp_path / "other", seed=1)
+    other = save_tiny_model(tmp_path / "other", seed=1)
     service.config["model"]["id"] = str(other)
     try:
         service.snakemake("serve_disagg")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +13,18 @@ import httpx
 import psutil
 import pytest
 from benchmarks.running_service import RunningService
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 from prometheus_client.parser import text_string_to_metric_families
 from serving.config import EngineConfig, ModelConfig
 from serving.deploy.model.prepare import fetch_model
 from serving.engine.torch.build import build_engine
+from waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
 
-def until(condition: Callable[[], object], within_s: float = 15.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
 def make_service(folder: Path, num_instances: int | None = None, **more: Any) -> RunningService:
-    model = make(folder / "tiny")
+    model = save_tiny_model(folder / "tiny")
     fetched = fetch_model(
         ModelConfig(id=str(model)), folder / "model", weights="dummy", report=print
     )
@@ -123,7 +115,7 @@ def test_both_processes_serve_and_a_killed_one_is_replaced(tmp_path: Path) -> No
                 if sample.name == "serving_requests_total"
             }
 
-        until(lambda: who_answers() == {0, 1})
+        wait_until(lambda: who_answers() == {0, 1})
         assert {ask() for _ in range(16)} == {200}
         found = counted()
         assert set(found) == {"0", "1"}
@@ -132,8 +124,8 @@ def test_both_processes_serve_and_a_killed_one_is_replaced(tmp_path: Path) -> No
         assert len(children) == 2
         victim = min(children)
         os.kill(victim, signal.SIGKILL)
-        until(lambda: len({c.pid for c in parent.children()} - children) == 1)
-        until(lambda: who_answers() == {0, 1})
+        wait_until(lambda: len({c.pid for c in parent.children()} - children) == 1)
+        wait_until(lambda: who_answers() == {0, 1})
         assert {ask() for _ in range(16)} == {200}
         children = {child.pid for child in parent.children()}
-    until(lambda: not any(psutil.pid_exists(pid) for pid in children))
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children))

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 from integration.deployment import Deployment, running
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 def test_mock_workers_serve_and_pass_the_smoke_test(tmp_path: Path) -> None:
     """Two processes of each role, with two instances in each."""
-    model = make(tmp_path / "tiny")
+    model = save_tiny_model(tmp_path / "tiny")
     for weights in model.glob("*.safetensors"):
         weights.unlink()
     deployment = Deployment(

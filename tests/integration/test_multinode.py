@@ -24,8 +24,9 @@ import psutil
 import pytest
 from integration.deployment import Deployment, share_results, shared_memory
 from integration.namespaces import Cluster, Machine, copy_join_file, machines
+from integration.network import answer_to
 from integration.readme import snakemake_arguments
-from integration.test_strangers import say
+from waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -283,7 +284,7 @@ def test_strangers_at_every_port_of_every_node_get_nothing(two: Nodes) -> None:
             num_ports += 1
             for words in (os.urandom(2048), b"CONNECT {}\r\nPING\r\n", b"GET / HTTP/1.1\r\n\r\n"):
                 try:
-                    answer = say((host, port), words)
+                    answer = answer_to((host, port), words)
                 except TimeoutError:  # not even a connection
                     shut.append((host, port))
                     break
@@ -312,9 +313,7 @@ def test_link_cut_in_the_middle_of_a_transfer(two: Nodes, expected: dict[str, st
         answers = [
             pool.submit(two.head.complete, prompt, max_tokens=NUM_TOKENS) for prompt in prompts
         ]
-        ends = time.monotonic() + 30
-        while two.machine(0).received_bytes() < received + 4e6 and time.monotonic() < ends:
-            time.sleep(0.02)
+        wait_until(lambda: two.machine(0).received_bytes() >= received + 4e6, 30, "KV is sent")
         assert not any(answer.done() for answer in answers)
         node.cut()
         started = time.monotonic()

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 from integration.deployment import REPO, Deployment
+from integration.network import outside_address
 from integration.readme import snakemake_arguments
 from integration.slurm_cluster import queue, run, slurm
-from integration.test_strangers import outside_address
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -23,7 +23,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("slurm")
     deployment = Deployment(
         folder / "shared",
-        str(make(folder / "tiny")),
+        str(save_tiny_model(folder / "tiny")),
         slurm={"cpus_per_task": 2, "time_limit": "30"},
     )
     with slurm(folder / "slurm"):

@@ -1,9 +1,8 @@
-"""Off loopback: whoever has no secret gets nothing from any port, and breaks nothing."""
+"""Off loopback, a client without credentials gets nothing from any port and breaks nothing."""
 
 from __future__ import annotations
 
 import os
-import socket
 import ssl
 from pathlib import Path
 
@@ -11,19 +10,11 @@ import httpx
 import psutil
 import pytest
 from integration.deployment import Deployment, running
-from integration.tiny_model import make
+from integration.network import answer_to, outside_address
+from integration.tiny_model import save_tiny_model
 
 AUTHORITY = "api_authority.pem"
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
-
-
-def outside_address() -> str:
-    """An IPv4 address of this machine that is not loopback."""
-    for entries in psutil.net_if_addrs().values():
-        for entry in entries:
-            if entry.family == socket.AF_INET and not entry.address.startswith("127."):
-                return entry.address
-    pytest.skip("this machine has no IPv4 address but loopback")
 
 
 def listening_on(deployment: Deployment) -> set[tuple[str, int]]:
@@ -36,24 +27,11 @@ def listening_on(deployment: Deployment) -> set[tuple[str, int]]:
     }
 
 
-def say(address: tuple[str, int], words: bytes) -> bytes:
-    """What is answered until the other side hangs up, or says nothing for a while."""
-    answer = b""
-    with socket.create_connection(address, 0.5) as stranger:
-        try:
-            stranger.sendall(words)
-            while data := stranger.recv(65536):
-                answer += data
-        except (TimeoutError, ConnectionError):
-            pass
-    return answer
-
-
 def test_strangers_at_every_port_get_nothing_and_break_nothing(tmp_path: Path) -> None:
     host = outside_address()
     deployment = Deployment(
         tmp_path / "outside",
-        str(make(tmp_path / "tiny")),
+        str(save_tiny_model(tmp_path / "tiny")),
         frontend={"host": f"{host}/32", "tls": True},
         nats={"host": host},
         etcd={"host": host},
@@ -82,12 +60,12 @@ def test_strangers_at_every_port_get_nothing_and_break_nothing(tmp_path: Path) -
         assert client.post(f"{url}/v1/completions", json=body).status_code == 401
         with pytest.raises(httpx.HTTPError):
             httpx.get(f"https://{host}:{deployment.config['etcd']['port']}/health", verify=False)
-        nats = say((host, deployment.config["nats"]["port"]), b"CONNECT {}\r\nPING\r\n")
+        nats = answer_to((host, deployment.config["nats"]["port"]), b"CONNECT {}\r\nPING\r\n")
         assert b"Authorization Violation" in nats
         assert b"PONG" not in nats
         for address in outside:
             for garbage in (os.urandom(4096), b"\xff" * 64, b"GET / HTTP/1.1\r\n\r\n", b"\0" * 4):
-                assert key.encode() not in say(address, garbage)
+                assert key.encode() not in answer_to(address, garbage)
 
         assert deployment.pids() == pids
         answered = client.post(f"{url}/v1/completions", json=body, headers=bearer, timeout=60)

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 from integration.deployment import DEFAULT_MODEL, Deployment, running, share_results
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 from standin.install import install
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -281,7 +281,9 @@ def test_second_serve_does_nothing_and_a_new_limit_rebuilds_and_restarts(
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """A model that is built in a second; nothing started."""
     folder = tmp_path_factory.mktemp("tiny")
-    deployment = deployment_with(folder / "deployment", "1.3.0rc27", make(folder / "model"))
+    deployment = deployment_with(
+        folder / "deployment", "1.3.0rc27", save_tiny_model(folder / "model")
+    )
     yield deployment
     deployment.stop()
 

@@ -16,7 +16,7 @@ TEMPLATE = (
 )
 
 
-def make(
+def save_tiny_model(
     folder: Path, seed: int = 0, *, corpus: Sequence[str] = CORPUS, vocab_size: int = 320
 ) -> Path:
     """Hidden size 64, 2 layers, 4 heads over 2 KV heads, fp32; at most `vocab_size` tokens."""

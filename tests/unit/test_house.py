@@ -41,8 +41,6 @@ LARGE_FOLDERS = {
 """Folders that may hold more modules, and how many."""
 
 SHARING_TEST_MODULES = {
-    "tests/integration/test_multinode.py",
-    "tests/integration/test_slurm.py",
     "tests/unit/deploy/test_paragraphs.py",
     "tests/unit/deploy/test_slurm.py",
     "tests/unit/engine/trtllm/test_tensorrt_flow.py",

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 from safetensors.torch import load_file, save_file
 from serving.config import EngineConfig, ModelConfig
 from serving.deploy.model.prepare import fetch_model
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

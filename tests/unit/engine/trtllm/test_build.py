@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 from safetensors.torch import load_file, save_file
 from serving.config import Config, ModelConfig, parse
 from serving.deploy.model.prepare import fetch_model
@@ -26,7 +26,7 @@ H200 = Host(gpus=[Gpu("NVIDIA H200", 90, 150 * 10**9)] * 2, driver="580.95.05")
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 from safetensors.torch import load_file, save_file
 from serving.config import EngineConfig, ModelConfig
 from serving.deploy.model.prepare import fetch_model
@@ -262,7 +262,7 @@ def test_attention_that_the_kernels_do_not_know_is_gathered(kernels: CpuKernels)
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def built(model: Path, out: Path, dtype: str = "int8") -> tuple[EngineManifest, list[str]]:

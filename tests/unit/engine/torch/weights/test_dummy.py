@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from integration.tiny_model import make
+from integration.tiny_model import save_tiny_model
 from serving.config import EngineConfig, ModelConfig
 from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import DummyWeights, EngineManifest, load_manifest, load_model
@@ -37,7 +37,7 @@ SHAPE = {
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer of 320 tokens, and no model."""
-    folder = make(tmp_path_factory.mktemp("models") / "tiny")
+    folder = save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
     (folder / "model.safetensors").unlink()
     (folder / "config.json").unlink()
     return folder

@@ -15,8 +15,8 @@ from serving.deploy.planning.topology import roles
 from serving.deploy.rule_script import reporting
 from serving.engine.manifest import load_model
 from serving.engine.torch.build import build_engine
-from serving.engine.trtllm.build import build_engine as build_tensorrt_llm
-from serving.engine.trtllm.target import Host
+from serving.engine.trtllm.build.engine_folder import build_engine as build_tensorrt_llm
+from serving.engine.trtllm.build.target import Host
 from serving.gpus import driver_version, installed_gpus
 
 with reporting(snakemake.log[0]) as report:

@@ -30,7 +30,7 @@ from serving.deploy.containers.library_run import PROGRAM, LibraryRun
 from serving.deploy.containers.run_command import container_name
 from serving.deploy.containers.worker_command import wrap
 from serving.deploy.planning.source_digest import SCRIPTS
-from serving.engine.trtllm.library import PYTHON
+from serving.engine.trtllm.build.installed import PYTHON
 from standin.install import install
 from waiting import wait_until
 

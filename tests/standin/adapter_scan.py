@@ -57,7 +57,7 @@ _KEYS = {
     "kv_events.py": "kv_event",
 }
 """Modules whose dictionary keys are the members of one structure."""
-_MERGED = {"disagg.py": "DisaggregatedParams"}
+_MERGED = {"prefilled_kv.py": "DisaggregatedParams"}
 """Modules in which what is merged into a dictionary (`| {...}`) are members."""
 _VERSIONED = ("tensorrt_llm._tensorrt_engine",)
 """Modules that the source imports only after it has compared versions."""
@@ -108,8 +108,8 @@ def carried_whole(engine_dir: Path) -> list[str]:
     """Classes whose instances are taken apart and put together by whatever fields they have."""
     carried = []
     for name, owner in _MERGED.items():
-        tree = ast.parse((engine_dir / "trtllm" / name).read_text())
-        for node in ast.walk(tree):
+        [path] = (engine_dir / "trtllm").rglob(name)
+        for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.Call(func=ast.Attribute(attr="fields", value=ast.Name(id="dataclasses"))):
                     carried.append(owner)

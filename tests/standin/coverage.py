@@ -72,7 +72,7 @@ def rendered(version: str) -> list[Use]:
     """The arguments that are written for `version`, all roles and flows. The worker drops those
     that its version lacks, so each counts as guarded."""
     from serving import config as configs
-    from serving.engine.trtllm import llm_args, target
+    from serving.engine.trtllm.build import llm_args, target
     from serving.engine.trtllm.versions import LAST_WITH_TENSORRT, parse_version
 
     found: list[Use] = []

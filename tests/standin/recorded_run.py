@@ -14,7 +14,7 @@ from typing import Any
 from integration import tiny_model
 from serving import config as configs
 from serving.engine.manifest import ENGINE_FORMAT, BuildCheck, EngineManifest
-from serving.engine.trtllm import llm_args, target
+from serving.engine.trtllm.build import llm_args, target
 from serving.engine.trtllm.engine import TensorRtLlmEngine
 from serving.engine.trtllm.versions import parse_version
 from serving.load_report import LoadReport

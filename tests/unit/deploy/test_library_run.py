@@ -10,7 +10,7 @@ from serving.config import parse
 from serving.deploy.containers import library_run
 from serving.deploy.containers.library_run import LibraryRun
 from serving.deploy.containers.worker_command import Contained
-from serving.engine.trtllm.library import PYTHON, probe_library
+from serving.engine.trtllm.build.installed import PYTHON, probe_library
 from serving.errors import OperatorError
 
 

@@ -22,19 +22,19 @@ from serving.deploy.checks.findings import Finding, conclude, judge
 from serving.deploy.checks.tensorrt_llm import judge_tensorrt_llm
 from serving.deploy.model.hub_errors import explain_hub_error
 from serving.deploy.planning.placement import require_room, usable_gpus
+from serving.engine.trtllm.build.memory import require_memory
+from serving.engine.trtllm.build.target import Parallelism
+from serving.engine.trtllm.build.tensorrt_flow import build_engines
 from serving.engine.trtllm.failures import explain_start
-from serving.engine.trtllm.gpus import check_gpus
-from serving.engine.trtllm.memory import require_memory
-from serving.engine.trtllm.target import Parallelism
-from serving.engine.trtllm.tensorrt_flow import build_engines
+from serving.engine.trtllm.visible_gpus import check_gpus
 from serving.errors import OperatorError
 from serving.gpus import Gpu
 from unit.deploy.conftest import Script
 from unit.deploy.test_checks_container import FACTS
 from unit.deploy.test_checks_container import podman as podman_saying
 from unit.deploy.test_checks_tensorrt_llm import H100
-from unit.engine.trtllm.library_fakes import FakeRun
-from unit.engine.trtllm.test_memory import checkpoint, config
+from unit.engine.trtllm.build.library_fakes import FakeRun
+from unit.engine.trtllm.build.test_memory import checkpoint, config
 
 HERE = Gpu("NVIDIA H100 80GB HBM3", 90)
 GIB = 1024**3

@@ -12,7 +12,7 @@ from importlib import metadata
 from serving.config import Config
 from serving.deploy.checks.findings import Finding
 from serving.engine.files import human
-from serving.engine.trtllm.quantization import BF16_NEEDS
+from serving.engine.trtllm.build.quantization import BF16_NEEDS
 from serving.engine.trtllm.versions import parse_version
 from serving.gpus import Gpu
 

@@ -20,14 +20,14 @@ from serving.deploy.planning.source_digest import SCRIPTS
 from serving.deploy.planning.topology import roles
 from serving.deploy.processes.removal import remove
 from serving.engine.files import Progress
-from serving.engine.trtllm.library import PYTHON
+from serving.engine.trtllm.build.installed import PYTHON
 from serving.errors import OperatorError
 
 PROGRAM = "build-engine"
 
 
 class LibraryRun:
-    """An `engine.trtllm.library.Run`. `gpus` are visible to the programs, `writable` is where they
+    """An `engine.trtllm.build.installed.RunProgram`. `gpus` are visible to the programs, `writable` is where they
     write, `readable` where they read; other folders do not exist for them in a container."""
 
     def __init__(

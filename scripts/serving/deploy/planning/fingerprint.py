@@ -26,7 +26,7 @@ from serving.deploy.model.files import (
 )
 from serving.deploy.planning.topology import roles
 from serving.engine.manifest import ENGINE_FORMAT, ModelSource
-from serving.engine.trtllm.target import parallelism
+from serving.engine.trtllm.build.target import parallelism
 from serving.errors import ConfigError
 from serving.gpus import kernel_module_version
 

@@ -24,16 +24,16 @@ from serving.engine.manifest import EngineManifest
 from serving.engine.trtllm.arguments import LlmArguments, read_arguments
 from serving.engine.trtllm.environment import scrub_mpi_environment, set_transport_defaults
 from serving.engine.trtllm.failures import explain_start, missing_library
-from serving.engine.trtllm.gpus import check_gpus, visible_gpus
-from serving.engine.trtllm.kv_events import KvEventTranslator
 from serving.engine.trtllm.outbox import Outbox
-from serving.engine.trtllm.polling import drain, poll_forever
-from serving.engine.trtllm.requests import Requests
-from serving.engine.trtllm.running import Runtime
-from serving.engine.trtllm.sampling import Vocabulary
-from serving.engine.trtllm.stats import EngineStats, parse_stats
+from serving.engine.trtllm.reports.kv_events import KvEventTranslator
+from serving.engine.trtllm.reports.polling import drain, poll_forever
+from serving.engine.trtllm.reports.stats import EngineStats, parse_stats
+from serving.engine.trtllm.requests.open_requests import OpenRequests
+from serving.engine.trtllm.requests.running import Runtime
+from serving.engine.trtllm.requests.sampling import Vocabulary
 from serving.engine.trtllm.threads import in_thread
 from serving.engine.trtllm.versions import LAST_WITH_TENSORRT, Version, parse_version
+from serving.engine.trtllm.visible_gpus import check_gpus, visible_gpus
 from serving.errors import EngineFailed, OperatorError
 from serving.load_report import KvTransferTotals, LoadReport
 from serving.protocol import EngineRequest, Role, Tier
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 START_S = 600.0
 """The first generation may compile kernels and tune them."""
 HEALTH_S = 30.0
-"""Requests run and nothing came out for so long: it has to prove itself."""
+"""OpenRequests run and nothing came out for so long: it has to prove itself."""
 PROBE_S = 30.0
 FETCH_S = 60.0
 """The library's own default for `kv_transfer_timeout_ms`."""
@@ -52,7 +52,7 @@ SHUTDOWN_S = 20.0
 FIRST_STATS_S = 2.0
 
 
-class Library(Struct, frozen=True):
+class LoadedLibrary(Struct, frozen=True):
     """The imported package: `top` is `tensorrt_llm`, `llmapi` and `llm_args` its modules."""
 
     version: Version
@@ -65,7 +65,7 @@ class Library(Struct, frozen=True):
         return getattr(self.llmapi, name, None) or getattr(self.llm_args, name, None)
 
 
-def load_library() -> Library:
+def load_library() -> LoadedLibrary:
     """Import it. Raises OperatorError when it is missing, broken or not supported."""
     try:
         top = importlib.import_module("tensorrt_llm")
@@ -74,10 +74,10 @@ def load_library() -> Library:
         llm_args = importlib.import_module("tensorrt_llm.llmapi.llm_args")
     except ImportError as exc:
         raise missing_library(exc) from exc
-    return Library(version, top, llmapi, llm_args)
+    return LoadedLibrary(version, top, llmapi, llm_args)
 
 
-def load_llm(library: Library, arguments: LlmArguments, flow: str | None) -> Any:
+def load_llm(library: LoadedLibrary, arguments: LlmArguments, flow: str | None) -> Any:
     """Make the `LLM`, which loads the model: minutes. Raises OperatorError."""
     if flow == "trtllm-build":
         if library.version.line > LAST_WITH_TENSORRT:
@@ -123,9 +123,9 @@ class TensorRtLlmEngine(TransferringEngine):
         self._is_broken = False
         self._tasks: list[asyncio.Task[None]] = []
         self._llm: Any = None
-        self._library: Library
+        self._library: LoadedLibrary
         self._outbox: Outbox
-        self._requests: Requests
+        self._requests: OpenRequests
         self._suspicion: asyncio.Event
         self.transfers = KvTransferTotals()
 
@@ -146,7 +146,7 @@ class TensorRtLlmEngine(TransferringEngine):
         self._suspicion = asyncio.Event()
         self._outbox = Outbox(sink, self.load)
         timeout_ms = transceiver.get("kv_transfer_timeout_ms")
-        self._requests = Requests(
+        self._requests = OpenRequests(
             self._runtime(),
             self._outbox,
             instance_id=self._instance_id,
@@ -194,7 +194,7 @@ class TensorRtLlmEngine(TransferringEngine):
             self.transfers.kv_transport or "nothing",
         )
 
-    def _load(self, arguments: LlmArguments) -> tuple[Library, Any]:
+    def _load(self, arguments: LlmArguments) -> tuple[LoadedLibrary, Any]:
         """In a thread. Looks for what is wrong before minutes are spent on it."""
         manifest = self._manifest
         if manifest.device != "cpu":
@@ -265,7 +265,7 @@ class TensorRtLlmEngine(TransferringEngine):
         return list(self._outbox.delivered) if tier == "device" else []
 
     def load(self) -> LoadReport:
-        """Requests by our own count, corrected by the library's queue where that is news.
+        """OpenRequests by our own count, corrected by the library's queue where that is news.
 
         Its statistics stop when it has nothing to do, and the last ones still show the blocks of
         the last request: with no request there is none in use.

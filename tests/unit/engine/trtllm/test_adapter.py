@@ -15,9 +15,9 @@ import msgspec
 import pytest
 from serving import block_hash
 from serving.config import parse
+from serving.engine.trtllm.build.llm_args import render
+from serving.engine.trtllm.build.target import Parallelism
 from serving.engine.trtllm.engine import TensorRtLlmEngine
-from serving.engine.trtllm.llm_args import render
-from serving.engine.trtllm.target import Parallelism
 from serving.engine.trtllm.versions import parse_version
 from serving.errors import EngineFailed, InvalidRequest, OperatorError, Overloaded
 from serving.protocol import BlocksRemoved, EngineOutput, EngineRequest, EngineTransferParams, Role

@@ -58,11 +58,11 @@ def edit(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("filename", "old", "new", "name"),
     [
-        ("trtllm/generation.py", ".finish_reason", ".finish_cause", "finish_cause"),
-        ("trtllm/requests.py", "streaming=", "stream=", "LLM.generate_async.stream"),
-        ("trtllm/sampling.py", '"detokenize"', '"detokenise"', "SamplingParams.detokenise"),
-        ("trtllm/stats.py", '"maxNumBlocks"', '"numBlocks"', "stats.numBlocks"),
-        ("trtllm/kv_events.py", '["event_id"]', '["id"]', "kv_event.id"),
+        ("trtllm/requests/completion.py", ".finish_reason", ".finish_cause", "finish_cause"),
+        ("trtllm/requests/open_requests.py", "streaming=", "stream=", "LLM.generate_async.stream"),
+        ("trtllm/requests/sampling.py", '"detokenize"', '"detokenise"', "SamplingParams.detokenise"),
+        ("trtllm/reports/stats.py", '"maxNumBlocks"', '"numBlocks"', "stats.numBlocks"),
+        ("trtllm/reports/kv_events.py", '["event_id"]', '["id"]', "kv_event.id"),
     ],
 )
 def test_a_made_up_name_is_found(
@@ -76,7 +76,7 @@ def test_a_made_up_name_is_found(
 
 def test_an_attribute_that_only_a_later_version_has_is_found(engine_copy: Path) -> None:
     """Without a probe, `cached_tokens` cannot be read: 1.0 has none."""
-    requests = engine_copy / "trtllm" / "requests.py"
+    requests = engine_copy / "trtllm" / "requests" / "open_requests.py"
     text = requests.read_text()
     probe = re.search(r'getattr\((\w+), "cached_tokens", None\)', text)
     assert probe, "the probe is gone: choose another attribute"
@@ -90,7 +90,7 @@ def test_an_attribute_that_only_a_later_version_has_is_found(engine_copy: Path) 
 
 def test_a_scan_that_understands_nothing_fails(engine_copy: Path) -> None:
     """Renamed variables must not pass for full coverage."""
-    for path in (engine_copy / "trtllm").glob("*.py"):
+    for path in (engine_copy / "trtllm").rglob("*.py"):
         path.write_text(re.sub(r"\bcompletion\b", "answer", path.read_text()))
     edit(engine_copy / "trtllm" / "engine.py", "result.outputs[0].token_ids", "result.outputs[0]")
     done = coverage("--no-run", "--engine-dir", str(engine_copy))

@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import parse
-from serving.engine.trtllm.checkpoint import read_checkpoint
-from serving.engine.trtllm.quantization import Quantization
-from serving.engine.trtllm.target import Parallelism
-from serving.engine.trtllm.tensorrt_flow import build_engines
+from serving.engine.trtllm.build.checkpoint import read_checkpoint
+from serving.engine.trtllm.build.quantization import Quantization
+from serving.engine.trtllm.build.target import Parallelism
+from serving.engine.trtllm.build.tensorrt_flow import build_engines
 from serving.errors import ModelError, OperatorError
-from unit.engine.trtllm.library_fakes import Answer, FakeRun, flags
-from unit.engine.trtllm.test_checkpoint import LLAMA, shard
+from unit.engine.trtllm.build.library_fakes import Answer, FakeRun, flags
+from unit.engine.trtllm.build.test_checkpoint import LLAMA, shard
 
 ENGINE = {
     "backend": "tensorrt_llm",

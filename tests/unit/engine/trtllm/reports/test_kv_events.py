@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from serving import block_hash
-from serving.engine.trtllm.kv_events import KvEventTranslator
+from serving.engine.trtllm.reports.kv_events import KvEventTranslator
 from serving.protocol import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
 
 BLOCK = 4

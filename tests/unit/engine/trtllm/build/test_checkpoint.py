@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.engine.trtllm.checkpoint import (
+from serving.engine.trtllm.build.checkpoint import (
     ARCHITECTURES,
     CONVERTERS,
     Checkpoint,
     read_checkpoint,
     require_loadable,
 )
-from serving.engine.trtllm.target import Parallelism
+from serving.engine.trtllm.build.target import Parallelism
 from serving.engine.trtllm.versions import parse_version
 from serving.errors import ConfigError, ModelError
 from serving.protocol import Role

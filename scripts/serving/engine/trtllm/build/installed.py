@@ -13,7 +13,7 @@ from serving.engine.trtllm.versions import Version, parse_version
 from serving.errors import OperatorError
 
 PYTHON = "{python}"
-"""In an argv for `Run`: the interpreter that has the library, on the host or in an image."""
+"""In an argv for `RunProgram`: the interpreter that has the library, on the host or in an image."""
 
 _MARK = "SERVING-LIBRARY "
 _PROBE = f"""
@@ -25,7 +25,7 @@ print("{_MARK}" + json.dumps([tensorrt_llm.__version__, cuda]))
 """
 
 
-class Run(Protocol):
+class RunProgram(Protocol):
     """Runs a program where the library is, and waits for it.
 
     Its output, both streams as one text, is in `stdout`; each line also goes to `progress` as it
@@ -37,21 +37,21 @@ class Run(Protocol):
     ) -> subprocess.CompletedProcess[str]: ...
 
 
-class Library(Struct, frozen=True):
+class InstalledLibrary(Struct, frozen=True):
     """`cuda` is the release its torch was built for, empty when it does not say."""
 
     version: Version
     cuda: str
 
 
-def probe_library(run: Run) -> Library:
+def probe_library(run: RunProgram) -> InstalledLibrary:
     """Import it, and see. Raises OperatorError: it cannot be imported, or is not supported."""
     done = run([PYTHON, "-c", _PROBE])
     found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if done.returncode != 0 or not found:
         raise _not_importable(done.stdout)
     version, cuda = json.loads(found[-1].removeprefix(_MARK))
-    return Library(parse_version(version), cuda)
+    return InstalledLibrary(parse_version(version), cuda)
 
 
 def _not_importable(output: str) -> OperatorError:

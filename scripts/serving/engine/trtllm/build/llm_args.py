@@ -15,7 +15,7 @@ import yaml
 
 from serving.config import Config
 from serving.engine.manifest import Flow
-from serving.engine.trtllm.target import Parallelism
+from serving.engine.trtllm.build.target import Parallelism
 from serving.engine.trtllm.versions import Version
 from serving.errors import ConfigError
 from serving.protocol import Role

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from serving.config import parse
-from serving.engine.trtllm.target import (
+from serving.engine.trtllm.build.target import (
     Host,
     Parallelism,
     parallelism,

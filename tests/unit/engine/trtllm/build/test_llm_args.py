@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 from serving.config import parse
-from serving.engine.trtllm.llm_args import REQUIRED, render
-from serving.engine.trtllm.target import Parallelism
+from serving.engine.trtllm.build.llm_args import REQUIRED, render
+from serving.engine.trtllm.build.target import Parallelism
 from serving.engine.trtllm.versions import parse_version
 from serving.errors import ConfigError
 

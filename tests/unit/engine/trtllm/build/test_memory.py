@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from serving.config import Config, parse
-from serving.engine.trtllm.checkpoint import Checkpoint
-from serving.engine.trtllm.memory import estimate, num_graphs, require_memory
-from serving.engine.trtllm.quantization import Quantization
-from serving.engine.trtllm.target import Parallelism
+from serving.engine.trtllm.build.checkpoint import Checkpoint
+from serving.engine.trtllm.build.memory import estimate, num_graphs, require_memory
+from serving.engine.trtllm.build.quantization import Quantization
+from serving.engine.trtllm.build.target import Parallelism
 from serving.errors import ConfigError, OperatorError
 
 GB = 10**9

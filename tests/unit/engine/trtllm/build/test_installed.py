@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 from serving.engine.files import Progress
-from serving.engine.trtllm.library import PYTHON, probe_library
+from serving.engine.trtllm.build.installed import PYTHON, probe_library
 from serving.errors import OperatorError
-from unit.engine.trtllm.library_fakes import FakeRun
+from unit.engine.trtllm.build.library_fakes import FakeRun
 
 
 class Failing:

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from serving.engine.trtllm.disagg import Handover
+from serving.engine.trtllm.requests.prefilled_kv import PrefilledKv
 from serving.protocol import EngineRequest
 
 
@@ -42,7 +42,7 @@ class Running:
         "timer",
     )
 
-    def __init__(self, request: EngineRequest, handover: Handover | None) -> None:
+    def __init__(self, request: EngineRequest, handover: PrefilledKv | None) -> None:
         self.request, self.handover = request, handover
         self.num_queued = 0 if handover else len(request.token_ids)
         self.num_cached: int | None = None

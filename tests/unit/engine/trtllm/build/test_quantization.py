@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from serving.config import TensorRtLlmConfig
-from serving.engine.trtllm.quantization import (
+from serving.engine.trtllm.build.quantization import (
     Quantization,
     read_quantization,
     require_dtype,

@@ -22,7 +22,7 @@ _FINISH: dict[str, FinishReason] = {
 }
 
 
-class Generation:
+class CompletionReader:
     """What was told so far. `num_prompt` tokens of the request are the engine's prompt; tokens
     of the request after those are outputs that the caller has, so they are not told again."""
 

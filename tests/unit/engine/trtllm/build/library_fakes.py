@@ -1,4 +1,4 @@
-"""A `Run` that answers like the library's tools, and records what it was asked to run."""
+"""A `RunProgram` that answers like the library's tools, and records what it was asked to run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from serving.engine.files import Progress
-from serving.engine.trtllm.library import _MARK
+from serving.engine.trtllm.build.installed import _MARK
 
 Answer = Callable[[list[str]], tuple[int, str]]
 

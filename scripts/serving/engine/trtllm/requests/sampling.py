@@ -100,7 +100,7 @@ def _ends(request: EngineRequest, num_prompt: int, vocabulary: Vocabulary) -> di
     others = [token for token in stops if token != end_id]
     min_tokens = sampling.min_tokens - (num_prompt - request.num_prompt_tokens)
     if min_tokens > 0:
-        # It holds back the end id only: other stops are left to `Generation`, which can count.
+        # It holds back the end id only: other stops are left to `CompletionReader`, which can count.
         ends["min_tokens"] = min_tokens
     elif others:
         ends["stop_token_ids"] = others

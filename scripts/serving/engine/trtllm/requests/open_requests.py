@@ -1,4 +1,4 @@
-"""Requests on their way through TensorRT-LLM: one task each, from submission to the last output.
+"""OpenRequests on their way through TensorRT-LLM: one task each, from submission to the last output.
 
 Three rules come from how the library hands KV over. A prefill that has committed its KV holds it
 until it is fetched, so a stop after that point changes nothing and the KV is offered anyway. A
@@ -16,18 +16,18 @@ from typing import Any
 import msgspec
 
 from serving.config import EngineConfig
-from serving.engine.trtllm.disagg import (
-    Handover,
+from serving.engine.trtllm.outbox import Outbox
+from serving.engine.trtllm.requests.completion import CompletionReader
+from serving.engine.trtllm.requests.guided import check_supported, guide_arguments
+from serving.engine.trtllm.requests.prefilled_kv import (
+    PrefilledKv,
     committed_params,
     generation_params,
     read_handover,
 )
-from serving.engine.trtllm.generation import Generation
-from serving.engine.trtllm.guided import check_supported, guide_arguments
-from serving.engine.trtllm.outbox import Outbox
-from serving.engine.trtllm.running import Running, Runtime
-from serving.engine.trtllm.sampling import Vocabulary, num_to_generate, sampling_arguments
-from serving.engine.trtllm.transfer_times import count_transfer
+from serving.engine.trtllm.requests.running import Running, Runtime
+from serving.engine.trtllm.requests.sampling import Vocabulary, num_to_generate, sampling_arguments
+from serving.engine.trtllm.requests.transfer_times import count_transfer
 from serving.errors import EngineFailed, InvalidRequest, KvTransferFailed, Overloaded, ServingError
 from serving.load_report import KvTransferTotals
 from serving.protocol import (
@@ -44,7 +44,7 @@ ABORT_S = 30.0
 """An aborted request whose end the library does not report within this time is given up."""
 
 
-class Requests:
+class OpenRequests:
     """Owns all requests of one engine, also those whose callers have gone."""
 
     def __init__(
@@ -197,14 +197,14 @@ class Requests:
         arguments |= self._guided(request, num_prompt)
         await self._follow(
             running,
-            Generation(request, num_prompt),
+            CompletionReader(request, num_prompt),
             inputs=request.token_ids,
             sampling_params=self._runtime.sampling_params(**arguments),
             streaming=not is_prefill,
             **more,
         )
 
-    async def _decode(self, running: Running, handover: Handover) -> bool:
+    async def _decode(self, running: Running, handover: PrefilledKv) -> bool:
         """Fetch and go on. False: the fetch failed, and the prompt is to be computed here."""
         request, runtime = running.request, self._runtime
         num_prompt = handover.num_tokens
@@ -221,7 +221,7 @@ class Requests:
             arguments |= self._guided(request, num_prompt)
             await self._follow(
                 running,
-                Generation(request, num_prompt),
+                CompletionReader(request, num_prompt),
                 inputs=request.token_ids[:num_prompt],
                 sampling_params=runtime.sampling_params(**arguments, return_perf_metrics=True),
                 streaming=True,
@@ -246,7 +246,7 @@ class Requests:
             return {}
         return {"guided_decoding": self._runtime.guided_decoding_params(**said)}
 
-    async def _follow(self, running: Running, generation: Generation, **call: Any) -> None:
+    async def _follow(self, running: Running, generation: CompletionReader, **call: Any) -> None:
         """Run one call of `generate_async` to its end, telling what is to be told."""
         try:
             result = self._runtime.llm.generate_async(**call)
@@ -331,7 +331,7 @@ class Requests:
                 return output
             raise EngineFailed("TensorRT-LLM prefilled the prompt and offers no KV for it")
         # Also after a stop: what is held must be fetched, and the decode engine knows why.
-        handover = Handover(params, len(request.token_ids), output.stop_token_id)
+        handover = PrefilledKv(params, len(request.token_ids), output.stop_token_id)
         return msgspec.structs.replace(
             output,
             finish_reason="length",
@@ -387,7 +387,7 @@ class Requests:
         self._transfers.local_prefill_fallbacks += is_computed_here
 
     @staticmethod
-    def _stopped(request: EngineRequest, handover: Handover) -> EngineOutput:
+    def _stopped(request: EngineRequest, handover: PrefilledKv) -> EngineOutput:
         return EngineOutput(
             request.request_id,
             [],

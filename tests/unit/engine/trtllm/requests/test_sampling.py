@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from serving.engine.trtllm.sampling import Vocabulary, num_to_generate, sampling_arguments
+from serving.engine.trtllm.requests.sampling import Vocabulary, num_to_generate, sampling_arguments
 from serving.errors import InvalidRequest
 from serving.protocol import EngineRequest, SamplingParams
 

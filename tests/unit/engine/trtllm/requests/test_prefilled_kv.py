@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from serving.engine.trtllm.disagg import (
-    Handover,
+from serving.engine.trtllm.requests.prefilled_kv import (
+    PrefilledKv,
     committed_params,
     generation_params,
     read_handover,
@@ -69,7 +69,7 @@ def request(params: TransferParams | None, num_tokens: int = 5) -> EngineRequest
     )
 
 
-def travel(handover: Handover) -> EngineRequest:
+def travel(handover: PrefilledKv) -> EngineRequest:
     sent = request(EngineTransferParams("prefill-0", 0, "r", handover.state()))
     return msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=EngineRequest)
 
@@ -77,7 +77,7 @@ def travel(handover: Handover) -> EngineRequest:
 def test_every_field_arrives_as_it_left() -> None:
     params = committed_params(FULL)
     assert params is not None
-    received = travel(Handover(params, 4))
+    received = travel(PrefilledKv(params, 4))
     handover = read_handover(received)
     assert (handover.num_tokens, handover.stop_token_id) == (4, None)
     arrived = Params(**generation_params(handover, received, Params, Logprob))
@@ -87,7 +87,7 @@ def test_every_field_arrives_as_it_left() -> None:
 def test_log_probabilities_are_left_out_where_no_class_takes_them() -> None:
     params = committed_params(FULL)
     assert params is not None
-    received = travel(Handover(params, 4))
+    received = travel(PrefilledKv(params, 4))
     arguments = generation_params(read_handover(received), received, Params, None)
     assert "first_gen_log_probs" not in arguments
     assert arguments["opaque_state"] == b"\x00\xff"
@@ -115,7 +115,7 @@ def test_params_without_any_kv_are_no_offer(params: Params | None) -> None:
 
 
 def test_field_that_this_version_lacks_is_a_failed_transfer_by_name() -> None:
-    received = travel(Handover({"ctx_request_id": 1, "some_later_field": 2}, 4))
+    received = travel(PrefilledKv({"ctx_request_id": 1, "some_later_field": 2}, 4))
     with pytest.raises(KvTransferFailed, match="some_later_field"):
         generation_params(read_handover(received), received, OlderParams, Logprob)
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from serving.config import EngineConfig
-from serving.engine.trtllm import requests as module
-from serving.engine.trtllm.guided import check_supported
 from serving.engine.trtllm.outbox import Outbox
-from serving.engine.trtllm.requests import Requests
-from serving.engine.trtllm.running import Runtime
-from serving.engine.trtllm.sampling import Vocabulary
+from serving.engine.trtllm.requests import open_requests as module
+from serving.engine.trtllm.requests.guided import check_supported
+from serving.engine.trtllm.requests.open_requests import OpenRequests
+from serving.engine.trtllm.requests.running import Runtime
+from serving.engine.trtllm.requests.sampling import Vocabulary
 from serving.errors import EngineFailed, InvalidRequest
 from serving.load_report import KvTransferTotals, LoadReport
 from serving.protocol import EngineOutput, EngineTransferParams, Guide
@@ -114,7 +114,7 @@ class Library:
 @dataclasses.dataclass
 class Rig:
     library: Library
-    requests: Requests
+    requests: OpenRequests
     sink: Sink
     stats: KvTransferTotals
     suspicions: list[None]
@@ -149,7 +149,7 @@ class Rig:
 async def rig(fetch_s: float = 60.0) -> AsyncIterator[Rig]:
     library, sink, stats = Library(), Sink(), KvTransferTotals()
     suspicions: list[None] = []
-    requests = Requests(
+    requests = OpenRequests(
         Runtime(library, dict, Params, None, dict),
         Outbox(sink, lambda: LoadReport()),
         instance_id="here",

@@ -26,7 +26,7 @@ _LOGPROBS = "$logprobs"
 _NOT_KV = frozenset({"request_type", "first_gen_tokens", "schedule_style"})
 
 
-class Handover(Struct, frozen=True):
+class PrefilledKv(Struct, frozen=True):
     """What `EngineTransferParams.state` holds.
 
     `params` are the fields of the library's class. The KV is that of the request's first
@@ -66,13 +66,13 @@ def committed_params(params: Any) -> dict[str, Any] | None:
     return plain if plain.keys() - _NOT_KV else None
 
 
-def read_handover(request: EngineRequest) -> Handover:
+def read_handover(request: EngineRequest) -> PrefilledKv:
     """Raises KvTransferFailed when the request brings nothing that this engine could fetch."""
     params = request.kv_transfer_params
     if not isinstance(params, EngineTransferParams):
         raise KvTransferFailed(request.request_id, "another engine", "it does not move KV itself")
     try:
-        handover = Handover(
+        handover = PrefilledKv(
             dict(params.state["params"]),
             int(params.state["num_tokens"]),
             params.state.get("stop_token_id"),
@@ -91,7 +91,7 @@ def read_handover(request: EngineRequest) -> Handover:
 
 
 def generation_params(
-    handover: Handover, request: EngineRequest, kind: Any, logprob: Any
+    handover: PrefilledKv, request: EngineRequest, kind: Any, logprob: Any
 ) -> dict[str, Any]:
     """Keyword arguments of `kind`, the library's `DisaggregatedParams`, for `generation_only`.
 

@@ -24,8 +24,8 @@ from msgspec import Struct
 
 from serving.config import Config
 from serving.engine.files import human
-from serving.engine.trtllm.checkpoint import Checkpoint
-from serving.engine.trtllm.target import Parallelism
+from serving.engine.trtllm.build.checkpoint import Checkpoint
+from serving.engine.trtllm.build.target import Parallelism
 from serving.errors import ConfigError, OperatorError
 from serving.kv_layout import DTYPE_BYTES
 from serving.protocol import Role

@@ -1,7 +1,7 @@
 """GPUs that a worker sees, and an engine that was made for others."""
 
 import pytest
-from serving.engine.trtllm.gpus import check_gpus, select_visible
+from serving.engine.trtllm.visible_gpus import check_gpus, select_visible
 from serving.errors import OperatorError
 from serving.gpus import Gpu
 

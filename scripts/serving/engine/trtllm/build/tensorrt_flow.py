@@ -13,9 +13,9 @@ from pathlib import Path
 
 from serving.config import Config
 from serving.engine.files import Progress
-from serving.engine.trtllm.checkpoint import CONVERTERS, Checkpoint
-from serving.engine.trtllm.library import PYTHON, Run
-from serving.engine.trtllm.target import Parallelism
+from serving.engine.trtllm.build.checkpoint import CONVERTERS, Checkpoint
+from serving.engine.trtllm.build.installed import PYTHON, RunProgram
+from serving.engine.trtllm.build.target import Parallelism
 from serving.errors import ModelError, OperatorError
 
 _COMPANIONS = (
@@ -37,7 +37,7 @@ def build_engines(
     config: Config,
     spreads: Sequence[Parallelism],
     *,
-    run: Run,
+    run: RunProgram,
     progress: Progress,
 ) -> None:
     """One folder for each of `spreads` in `staging`, which holds the Hugging Face checkpoint.
@@ -111,7 +111,7 @@ def build_command(
     ]
 
 
-def _require(command: list[str], run: Run, progress: Progress) -> None:
+def _require(command: list[str], run: RunProgram, progress: Progress) -> None:
     done = run(command, progress=progress)
     if done.returncode == 0:
         return

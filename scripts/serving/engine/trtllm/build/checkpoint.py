@@ -18,8 +18,8 @@ from typing import Any
 from msgspec import Struct
 
 from serving.engine.manifest import Flow
-from serving.engine.trtllm.quantization import Quantization, read_quantization
-from serving.engine.trtllm.target import Parallelism
+from serving.engine.trtllm.build.quantization import Quantization, read_quantization
+from serving.engine.trtllm.build.target import Parallelism
 from serving.engine.trtllm.versions import Version
 from serving.errors import ConfigError, ModelError
 from serving.kv_layout import DTYPE_BYTES

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from serving.engine.trtllm.outbox import Outbox
-from serving.engine.trtllm.polling import drain, poll_forever
-from serving.engine.trtllm.stats import EngineStats, parse_stats
-from serving.engine.trtllm.transfer_times import count_transfer
+from serving.engine.trtllm.reports.polling import drain, poll_forever
+from serving.engine.trtllm.reports.stats import EngineStats, parse_stats
+from serving.engine.trtllm.requests.transfer_times import count_transfer
 from serving.load_report import KvTransferTotals, LoadReport
 from serving.protocol import BlocksCleared, BlocksRemoved, BlocksStored, EngineOutput, KvEvent
 
@@ -137,7 +137,7 @@ async def test_events_after_the_iterators_end_are_read_all_the_same() -> None:
 
 
 async def test_polling_survives_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.engine.trtllm.polling.FAILED_S", 0.0)
+    monkeypatch.setattr("serving.engine.trtllm.reports.polling.FAILED_S", 0.0)
     answers, done = Answers(), asyncio.Event()
     answers.waiting = [{"bad": True}, {"event_id": 1}]
 

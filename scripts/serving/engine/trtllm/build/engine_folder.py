@@ -30,16 +30,16 @@ from serving.engine.manifest import (
     load_manifest,
     write_json,
 )
-from serving.engine.trtllm import llm_args, tensorrt_flow
-from serving.engine.trtllm.checkpoint import Checkpoint, read_checkpoint, require_loadable
-from serving.engine.trtllm.library import Run, probe_library
-from serving.engine.trtllm.memory import require_memory
-from serving.engine.trtllm.quantization import (
+from serving.engine.trtllm.build import llm_args, tensorrt_flow
+from serving.engine.trtllm.build.checkpoint import Checkpoint, read_checkpoint, require_loadable
+from serving.engine.trtllm.build.installed import RunProgram, probe_library
+from serving.engine.trtllm.build.memory import require_memory
+from serving.engine.trtllm.build.quantization import (
     require_dtype,
     require_kv_dtype,
     require_quantization,
 )
-from serving.engine.trtllm.target import Host, parallelism, resolve_flow, stamp
+from serving.engine.trtllm.build.target import Host, parallelism, resolve_flow, stamp
 from serving.kv_layout import KvLayout
 from serving.protocol import Role
 
@@ -55,7 +55,7 @@ def build_engine(
     config: Config,
     roles: Sequence[Role],
     fingerprint: str,
-    run: Run,
+    run: RunProgram,
     host: Host,
     progress: Progress,
 ) -> EngineManifest:
@@ -90,7 +90,7 @@ def _build(
     config: Config,
     roles: Sequence[Role],
     fingerprint: str,
-    run: Run,
+    run: RunProgram,
     host: Host,
     progress: Progress,
 ) -> EngineManifest:

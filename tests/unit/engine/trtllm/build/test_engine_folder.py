@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from serving.config import Config, ModelConfig, parse
 from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import EngineManifest, load_manifest
-from serving.engine.trtllm.build import build_engine
-from serving.engine.trtllm.target import Host
+from serving.engine.trtllm.build.engine_folder import build_engine
+from serving.engine.trtllm.build.target import Host
 from serving.errors import ConfigError, ModelError, OperatorError
 from serving.gpus import Gpu
-from unit.engine.trtllm.library_fakes import FakeRun
+from unit.engine.trtllm.build.library_fakes import FakeRun
 
 H200 = Host(gpus=[Gpu("NVIDIA H200", 90, 150 * 10**9)] * 2, driver="580.95.05")
 
@@ -177,7 +177,7 @@ def test_linked_config_has_the_names_of_older_transformers_too(model: Path, tmp_
 
 
 def test_config_with_the_older_names_keeps_them(tmp_path: Path) -> None:
-    from serving.engine.trtllm.build import _add_older_names
+    from serving.engine.trtllm.build.engine_folder import _add_older_names
 
     path = tmp_path / "config.json"
     old = {"rope_theta": 10.0, "rope_scaling": {"rope_type": "yarn"}, "torch_dtype": "float16"}
@@ -187,7 +187,7 @@ def test_config_with_the_older_names_keeps_them(tmp_path: Path) -> None:
 
 
 def test_converted_config_has_the_names_of_older_transformers(model: Path, tmp_path: Path) -> None:
-    from serving.engine.trtllm.build import _add_older_names
+    from serving.engine.trtllm.build.engine_folder import _add_older_names
 
     path = tmp_path / "config.json"
     plain = {"rope_type": "default", "rope_theta": 100000.0}

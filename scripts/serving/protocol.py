@@ -167,7 +167,7 @@ class Abort(Struct, frozen=True, tag="abort"):
     request_id: str
 
 
-class Release(Struct, frozen=True, tag="release"):
+class ReleaseKv(Struct, frozen=True, tag="release"):
     """The KV that a finished prefill holds will never be fetched."""
 
     request_id: str
@@ -202,7 +202,7 @@ class Draining(Struct, frozen=True, tag="draining"):
     """The worker accepts no more requests; running ones are finished."""
 
 
-ToWorker = Hello | Proof | Generate | Abort | Release
+ToWorker = Hello | Proof | Generate | Abort | ReleaseKv
 ToFrontend = Hello | Step | Draining
 
 

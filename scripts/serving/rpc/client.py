@@ -19,7 +19,7 @@ from serving.protocol import (
     Hello,
     InstanceInfo,
     Proof,
-    Release,
+    ReleaseKv,
     Step,
     ToFrontend,
 )
@@ -181,7 +181,7 @@ class RpcClient:
 
     def release(self, request_id: str) -> None:
         """Let the worker free what a finished prefill holds. Raises InstanceLost."""
-        self.connection().send(Release(request_id))
+        self.connection().send(ReleaseKv(request_id))
 
     async def close(self) -> None:
         """Running streams raise InstanceLost; `on_lost` is not called."""

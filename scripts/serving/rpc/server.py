@@ -21,7 +21,7 @@ from serving.protocol import (
     Generate,
     Hello,
     Proof,
-    Release,
+    ReleaseKv,
     Step,
     ToWorker,
 )
@@ -84,7 +84,7 @@ class FrontendConnection(RpcConnection):
             self._server.generate(self, message.request)
         elif isinstance(message, Abort):
             self._server.abort(self, message.request_id)
-        elif isinstance(message, Release):
+        elif isinstance(message, ReleaseKv):
             self._server.release(message.request_id)
         else:
             raise ProtocolError("a second hello")

@@ -60,7 +60,12 @@ def edit(path: Path, old: str, new: str) -> None:
     [
         ("trtllm/requests/completion.py", ".finish_reason", ".finish_cause", "finish_cause"),
         ("trtllm/requests/open_requests.py", "streaming=", "stream=", "LLM.generate_async.stream"),
-        ("trtllm/requests/sampling.py", '"detokenize"', '"detokenise"', "SamplingParams.detokenise"),
+        (
+            "trtllm/requests/sampling.py",
+            '"detokenize"',
+            '"detokenise"',
+            "SamplingParams.detokenise",
+        ),
         ("trtllm/reports/stats.py", '"maxNumBlocks"', '"numBlocks"', "stats.numBlocks"),
         ("trtllm/reports/kv_events.py", '["event_id"]', '["id"]', "kv_event.id"),
     ],

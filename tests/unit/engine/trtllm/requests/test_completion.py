@@ -8,7 +8,9 @@ from serving.engine.trtllm.requests.completion import UNLIKELY, CompletionReader
 from serving.protocol import EngineOutput, EngineRequest, SamplingParams, TokenLogprob
 
 
-def generation(told: tuple[int, ...] = (), num_before: int = 0, **sampling: Any) -> CompletionReader:
+def generation(
+    told: tuple[int, ...] = (), num_before: int = 0, **sampling: Any
+) -> CompletionReader:
     """`told` come after what the engine takes as prompt; `num_before` are in that prompt."""
     tokens = [50] * (4 + num_before) + list(told)
     request = EngineRequest("r", tokens, 4, SamplingParams(**{"max_tokens": 20} | sampling))

@@ -15,7 +15,7 @@ from serving.engine.trtllm.build.target import Parallelism
 from serving.engine.trtllm.versions import parse_version
 from serving.errors import ConfigError
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "standin"))
+sys.path.insert(0, str(Path(__file__).parents[4] / "standin"))
 
 from install import load_contract
 

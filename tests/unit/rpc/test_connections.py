@@ -16,7 +16,7 @@ from serving.protocol import (
     EngineOutput,
     Generate,
     Hello,
-    Release,
+    ReleaseKv,
     ToWorker,
 )
 from serving.rpc import RpcClient, RpcServer
@@ -130,5 +130,5 @@ async def test_frontend_that_stops_reading_is_disconnected(rig: RpcRig) -> None:
 
 
 def test_messages_to_a_worker_are_decoded_by_their_tags() -> None:
-    message = msgspec.msgpack.decode(frame(Release("r"))[4:], type=ToWorker)
-    assert message == Release("r")
+    message = msgspec.msgpack.decode(frame(ReleaseKv("r"))[4:], type=ToWorker)
+    assert message == ReleaseKv("r")

@@ -1,12 +1,12 @@
-"""What each process of a frontend sent where, in memory that all of them see.
+"""The routing decisions of all processes of a frontend, in memory that they share.
 
-A burst of requests is decided within milliseconds by all processes. A message would come after
-that, each would choose the same idle instance, and they would meet there. Memory is there at once:
-whoever is about to decide reads what the others have written since.
+All processes decide the requests of one burst within milliseconds. Messages would arrive after
+that: each process would choose the same idle instance, and the requests would queue there. Shared
+memory has no such delay. A process reads the others' new decisions right before it decides.
 
-Each process writes to a ring of its own, so there are no locks. An entry is valid when its check
-fits the rest of it: one that is being written, or that its writer did not live to finish, is not.
-Its number tells the entry that is expected from the one that was there a round before.
+Each process writes to its own ring, so there are no locks. An entry is valid if its checksum fits;
+that excludes entries that are half written, even for ever because their writer died. The number in
+an entry distinguishes it from the entry of an earlier round.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from xxhash import xxh3_64_intdigest
 from serving.kv_router.peers import RoutingDecision
 
 CAPACITY = 4096
-"""Entries that are kept of each process. Of more between two decisions of another, the oldest are
-missed."""
+"""Entries in each ring. A process that reads less often than that misses the oldest."""
 _BODY = Struct("<QQdII")  # number from 1, registration, seconds, tokens, blocks
 _CHECK = Struct("<Q")
 _ENTRY = _BODY.size + _CHECK.size
@@ -30,21 +29,21 @@ _MOST = 2**32 - 1
 
 
 def create(num_processes: int) -> int:
-    """A file descriptor of such memory, for processes to inherit."""
-    memory = os.memfd_create("frontend-sent")
+    """A file descriptor of new shared memory, which the processes inherit."""
+    memory = os.memfd_create("frontend-decisions")
     os.ftruncate(memory, num_processes * _RING)
     return memory
 
 
 class DecisionLog:
-    """One process' view. It goes on where a predecessor in its place stopped."""
+    """One process' end of the log. It continues where its predecessor in the same slot stopped."""
 
     def __init__(self, memory: int, number: int, num_processes: int) -> None:
-        """`memory` is what `create` returned."""
+        """`memory` comes from `create`; `number` is that of the process slot."""
         self._memory = mmap.mmap(memory, num_processes * _RING)
         self._own = number * _RING
         self._next = 1 + self._newest(self._own)
-        self._next_of_others = {
+        self._next_of_peers = {
             ring: 1 + self._newest(ring)
             for ring in range(0, num_processes * _RING, _RING)
             if ring != self._own
@@ -61,22 +60,22 @@ class DecisionLog:
     def updates(self) -> list[RoutingDecision]:
         """Decisions of the other processes since the last call, the oldest first."""
         found: list[RoutingDecision] = []
-        for ring, number in self._next_of_others.items():
+        for ring, number in self._next_of_peers.items():
             expected = number
             while (entry := self._read(ring, expected)) is not None and entry[0] >= expected:
                 if entry[0] == expected:
                     found.append(RoutingDecision(*entry[1:]))
                     expected += 1
-                else:  # overwritten meanwhile: on with the oldest that may still be there
+                else:  # Overwritten: continue with the oldest entry that may still be there.
                     expected = entry[0] - CAPACITY + 1
             if expected != number:
-                self._next_of_others[ring] = expected
+                self._next_of_peers[ring] = expected
         if len(found) > 1:
             found.sort(key=lambda decision: decision.decided_s)
         return found
 
     def _read(self, ring: int, number: int) -> tuple[int, int, float, int, int] | None:
-        """Where that number belongs, if it is whole: this one, or one a round or more apart."""
+        """The valid entry where `number` belongs. It may be one of another round."""
         at = ring + number % CAPACITY * _ENTRY
         entry = self._memory[at : at + _ENTRY]
         body = entry[: _BODY.size]
@@ -86,5 +85,5 @@ class DecisionLog:
         return found
 
     def _newest(self, ring: int) -> int:
-        entries = (self._read(ring, place) for place in range(CAPACITY))
+        entries = (self._read(ring, index) for index in range(CAPACITY))
         return max((entry[0] for entry in entries if entry is not None), default=0)

@@ -1,10 +1,11 @@
-"""Engines that move KV by themselves: every prefill is followed by its decode, and pairs are warm.
+"""Engines that move KV themselves: a decode follows every prefill, and all pairs are warmed up.
 
-Such an engine frees a prefilled prompt only when a decode engine has fetched it. Nothing that
-happens to the caller may come between the two, so a prefill runs to its end and its KV is fetched,
-by a decode of one token if nobody wants the answer any more. Their connections are made with the
-first request of each pair, which takes seconds: that request is ours, before an instance is routed
-to.
+Such an engine frees the KV of a prefill only when a decode engine has fetched it. So a prefill runs
+to its end even if its caller leaves, and its KV is always fetched: by a decode of one token if
+nobody wants the answer any more.
+
+The first request between two engines takes seconds, because it makes their connection. `warm_up`
+sends that request before an instance is routed to.
 """
 
 from __future__ import annotations
@@ -34,36 +35,34 @@ _WARM_UP_TOKENS = list(range(1, 17))
 
 
 class EngineTransfers:
-    """Owns what goes on after a caller has left. `decode_client` picks a live decode instance."""
+    """Owns the work that outlives its requests. `decode_client` picks a live decode instance."""
 
     def __init__(self, decode_client: Callable[[], RpcClient]) -> None:
         self._decode_client = decode_client
         self._running: set[asyncio.Task[Any]] = set()
-        self.num_abandoned = 0
 
     async def prefill(
         self, request: EngineRequest, compute: Coroutine[Any, Any, EngineOutput]
     ) -> EngineOutput:
-        """`compute`, which outlives the caller. Raises what it raises."""
+        """Await `compute`, which goes on if the caller is cancelled. Raises what it raises."""
         task = self._own(compute, f"prefill-{request.request_id}")
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            task.add_done_callback(lambda done: self._left(request, done))
+            task.add_done_callback(lambda done: self._on_abandoned(request, done))
             raise
 
     def abandon(self, request: EngineRequest, prefilled: EngineOutput) -> None:
-        """Nobody wants the answer: let a decode instance fetch the KV, and no more."""
-        self.num_abandoned += 1
+        """Nobody wants the answer: let a decode instance fetch the KV and generate one token."""
         self._own(self._fetch(request, prefilled), f"fetch-{request.request_id}")
 
     async def close(self) -> None:
-        """Give up. Prefill engines free what is left by their own timeout."""
+        """Stop. Prefill engines free the remaining KV after their own timeout."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
 
-    def _left(self, request: EngineRequest, done: asyncio.Task[EngineOutput]) -> None:
+    def _on_abandoned(self, request: EngineRequest, done: asyncio.Task[EngineOutput]) -> None:
         if not done.cancelled() and done.exception() is None:
             output = done.result()
             if output.kv_transfer_params is not None:
@@ -86,7 +85,7 @@ class EngineTransfers:
             log.warning("%s: its KV stays with the prefill engine: %s", request.request_id, exc)
 
     def _own(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        # In no task group: a failed request must not end the frontend.
+        # Not in a task group, where a failed request would end the frontend.
         task = asyncio.create_task(work, name=name)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -94,16 +93,17 @@ class EngineTransfers:
 
 
 async def warm_up(client: RpcClient, peers: Iterable[RpcClient]) -> None:
-    """One tiny request through each pair that `client` makes with `peers` of the other role.
+    """Send one tiny request through each pair of `client` and one of `peers`, of the other role.
 
-    Raises InstanceLost when no pair works; one that does not is told and left to fall back.
+    A pair that fails is logged; its requests will fall back to local prefill. Raises InstanceLost
+    when no pair works.
     """
     failures = []
     peers = list(peers)
     for peer in peers:
         source, target = (client, peer) if client.info.role == "prefill" else (peer, client)
         try:
-            await _through(source, target)
+            await _warm_up_pair(source, target)
         except ServingError as exc:
             pair = f"{source.info.instance_id} to {target.info.instance_id}"
             log.error("no KV from %s: %s", pair, exc)
@@ -115,8 +115,8 @@ async def warm_up(client: RpcClient, peers: Iterable[RpcClient]) -> None:
 _numbers = itertools.count()
 
 
-async def _through(source: RpcClient, target: RpcClient) -> None:
-    """Raises ServingError when a prompt of `source` cannot be decoded by `target`."""
+async def _warm_up_pair(source: RpcClient, target: RpcClient) -> None:
+    """Prefill on `source`, decode on `target`. Raises ServingError."""
     pair = f"{source.info.instance_id}-{target.info.instance_id}"
     prefill = EngineRequest(
         request_id=f"warm-up-{pair}-{target.info.epoch}-{next(_numbers)}",
@@ -128,7 +128,7 @@ async def _through(source: RpcClient, target: RpcClient) -> None:
     )
     first = await last_output(source, prefill, WARM_UP_S)
     if not isinstance(first.kv_transfer_params, EngineTransferParams):
-        raise InstanceLost(source.info.instance_id, "a prefill came without its KV")
+        raise InstanceLost(source.info.instance_id, "a prefill ended without KV")
     decode = msgspec.structs.replace(
         prefill,
         token_ids=prefill.token_ids + first.token_ids,
@@ -140,7 +140,7 @@ async def _through(source: RpcClient, target: RpcClient) -> None:
 
 
 async def last_output(client: RpcClient, request: EngineRequest, within_s: float) -> EngineOutput:
-    """The last output of a request whose other outputs do not matter. Raises ServingError."""
+    """The last output of a request, ignoring the others. Raises ServingError."""
     try:
         async with asyncio.timeout(within_s), client.generate(request) as outputs:
             async for output in outputs:

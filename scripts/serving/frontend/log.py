@@ -1,7 +1,7 @@
-"""The frontend's log: a line for each request must not cost a write, nor its time of day.
+"""The frontend's log. One line for each request must cost neither a write nor a time of day.
 
-Warnings are written at once, other lines of the event loop's thread with those that follow within
-LATER_S: a process that is killed loses the last of those.
+Warnings are written at once. Other lines wait for up to LATER_S and are written together, so a
+process that is killed loses its last lines.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LATER_S = 0.05
 
 
 class LaterHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to stderr, or what else it is given."""
+    """Writes to `stream`, by default stderr."""
 
     def __init__(self, stream: object = None) -> None:
         super().__init__(stream)
@@ -24,7 +24,7 @@ class LaterHandler(logging.StreamHandler):  # type: ignore[type-arg]
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._lines.append(self.format(record) + self.terminator)
-        except Exception:  # as all handlers do: a line that cannot be told stops nobody
+        except Exception:  # As in all handlers: a line that cannot be formatted stops nobody.
             self.handleError(record)
             return
         if record.levelno >= logging.WARNING:
@@ -32,11 +32,11 @@ class LaterHandler(logging.StreamHandler):  # type: ignore[type-arg]
         elif len(self._lines) == 1:
             try:
                 asyncio.get_running_loop().call_later(LATER_S, self.flush)
-            except RuntimeError:  # nothing runs yet, or on this thread
+            except RuntimeError:  # There is no event loop, or not in this thread.
                 self.flush()
 
     def flush(self) -> None:
-        """Write what has come together; also called when the process exits."""
+        """Write the waiting lines; also called when the process exits."""
         self.acquire()
         try:
             lines, self._lines = self._lines, []
@@ -48,24 +48,24 @@ class LaterHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class LineFormatter(logging.Formatter):
-    """The default's time of day, made once a second."""
+    """Formats the time of day as the default does, but only once a second."""
 
-    _second, _told = -1, ""
+    _second, _formatted = -1, ""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         second = int(record.created)
         if second != self._second:
             self._second = second
-            self._told = time.strftime(self.default_time_format, time.localtime(second))
-        return f"{self._told},{int(record.msecs):03d}"
+            self._formatted = time.strftime(self.default_time_format, time.localtime(second))
+        return f"{self._formatted},{int(record.msecs):03d}"
 
 
 def set_up(name: str) -> None:
-    """Log as the process of that name, from LOG_LEVEL on."""
+    """Log in the name of this process, from LOG_LEVEL up."""
     handler = LaterHandler()
     handler.setFormatter(LineFormatter(f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=os.environ.get("LOG_LEVEL", "INFO"), handlers=[handler])
-    # Not in the format, so not looked up for every line either.
+    # The format has none of these, so no line needs to look them up.
     logging.logThreads = logging.logProcesses = False
     logging.logMultiprocessing = False
-    logging._srcfile = None  # the way to do that, by the library's documentation
+    logging._srcfile = None  # The library's documentation says to do it so.

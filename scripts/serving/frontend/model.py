@@ -1,4 +1,4 @@
-"""The served model's tokenizer, loaded once, when the first worker has said where it is."""
+"""The served model's tokenizer, loaded once the first worker has registered."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from serving.errors import NoInstances
+from serving.errors import ModelNotFound, NoInstances
 from serving.grammar import Grammars
 from serving.protocol import Guide, ModelCard
 from serving.text.detokenize import TokenText
@@ -15,14 +15,14 @@ from serving.text.preprocess import Preprocessor
 
 
 class LoadedModel(Struct, frozen=True):
-    """What it takes to read requests for a model and to write its answers."""
+    """What the frontend needs to read requests for a model and to write its answers."""
 
     preprocessor: Preprocessor
     token_text: TokenText
     grammars: Grammars
 
     async def check_guide(self, guide: Guide, param: str) -> None:
-        """On a thread. Raises InvalidRequest, which names `param`, when it does not compile."""
+        """Compile `guide` on a thread. Raises InvalidRequest for `param` when it does not compile."""
         await asyncio.to_thread(self.grammars.matcher, guide, param=param)
 
     @property
@@ -31,14 +31,14 @@ class LoadedModel(Struct, frozen=True):
 
 
 class ModelLoader:
-    """Holds the loaded model; another card (a new deployment of workers) replaces it."""
+    """Holds the loaded model. A different card, from newly deployed workers, replaces it."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
         self._loaded: LoadedModel | None = None
 
     async def load(self, card: ModelCard | None) -> LoadedModel:
-        """Raises NoInstances before there is a card; ModelError for an unusable tokenizer."""
+        """Raises NoInstances while there is no card, ModelError for an unusable tokenizer."""
         if card is None:
             raise NoInstances("No worker has registered yet")
         if (loaded := self._loaded) is not None and loaded.card == card:
@@ -52,3 +52,13 @@ class ModelLoader:
                     Grammars(Path(card.tokenizer_dir)),
                 )
             return self._loaded
+
+
+def check_model(requested: str, served: str) -> None:
+    """Raises ModelNotFound."""
+    if requested != served:
+        raise ModelNotFound(
+            f"The model `{requested[:200]}` is not served here; `{served}` is",
+            param="model",
+            code="model_not_found",
+        )

@@ -1,9 +1,10 @@
-"""Several frontend processes behind one port: who starts them, and replaces one that dies.
+"""Several frontend processes behind one port: starts them and replaces one that dies.
 
-The parent owns a listening socket for each (`SO_REUSEPORT`, so the kernel spreads connections) and
-serves nothing. A socket outlives its process: connections that come meanwhile wait for the
-successor. Beside it each process has a socket on loopback, where the others find what it alone
-counts (`metrics/pages.py`). What each sends where is in memory that all see (`decision_log.py`).
+The parent owns a listening socket for each process slot and serves nothing itself. With
+`SO_REUSEPORT`, the kernel spreads connections over the sockets. A socket outlives its process:
+connections that arrive in between wait for the successor. Each slot also has a socket on loopback,
+where the other processes read its metrics (`metrics/pages.py`). All slots share the memory of the
+decision log (`decision_log.py`).
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from serving.frontend import decision_log
 log = logging.getLogger(__name__)
 
 REPLACE_S = 1.0
-"""Between the starts of one process: one that cannot live must not use up a core."""
+"""Least time between two starts in a slot, so that a process that keeps dying spares the cores."""
 BACKLOG = 2048
 STARTED = b"started\n"
 _PR_SET_PDEATHSIG = 1
 
 
 class ProcessSlot(Struct, frozen=True):
-    """Which of the processes this is, and the sockets and the memory that it inherits.
+    """One of the processes: its number, and the file descriptors that it inherits.
 
-    `own_ports` are those of all processes on loopback, by number.
+    `own_ports` are the loopback ports of all slots, by number. `parent` is a process id.
     """
 
     number: int
@@ -51,38 +52,38 @@ class ProcessSlot(Struct, frozen=True):
         return [socket.socket(fileno=self.listener), socket.socket(fileno=self.own_listener)]
 
     def peer_ports(self) -> dict[int, int]:
-        """Number to port of the others."""
+        """The loopback ports of the other slots, by number."""
         return {number: port for number, port in enumerate(self.own_ports) if number != self.number}
 
     def end_with_parent(self) -> None:
-        """No process may serve on when nobody is there to stop it."""
+        """Die with the parent: without it, nobody could stop this process."""
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != self.parent:  # it ended before we asked
+        if os.getppid() != self.parent:  # It ended before the call above.
             os._exit(1)
 
 
-async def run_group(process: FrontendSettings, settings_file: str) -> None:
-    """Serve with `frontend.processes` of them until SIGTERM or SIGINT, which they get as well.
+async def run_group(settings: FrontendSettings, settings_file: str) -> None:
+    """Run `frontend.processes` processes until SIGTERM or SIGINT, which they get too.
 
-    Raises OperatorError when the port is taken or one of them does not start.
+    Raises OperatorError when the port is taken or a process does not start.
     """
     with ExitStack() as stack:
-        group = _Group(process, settings_file, stack)
+        group = _ProcessGroup(settings, settings_file, stack)
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, group.stop)
         await group.run()
 
 
-class _Group:
-    def __init__(self, process: FrontendSettings, settings_file: str, stack: ExitStack) -> None:
-        frontend, count = process.frontend, process.frontend.processes
-        self._process, self._settings_file = process, settings_file
+class _ProcessGroup:
+    def __init__(self, settings: FrontendSettings, settings_file: str, stack: ExitStack) -> None:
+        frontend, count = settings.frontend, settings.frontend.processes
+        self._settings, self._settings_file = settings, settings_file
         listeners = _listeners(frontend.host, frontend.port, count)
         own = [socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) for _ in range(count)]
-        for each in (*listeners, *own):
-            stack.enter_context(each)
-        ports = [each.getsockname()[1] for each in own]
+        for listener in (*listeners, *own):
+            stack.enter_context(listener)
+        ports = [listener.getsockname()[1] for listener in own]
         log_memory = decision_log.create(count)
         stack.callback(os.close, log_memory)
         self._slots = [
@@ -101,7 +102,7 @@ class _Group:
         self._is_stopping = False
 
     def stop(self) -> None:
-        """Let all of them drain; nobody is replaced any more."""
+        """Let all processes drain, and replace none any more."""
         self._is_stopping = True
         for child in self._running.values():
             with contextlib.suppress(ProcessLookupError):
@@ -118,7 +119,7 @@ class _Group:
                     child.kill()
 
     async def _keep(self, slot: ProcessSlot) -> None:
-        """Run one slot's processes, one after the other."""
+        """Run the processes of one slot, one after the other."""
         is_first = True
         loop = asyncio.get_running_loop()
         while not self._is_stopping:
@@ -136,9 +137,9 @@ class _Group:
             if is_first:
                 raise OperatorError(
                     f"frontend process {slot.number} did not start",
-                    remedy="its own words are above, in the frontend's log",
+                    remedy="see its messages above, in the frontend's log",
                 )
-            log.error("process %d ended with %d and is replaced", slot.number, code)
+            log.error("process %d ended with %d; starting a new one", slot.number, code)
             await asyncio.sleep(max(0.0, began + REPLACE_S - loop.time()))
 
     async def _start(self, slot: ProcessSlot) -> asyncio.subprocess.Process:
@@ -157,8 +158,8 @@ class _Group:
     def _started(self) -> None:
         self._num_starting -= 1
         if not self._num_starting:
-            frontend = self._process.frontend
-            announce_ready(self._process.ready_file, port=frontend.port)
+            frontend = self._settings.frontend
+            announce_ready(self._settings.ready_file, port=frontend.port)
             log.info(
                 "%d processes listen on http://%s:%d",
                 frontend.processes,
@@ -168,10 +169,10 @@ class _Group:
 
 
 def _listeners(host: str, port: int, count: int) -> list[socket.socket]:
-    """Raises OperatorError when somebody else has the port."""
+    """Raises OperatorError when another program has the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        # Without sharing, or another service that shares its port would lose connections to us.
+        # First without SO_REUSEPORT: a service that shares its port would lose connections to us.
         socket.create_server((host, port), family=family).close()
         return [
             socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=True)

@@ -6,12 +6,14 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
-from serving.config import FrontendConfig
+from serving.frontend.api.state import AppState
 from serving.frontend.app import create_app
+from serving.frontend.http.limits import InFlight
 from serving.frontend.metrics.registry import Metrics
 from starlette.applications import Starlette
 from tokenizers import Tokenizer
@@ -38,9 +40,16 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 def app(pipeline: FakePipeline, metrics: Metrics) -> Starlette:
-    config = FrontendConfig(max_body_bytes=64 * 1024, max_inflight=8)
+    scripted: Any = pipeline
     return create_app(
-        pipeline, config=config, metrics=metrics, model_name=MODEL, launch_id="launch-1"
+        AppState(
+            pipeline=scripted,
+            metrics=metrics,
+            in_flight=InFlight(8, metrics.in_flight),
+            model_name=MODEL,
+            max_body_bytes=64 * 1024,
+            launch_id="launch-1",
+        )
     )
 
 

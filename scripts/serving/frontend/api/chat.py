@@ -18,13 +18,11 @@ from serving.frontend.api.fields import (
     sample_seed,
 )
 from serving.frontend.api.logprobs import chat_logprobs
-from serving.frontend.api.response import CompletionPlan, Identity, Writer
+from serving.frontend.api.plan import CompletionApi, CompletionPlan
+from serving.frontend.api.writer import Identity, Writer
 from serving.frontend.model import LoadedModel
 from serving.text.detokenize import Delta, TokenText
 from serving.text.preprocess import PreparedRequest, SampleGroup
-
-NAME = "chat.completions"
-ID_PREFIX = "chatcmpl-"
 
 
 class ContentPart(Struct):
@@ -256,3 +254,6 @@ class ChatWriter(Writer):
         if self._token_text is None:
             return b"null"
         return orjson.dumps(chat_logprobs(delta.logprobs or (), self._token_text))
+
+
+API = CompletionApi("chat.completions", "chatcmpl-", parse, prepare)

@@ -19,13 +19,11 @@ from serving.frontend.api.fields import (
     sample_seed,
 )
 from serving.frontend.api.logprobs import completion_logprobs
-from serving.frontend.api.response import CompletionPlan, Identity, Writer
+from serving.frontend.api.plan import CompletionApi, CompletionPlan
+from serving.frontend.api.writer import Identity, Writer
 from serving.frontend.model import LoadedModel
 from serving.text.detokenize import Delta, TokenText
 from serving.text.preprocess import PreparedRequest, Preprocessor, SampleGroup
-
-NAME = "completions"
-ID_PREFIX = "cmpl-"
 
 DEFAULT_MAX_TOKENS = 16
 MAX_CHOICES = 128
@@ -184,3 +182,6 @@ class CompletionWriter(Writer):
             delta.logprobs or (), self._token_text, self._offsets.get(index, 0)
         )
         return orjson.dumps(logprobs)
+
+
+API = CompletionApi("completions", "cmpl-", parse, prepare)

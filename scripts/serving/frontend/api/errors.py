@@ -21,7 +21,7 @@ from serving.errors import (
     Overloaded,
     RequestTooLarge,
 )
-from serving.frontend.api.limits import BodyTimeout, TooManyInFlight
+from serving.frontend.http.limits import BodyTimeout, TooManyInFlight
 
 log = logging.getLogger("serving.frontend")
 

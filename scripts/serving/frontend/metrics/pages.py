@@ -12,7 +12,7 @@ OWN_PATH = "/metrics/process"
 ANSWER_S = 1.0
 
 
-async def joined(
+async def join_pages(
     own: bytes, number: int, peer_ports: Mapping[int, int], authorization: str = ""
 ) -> bytes:
     """`own` page of process `number` and those of `peer_ports` (number to port on loopback), which

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from prometheus_client.parser import text_string_to_metric_families
-from serving.frontend.metrics.pages import joined, merge
+from serving.frontend.metrics.pages import join_pages, merge
 from serving.frontend.metrics.registry import Metrics
 
 
@@ -42,6 +42,6 @@ async def test_process_that_does_not_answer_is_left_out() -> None:
 
     async with await asyncio.start_server(close, "127.0.0.1", 0) as broken:
         port = broken.sockets[0].getsockname()[1]
-        page = await joined(Metrics().render(), 0, {1: port, 2: 1})
+        page = await join_pages(Metrics().render(), 0, {1: port, 2: 1})
     assert b'process="0"' in page
     assert b'process="1"' not in page

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from serving.frontend.api.limits import InFlight, TooManyInFlight
+from serving.frontend.http.limits import InFlight, TooManyInFlight
 from serving.frontend.metrics.collectors import Gauge
 
 
@@ -33,24 +33,24 @@ def end_every(in_flight: InFlight, clock: Clock, seconds: float, count: int) -> 
 def test_a_place_is_expected_when_one_usually_gets_free(clock: Clock, seconds: float) -> None:
     in_flight = make(2, clock)
     end_every(in_flight, clock, seconds, 60)
-    assert in_flight.place_s() == pytest.approx(seconds, rel=0.75)
+    assert in_flight.retry_after_s() == pytest.approx(seconds, rel=0.75)
 
 
 def test_it_is_never_asked_to_wait_less_than_a_second_or_more_than_a_minute(clock: Clock) -> None:
     in_flight = make(2, clock)
-    assert in_flight.place_s() == 1.0  # nothing is known yet
+    assert in_flight.retry_after_s() == 1.0  # nothing is known yet
     end_every(in_flight, clock, 0.001, 1000)
-    assert in_flight.place_s() == 1.0
+    assert in_flight.retry_after_s() == 1.0
     end_every(in_flight, clock, 25.0, 10)
     clock.now_s += 25.0
-    assert in_flight.place_s() == 60.0
+    assert in_flight.retry_after_s() == 60.0
 
 
 def test_the_newest_is_refused_and_told_when_to_come_back(clock: Clock) -> None:
     in_flight = make(1, clock)
     end_every(in_flight, clock, 5.0, 60)
     with in_flight.hold(1):
-        expected = in_flight.place_s()
+        expected = in_flight.retry_after_s()
         with pytest.raises(TooManyInFlight) as refused, in_flight.hold(1):
             pass
     assert 1.0 < refused.value.retry_after_s == pytest.approx(expected)

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 from serving.errors import Overloaded
-from serving.frontend.api import limits, sse
+from serving.frontend.http import limits, sse
 from starlette.applications import Starlette
 from unit.frontend.fakes import MODEL, FakePipeline
 

@@ -1,4 +1,7 @@
-"""What a client may take: bytes of body, requests in flight, time. And noticing that it left."""
+"""Limits on what a client may use: body size, time to send it, requests in flight.
+
+Also here: noticing that a client has left.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,15 @@ from serving.frontend.metrics.collectors import Gauge
 
 BODY_TIMEOUT_S = 60.0
 """Time a client gets to send its request."""
-
-
-MEMORY_S = 10.0
-"""How far back the rate counts at which sequences end: an e-th after this time."""
+RATE_WINDOW_S = 10.0
+"""Time constant of the rate at which samples end: an older end counts 1/e as much."""
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
-FORGOTTEN = 0.01
+MIN_RECENT = 0.01
+"""With fewer recent ends than this, there is no rate to speak of."""
 
 
 class TooManyInFlight(Overloaded):
-    """This frontend has `frontend.max_inflight` sequences already (HTTP 429)."""
+    """This frontend already generates `frontend.max_inflight` samples (HTTP 429)."""
 
 
 class BodyTimeout(InvalidRequest):
@@ -33,66 +35,69 @@ class BodyTimeout(InvalidRequest):
 
 
 class ClientGone(Exception):
-    """The client closed its connection: nobody is left to answer."""
+    """The client has closed its connection. There is nobody to answer."""
 
 
 class InFlight:
-    """Counts sequences being generated, and refuses more than `limit`: the newest, so that what was
-    begun is finished."""
+    """Counts the samples being generated and refuses new ones beyond `limit`.
+
+    `retry_after_s` estimates when there is room, from the rate at which samples have ended lately.
+    """
 
     def __init__(self, limit: int, gauge: Gauge, now: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._gauge, self._now = limit, gauge, now
         self.count = 0
-        # Sequences that ended, each counting for less the longer ago that was.
-        self._ended, self._ended_at = 0.0, now()
+        # Samples that ended, each with a weight that decays with time.
+        self._recent, self._recent_at = 0.0, now()
 
     @contextmanager
-    def hold(self, num_sequences: int) -> Iterator[None]:
-        """Take places until exit. Raises TooManyInFlight."""
-        if self.count + num_sequences > self._limit:
+    def hold(self, num_samples: int) -> Iterator[None]:
+        """Count `num_samples` until exit. Raises TooManyInFlight."""
+        if self.count + num_samples > self._limit:
             raise TooManyInFlight(
-                f"{self._limit} requests are in flight already", retry_after_s=self.place_s()
+                f"{self._limit} requests are in flight already", retry_after_s=self.retry_after_s()
             )
-        self._add(num_sequences)
+        self._add(num_samples)
         try:
             yield
         finally:
-            self._add(-num_sequences)
-        self._ended = self._recently_ended() + num_sequences  # not those that failed
+            self._add(-num_samples)
+        self._recent = self._recently_ended() + num_samples  # failed ones do not count
 
-    def place_s(self) -> float:
-        """Seconds until a place is free, at the rate at which sequences have lately ended."""
-        ended = self._recently_ended()
-        if ended < FORGOTTEN:
-            return MIN_RETRY_S  # nothing is known
-        return min(MAX_RETRY_S, max(MIN_RETRY_S, MEMORY_S / ended))
+    def retry_after_s(self) -> float:
+        """Seconds until one more sample probably fits."""
+        recent = self._recently_ended()
+        if recent < MIN_RECENT:
+            return MIN_RETRY_S
+        return min(MAX_RETRY_S, max(MIN_RETRY_S, RATE_WINDOW_S / recent))
 
     def _recently_ended(self) -> float:
         now = self._now()
-        self._ended *= math.exp((self._ended_at - now) / MEMORY_S)
-        self._ended_at = now
-        return self._ended
+        self._recent *= math.exp((self._recent_at - now) / RATE_WINDOW_S)
+        self._recent_at = now
+        return self._recent
 
-    def check_possible(self, num_sequences: int) -> None:
-        """Raises InvalidRequest for what would not fit even into an idle frontend."""
-        if num_sequences > self._limit:
+    def check_possible(self, num_samples: int) -> None:
+        """Raises InvalidRequest for more samples than even an idle frontend takes."""
+        if num_samples > self._limit:
             raise InvalidRequest(
-                f"{num_sequences} completions were asked for; {self._limit} may run at once",
+                f"The request is for {num_samples} completions, but at most {self._limit} may run "
+                "at once",
                 param="n",
             )
 
-    def _add(self, num_sequences: int) -> None:
-        self.count += num_sequences
+    def _add(self, num_samples: int) -> None:
+        self.count += num_samples
         self._gauge.value = self.count
 
 
 async def read_body(
     scope: Scope, receive: Receive, max_bytes: int, *, timeout_s: float = BODY_TIMEOUT_S
 ) -> bytes:
-    """The whole body. Raises RequestTooLarge without keeping more than `max_bytes`.
+    """The whole body. Raises RequestTooLarge, BodyTimeout, ClientGone.
 
-    The announced length is checked before anything is read, and the actual one while reading.
-    Raises BodyTimeout, ClientGone.
+    The announced length is checked before reading and the actual one while reading, so never more
+    than `max_bytes` are kept.
     """
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
@@ -121,10 +126,10 @@ def _too_large(max_bytes: int) -> str:
 
 
 class cancelled_on_disconnect:
-    """Cancel the enclosed work when the client closes its connection, and raise ClientGone.
+    """Cancels the enclosed work when the client closes its connection, and raises ClientGone.
 
-    Enter it after the body was read, when the server has nothing but the disconnect to report,
-    and leave it before the last byte is sent: a complete response reads as a disconnect, too.
+    Enter it after the body is read: then the server has only a disconnect to report. Leave it
+    before the last byte is sent: servers report a complete response as a disconnect, too.
     """
 
     __slots__ = ("_gone", "_receive", "_watcher", "_worker")
@@ -151,7 +156,7 @@ class cancelled_on_disconnect:
         trace: TracebackType | None,
     ) -> None:
         self._watcher.cancel()
-        del self._watcher  # Its traceback refers to us: that would be garbage for the collector.
+        del self._watcher  # Its traceback refers to `self`: a cycle for the garbage collector.
         if kind is asyncio.CancelledError and self._gone and self._worker.uncancel() == 0:
-            # Unless someone else has cancelled as well (shutdown): that must go on.
+            # Not if something else has cancelled too (shutdown): that must continue.
             raise ClientGone from None

@@ -1,7 +1,7 @@
-"""What chat and completion responses have in common: the plan of a request, usage, identity.
+"""The bytes of a response: what chat and completion responses have in common.
 
-A `Writer` turns deltas into bytes. Chunks are glued from templates made once per response:
-building and encoding a dict per chunk would cost half as much again.
+Chunks are assembled from byte templates that are made once per response. Building and encoding a
+dict for each chunk would cost half as much again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import orjson
 from msgspec import Struct
 
+from serving.frontend.api.errors import ApiError
 from serving.text.detokenize import Delta
-from serving.text.preprocess import PreparedRequest
 
 DONE = b"data: [DONE]\n\n"
 
@@ -40,7 +40,7 @@ class Usage(Struct):
 
 
 class Identity(Struct, frozen=True):
-    """What every part of a response repeats. `created` is Unix time in seconds."""
+    """What each chunk of a response repeats. `created` is Unix time in seconds."""
 
     id: str
     object: str
@@ -66,9 +66,9 @@ class Identity(Struct, frozen=True):
 
 
 class Writer(ABC):
-    """The bytes of one response: chunks of a stream, or the whole.
+    """Writes one response: the events of a stream, or the whole body.
 
-    `stream_usage`: every chunk has `usage`, null but in the last one.
+    With `stream_usage`, every chunk has a `usage` field, which is null except in the last one.
     """
 
     def __init__(self, chunk: Identity, whole: Identity, *, stream_usage: bool) -> None:
@@ -78,39 +78,33 @@ class Writer(ABC):
 
     @abstractmethod
     def _chunk_choices(self, index: int, delta: Delta) -> list[bytes]:
-        """The JSON of the choice in each chunk that `delta` becomes."""
+        """The choice, as JSON, of each chunk that `delta` becomes."""
 
     @abstractmethod
     def _choice(self, index: int, delta: Delta) -> bytes:
-        """The JSON of a finished choice; `delta` is all of it."""
+        """A finished choice as JSON. `delta` is all of its text."""
 
     def chunks(self, index: int, deltas: Sequence[Delta]) -> bytes:
-        """The events that tell `deltas`, each by itself."""
+        """The events of `deltas`, one or more for each."""
         opening, closing = self._chunk_opening, self._chunk_closing
         between = closing + opening
         choices = [choice for delta in deltas for choice in self._chunk_choices(index, delta)]
         return opening + between.join(choices) + closing
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """The last event before `[DONE]`, for those who asked for it."""
-        return self._chunk_opening + b'],"usage":' + usage.json() + b"}\n\n"
+    def end(self, usage: Usage | None) -> bytes:
+        """The events that end a complete stream. Pass `usage` if the client asked for it."""
+        if usage is None:
+            return DONE
+        return self._chunk_opening + b'],"usage":' + usage.json() + b"}\n\n" + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        """The event that ends a stream with an error.
+
+        It has no `[DONE]`, so that no client takes the answer for complete.
+        """
+        return b"data: " + error.body() + b"\n\n"
 
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
         """The body of a response that is not streamed."""
         choices = b",".join(self._choice(index, delta) for index, delta in enumerate(deltas))
         return self._whole_opening + choices + b'],"usage":' + usage.json() + b"}"
-
-
-class CompletionPlan(Struct, frozen=True):
-    """A request, understood: the sequences to generate and how to write the response.
-
-    Choice `i` is `samples[i]`; `samples_per_prompt` consecutive ones share a prompt. `preludes`
-    are texts that come before the generated ones (`echo`), one a sample or none at all.
-    """
-
-    samples: list[PreparedRequest]
-    writer: Writer
-    stream: bool
-    include_usage: bool
-    samples_per_prompt: int = 1
-    preludes: tuple[str, ...] = ()

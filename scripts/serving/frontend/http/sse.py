@@ -13,9 +13,8 @@ from contextlib import asynccontextmanager
 from starlette.types import Send
 
 from serving.frontend.api.errors import ApiError, to_api_error
-from serving.frontend.api.generation import Generation
-from serving.frontend.api.limits import ClientGone
-from serving.frontend.api.response import DONE
+from serving.frontend.http.generation import Generation
+from serving.frontend.http.limits import ClientGone
 
 STALL_S = 120.0
 """A client that accepts no byte for this long counts as gone."""
@@ -27,11 +26,10 @@ HEADERS = (
 )
 
 
-class _Output:
-    """Writes to one client, and gives it up when a write takes `stall_s` to twice that.
+class _ClientOutput:
+    """Writes to one client, and stops when a write takes longer than `stall_s` to twice that.
 
-    One slow timer per stream instead of a timeout per write, which would cost as much as
-    detokenizing.
+    It uses one slow timer per stream. A timeout per write would cost as much as detokenizing.
     """
 
     def __init__(self, send: Send, stall_s: float) -> None:
@@ -42,25 +40,25 @@ class _Output:
     @asynccontextmanager
     async def guarded(self) -> AsyncIterator[None]:
         """Raises ClientGone out of a `write` that stalls inside."""
-        self._look_later()
+        self._check_later()
         try:
             async with asyncio.timeout(None) as self._timeout:
                 yield
-        except OSError:  # a stall (TimeoutError), or a server that says so when the client left
+        except OSError:  # A stall (TimeoutError), or the server's error when the client has left.
             raise ClientGone from None
         finally:
             self._timer.cancel()
-            del self._timer  # It refers to us: that would be garbage for the collector.
+            del self._timer  # It refers to `self`: a cycle for the garbage collector.
 
-    def _look_later(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._stall_s, self._look)
+    def _check_later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._stall_s, self._check)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self._writing and self._num_writes == self._num_writes_before:
             self._timeout.reschedule(asyncio.get_running_loop().time())
             return
         self._num_writes_before = self._num_writes
-        self._look_later()
+        self._check_later()
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         self._writing = True
@@ -76,13 +74,13 @@ async def send_deltas(
     *,
     stall_s: float = STALL_S,
 ) -> ApiError | None:
-    """Write all but the end while `generation` runs; returns the error that it ended with.
+    """Write everything but the end while `generation` runs. Returns the error that ended it.
 
-    Raises what ended the generation before anything was sent, and ClientGone on a stall.
+    Raises the error itself if nothing was sent before it. Raises ClientGone on a stall.
     """
     take, chunks = generation.deltas.take, generation.plan.writer.chunks
     ready = await take()
-    output = _Output(send, stall_s)
+    output = _ClientOutput(send, stall_s)
     async with output.guarded():
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *headers]})
         while ready:
@@ -97,13 +95,12 @@ async def send_deltas(
 async def end_stream(
     generation: Generation, error: ApiError | None, send: Send, *, stall_s: float = STALL_S
 ) -> None:
-    """Write the end. With an error it has no `[DONE]`: nobody must take it for complete."""
+    """Write the end, which is `error` if there is one. Raises ClientGone on a stall."""
+    plan = generation.plan
     if error is not None:
-        body = b"data: " + error.body() + b"\n\n"
-    elif generation.plan.include_usage:
-        body = generation.plan.writer.usage_chunk(generation.usage()) + DONE
+        body = plan.writer.failure(error)
     else:
-        body = DONE
-    output = _Output(send, stall_s)
+        body = plan.writer.end(generation.usage() if plan.include_usage else None)
+    output = _ClientOutput(send, stall_s)
     async with output.guarded():
         await output.write(body, more=False)

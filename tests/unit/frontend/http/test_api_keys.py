@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 from serving.errors import OperatorError
-from serving.frontend.api.api_keys import ApiKeys, read_keys
+from serving.frontend.http.api_keys import ApiKeys, read_keys
 from starlette.applications import Starlette
 from unit.frontend.fakes import MODEL
 

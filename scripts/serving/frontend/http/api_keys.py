@@ -1,6 +1,6 @@
-"""API keys in front of the application. Installed only where there are keys.
+"""API keys in front of the application, where the configuration has some.
 
-`/health` is for everybody; all else, paths that do not exist included, is for who has a key.
+`/health` is open. Every other path, existing or not, needs a key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SCHEME = b"bearer "
 
 
 def read_keys(path: str) -> list[str]:
-    """One key a line; empty lines and those that begin with `#` are none. Raises OperatorError."""
+    """One key per line, without empty lines and comments (`#`). Raises OperatorError."""
     try:
         lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as exc:
@@ -31,12 +31,12 @@ def read_keys(path: str) -> list[str]:
         ) from None
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
-        raise OperatorError(f"there is no API key in {path}", remedy="write one key a line")
+        raise OperatorError(f"there is no API key in {path}", remedy="write one key per line")
     return keys
 
 
 class ApiKeys:
-    """ASGI middleware: passes on what comes with one of `keys`, at most so often per key."""
+    """ASGI middleware: admits requests with one of `keys`, up to a rate for each key."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ApiKeys:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
-        # Digests have one length, so comparing them does not even tell that of a key.
+        # Digests have one length, so that comparing them does not reveal the length of a key.
         self._allowances = {
             _digest(key.encode()): Allowance(requests_per_minute, now) for key in keys
         }
@@ -64,23 +64,23 @@ class ApiKeys:
     def _refusal(self, scope: Scope) -> ApiError | None:
         header = next((v for name, v in scope["headers"] if name == b"authorization"), b"")
         if header[: len(_SCHEME)].lower() != _SCHEME:
-            return _unauthorized("No API key: send it as `Authorization: Bearer KEY`")
+            return _unauthorized("There is no API key: send it as `Authorization: Bearer KEY`")
         allowance = self._find(header[len(_SCHEME) :].strip())
         if allowance is None:
-            return _unauthorized("The API key is not one of this service")
+            return _unauthorized("This service does not know the API key")
         wait_s = allowance.take() if scope["method"] == "POST" else 0.0
         if not wait_s:
             return None
         return ApiError(
             429,
-            "This API key has used up its requests of the minute",
+            "This API key has used up its requests per minute",
             "rate_limit_error",
             code="rate_limit_exceeded",
             retry_after_s=wait_s,
         )
 
     def _find(self, key: bytes) -> Allowance | None:
-        """Looks at all keys, also when one fits, in a time that does not tell which."""
+        """Compares with all keys even after a match, so that the time does not reveal which."""
         digest, found = _digest(key), None
         for known, allowance in self._allowances.items():
             if hmac.compare_digest(known, digest):
@@ -89,7 +89,7 @@ class ApiKeys:
 
 
 class Allowance:
-    """A token bucket: `per_minute` at once at most, refilled evenly; None for no limit."""
+    """A token bucket of `per_minute` requests, refilled evenly. None means no limit."""
 
     def __init__(self, per_minute: int | None, now: Callable[[], float]) -> None:
         self._per_minute, self._now = per_minute, now
@@ -97,7 +97,7 @@ class Allowance:
         self._at = now()
 
     def take(self) -> float:
-        """Seconds to wait until one is free; 0 when it was, and is taken now."""
+        """Take one request and return 0, or return the seconds until one is available."""
         if self._per_minute is None:
             return 0.0
         rate, now = self._per_minute / 60, self._now()
@@ -122,7 +122,7 @@ async def _answer(error: ApiError, send: Send) -> None:
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),  # a body that nobody reads may be on its way
+        (b"connection", b"close"),  # A body that nobody reads may be on its way.
         *error.headers(),
     ]
     if error.status == 401:

@@ -1,0 +1,48 @@
+"""Routes for operators and their tools: health, readiness and metrics."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from serving.errors import ServingError
+from serving.frontend.api.state import AppState
+from serving.frontend.http.replies import json_response
+from serving.frontend.metrics.pages import OWN_PATH, join_pages
+from serving.frontend.metrics.registry import CONTENT_TYPE
+
+
+def operations_routes(state: AppState) -> list[Route]:
+    async def health(request: Request) -> Response:
+        return json_response({"status": "ok", "launch_id": state.launch_id})
+
+    async def ready(request: Request) -> Response:
+        is_ready, reason = state.pipeline.ready()
+        if is_ready:
+            try:  # Ready means that the first request will not wait for the tokenizer.
+                await state.models.load(state.card)
+            except ServingError as exc:
+                is_ready, reason = False, str(exc)
+        content = {"ready": is_ready, "reason": reason, **state.pipeline.describe()}
+        if state.slot is not None:
+            content["process"] = state.slot.number
+        return json_response(content, 200 if is_ready else 503)
+
+    async def metrics(request: Request) -> Response:
+        page = state.metrics.render()
+        if state.slot is not None:
+            authorization = request.headers.get("authorization", "")
+            peer_ports = state.slot.peer_ports()
+            page = await join_pages(page, state.slot.number, peer_ports, authorization)
+        return Response(page, media_type=CONTENT_TYPE)
+
+    async def own_metrics(request: Request) -> Response:
+        return Response(state.metrics.render(), media_type=CONTENT_TYPE)
+
+    return [
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/metrics", metrics),
+        Route(OWN_PATH, own_metrics),
+    ]

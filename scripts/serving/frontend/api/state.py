@@ -1,0 +1,34 @@
+"""What the routes of one frontend process share."""
+
+from __future__ import annotations
+
+import time
+
+from msgspec import Struct, field
+
+from serving.frontend.http.limits import InFlight
+from serving.frontend.metrics.registry import Metrics
+from serving.frontend.model import ModelLoader
+from serving.frontend.pipeline import Pipeline
+from serving.frontend.process_group import ProcessSlot
+from serving.protocol import ModelCard
+
+
+class AppState(Struct, frozen=True, kw_only=True):
+    """`launch_id` lets a start script recognise the process that it started. `slot` is None for a
+    frontend of one process. `started` is Unix time in seconds."""
+
+    pipeline: Pipeline
+    metrics: Metrics
+    in_flight: InFlight
+    model_name: str
+    max_body_bytes: int
+    launch_id: str = ""
+    slot: ProcessSlot | None = None
+    models: ModelLoader = field(default_factory=ModelLoader)
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def card(self) -> ModelCard | None:
+        """None until a worker has registered."""
+        return self.pipeline.card

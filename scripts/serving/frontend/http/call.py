@@ -1,0 +1,148 @@
+"""One HTTP request for completions, from its first byte to its log line.
+
+Plain ASGI: a response object would cost as much again per chunk as the chunk itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from random import Random
+from time import perf_counter
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from serving.errors import NoInstances, Overloaded
+from serving.frontend.api.errors import ApiError, to_api_error
+from serving.frontend.api.plan import CompletionApi
+from serving.frontend.api.state import AppState
+from serving.frontend.http.generation import Generation
+from serving.frontend.http.limits import ClientGone, cancelled_on_disconnect, read_body
+from serving.frontend.http.replies import send_error, send_json
+from serving.frontend.http.sse import end_stream, send_deltas
+from serving.frontend.model import check_model
+
+log = logging.getLogger("serving.frontend")
+
+CLIENT_CLOSED = 499
+"""Logged and counted but never sent: the client left before the end."""
+
+_random = Random()  # Ids must be unique but are no secrets, so each may do without a system call.
+
+
+class CompletionRoute:
+    """The ASGI application of one API."""
+
+    def __init__(self, api: CompletionApi[Any], state: AppState) -> None:
+        self._api, self._state = api, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await CompletionCall(self._api, self._state, send).serve(scope, receive)
+
+
+class CompletionCall:
+    """One request and its response."""
+
+    def __init__(self, api: CompletionApi[Any], state: AppState, send: Send) -> None:
+        self._api, self._state, self._send = api, state, send
+        self._request_id = f"{api.id_prefix}{_random.getrandbits(128):032x}"
+        self._arrived = perf_counter()
+        self._headers = ((b"x-request-id", self._request_id.encode()),)
+        self._generation: Generation | None = None
+
+    async def serve(self, scope: Scope, receive: Receive) -> None:
+        """Answer in every case, and record the outcome."""
+        status, error = CLIENT_CLOSED, None
+        in_flight = self._state.in_flight
+        try:
+            with in_flight.hold(1):
+                generation = self._generation = await self._prepare(scope, receive)
+                num_samples = len(generation.samples)
+                in_flight.check_possible(num_samples)
+                with in_flight.hold(num_samples - 1):
+                    if generation.plan.stream:
+                        error = await self._stream(generation, receive)
+                    else:
+                        await self._whole(generation, receive)
+            status = 200
+        except ClientGone:
+            pass
+        except Exception as exc:
+            if isinstance(exc, Overloaded) and not isinstance(exc, NoInstances):
+                exc.retry_after_s = max(exc.retry_after_s, in_flight.retry_after_s())
+            error = to_api_error(exc)
+            status = error.status
+            await send_error(self._send, error, self._headers)
+        finally:
+            self._record(status, error)
+
+    async def _prepare(self, scope: Scope, receive: Receive) -> Generation:
+        """Read, check and tokenize the request. Raises ServingError, ClientGone.
+
+        The body is not kept: only the tokens live on.
+        """
+        state = self._state
+        body = await read_body(scope, receive, state.max_body_bytes)
+        request = self._api.parse(body)
+        check_model(request.model, state.model_name)
+        model = await state.models.load(state.card)
+        plan = await self._api.prepare(request, model, self._request_id)
+        tokenizer = model.preprocessor.tokenizer
+        return Generation(plan, state.pipeline, tokenizer, state.metrics, self._arrived)
+
+    async def _whole(self, generation: Generation, receive: Receive) -> None:
+        """Raises ServingError, ClientGone."""
+        async with cancelled_on_disconnect(receive):
+            deltas = await generation.whole()
+        body = generation.plan.writer.whole(deltas, generation.usage())
+        await send_json(self._send, 200, body, self._headers)
+
+    async def _stream(self, generation: Generation, receive: Receive) -> ApiError | None:
+        """Returns the error that ended a stream halfway. Raises ServingError, ClientGone."""
+        async with cancelled_on_disconnect(receive):
+            producer = asyncio.create_task(generation.run(), name=self._request_id)
+            try:
+                error = await send_deltas(generation, self._send, self._headers)
+            finally:
+                producer.cancel()
+                await asyncio.wait([producer])  # until all that it held is released
+        # Outside: servers report a disconnect once a response is complete.
+        await end_stream(generation, error, self._send)
+        return error
+
+    def _record(self, status: int, error: ApiError | None) -> None:
+        """Update the metrics and write the one log line of this request."""
+        duration_s = perf_counter() - self._arrived
+        generation = self._generation
+        if status == CLIENT_CLOSED:
+            finish_reason = "cancelled"
+        elif error is not None:
+            finish_reason = "error"
+        else:
+            assert generation is not None
+            finish_reason = generation.samples[0].finish_reason or "error"
+        metrics = self._state.metrics
+        metrics.requests.add(1, self._api.name, str(status), finish_reason)
+        if status == 200:
+            metrics.e2e_request_latency.observe(duration_s)
+        if not log.isEnabledFor(logging.INFO):
+            return
+        usage = generation.usage() if generation else None
+        ttft_s = generation.ttft_s() if generation else None
+        log.info(
+            "%s model=%s instances=%s overlap_blocks=%d prompt_tokens=%d cached_tokens=%d "
+            "completion_tokens=%d ttft_ms=%s duration_ms=%.1f finish_reason=%s status=%d%s",
+            self._request_id,
+            self._state.model_name,
+            ",".join(generation.instances()) if generation else "",
+            generation.overlap_blocks() if generation else 0,
+            usage.prompt_tokens if usage else 0,
+            usage.cached_tokens if usage else 0,
+            usage.completion_tokens if usage else 0,
+            "-" if ttft_s is None else f"{1000 * ttft_s:.1f}",
+            1000 * duration_s,
+            finish_reason,
+            status,
+            f" error={error.message!r}" if error else "",
+        )

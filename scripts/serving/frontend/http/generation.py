@@ -1,0 +1,158 @@
+"""All samples of one HTTP request, from the pipeline's outputs to deltas of text.
+
+`Generation` produces into its `deltas`. The code that writes the response takes from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from time import perf_counter
+
+from msgspec import Struct
+from tokenizers import Tokenizer
+
+from serving.errors import EngineFailed
+from serving.frontend.api.plan import CompletionPlan
+from serving.frontend.api.writer import Usage
+from serving.frontend.http.delta_buffer import DeltaBuffer
+from serving.frontend.metrics.registry import Metrics
+from serving.frontend.pipeline import Pipeline
+from serving.protocol import EngineOutput, TokenLogprob
+from serving.text.detokenize import Delta, Detokenizer
+from serving.text.preprocess import PreparedRequest
+
+
+class SampleProgress(Struct):
+    """One sample so far. `ttft_s` counts from the arrival of the HTTP request."""
+
+    prepared: PreparedRequest
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    ttft_s: float | None = None
+    finish_reason: str | None = None
+
+
+class Generation:
+    """Runs all samples of a plan. `arrived` is `perf_counter()` at the request's arrival."""
+
+    def __init__(
+        self,
+        plan: CompletionPlan,
+        pipeline: Pipeline,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        arrived: float,
+    ) -> None:
+        self.plan, self.deltas = plan, DeltaBuffer(is_whole=not plan.stream)
+        self.samples = [SampleProgress(prepared) for prepared in plan.samples]
+        self._pipeline, self._tokenizer = pipeline, tokenizer
+        self._metrics, self._arrived = metrics, arrived
+
+    async def run(self) -> None:
+        """Generate everything. Cancelling it aborts the samples on their workers.
+
+        Never raises: an error ends `deltas`. One failed sample fails the response and aborts the
+        others.
+        """
+        error: Exception | None = None
+        try:
+            if len(self.samples) == 1:
+                await self._run_sample(0)
+            else:
+                async with asyncio.TaskGroup() as tasks:
+                    for index in range(len(self.samples)):
+                        tasks.create_task(self._run_sample(index))
+        except ExceptionGroup as group:
+            error = group.exceptions[0]
+        except Exception as exc:
+            error = exc
+        finally:
+            self.deltas.close(error)
+
+    async def whole(self) -> list[Delta]:
+        """All choices at once, when they are complete. Raises the error that ended them."""
+        await self.run()
+        deltas = self.deltas.take_all()
+        return [deltas[index] for index in range(len(self.samples))]
+
+    async def _run_sample(self, index: int) -> None:
+        sample = self.samples[index]
+        prepared, metrics = sample.prepared, self._metrics
+        detokenizer = Detokenizer(self._tokenizer, prepared)
+        previous = 0.0
+        metrics.queued.value += 1
+        try:
+            async with aclosing(self._pipeline.generate(prepared)) as outputs:
+                async for output in outputs:
+                    now = perf_counter()
+                    if sample.ttft_s is None:
+                        sample.ttft_s = now - self._arrived
+                        metrics.queued.value -= 1
+                        metrics.time_to_first_token.observe(sample.ttft_s)
+                        if self.plan.preludes:
+                            entries = _prompt_entries(prepared, output)
+                            prelude = Delta(self.plan.preludes[index], logprobs=entries)
+                            self.deltas.put(index, prelude)
+                    elif output.token_ids:
+                        gap_s = (now - previous) / len(output.token_ids)
+                        metrics.inter_token_latency.observe(gap_s)
+                    previous = now
+                    self._take(index, detokenizer, output)
+                    if sample.finish_reason is not None:
+                        return
+            raise EngineFailed(f"{prepared.request_id} ended without a finish_reason")
+        finally:
+            if sample.ttft_s is None:
+                metrics.queued.value -= 1
+            metrics.prompt_tokens.add(len(prepared.token_ids))
+            metrics.completion_tokens.add(sample.completion_tokens)
+            metrics.cached_tokens.add(sample.cached_tokens)
+
+    def _take(self, index: int, detokenizer: Detokenizer, output: EngineOutput) -> None:
+        sample = self.samples[index]
+        if output.finish_reason in ("error", "cancelled"):
+            why = output.error.message if output.error else f"it was {output.finish_reason}"
+            raise EngineFailed(f"{sample.prepared.request_id} was not finished: {why}")
+        if output.cached_tokens is not None:
+            sample.cached_tokens = output.cached_tokens
+        if sample.prepared.prompt_only:
+            sample.finish_reason = "length"
+            self.deltas.put(index, Delta(finish_reason="length"))
+            return
+        deltas = detokenizer.feed_each(output)
+        sample.completion_tokens = detokenizer.num_tokens
+        sample.finish_reason = detokenizer.finish_reason
+        if deltas:
+            self.deltas.put(index, *deltas)
+
+    # --- counts --------------------------------------------------------------------------------
+
+    def usage(self) -> Usage:
+        """Token counts. A prompt counts once, however many samples share it."""
+        prompts = self.samples[:: self.plan.samples_per_prompt]
+        return Usage(
+            prompt_tokens=sum(len(sample.prepared.token_ids) for sample in prompts),
+            completion_tokens=sum(sample.completion_tokens for sample in self.samples),
+            cached_tokens=sum(sample.cached_tokens for sample in prompts),
+        )
+
+    def ttft_s(self) -> float | None:
+        """Time to the first token of any sample; None before there is one."""
+        return min((s.ttft_s for s in self.samples if s.ttft_s is not None), default=None)
+
+    def overlap_blocks(self) -> int:
+        """Blocks that the router found on the instances that it chose."""
+        return sum(sample.prepared.trace.overlap_blocks for sample in self.samples)
+
+    def instances(self) -> list[str]:
+        """The ids of all instances that worked on it, in order."""
+        visited = (name for s in self.samples for name in s.prepared.trace.instances)
+        return list(dict.fromkeys(visited))
+
+
+def _prompt_entries(prepared: PreparedRequest, output: EngineOutput) -> list[TokenLogprob] | None:
+    """Log-probabilities of all prompt tokens, if the request asked for them."""
+    if output.prompt_logprobs is None:
+        return None
+    return [TokenLogprob(prepared.token_ids[0], None, []), *output.prompt_logprobs]

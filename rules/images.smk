@@ -1,6 +1,6 @@
 # For `container.runtime`. Nothing that serves asks for these: a build takes long and is asked for
 # by name. Where `container.image` is not set, workers run in what was built last.
-from serving.deploy.containers import images
+from serving.deploy.containers import image_recipes
 
 
 rule build_base_image:
@@ -12,7 +12,7 @@ rule build_base_image:
     conda:
         ENVIRONMENT
     params:
-        settings=lambda wildcards: images.base_settings(CONFIG),
+        settings=lambda wildcards: image_recipes.base_image_identity(CONFIG),
     script:
         "../scripts/build_base_image.py"
 
@@ -28,6 +28,6 @@ rule build_image:
     conda:
         ENVIRONMENT
     params:
-        settings=lambda wildcards: images.settings(CONFIG),
+        settings=lambda wildcards: image_recipes.serving_image_identity(CONFIG),
     script:
         "../scripts/build_image.py"

@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = os.environ["
 
 import msgspec
 from serving.config import parse
-from serving.deploy.containers.library_run import LibraryRun
+from serving.deploy.containers.library_runner import LibraryRunner
 from serving.deploy.planning.fingerprint import resolve_device, resolve_dtype
 from serving.deploy.planning.placement import existing_gpus, usable_gpus
 from serving.deploy.planning.topology import roles
@@ -40,7 +40,7 @@ with reporting(snakemake.log[0]) as report:
             config=msgspec.structs.replace(config, engine=engine),
             roles=roles(config.deployment.topology),
             fingerprint=fingerprint,
-            run=LibraryRun(
+            run=LibraryRunner(
                 config, gpus=gpus, writable=[out_dir.parent], readable=[Path(model.path)]
             ),
             host=host,

@@ -24,12 +24,12 @@ from integration.deployment import Deployment, running
 from integration.tiny_model import save_tiny_model
 from missing_tools import PODMAN, skip_without
 from serving.config import parse
-from serving.deploy.containers import images
+from serving.deploy.containers import image_recipes
 from serving.deploy.containers.image_build import build_serving, read_base
-from serving.deploy.containers.library_run import PROGRAM, LibraryRun
+from serving.deploy.containers.library_runner import PROGRAM, LibraryRunner
 from serving.deploy.containers.run_command import container_name
-from serving.deploy.containers.worker_command import wrap
-from serving.deploy.planning.source_digest import SCRIPTS
+from serving.deploy.containers.worker_command import contain
+from serving.deploy.planning.source_digest import PACKAGE, SCRIPTS
 from serving.engine.trtllm.build.installed import PYTHON
 from standin.install import install
 from waiting import wait_until
@@ -238,9 +238,9 @@ def test_signals_and_exit_codes_pass_through(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     container = parse({"container": deployment.config["container"]}).container
-    failing = wrap(container, [sys.executable, "-c", "raise SystemExit(7)"], name="x", env={})
+    failing = contain(container, [sys.executable, "-c", "raise SystemExit(7)"], name="x", env={})
     assert subprocess.run(failing.command, check=False).returncode == 7
-    waiting = wrap(container, [sys.executable, "-c", LISTENING], name="x", env={})
+    waiting = contain(container, [sys.executable, "-c", LISTENING], name="x", env={})
     with subprocess.Popen(waiting.command, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
         assert client.stdout.readline() == "listening\n"
@@ -254,13 +254,13 @@ def test_build_goes_on_after_one_whose_client_was_killed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = parse({"container": deployment.config["container"]})
-    lost = wrap(config.container, [sys.executable, "-c", LISTENING], name=PROGRAM, env={})
+    lost = contain(config.container, [sys.executable, "-c", LISTENING], name=PROGRAM, env={})
     with subprocess.Popen(lost.command, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
         assert client.stdout.readline() == "listening\n"
         client.kill()
     assert containers(tmp_path) == [PROGRAM]
-    done = LibraryRun(config, gpus=[], writable=[tmp_path])([PYTHON, "-c", "print('built')"])
+    done = LibraryRunner(config, gpus=[], writable=[tmp_path])([PYTHON, "-c", "print('built')"])
     assert (done.returncode, done.stdout) == (0, "built\n")
     assert containers(tmp_path) == []
 
@@ -274,7 +274,7 @@ def test_what_is_written_inside_is_ours_and_the_code_cannot_be_changed(
     program += "pathlib.Path(serving.__path__[0], 'x').touch()"
     env = {"PYTHONPATH": str(SCRIPTS)}
     argv = [sys.executable, "-c", program]
-    inside = wrap(container, argv, name="x", env=env, writable=[Path("run")])
+    inside = contain(container, argv, name="x", env=env, writable=[Path("run")])
     done = subprocess.run(
         inside.command,
         env={**os.environ, **inside.env},
@@ -388,7 +388,7 @@ def test_image_is_built_on_a_given_base_and_a_change_of_the_code_repeats_only_it
     deployment = Deployment(tmp_path / "built", container=settings, engine=engine)
     deployment.snakemake("build_image")
     folder = deployment.directory / "results" / "images"
-    record = json.loads((folder / images.SERVING_RECORD).read_text())
+    record = json.loads((folder / image_recipes.SERVING_RECORD).read_text())
     try:
         flags = [f"--ulimit={name}={value}" for name, value in limits().items()]
         program = "import serving.worker.__main__; print('imported')"
@@ -396,12 +396,14 @@ def test_image_is_built_on_a_given_base_and_a_change_of_the_code_repeats_only_it
         assert "imported" in told
         assert "Nothing to be done" in deployment.snakemake("build_image").stdout
 
-        whole = dict(images.context("tensorrt_llm"))
-        whole["scripts/serving/errors.py"] += b"# changed\n"
-        monkeypatch.setattr(images, "context", lambda backend: iter(whole.items()))
+        package = tmp_path / "package"
+        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+        with (package / "errors.py").open("a") as file:
+            file.write("# changed\n")
         said: list[str] = []
         config = parse({"container": settings, "engine": engine})
-        changed = build_serving(config, read_base(folder / images.BASE_RECORD), folder, said.append)
+        base_image = read_base(folder / image_recipes.BASE_RECORD)
+        changed = build_serving(config, base_image, folder, said.append, package=package)
         assert changed.image != record["image"]
         text = "\n".join(said)
         assert text.count("Using cache") == 2, text  # the packages' list, and their installation
@@ -409,4 +411,4 @@ def test_image_is_built_on_a_given_base_and_a_change_of_the_code_repeats_only_it
         podman("rmi", "--force", changed.image)
     finally:
         podman("rmi", "--force", record["image"], check=False)
-    assert msgspec.convert(record, images.Serving).builder == "podman"
+    assert msgspec.convert(record, image_recipes.ServingImage).builder == "podman"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from serving.deploy.containers.images import SERVING_RECORD, Serving
+from serving.deploy.containers.image_recipes import SERVING_RECORD, ServingImage
 
 ROOT = Path(__file__).parents[2]
 PODMAN = "container={runtime: podman}"
@@ -69,7 +69,7 @@ def test_machine_that_cannot_build_is_told_so(tmp_path: Path, podman: Path) -> N
     done = snakemake(tmp_path, "build_image", "--config", settings)
     assert done.returncode == 1
     [*_, last] = done.stdout.split("Exiting because a job execution failed")
-    assert "the base image localhost/none-such:1.2.0 cannot be had" in last
+    assert "the base image localhost/none-such:1.2.0 is not available" in last
     assert "cannot reach localhost" in last
     assert "Traceback" not in done.stdout
 
@@ -77,7 +77,7 @@ def test_machine_that_cannot_build_is_told_so(tmp_path: Path, podman: Path) -> N
 def test_built_image_is_what_the_check_looks_at(tmp_path: Path, podman: Path) -> None:
     folder = tmp_path / "results" / "images"
     folder.mkdir(parents=True)
-    record = Serving(image="localhost/serving:abc", detail="", base="", builder="podman")
+    record = ServingImage(image="localhost/serving:abc", detail="", base="", builder="podman")
     (folder / SERVING_RECORD).write_bytes(msgspec.json.encode(record))
     podman.write_text("#!/bin/sh\n[ $1 = info ] && echo 4.3.1 && exit 0\necho gone >&2; exit 125\n")
     done = snakemake(tmp_path, "results/checks/container.json", "--config", PODMAN)

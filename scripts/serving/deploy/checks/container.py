@@ -19,10 +19,10 @@ from serving.config import Config, ContainerConfig
 from serving.deploy.checks import container_probe
 from serving.deploy.checks.findings import Finding
 from serving.deploy.containers import image_store
+from serving.deploy.containers.removal import remove_container
 from serving.deploy.containers.runtime import ASK_S, INSTALL, ask, complaint, run
-from serving.deploy.containers.worker_command import wrap
+from serving.deploy.containers.worker_command import contain
 from serving.deploy.planning.source_digest import SCRIPTS
-from serving.deploy.processes.removal import remove
 from serving.deploy.processes.supervisor_conf import RUN
 from serving.engine.trtllm.versions import parse_version
 from serving.errors import ConfigError, OperatorError
@@ -81,9 +81,9 @@ def check_container(config: Config, gpus: Sequence[int], report: Report) -> list
     findings = [ask("runtime", [container.runtime, *_USABLE[container.runtime]], ASK_S)]
     if findings[0].ok:
         findings += _missing_mounts(container)
-        image = image_store.find(container)
+        image = image_store.find_image(container)
         if not image.ok and container.image is not None and container.pull:
-            image = image_store.pull(container, report)
+            image = image_store.pull_image(container, report)
         findings.append(image)
     if any(finding.blocks for finding in findings):
         return findings
@@ -108,7 +108,7 @@ def _trial(config: Config, gpus: Sequence[int]) -> list[Finding]:
     container = config.container
     probe = container_probe.__file__
     try:
-        contained = wrap(
+        contained = contain(
             container,
             [container.python, probe, *modules(config)],
             name="check",
@@ -121,9 +121,9 @@ def _trial(config: Config, gpus: Sequence[int]) -> list[Finding]:
     except ConfigError as exc:
         return [Finding(exc.key, False, exc.what, exc.remedy)]
     try:
-        remove(contained.removal)  # of a check that was killed
+        remove_container(contained.removal)  # of a check that was killed
         code, text = run(contained.command, TRIAL_S, contained.env)
-        remove(contained.removal)  # of a client that was given up on
+        remove_container(contained.removal)  # of a client that was given up on
     except OperatorError as exc:
         return [Finding("run", False, exc.what, exc.remedy)]
     told = [

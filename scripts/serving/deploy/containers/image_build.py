@@ -1,7 +1,7 @@
 """Build the images: the base with TensorRT-LLM in it, then the serving image on top.
 
-Dockerfiles and names come from `images`. docker or podman builds; apptainer and enroot get a
-file made of what was built.
+Dockerfiles and names come from `image_recipes`. docker or podman builds; for apptainer and enroot
+the built image is converted into a file.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import msgspec
 from msgspec.structs import replace
 
 from serving.config import Config, ContainerConfig
-from serving.deploy.containers import image_store, images
-from serving.deploy.containers.images import Base, Serving
+from serving.deploy.containers import image_recipes, image_store
+from serving.deploy.containers.image_recipes import BaseImage, ServingImage
 from serving.deploy.containers.runtime import ask, complaint, run, stream
+from serving.deploy.planning.source_digest import PACKAGE
 from serving.errors import OperatorError
 from serving.progress import Report
 
@@ -27,62 +28,67 @@ ASK_S = 30.0
 _STORAGE = {"docker": "{{.DockerRootDir}}", "podman": "{{.Store.GraphRoot}}"}
 
 
-def build_base(config: Config, folder: Path, report: Report) -> Base:
-    """Build or fetch the base image, and say in `folder/base.json` which one it is.
+def build_base(config: Config, folder: Path, report: Report) -> BaseImage:
+    """Build or fetch the base image, and record it in `folder/base.json`.
 
     Raises OperatorError: no builder, no git-lfs, no disk space, no access to the registry.
     """
     container, builder = config.container, choose_builder(config.container)
-    reference = images.base_reference(container)
+    reference = image_recipes.base_reference(container)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = replace(container, runtime=builder, image=reference)
-    found = image_store.find(wanted)
-    if images.builds_base(container):
+    found = image_store.find_image(wanted)
+    if image_recipes.builds_base(container):
         assert container.source_commit is not None
         if not found.ok:
             _require_for_source(builder, folder)
             checkout = fetch_source(container.source_commit, folder / "tensorrt-llm", report)
             dockerfile = folder / "base.Dockerfile"
-            dockerfile.write_text(images.render_base(container))
+            dockerfile.write_text(image_recipes.render_base(container))
             _build(builder, container, reference, dockerfile, checkout, report)
-            found = image_store.find(wanted)
+            found = image_store.find_image(wanted)
     elif not found.ok:
-        found = image_store.pull(wanted, report, folder)
+        found = image_store.pull_image(wanted, report, folder)
     if not found.ok:
         raise OperatorError(
-            f"the base image {reference} cannot be had: {found.detail}", remedy=found.remedy
+            f"the base image {reference} is not available: {found.detail}", remedy=found.remedy
         )
-    base = Base(reference=reference, detail=found.detail, builder=builder)
-    _write(folder / images.BASE_RECORD, base)
+    base = BaseImage(reference=reference, detail=found.detail, builder=builder)
+    _write(folder / image_recipes.BASE_RECORD, base)
     return base
 
 
-def build_serving(config: Config, base: Base, folder: Path, report: Report) -> Serving:
-    """Build the serving image on `base`, and say in `folder/serving.json` which one it is."""
+def build_serving(
+    config: Config, base: BaseImage, folder: Path, report: Report, *, package: Path = PACKAGE
+) -> ServingImage:
+    """Build the serving image on `base` with the code in `package`, and record it.
+
+    The record is `folder/serving.json`. Raises OperatorError when the builder fails.
+    """
     container, backend, builder = config.container, config.engine.backend, base.builder
-    text = images.render_serving(base.reference, container)
-    image = images.serving_reference(text, backend)
+    text = image_recipes.render_serving(base.reference, container)
+    image = image_recipes.serving_reference(text, backend, package)
     dockerfile, context = folder / "serving.Dockerfile", folder / "context"
     dockerfile.write_text(text)
     shutil.rmtree(context, ignore_errors=True)
-    for name, content in images.context(backend):
+    for name, content in image_recipes.build_context(backend, package):
         path = context / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     _build(builder, container, image, dockerfile, context, report)
-    found = image_store.find(replace(container, runtime=builder, image=image))
+    found = image_store.find_image(replace(container, runtime=builder, image=image))
     suffix = {"apptainer": ".sif", "enroot": ".sqsh"}.get(container.runtime, "")
     file = folder / f"serving-{image.rpartition(':')[2]}{suffix}" if suffix else None
     if file is not None:
         _convert(builder, container.runtime, image, file, report)
-    serving = Serving(
+    serving = ServingImage(
         image=image,
         detail=found.detail,
         base=base.detail,
         builder=builder,
         file=str(file) if file is not None else "",
     )
-    _write(folder / images.SERVING_RECORD, serving)
+    _write(folder / image_recipes.SERVING_RECORD, serving)
     return serving
 
 
@@ -101,8 +107,8 @@ def choose_builder(container: ContainerConfig) -> str:
         said.append(usable.detail)
     raise OperatorError(
         f"no image can be built here: {'; '.join(said)}",
-        remedy="install docker or podman, or build on a machine that has one and name the image, "
-        "or the file made of it, in container.image",
+        remedy="install docker or podman, or build on another machine and set container.image to the "
+        "image or to the file made of it",
     )
 
 
@@ -124,7 +130,7 @@ def source_commands(commit: str, checkout: Path) -> list[list[str]]:
     git = ["git", "-C", str(checkout)]
     return [
         ["git", "init", "--quiet", str(checkout)],
-        [*git, "config", "remote.origin.url", images.SOURCE],
+        [*git, "config", "remote.origin.url", image_recipes.SOURCE],
         [*git, "lfs", "install", "--local"],
         [*git, "fetch", "--depth", "1", "origin", commit],
         [*git, "checkout", "--quiet", "--force", commit],
@@ -141,12 +147,12 @@ def _require_for_source(builder: str, folder: Path) -> None:
             "release image",
         )
     code, storage = run([builder, "info", "--format", _STORAGE[builder]], ASK_S)
-    places = {str(folder), *([storage] if code == 0 and Path(storage).is_dir() else [])}
-    for place in sorted(places):
-        free = shutil.disk_usage(place).free
+    folders = {str(folder), *([storage] if code == 0 and Path(storage).is_dir() else [])}
+    for disk in sorted(folders):
+        free = shutil.disk_usage(disk).free
         if free < SOURCE_DISK_BYTES:
             raise OperatorError(
-                f"{free / 1e9:.0f} GB are free at {place}, and building TensorRT-LLM takes "
+                f"{free / 1e9:.0f} GB are free at {disk}, and building TensorRT-LLM takes "
                 f"{SOURCE_DISK_BYTES / 1e9:.0f} GB",
                 remedy=f"free some (`{builder} system prune`), move that folder to a larger disk, "
                 "or unset container.source_commit to use the release image",
@@ -161,7 +167,7 @@ def _build(
     context: Path,
     report: Report,
 ) -> None:
-    command = [*images.build_command(builder, container, image, dockerfile), str(context)]
+    command = [*image_recipes.build_command(builder, container, image, dockerfile), str(context)]
     report(" ".join(command))
     code, text = stream(command, report)
     if code != 0:
@@ -171,7 +177,7 @@ def _build(
 
 def _convert(builder: str, runtime: str, image: str, file: Path, report: Report) -> None:
     file.unlink(missing_ok=True)  # enroot refuses to overwrite
-    commands: Sequence[list[str]] = images.conversion(builder, runtime, image, file)
+    commands: Sequence[list[str]] = image_recipes.conversion_commands(builder, runtime, image, file)
     try:
         for command in commands:
             report(" ".join(command))
@@ -185,17 +191,17 @@ def _convert(builder: str, runtime: str, image: str, file: Path, report: Report)
         file.with_suffix(".tar").unlink(missing_ok=True)
 
 
-def _write(path: Path, record: Base | Serving) -> None:
+def _write(path: Path, record: BaseImage | ServingImage) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
     temporary.replace(path)
 
 
-def read_base(path: Path) -> Base:
+def read_base(path: Path) -> BaseImage:
     """The record of the first step. Raises OperatorError when it is not one."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Base)
+        return msgspec.json.decode(path.read_bytes(), type=BaseImage)
     except (OSError, msgspec.MsgspecError) as exc:
         raise OperatorError(
-            f"{path} is no record of a base image: {exc}", remedy="delete it and build again"
+            f"{path} is not a record of a base image: {exc}", remedy="delete it and build again"
         ) from None

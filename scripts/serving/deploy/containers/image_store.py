@@ -1,7 +1,7 @@
-"""Is the image on this machine, which one is it, and how does it get here?
+"""Find the image on this machine, and pull it.
 
-A pull records the digest that the reference meant, and a later pull fetches that very image
-again, whatever the tag means by then. apptainer and enroot run files, made from a reference.
+A pull records the digest of the reference. A later pull fetches that digest again, even when the
+tag has moved. apptainer and enroot run files that are made from a reference.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def local_name(container: ContainerConfig) -> str | None:
     return str(IMAGES / f"{name}{suffix}")
 
 
-def find(container: ContainerConfig) -> Finding:
-    """Is the image here? The detail names its digest. A start must not hang in a download."""
+def find_image(container: ContainerConfig) -> Finding:
+    """Is the image here? The detail names its digest. Never downloads: a start must not hang."""
     image, runtime = local_name(container), container.runtime
     if image is None:
         return Finding(
             "image",
             False,
             "container.image is not set, and no image was built here",
-            "name an image to run, or build one: `snakemake build_image`",
+            "set it to an image, or build one: `snakemake build_image`",
         )
     if runtime in ("docker", "podman"):
         return _inspect(runtime, image)
@@ -56,8 +56,8 @@ def find(container: ContainerConfig) -> Finding:
     return Finding("image", False, f"there is no file {image}", _fetch_hint(container, image))
 
 
-def pull(container: ContainerConfig, report: Report, images: Path = IMAGES) -> Finding:
-    """Fetch the image, telling the runtime's progress, and find it then."""
+def pull_image(container: ContainerConfig, report: Report, images: Path = IMAGES) -> Finding:
+    """Fetch the image while reporting the runtime's progress, then find it."""
     assert container.image is not None
     reference, runtime = container.image, container.runtime
     pins = read_pins(images)
@@ -67,7 +67,7 @@ def pull(container: ContainerConfig, report: Report, images: Path = IMAGES) -> F
         code, text = stream(command, report)
         if code != 0:
             return complaint("image", command, code, text, reference)
-    found = find(container)
+    found = find_image(container)
     if found.ok and (digest := _DIGEST.search(found.detail)):
         pins[reference] = digest.group()
         (images / PINNED).write_bytes(msgspec.json.format(msgspec.json.encode(pins), indent=2))
@@ -98,7 +98,7 @@ def read_pins(images: Path = IMAGES) -> dict[str, str]:
 
 
 def _inspect(runtime: str, image: str) -> Finding:
-    """The detail is the image's own id, and the digest its registry knows it by where it has one."""
+    """The detail has the image's id, and its digest in the registry if it has one."""
     command = [runtime, "image", "inspect", "--format", "{{.Id}} {{.RepoDigests}}", image]
     finding = ask("image", command, image=image)
     if finding.ok:
@@ -117,7 +117,7 @@ def _fetch_hint(container: ContainerConfig, image: str) -> str:
         "apptainer": "apptainer pull image.sif docker://REFERENCE",
         "enroot": "enroot import -o image.sqsh docker://REFERENCE",
     }[container.runtime]
-    return f"`{how}`, then name in container.image what it made; or `snakemake build_image`"
+    return f"`{how}`, then set container.image to the file; or run `snakemake build_image`"
 
 
 def _untagged(reference: str) -> str:

@@ -1,10 +1,9 @@
 """The command lines that run a program inside a container, for each runtime. Pure.
 
-Paths inside are those outside, so that a program reads the same settings wherever it runs. A
-contained program shares the host's network, IPC and process ids: workers find each other on
-loopback, CUDA IPC and shared memory work between them, and `processes` sees them as it sees all
-others. So none of them is process 1, and signals need no init. What is mounted into whom is
-decided by `contained`; what the image holds is none of this module's business.
+Paths inside equal those outside, so a program reads the same settings wherever it runs. A
+contained program shares the host's network, IPC and process ids. So workers find each other on
+loopback, CUDA IPC and shared memory work between them, their processes are visible from outside,
+and signals need no init because none of them is process 1. `worker_command` decides the mounts.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from serving.errors import ConfigError
 from serving.protocol import Role
 
 ULIMITS: Mapping[str, int | str] = {"memlock": -1, "stack": 67108864}
-"""What TensorRT-LLM's documentation starts its containers with: room to pin memory, and a stack."""
+"""The limits in TensorRT-LLM's documentation: unlimited pinned memory, and a larger stack."""
 _DAEMONS = ("docker", "podman")
-"""Runtimes whose client is only a remote control: a container survives the death of its client."""
+"""Runtimes whose containers outlive the client that started them."""
 
 
 class Mount(Struct, frozen=True, order=True):
@@ -54,37 +53,37 @@ class ContainedProgram(Struct, frozen=True, kw_only=True):
     devices: Sequence[str] = ()
 
 
-def contains(container: ContainerConfig, role: Role) -> bool:
+def runs_in_container(container: ContainerConfig, role: Role) -> bool:
     """Whether workers of this role run in a container."""
     roles = container.roles
     return container.runtime != "none" and (roles is None or role in roles)
 
 
-def identity(container: ContainerConfig, role: Role) -> list[Any]:
-    """What a worker's fingerprint covers of its container; nothing for one that runs outside."""
-    if not contains(container, role):
+def container_identity(container: ContainerConfig, role: Role) -> list[Any]:
+    """The container's part of a worker's fingerprint; empty for a worker outside."""
+    if not runs_in_container(container, role):
         return []
     return [
         container.runtime,
         container.image,
         container.python,
         container.shm_bytes,
-        dict(limits(container)),
+        dict(ulimits(container)),
         container.extra_flags,
         container.mounts,
     ]
 
 
-def limits(container: ContainerConfig) -> Mapping[str, int | str]:
+def ulimits(container: ContainerConfig) -> Mapping[str, int | str]:
     return ULIMITS if container.ulimits is None else container.ulimits
 
 
 def container_name(run_dir: str, program: str) -> str:
-    """Equal for equal programs of one deployment, so that a stale one can be found and removed."""
+    """The same for every start of a program in one deployment, so a stale one can be removed."""
     return f"serving-{hashlib.sha256(run_dir.encode()).hexdigest()[:12]}-{program}"
 
 
-def command(container: ContainerConfig, program: ContainedProgram) -> list[str]:
+def client_command(container: ContainerConfig, program: ContainedProgram) -> list[str]:
     """The client's command line. Raises ConfigError for what the runtime cannot do."""
     runtime = container.runtime
     if container.image is None:
@@ -106,21 +105,23 @@ def command(container: ContainerConfig, program: ContainedProgram) -> list[str]:
 def client_environment(
     container: ContainerConfig, env: Mapping[str, str], program: ContainedProgram
 ) -> dict[str, str]:
-    """`env` as the client must have it: GPUs are counted from 0 inside, among those handed in."""
+    """`env` for the client. Inside, GPUs are numbered from 0 among those that the program gets."""
     runtime, adapted = container.runtime, dict(env)
     if program.gpus and runtime != "apptainer":
         inside = sorted(program.gpus)
-        adapted["CUDA_VISIBLE_DEVICES"] = _joined(inside.index(gpu) for gpu in program.gpus)
+        adapted["CUDA_VISIBLE_DEVICES"] = _comma_separated(
+            inside.index(gpu) for gpu in program.gpus
+        )
     if runtime == "enroot":
         # Its hooks, which run outside, decide by these what is mounted.
-        adapted["NVIDIA_VISIBLE_DEVICES"] = _joined(sorted(program.gpus)) or "void"
+        adapted["NVIDIA_VISIBLE_DEVICES"] = _comma_separated(sorted(program.gpus)) or "void"
         adapted["NVIDIA_DRIVER_CAPABILITIES"] = "compute,utility"
         adapted["MELLANOX_VISIBLE_DEVICES"] = "all" if program.devices else "void"
     return adapted
 
 
-def removal(container: ContainerConfig, name: str) -> list[str]:
-    """What removes a container whose client is gone; empty where none can outlive its client."""
+def removal_command(container: ContainerConfig, name: str) -> list[str]:
+    """Removes a container whose client is gone; empty for runtimes where none can outlive it."""
     if container.runtime == "docker":
         return ["docker", "rm", "--force", name]
     if container.runtime == "podman":
@@ -132,7 +133,7 @@ def _docker(container: ContainerConfig, image: str, program: ContainedProgram) -
     flags = _common(container, program)
     if program.gpus:
         # Docker splits the value at commas unless the quotes are part of it.
-        flags.append(f'--gpus="device={_joined(sorted(program.gpus))}"')
+        flags.append(f'--gpus="device={_comma_separated(sorted(program.gpus))}"')
     return ["docker", "run", *flags, *container.extra_flags, image, *program.argv]
 
 
@@ -145,7 +146,7 @@ def _podman(container: ContainerConfig, image: str, program: ContainedProgram) -
 
 
 def _common(container: ContainerConfig, program: ContainedProgram) -> list[str]:
-    """What docker and podman call by the same name."""
+    """Flags that docker and podman share."""
     uid, gid = program.user
     shared_memory = ["--ipc=host"]
     if container.shm_bytes is not None:
@@ -158,7 +159,7 @@ def _common(container: ContainerConfig, program: ContainedProgram) -> list[str]:
         "--network=host",
         "--pid=host",
         *shared_memory,
-        *(f"--ulimit={name}={value}" for name, value in limits(container).items()),
+        *(f"--ulimit={name}={value}" for name, value in ulimits(container).items()),
         f"--user={uid}:{gid}",
         f"--workdir={program.directory}",
         *(f"--device={device}" for device in program.devices),
@@ -193,8 +194,10 @@ def _enroot(container: ContainerConfig, image: str, program: ContainedProgram) -
 
 
 def _settings(program: ContainedProgram) -> list[str]:
-    """Names only, but for what must differ from the client. Libraries ask for a user's name, and
-    an image has no entry for the uid of whoever started it."""
+    """Names, whose values the client has, and the few values that must differ inside.
+
+    Libraries look up the user's name, and an image has no entry for the uid of its user.
+    """
     return [*program.env, f"HOME={program.home}", "USER=serving"]
 
 
@@ -209,5 +212,5 @@ def _mounts(mounts: Sequence[Mount]) -> list[str]:
     return flags
 
 
-def _joined(numbers: Any) -> str:
+def _comma_separated(numbers: Any) -> str:
     return ",".join(map(str, numbers))

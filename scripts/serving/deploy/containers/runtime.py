@@ -1,7 +1,7 @@
-"""Asking a container runtime, and what its complaints mean.
+"""Run a container runtime's commands, and explain its error messages.
 
-The same command fails in several ways that need different remedies, so what a runtime says is
-quoted, and looked up in a table of what it was seen to say.
+The same command fails in several ways that need different remedies. So the runtime's message is
+quoted, and looked up in a table of known messages.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def registry(image: str) -> str:
 def run(
     command: Sequence[str], timeout_s: float, env: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Exit code and what it said: the complaint when it failed, else its output.
+    """Exit code and text: the error message when it failed, else its output.
 
     `env` adds to this process's environment.
     """
@@ -122,9 +122,9 @@ def run(
 
 
 def stream(command: Sequence[str], report: Report) -> tuple[int, str]:
-    """Run a command that takes long, telling each of its lines; exit code and its last words.
+    """Run a long command and report each of its lines. Returns its exit code and last lines.
 
-    It has no deadline: a slow registry is no failure, and the person sees what happens.
+    There is no deadline: a slow registry is not a failure, and the person sees the progress.
     """
     last: list[str] = []
     try:
@@ -148,5 +148,5 @@ def stream(command: Sequence[str], report: Report) -> tuple[int, str]:
 
 
 def quoted(text: str) -> str:
-    """On one line, the end of it: that is where a runtime says what was wrong."""
+    """The end of the text on one line: a runtime names the error last."""
     return " ".join(text.split())[-_QUOTED:]

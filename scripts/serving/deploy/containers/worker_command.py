@@ -1,8 +1,8 @@
-"""What a program in a container gets to see of this machine, and how it is started and removed.
+"""What a contained program sees of this machine, and how it is started and removed.
 
 Read-only: this project's code, the models, the engine with everything its links point to, and
-what `container.mounts` adds. Writable: `run/` of the deployment (sockets, ready files) and a
-cache folder. Paths are the same inside. The command lines themselves are `containers`' business.
+`container.mounts`. Writable: `run/` of the deployment (sockets, ready files) and a cache folder.
+Paths are the same inside and outside. `run_command` writes the command lines themselves.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from serving.deploy.containers.image_store import local_name
 from serving.deploy.containers.run_command import (
     ContainedProgram,
     Mount,
+    client_command,
     client_environment,
-    command,
     container_name,
-    removal,
+    removal_command,
 )
 from serving.deploy.planning.source_digest import SCRIPTS
 from serving.deploy.processes import processes
 from serving.deploy.processes.supervisor_conf import RUN
 
 CACHE = Path("results/cache")
-"""Home folder inside: what libraries compile or tune there is found again by the next start."""
+"""Home folder inside. Libraries compile and tune into it, and the next start finds the results."""
 MODELS = Path("results/models")
 _INFINIBAND = Path("/dev/infiniband")
 _TAGS = (
@@ -38,11 +38,11 @@ _TAGS = (
     *(processes.ENGINE, processes.LAUNCH),
 )
 _FORWARDED = ("UCX_", "NCCL_", "NIXL_", "TRTLLM_", "TLLM_", "MOONCAKE_")
-"""Settings of the libraries inside that whoever starts them may make in the shell."""
+"""Settings of libraries, taken from the environment of whoever runs the workflow."""
 
 
 class Contained(Struct, frozen=True, kw_only=True):
-    """How to start it: `env` adds to the client's environment, `removal` ends a lost container."""
+    """How to start it. `env` adds to the client's environment; `removal` removes a lost container."""
 
     command: list[str]
     env: dict[str, str]
@@ -52,11 +52,11 @@ class Contained(Struct, frozen=True, kw_only=True):
 def contain_worker(
     container: ContainerConfig, program: str, process: WorkerSettings, env: Mapping[str, str]
 ) -> Contained:
-    """Worker `program`, told `process`, inside. `env` is what it would get outside.
+    """How worker `program` starts inside. `env` is the environment it would have outside.
 
     Raises ConfigError for what the runtime cannot do.
     """
-    return wrap(
+    return contain(
         container,
         [container.python, "-m", "serving.worker", f"run/{program}.json"],
         name=program,
@@ -66,7 +66,7 @@ def contain_worker(
     )
 
 
-def wrap(
+def contain(
     container: ContainerConfig,
     argv: Sequence[str],
     *,
@@ -93,7 +93,7 @@ def wrap(
     env = {
         **{key: value for key, value in os.environ.items() if key.startswith(_FORWARDED)},
         **env,
-        # Packages that this user installed for the Python outside are none of the image's.
+        # Packages that this user installed outside must not shadow the image's.
         "PYTHONNOUSERSITE": "1",
         # Runtimes number GPUs as nvidia-smi does; CUDA's own default puts the fastest first.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -111,17 +111,17 @@ def wrap(
         devices=[str(_INFINIBAND)] if _INFINIBAND.exists() else [],
     )
     return Contained(
-        command=command(container, inside),
+        command=client_command(container, inside),
         env=client_environment(container, env, inside),
-        removal=removal(container, inside.name),
+        removal=removal_command(container, inside.name),
     )
 
 
 def link_targets(folder: Path, seen: frozenset[Path] = frozenset()) -> set[Path]:
-    """Files and folders outside `folder` that its symbolic links name.
+    """Files and folders outside `folder` that its symbolic links point to.
 
-    Inside a container a link is followed by its text, so what it names must be there under that
-    name. Mounting it resolves all further links, but for those within a folder.
+    A container follows a link by its text, so the target must exist inside under the same path.
+    Mounting a target resolves further links, except for those within a folder.
     """
     found: set[Path] = set()
     seen |= {folder}

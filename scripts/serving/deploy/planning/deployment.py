@@ -19,7 +19,7 @@ from msgspec import Struct
 from serving.config import Config, EtcdConfig, Topology, as_plain, parse
 from serving.deploy.cluster.network import listening
 from serving.deploy.cluster.slurm import SlurmJobs
-from serving.deploy.containers.images import with_built_image
+from serving.deploy.containers.image_recipes import with_built_image
 from serving.deploy.planning.fingerprint import (
     engine_fingerprint,
     model_key,

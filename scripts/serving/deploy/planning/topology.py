@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from serving.config import Config, Topology, is_loopback
 from serving.config.process import ControlServices, FrontendSettings, WorkerSettings
-from serving.deploy.containers.run_command import identity
+from serving.deploy.containers.run_command import container_identity
 from serving.deploy.planning.placement import place, require_room, visible_order
 from serving.deploy.processes.credentials import (
     AUTHORITY_FILE,
@@ -210,7 +210,7 @@ def plan(
                     host=worker.host,
                     ports={},
                     stop_s=config.deployment.stop_s,
-                    container=identity(config.container, role),
+                    container=container_identity(config.container, role),
                 )
             )
     if joins(config):

@@ -17,7 +17,7 @@ import msgspec
 from serving.config import Config
 from serving.config.process import WorkerSettings
 from serving.deploy.cluster.slurm import SlurmJobs, inside_allocation, step_command
-from serving.deploy.containers.run_command import contains
+from serving.deploy.containers.run_command import runs_in_container
 from serving.deploy.containers.worker_command import contain_worker
 from serving.deploy.planning.placement import existing_gpus, usable_gpus
 from serving.deploy.planning.source_digest import SCRIPTS
@@ -115,7 +115,7 @@ def _spec(program: Program, config: Config) -> ProgramSpec:
         gpus = usable_gpus(config.workers.gpus, existing_gpus()) if process.gpus else []
         env |= worker_environment(config, process, gpus, cores)
         env |= {key: value for key, value in os.environ.items() if key.startswith("UCX_")}
-        if contains(config.container, process.role):
+        if runs_in_container(config.container, process.role):
             inside = contain_worker(config.container, program.name, process, env)
             command, env, removal = inside.command, inside.env, inside.removal
     if program.name == "etcd" and os.uname().machine == "aarch64":

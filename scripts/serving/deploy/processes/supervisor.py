@@ -25,8 +25,8 @@ import psutil
 from msgspec import Struct
 from msgspec.structs import replace
 
+from serving.deploy.containers.removal import remove_container
 from serving.deploy.processes import processes
-from serving.deploy.processes.removal import remove
 from serving.deploy.processes.supervisor_conf import (
     CONF,
     LOG,
@@ -142,7 +142,7 @@ class Supervisor:
         """
         self.stop([spec.name])
         if spec.removal:
-            remove(spec.removal)  # of a deployment whose `run` folder was deleted
+            remove_container(spec.removal)  # of a deployment whose `run` folder was deleted
             self._removal(spec.name).write_text(json.dumps(list(spec.removal)))
         launch_id = secrets.token_hex(16)
         conf = PROGRAMS / f"{spec.name}.conf"
@@ -216,7 +216,7 @@ class Supervisor:
     def _remove_leftovers(self, names: Sequence[str]) -> None:
         for path in map(self._removal, names):
             if path.exists():
-                remove(json.loads(path.read_text()))
+                remove_container(json.loads(path.read_text()))
                 path.unlink(missing_ok=True)
 
     def _environment_since_boot(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Remove what a killed client leaves: its container goes on without it."""
+"""Remove a container whose client was killed: it goes on without the client."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from serving.errors import OperatorError
 REMOVE_S = 60.0
 
 
-def remove(command: Sequence[str]) -> None:
-    """Run a removal; having nothing to remove is fine. Raises OperatorError when it refuses."""
+def remove_container(command: Sequence[str]) -> None:
+    """Run a removal command; nothing to remove is fine. Raises OperatorError when it fails."""
     if not command:
         return
-    said = ""
+    output = ""
     for _ in range(2):  # the runtime may be removing it at this moment, and then refuses once
         try:
             done = subprocess.run(
@@ -26,14 +26,14 @@ def remove(command: Sequence[str]) -> None:
                 check=False,
             )
         except FileNotFoundError:
-            return  # with the runtime gone there is nobody to ask; processes were ended already
+            return  # the runtime was uninstalled, and the processes have ended already
         except (OSError, subprocess.TimeoutExpired) as exc:
-            said = str(exc)
+            output = str(exc)
             break
-        said = " ".join((done.stderr or done.stdout).split())
-        if done.returncode == 0 or "no such container" in said.lower():
+        output = " ".join((done.stderr or done.stdout).split())
+        if done.returncode == 0 or "no such container" in output.lower():
             return
     raise OperatorError(
-        f"the container {command[-1]} cannot be removed: {said[-300:]}",
+        f"the container {command[-1]} cannot be removed: {output[-300:]}",
         remedy=f"remove it by hand: `{' '.join(command)}`",
     )

@@ -1,7 +1,7 @@
-"""What the images of `build_image` are made of: the config to Dockerfiles, contexts and names.
+"""What the images of `build_image` are made of: Dockerfiles, build contexts and names.
 
-Two images: the base, with TensorRT-LLM in it, and the serving image on top, with what this
-project needs. Here it is decided; `image_build` runs the builder.
+There are two images: the base with TensorRT-LLM in it, and the serving image on top with what this
+project needs. This module decides their content from the config; `image_build` runs the builder.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ TORCH_PACKAGES = (
 MOCK_PACKAGES = ("numpy", "tokenizers")
 
 
-class Base(Struct, frozen=True, kw_only=True):
+class BaseImage(Struct, frozen=True, kw_only=True):
     """`results/images/base.json`. `reference` is what the serving image starts `FROM`."""
 
     reference: str
-    detail: str  # id and digest, as the builder told them
+    detail: str  # id and digest, as the builder reports them
     builder: str
 
 
-class Serving(Struct, frozen=True, kw_only=True):
+class ServingImage(Struct, frozen=True, kw_only=True):
     """`results/images/serving.json`. `file` is what apptainer and enroot run, empty for others."""
 
     image: str
@@ -53,12 +53,12 @@ class Serving(Struct, frozen=True, kw_only=True):
 
 
 def with_built_image(config: Config, images: Path = IMAGES) -> Config:
-    """`container.image` left unset means what `build_image` made, when it made one."""
+    """When `container.image` is unset, use the image that `build_image` made, if there is one."""
     container = config.container
     if container.runtime == "none" or container.image is not None:
         return config
     try:
-        built = msgspec.json.decode((images / SERVING_RECORD).read_bytes(), type=Serving)
+        built = msgspec.json.decode((images / SERVING_RECORD).read_bytes(), type=ServingImage)
     except (OSError, msgspec.MsgspecError):
         return config
     return replace(config, container=replace(container, image=built.file or built.image))
@@ -96,40 +96,40 @@ def render_serving(base: str, container: ContainerConfig) -> str:
     return _render("serving.Dockerfile", base=base, python=container.python)
 
 
-def requirements(backend: str) -> tuple[str, ...]:
+def image_requirements(backend: str) -> tuple[str, ...]:
     """Packages the serving image must have; their versions come from the constraints."""
     extra = {"torch": TORCH_PACKAGES, "mock": MOCK_PACKAGES}.get(backend, ())
     return tuple(sorted({*WORKER_PACKAGES, *extra}))
 
 
-def context(backend: str) -> Iterator[tuple[str, bytes]]:
-    """Every file of the serving image's build context, by its path in it."""
-    yield "requirements.txt", "".join(f"{name}\n" for name in requirements(backend)).encode()
+def build_context(backend: str, package: Path = PACKAGE) -> Iterator[tuple[str, bytes]]:
+    """Every file of the serving image's build context, by its path in it. `package` is our code."""
+    yield "requirements.txt", "".join(f"{name}\n" for name in image_requirements(backend)).encode()
     yield "constraints.txt", CONSTRAINTS.read_bytes()
     yield "keep_base.py", (TEMPLATES / "keep_base.py").read_bytes()
-    for path in sorted(PACKAGE.rglob("*")):
+    for path in sorted(package.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
-            yield str(Path("scripts") / path.relative_to(SCRIPTS)), path.read_bytes()
+            yield str(Path("scripts/serving") / path.relative_to(package)), path.read_bytes()
 
 
-def serving_reference(dockerfile: str, backend: str) -> str:
-    """Named by content: another content is another image, so programs that run it restart."""
+def serving_reference(dockerfile: str, backend: str, package: Path = PACKAGE) -> str:
+    """A name made of the content: when it changes, the programs that run the image restart."""
     digest = hashlib.sha256(dockerfile.encode())
-    for name, content in context(backend):
+    for name, content in build_context(backend, package):
         digest.update(f"\0{name}\0".encode() + content)
     return f"localhost/serving:{digest.hexdigest()[:12]}"
 
 
-def settings(config: Config) -> str:
-    """What the images depend on, as text for a rule: they are built again when it changes."""
+def serving_image_identity(config: Config, package: Path = PACKAGE) -> str:
+    """What the serving image depends on, as text for a rule: it is built again when this changes."""
     container = config.container
     serving = render_serving(base_reference(container), container)
-    name = serving_reference(serving, config.engine.backend)
+    name = serving_reference(serving, config.engine.backend, package)
     return json.dumps([container.runtime, name])
 
 
-def base_settings(config: Config) -> str:
-    """The same for the base image, which no change of this project concerns."""
+def base_image_identity(config: Config) -> str:
+    """The same for the base image, which does not depend on the code of this project."""
     return json.dumps([config.container.runtime, base_reference(config.container)])
 
 
@@ -144,7 +144,7 @@ def build_command(
     ]
 
 
-def conversion(builder: str, runtime: str, image: str, file: Path) -> list[list[str]]:
+def conversion_commands(builder: str, runtime: str, image: str, file: Path) -> list[list[str]]:
     """How a built image becomes the file that apptainer or enroot runs; empty for the others."""
     if runtime == "enroot":
         scheme = {"docker": "dockerd", "podman": "podman"}[builder]

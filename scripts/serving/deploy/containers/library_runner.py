@@ -1,6 +1,6 @@
-"""Programs of the engine's library, run where workers will run: on this host, or in their image.
+"""Run programs of the engine's library where workers will run: on this host, or in their image.
 
-A build asks the library for its version, and may have it compile for minutes; each line it says
+A build asks the library for its version, and may let it compile for minutes. Each line of output
 is passed on as it comes.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serving.config import Config
-from serving.deploy.containers.run_command import contains
-from serving.deploy.containers.worker_command import MODELS, wrap
+from serving.deploy.containers.removal import remove_container
+from serving.deploy.containers.run_command import runs_in_container
+from serving.deploy.containers.worker_command import MODELS, contain
 from serving.deploy.planning.placement import visible_order
 from serving.deploy.planning.source_digest import SCRIPTS
 from serving.deploy.planning.topology import roles
-from serving.deploy.processes.removal import remove
 from serving.engine.files import Progress
 from serving.engine.trtllm.build.installed import PYTHON
 from serving.errors import OperatorError
@@ -26,9 +26,12 @@ from serving.errors import OperatorError
 PROGRAM = "build-engine"
 
 
-class LibraryRun:
-    """An `engine.trtllm.build.installed.RunProgram`. `gpus` are visible to the programs, `writable` is where they
-    write, `readable` where they read; other folders do not exist for them in a container."""
+class LibraryRunner:
+    """Implements `engine.trtllm.build.installed.RunProgram`.
+
+    The programs see `gpus`, write to the folders `writable` and read from `readable`; in a
+    container no other folders exist for them.
+    """
 
     def __init__(
         self,
@@ -40,7 +43,7 @@ class LibraryRun:
     ) -> None:
         self._container = config.container
         self._inside = any(
-            contains(config.container, role) for role in roles(config.deployment.topology)
+            runs_in_container(config.container, role) for role in roles(config.deployment.topology)
         )
         self._env = {
             "PYTHONPATH": os.environ.get("PYTHONPATH", str(SCRIPTS)),
@@ -59,7 +62,7 @@ class LibraryRun:
         command = [python if part == PYTHON else part for part in argv]
         env, removal = dict(self._env), list[str]()
         if self._inside:
-            contained = wrap(
+            contained = contain(
                 self._container,
                 command,
                 name=PROGRAM,
@@ -68,8 +71,8 @@ class LibraryRun:
                 writable=self._writable,
             )
             command, env, removal = contained.command, contained.env, contained.removal
-            remove(removal)  # of a build whose client was killed: its name is taken
-        said = []
+            remove_container(removal)  # of a build whose client was killed: its name is taken
+        lines = []
         try:
             with subprocess.Popen(
                 command,
@@ -83,16 +86,16 @@ class LibraryRun:
                 assert process.stdout is not None, "it is a pipe"
                 try:
                     for line in process.stdout:
-                        said.append(line)
+                        lines.append(line)
                         if progress is not None:
                             progress(line.rstrip("\n"))
                 except BaseException:
                     process.kill()
-                    remove(removal)  # what runs inside goes on without its client
+                    remove_container(removal)  # what runs inside goes on without its client
                     raise
         except OSError as exc:
             raise OperatorError(
                 f"{command[0]} cannot be started: {exc.strerror}",
                 remedy="install it, or set `container.runtime` and use the library's image",
             ) from exc
-        return subprocess.CompletedProcess(command, process.returncode, "".join(said), "")
+        return subprocess.CompletedProcess(command, process.returncode, "".join(lines), "")

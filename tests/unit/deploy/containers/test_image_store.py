@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from serving.config import ContainerConfig, parse
 from serving.deploy.containers import image_store
-from serving.deploy.containers.image_store import find, local_name, pull, pull_commands
+from serving.deploy.containers.image_store import find_image, local_name, pull_commands, pull_image
 
 Script = Callable[[str, str], Path]
 DIGEST = "sha256:" + "cd" * 32
@@ -83,26 +83,26 @@ def test_second_pull_fetches_what_the_first_one_did(script: Script) -> None:
         f"case $1 in image) echo sha256:{'ab' * 32} '[h.example/x@{DIGEST}]' ;; esac",
     )
     wanted = container("docker", "h.example/x:1")
-    assert pull(wanted, print).ok
+    assert pull_image(wanted, print).ok
     assert json.loads((image_store.IMAGES / "pinned.json").read_text()) == {"h.example/x:1": DIGEST}
-    assert pull(wanted, print).ok
+    assert pull_image(wanted, print).ok
     pulls = [line for line in calls.read_text().splitlines() if " pull " in line]
     assert pulls == ["docker pull h.example/x:1", f"docker pull h.example/x@{DIGEST}"]
 
 
 def test_failed_pull_pins_nothing(script: Script) -> None:
     script("docker", "echo 'manifest unknown' >&2; exit 1")
-    finding = pull(container("docker", "h.example/x:1"), print)
+    finding = pull_image(container("docker", "h.example/x:1"), print)
     assert finding.blocks
     assert not (image_store.IMAGES / "pinned.json").exists()
 
 
 def test_file_or_named_container_is_found(script: Script, tmp_path: Path) -> None:
     script("enroot", "echo one; echo two")
-    assert find(container("enroot", "two")).ok
-    assert not find(container("enroot", "three")).ok
-    absent = find(container("apptainer", "./x.sif"))
+    assert find_image(container("enroot", "two")).ok
+    assert not find_image(container("enroot", "three")).ok
+    absent = find_image(container("apptainer", "./x.sif"))
     assert "apptainer pull image.sif" in absent.remedy
     (tmp_path / "x.sif").touch()
-    assert find(container("apptainer", "./x.sif")).ok
-    assert "container.pull" in find(container("apptainer", "docker://debian:12")).remedy
+    assert find_image(container("apptainer", "./x.sif")).ok
+    assert "container.pull" in find_image(container("apptainer", "docker://debian:12")).remedy

@@ -11,9 +11,9 @@ from serving.config.process import WorkerSettings, read_settings
 from serving.deploy.containers.worker_command import (
     CACHE,
     MODELS,
+    contain,
     contain_worker,
     link_targets,
-    wrap,
 )
 from serving.deploy.planning.source_digest import SCRIPTS
 from serving.deploy.planning.topology import pinned, plan
@@ -73,7 +73,7 @@ def test_values_of_the_environment_are_the_clients_business(
 ) -> None:
     monkeypatch.setenv("UCX_TLS", "tcp")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    contained = wrap(container(), ["true"], name="x", env={"SECRET": "s3cret"})
+    contained = contain(container(), ["true"], name="x", env={"SECRET": "s3cret"})
     assert {"--env=SECRET", "--env=UCX_TLS", "--env=LAUNCH_ID"} <= set(contained.command)
     assert "--env=SLURM_JOB_ID" not in contained.command
     assert "s3cret" not in " ".join(contained.command)
@@ -83,7 +83,7 @@ def test_values_of_the_environment_are_the_clients_business(
 
 
 def test_gpus_are_those_the_worker_would_see_outside(here: Path) -> None:
-    contained = wrap(container(), ["true"], name="x", env={"CUDA_VISIBLE_DEVICES": "2,0"})
+    contained = contain(container(), ["true"], name="x", env={"CUDA_VISIBLE_DEVICES": "2,0"})
     assert "--device=nvidia.com/gpu=0" in contained.command
     assert "--device=nvidia.com/gpu=2" in contained.command
     assert contained.env["CUDA_VISIBLE_DEVICES"] == "1,0"
@@ -98,7 +98,7 @@ def test_what_links_point_to_is_mounted_under_that_name(here: Path, tmp_path: Pa
     (engine / "model.safetensors").symlink_to(store / "model.safetensors")
     (engine / "same.json").symlink_to("model.safetensors")
     (engine / "gone").symlink_to(store / "gone")
-    contained = wrap(container(), ["true"], name="x", env={}, read_only=[Path("engine")])
+    contained = contain(container(), ["true"], name="x", env={}, read_only=[Path("engine")])
     paths = mounts(contained.command)
     assert paths[str(store / "model.safetensors")] is False
     assert not any("gone" in path or path == str(store) for path in paths)
@@ -117,17 +117,17 @@ def test_linked_folder_brings_what_its_own_links_name_and_loops_end(tmp_path: Pa
 
 def test_mounts_of_the_config_are_read_only_and_win(here: Path) -> None:
     scripts = str(SCRIPTS)
-    contained = wrap(container(mounts={"/usr": scripts}), ["true"], name="x", env={})
+    contained = contain(container(mounts={"/usr": scripts}), ["true"], name="x", env={})
     assert f"--mount=type=bind,src=/usr,dst={scripts},ro" in contained.command
 
 
 def test_cache_outlives_the_run_and_is_home_inside(here: Path) -> None:
-    contained = wrap(container(), ["true"], name="x", env={})
+    contained = contain(container(), ["true"], name="x", env={})
     assert CACHE.is_dir()
     assert f"--env=HOME={CACHE.absolute()}" in contained.command
 
 
 def test_reference_of_apptainer_means_the_file_made_of_it(here: Path) -> None:
     config = container(runtime="apptainer", image="docker://nvcr.io/nvidia/x:1")
-    contained = wrap(config, ["true"], name="x", env={})
+    contained = contain(config, ["true"], name="x", env={})
     assert "results/images/nvcr.io-nvidia-x-1.sif" in contained.command

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from serving.config import Config, parse
-from serving.deploy.containers import images
+from serving.deploy.containers import image_recipes
 from serving.deploy.containers.image_build import (
     build_base,
     build_serving,
@@ -57,7 +57,7 @@ def test_release_image_is_fetched_once_with_progress(script: Script, folder: Pat
     base = build_base(config(), folder, said.append)
     assert base.reference == "nvcr.io/nvidia/tensorrt-llm/release:1.2.0"
     assert "Copying blob" in said
-    assert read_base(folder / images.BASE_RECORD) == base
+    assert read_base(folder / image_recipes.BASE_RECORD) == base
     build_base(config(), folder, said.append)
     pulls = [line for line in calls.read_text().splitlines() if line.startswith("podman pull")]
     assert pulls == ["podman pull nvcr.io/nvidia/tensorrt-llm/release:1.2.0"]
@@ -69,7 +69,7 @@ def test_base_that_cannot_be_fetched_says_why_and_what_to_do(script: Script, fol
     with pytest.raises(OperatorError, match="401 unauthorized") as caught:
         build_base(config(), folder, print)
     assert "podman login nvcr.io" in caught.value.remedy
-    assert not (folder / images.BASE_RECORD).exists()
+    assert not (folder / image_recipes.BASE_RECORD).exists()
 
 
 def test_serving_image_is_built_on_the_base_from_its_own_context(
@@ -86,9 +86,9 @@ def test_serving_image_is_built_on_the_base_from_its_own_context(
     assert built.endswith(str(folder / "context"))
     assert (folder / "serving.Dockerfile").read_text().splitlines()[1] == "FROM local/base:7"
     assert (folder / "context" / "scripts" / "serving" / "errors.py").exists()
-    record = json.loads((folder / images.SERVING_RECORD).read_text())
+    record = json.loads((folder / image_recipes.SERVING_RECORD).read_text())
     assert record["image"] == serving.image
-    used = images.with_built_image(settings, folder).container.image
+    used = image_recipes.with_built_image(settings, folder).container.image
     assert used == serving.image
 
 
@@ -102,7 +102,7 @@ def test_failed_build_leaves_no_record(script: Script, folder: Path) -> None:
     base = build_base(settings, folder, print)
     with pytest.raises(OperatorError, match="no matching distribution"):
         build_serving(settings, base, folder, print)
-    assert not (folder / images.SERVING_RECORD).exists()
+    assert not (folder / image_recipes.SERVING_RECORD).exists()
 
 
 def test_apptainer_gets_a_file_made_of_what_docker_or_podman_built(
@@ -117,7 +117,7 @@ def test_apptainer_gets_a_file_made_of_what_docker_or_podman_built(
     serving = build_serving(settings, base, folder, print)
     assert serving.file.endswith(".sif")
     assert calls.read_text().splitlines()[-1].startswith("apptainer build --force")
-    assert images.with_built_image(settings, folder).container.image == serving.file
+    assert image_recipes.with_built_image(settings, folder).container.image == serving.file
 
 
 def test_source_is_compiled_in_the_devel_image(script: Script, folder: Path, plenty: None) -> None:
@@ -175,7 +175,7 @@ def test_source_commands_fetch_one_commit_and_go_on_where_they_stopped(tmp_path:
     checkout = tmp_path / "checkout"
     for _ in range(2):
         for command in source_commands(head.stdout.strip(), checkout):
-            told = [part.replace(images.SOURCE, str(origin)) for part in command]
+            told = [part.replace(image_recipes.SOURCE, str(origin)) for part in command]
             if "lfs" not in told:
                 subprocess.run(told, check=True, capture_output=True)
     assert (checkout / "file").read_text() == "1"
@@ -200,7 +200,7 @@ def test_record_that_is_none_is_named(tmp_path: Path) -> None:
 def test_what_the_base_has_stays_and_the_rest_comes_at_our_pins(tmp_path: Path) -> None:
     ours = tmp_path / "constraints.txt"
     ours.write_text("# a comment\nPyTest==0.0.1\nnonesuch-package==3\n")
-    program = images.TEMPLATES / "keep_base.py"
+    program = image_recipes.TEMPLATES / "keep_base.py"
     done = subprocess.run(
         [sys.executable, str(program), str(ours)], check=True, capture_output=True, text=True
     )

@@ -14,16 +14,16 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from serving.config import Config, ContainerConfig, parse
-from serving.deploy.containers import images
-from serving.deploy.containers.images import (
-    Serving,
+from serving.deploy.containers import image_recipes
+from serving.deploy.containers.image_recipes import (
+    ServingImage,
     base_reference,
     build_command,
-    context,
-    conversion,
+    build_context,
+    conversion_commands,
+    image_requirements,
     render_base,
     render_serving,
-    requirements,
     serving_reference,
     with_built_image,
 )
@@ -56,17 +56,17 @@ def test_base_is_the_release_image_or_the_one_that_is_given(
     raw: dict[str, Any], reference: str
 ) -> None:
     assert base_reference(container(**raw)) == reference
-    assert not images.builds_base(container(**raw))
+    assert not image_recipes.builds_base(container(**raw))
 
 
 def test_base_from_source_is_named_by_commit_and_by_how_it_is_built() -> None:
     plain = base_reference(container(source_commit=COMMIT))
     assert plain.startswith("localhost/tensorrt-llm:0123456789ab-")
-    assert images.builds_base(container(source_commit=COMMIT))
+    assert image_recipes.builds_base(container(source_commit=COMMIT))
     restricted = container(source_commit=COMMIT, cuda_architectures="90-real")
     assert base_reference(restricted) != plain
     given = container(source_commit=COMMIT, base_image="h/x")
-    assert not images.builds_base(given)
+    assert not image_recipes.builds_base(given)
 
 
 def test_dockerfile_of_the_base_is_exactly_this() -> None:
@@ -97,36 +97,43 @@ def test_change_of_this_project_repeats_no_installation() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "tensorrt_llm"])
 def test_context_holds_what_the_dockerfile_copies_and_nothing_else(backend: str) -> None:
-    names = {name for name, _ in context(backend)}
+    names = {name for name, _ in build_context(backend)}
     copied = {"requirements.txt", "constraints.txt", "keep_base.py"}
     assert {name for name in names if not name.startswith("scripts/")} == copied
     assert "scripts/serving/worker/__main__.py" in names
     assert not any("__pycache__" in name for name in names)
 
 
-def test_image_is_named_by_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def changed_package(tmp_path: Path) -> Path:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "errors.py").write_text("# changed")
+    return tmp_path / "package"
+
+
+def test_image_is_named_by_its_content(changed_package: Path) -> None:
     name = serving_reference("FROM a", "torch")
     assert name == serving_reference("FROM a", "torch")
     assert name != serving_reference("FROM b", "torch")
     assert name != serving_reference("FROM a", "tensorrt_llm")
-    monkeypatch.setattr(images, "context", lambda backend: iter([("scripts/x.py", b"new")]))
-    assert name != serving_reference("FROM a", "torch")
+    assert name != serving_reference("FROM a", "torch", changed_package)
 
 
-def test_settings_follow_what_the_images_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, serving = images.base_settings(config()), images.settings(config())
-    assert images.settings(config(image="named", pull=True)) == serving
-    assert images.base_settings(config(base_tag="1.1.0")) != base
-    assert images.settings(config(base_tag="1.1.0")) != serving
-    monkeypatch.setattr(images, "context", lambda backend: iter([("scripts/x.py", b"new")]))
-    assert images.base_settings(config()) == base, "the base does not depend on this project"
-    assert images.settings(config()) != serving
+def test_an_image_is_built_again_when_its_content_changes(changed_package: Path) -> None:
+    base, serving = (
+        image_recipes.base_image_identity(config()),
+        image_recipes.serving_image_identity(config()),
+    )
+    assert image_recipes.serving_image_identity(config(image="named", pull=True)) == serving
+    assert image_recipes.base_image_identity(config(base_tag="1.1.0")) != base
+    assert image_recipes.serving_image_identity(config(base_tag="1.1.0")) != serving
+    assert image_recipes.serving_image_identity(config(), changed_package) != serving
 
 
 def test_unset_image_means_what_was_built(tmp_path: Path) -> None:
     assert with_built_image(config(), tmp_path).container.image is None
-    record = Serving(image="localhost/serving:1", detail="d", base="b", builder="podman")
-    path = tmp_path / images.SERVING_RECORD
+    record = ServingImage(image="localhost/serving:1", detail="d", base="b", builder="podman")
+    path = tmp_path / image_recipes.SERVING_RECORD
     path.write_bytes(msgspec.json.encode(record))
     assert with_built_image(config(), tmp_path).container.image == "localhost/serving:1"
     assert with_built_image(config(image="x"), tmp_path).container.image == "x"
@@ -164,7 +171,7 @@ def test_built_image_becomes_a_file_for_runtimes_that_run_files(
     builder: str, runtime: str, commands: list[str]
 ) -> None:
     file = Path("r/s.sqsh" if runtime == "enroot" else "r/s.sif")
-    assert [" ".join(c) for c in conversion(builder, runtime, "i:1", file)] == commands
+    assert [" ".join(c) for c in conversion_commands(builder, runtime, "i:1", file)] == commands
 
 
 def test_bad_architectures_never_reach_a_shell() -> None:
@@ -176,8 +183,8 @@ def test_every_package_is_ours_to_require_and_pinned() -> None:
     with (SCRIPTS.parent / "pyproject.toml").open("rb") as file:
         ours = tomllib.load(file)["project"]["dependencies"]
     required = {canonicalize_name(Requirement(line).name) for line in ours} | {"uvloop"}
-    pins = {line.split("==")[0] for line in images.CONSTRAINTS.read_text().splitlines()}
-    for name in requirements("torch"):
+    pins = {line.split("==")[0] for line in image_recipes.CONSTRAINTS.read_text().splitlines()}
+    for name in image_requirements("torch"):
         assert canonicalize_name(name) in required, name
         assert name in pins, name
 
@@ -193,7 +200,9 @@ def test_image_has_every_package_that_a_worker_imports(backend: str) -> None:
     # With another package of theirs: grpcio with etcd3aio, markupsafe with jinja2.
     known |= {"grpcio", "protobuf"}
     missing = (
-        worker_imports(backend) - known - {canonicalize_name(n) for n in requirements(backend)}
+        worker_imports(backend)
+        - known
+        - {canonicalize_name(n) for n in image_requirements(backend)}
     )
     assert not missing
 

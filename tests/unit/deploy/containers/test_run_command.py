@@ -12,12 +12,12 @@ from serving.config import ContainerConfig, parse
 from serving.deploy.containers.run_command import (
     ContainedProgram,
     Mount,
+    client_command,
     client_environment,
-    command,
+    container_identity,
     container_name,
-    contains,
-    identity,
-    removal,
+    removal_command,
+    runs_in_container,
 )
 from serving.errors import ConfigError
 
@@ -55,7 +55,7 @@ def test_command_line_of_a_worker_is_exactly_this(runtime: str) -> None:
     config = container(runtime)
     env = client_environment(config, ENVIRONMENT, WORKER)
     lines = [f"{key}={value}" for key, value in sorted(env.items())]
-    lines += [shlex.quote(argument) for argument in command(config, WORKER)]
+    lines += [shlex.quote(argument) for argument in client_command(config, WORKER)]
     expected = (GOLDEN / f"worker-{runtime}.txt").read_text(encoding="utf-8")
     assert "\n".join(lines) + "\n" == expected
 
@@ -63,7 +63,7 @@ def test_command_line_of_a_worker_is_exactly_this(runtime: str) -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_worker_without_gpus_gets_none(runtime: str) -> None:
     config, cpu = container(runtime), replace(WORKER, gpus=[], devices=[])
-    text = " ".join(command(config, cpu))
+    text = " ".join(client_command(config, cpu))
     assert not any(word in text for word in ("--gpus", "nvidia.com", "--nv", "/dev/"))
     env = client_environment(config, {"CUDA_VISIBLE_DEVICES": ""}, cpu)
     assert env["CUDA_VISIBLE_DEVICES"] == ""
@@ -80,20 +80,22 @@ def test_gpus_are_counted_from_zero_inside_in_the_order_the_worker_wants() -> No
 
 
 def test_root_needs_no_mapping_of_users() -> None:
-    assert "--userns=keep-id" in command(container("podman"), WORKER)
-    assert "--userns=keep-id" not in command(container("podman"), replace(WORKER, user=(0, 0)))
+    assert "--userns=keep-id" in client_command(container("podman"), WORKER)
+    assert "--userns=keep-id" not in client_command(
+        container("podman"), replace(WORKER, user=(0, 0))
+    )
 
 
 def test_shared_memory_of_its_own_replaces_that_of_the_host() -> None:
-    flags = command(container("docker", shm_bytes=2**30), WORKER)
+    flags = client_command(container("docker", shm_bytes=2**30), WORKER)
     assert "--ipc=host" not in flags
     assert {"--ipc=private", f"--shm-size={2**30}"} <= set(flags)
     with pytest.raises(ConfigError, match=r"container\.shm_bytes.*apptainer"):
-        command(container("apptainer", shm_bytes=2**30), WORKER)
+        client_command(container("apptainer", shm_bytes=2**30), WORKER)
 
 
 def test_limits_and_extra_flags_come_from_config() -> None:
-    flags = command(
+    flags = client_command(
         container("podman", ulimits={"nofile": "1024:1024"}, extra_flags=["--tz=local"]), WORKER
     )
     assert [flag for flag in flags if flag.startswith("--ulimit")] == ["--ulimit=nofile=1024:1024"]
@@ -102,35 +104,39 @@ def test_limits_and_extra_flags_come_from_config() -> None:
 
 def test_odd_paths_survive_or_are_refused() -> None:
     program = replace(WORKER, mounts=[Mount("/data/a,b", "/data/a,b")])
-    flags = command(container("docker"), program)
+    flags = client_command(container("docker"), program)
     assert '--mount=type=bind,"src=/data/a,b","dst=/data/a,b",ro' in flags
     program = replace(WORKER, mounts=[Mount("/data/a:b", "/data/a:b")])
     with pytest.raises(ConfigError, match="colon"):
-        command(container("enroot"), program)
+        client_command(container("enroot"), program)
 
 
 def test_image_that_is_not_set_names_both_ways_to_one() -> None:
     with pytest.raises(ConfigError, match=r"container\.image") as caught:
-        command(container("docker", image=None), WORKER)
+        client_command(container("docker", image=None), WORKER)
     assert "build_image" in caught.value.remedy
 
 
 def test_roles_choose_who_runs_inside() -> None:
     config = container("podman", roles=["decode"])
-    assert contains(config, "decode")
-    assert not contains(config, "prefill")
-    assert contains(container("podman"), "agg")
-    assert not contains(container("none"), "agg")
+    assert runs_in_container(config, "decode")
+    assert not runs_in_container(config, "prefill")
+    assert runs_in_container(container("podman"), "agg")
+    assert not runs_in_container(container("none"), "agg")
 
 
 def test_fingerprint_covers_what_a_running_worker_depends_on_and_nothing_else() -> None:
     config = container("podman")
     same = (replace(config, pull=True), replace(config, base_tag="1.1.0"))
     other = (replace(config, image="x"), replace(config, extra_flags=["--tz=local"]))
-    assert all(identity(each, "agg") == identity(config, "agg") for each in same)
-    assert all(identity(each, "agg") != identity(config, "agg") for each in other)
-    assert identity(container("none"), "agg") == []
-    assert identity(replace(config, roles=["decode"]), "prefill") == []
+    assert all(
+        container_identity(each, "agg") == container_identity(config, "agg") for each in same
+    )
+    assert all(
+        container_identity(each, "agg") != container_identity(config, "agg") for each in other
+    )
+    assert container_identity(container("none"), "agg") == []
+    assert container_identity(replace(config, roles=["decode"]), "prefill") == []
 
 
 def test_name_is_the_deployments_and_valid_for_every_runtime() -> None:
@@ -142,6 +148,10 @@ def test_name_is_the_deployments_and_valid_for_every_runtime() -> None:
 
 
 def test_only_daemons_leave_containers_to_remove() -> None:
-    assert removal(container("docker"), "n") == ["docker", "rm", "--force", "n"]
-    assert removal(container("podman"), "n")[-1] == "n"
-    assert removal(container("apptainer"), "n") == removal(container("enroot"), "n") == []
+    assert removal_command(container("docker"), "n") == ["docker", "rm", "--force", "n"]
+    assert removal_command(container("podman"), "n")[-1] == "n"
+    assert (
+        removal_command(container("apptainer"), "n")
+        == removal_command(container("enroot"), "n")
+        == []
+    )

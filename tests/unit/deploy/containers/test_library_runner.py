@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 from serving.config import parse
-from serving.deploy.containers import library_run
-from serving.deploy.containers.library_run import LibraryRun
-from serving.deploy.containers.worker_command import Contained
+from serving.deploy.containers.library_runner import LibraryRunner
 from serving.engine.trtllm.build.installed import PYTHON, probe_library
 from serving.errors import OperatorError
+from unit.deploy.conftest import Script
 
 
-def run(tmp_path: Path, gpus: tuple[int, ...] = (), **container: Any) -> LibraryRun:
+def run(tmp_path: Path, gpus: tuple[int, ...] = (), **container: Any) -> LibraryRunner:
     raw = {"engine": {"backend": "tensorrt_llm"}, "container": container}
-    return LibraryRun(parse(raw), gpus=gpus, writable=[tmp_path])
+    return LibraryRunner(parse(raw), gpus=gpus, writable=[tmp_path])
 
 
 def test_both_streams_are_one_text_and_go_to_progress(tmp_path: Path) -> None:
@@ -46,53 +45,35 @@ def test_installed_library_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_container_is_entered_when_workers_run_in_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, Any] = {}
-
-    def wrap(container: Any, argv: list[str], **given: Any) -> Contained:
-        asked.update(given, argv=argv)
-        return Contained(command=["echo", "inside"], env={}, removal=[])
-
-    monkeypatch.setattr(library_run, "wrap", wrap)
+    monkeypatch.chdir(tmp_path)
+    calls = script("podman", "[ $1 = rm ] || echo inside")
     inside = run(tmp_path, (1,), runtime="podman", image="x", python="/opt/python")
     assert inside([PYTHON, "tool"]).stdout == "inside\n"
-    assert asked["argv"] == ["/opt/python", "tool"]
-    assert asked["env"]["CUDA_VISIBLE_DEVICES"] == "1"
-    assert asked["writable"] == [tmp_path]
+    started = calls.read_text().splitlines()[-1]
+    assert started.endswith("x /opt/python tool")
+    assert "--device=nvidia.com/gpu=1" in started
+    assert f"src={tmp_path},dst={tmp_path} " in started
 
 
 def test_container_of_a_killed_build_is_removed_before_the_next_one_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = tmp_path / "told"
-
-    def wrap(container: Any, argv: list[str], **given: Any) -> Contained:
-        say = ["sh", "-c", 'echo "$0" >> "$1"']
-        return Contained(
-            command=[*say, "start", str(told)], env={}, removal=[*say, "remove", str(told)]
-        )
-
-    monkeypatch.setattr(library_run, "wrap", wrap)
+    monkeypatch.chdir(tmp_path)
+    calls = script("podman", "")
     inside = run(tmp_path, runtime="podman", image="x")
     inside(["tool"])
-    assert told.read_text().split() == ["remove", "start"]
+    assert [line.split()[1] for line in calls.read_text().splitlines()] == ["rm", "run"]
 
     def interrupt(line: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        library_run,
-        "wrap",
-        lambda *_, **given: Contained(
-            command=["sh", "-c", "echo working; exec sleep 60"],
-            env={},
-            removal=wrap(None, []).removal,
-        ),
-    )
+    script("podman", "[ $1 = rm ] || { echo working; exec sleep 60; }")
     with pytest.raises(KeyboardInterrupt):
         inside(["tool"], progress=interrupt)
-    assert told.read_text().split() == ["remove", "start", "remove", "remove"]
+    used = [line.split()[1] for line in calls.read_text().splitlines()]
+    assert used == ["rm", "run", "rm", "run", "rm"]
 
 
 def test_roles_outside_build_outside(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 DEFAULT_PORTS = {"frontend": 8000, "etcd": 2379, "etcd peer": 2380, "nats": 4222}
 
 
-def test_the_two_set_up_commands_differ_only_in_what_they_are_for() -> None:
+def test_run_and_test_commands_share_their_installation() -> None:
     run, test = block("run").strip(), block("test").strip()
     assert run.endswith(" -e . && snakemake serve_disagg --cores all")
     assert test == run.replace(

@@ -88,6 +88,15 @@ def test_relative_links_lead_to_files_of_the_repository(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_that_pages_name_exist(page: Path) -> None:
+    """Also where they are no links: in diagrams and commands."""
+    package = ROOT / "scripts" / "serving"
+    folders = [ROOT, package, package / "frontend", ROOT / "tests" / "benchmarks"]
+    named = re.findall(r"(?<![./\w])[a-z_/-]+\.py\b", page.read_text("utf-8"))
+    assert not [name for name in named if not any((root / name).exists() for root in folders)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_configuration_keys_that_pages_name_exist(page: Path) -> None:
     types = json.loads((ROOT / "config" / "config.schema.json").read_text("utf-8"))["$defs"]
     sections = {

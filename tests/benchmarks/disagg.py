@@ -33,14 +33,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / part) for part in ("scripts", "tests", "tests/benchmarks")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import msgspec  # noqa: E402
 import uvloop  # noqa: E402
-from mixed_load import SETTLE_S, Load, run  # noqa: E402
+from benchmarks.load.mixed_load import SETTLE_S, Load, run  # noqa: E402
+from benchmarks.load.streaming_client import Client  # noqa: E402
 from msgspec import Struct  # noqa: E402
 from serving.engine.manifest import load_manifest  # noqa: E402
-from streaming_client import Client  # noqa: E402
 
 MODEL = "benchmark"
 SETUPS = ("disagg", "agg-default", "agg-256", "agg-512", "agg-1024", "agg-2048", "agg-8192")
@@ -106,7 +106,7 @@ def measure_setup(
     setup: str, options: argparse.Namespace, ends: float
 ) -> Iterator[tuple[float, Measurement]]:
     """Start it, and measure at each rate for which there is time."""
-    from running_service import RunningService
+    from benchmarks.load.running_service import RunningService
 
     topology: Any = "disagg_router" if setup == "disagg" else "agg_router"
     vocab_size = load_manifest(options.engine_dir).vocab_size
@@ -332,7 +332,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="dummy-engine-") as folder:
             made = Path(folder, "made")
             if options.engine_dir is None:
-                from dummy_engine import make_engine
+                from benchmarks.engines.dummy_engine import make_engine
 
                 make_engine(made, device=options.device, dtype=options.dtype, tiny=options.tiny)
                 options.engine_dir = made / "engine"
@@ -342,7 +342,7 @@ def main() -> None:
     for row in verdicts(measurements):
         report(row)
     if options.plot:
-        from frontier_plot import draw
+        from benchmarks.frontier_plot import draw
 
         draw(list(latest(measurements).values()), options.plot)
         tell(f"drawn: {options.plot}")

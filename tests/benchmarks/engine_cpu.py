@@ -26,11 +26,11 @@ from pathlib import Path
 # Before torch: spinning threads would steal time from whatever else shares the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from cpu_contenders import BLOCK_SIZE, Contender  # noqa: E402
-from engine_under_test import find_engine, find_gguf  # noqa: E402
+from benchmarks.engines.engine_under_test import find_engine, find_gguf  # noqa: E402
+from benchmarks.peers.cpu_contenders import BLOCK_SIZE, Contender  # noqa: E402
 from serving.config import EngineConfig  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402
 from serving.load_report import LoadReport  # noqa: E402

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "benchmarks")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is to be fetched
@@ -83,8 +83,8 @@ class Bench:
     """The engine under test, the limits of its device, and a method per row."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from driven_engine import DrivenEngine
-        from model_costs import ModelCosts
+        from benchmarks.engines.driven_engine import DrivenEngine
+        from benchmarks.engines.model_costs import ModelCosts
 
         self.sizes = TINY if options.tiny else REAL
         self.device, self.dtype = options.device, options.dtype
@@ -108,7 +108,7 @@ class Bench:
 
     async def decode(self) -> None:
         """Steady decode of each batch size, in the middle of which the context is `context`."""
-        from device_limits import copy_bandwidth
+        from benchmarks.engines.device_limits import copy_bandwidth
 
         bandwidth = copy_bandwidth(self.device, self.sizes.copy_bytes)
         tell(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
@@ -139,7 +139,7 @@ class Bench:
 
     async def prefill(self) -> None:
         import torch
-        from device_limits import matmul_rate
+        from benchmarks.engines.device_limits import matmul_rate
 
         size = self.sizes.matmul
         limit = matmul_rate(self.device, size, getattr(torch, self.dtype))
@@ -163,7 +163,7 @@ class Bench:
 
     async def overhead(self) -> None:
         """Steps without a profiler give the time, steps with one the work that was done in it."""
-        from device_limits import recorded
+        from benchmarks.engines.device_limits import recorded
 
         if not self.on_gpu:
             raise RuntimeError("needs a GPU: on a CPU nothing is left to overlap")
@@ -217,7 +217,7 @@ class Bench:
         )
 
     async def throughput(self) -> None:
-        from transformers_batching import best_rate
+        from benchmarks.peers.transformers_batching import best_rate
 
         sizes = self.sizes
         lengths = [sizes.stream_prompt] * sizes.streams
@@ -367,7 +367,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="dummy-engine-") as folder:
         if options.engine_dir is None:
-            from dummy_engine import make_engine
+            from benchmarks.engines.dummy_engine import make_engine
 
             make_engine(
                 Path(folder, "made"),

@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import uvloop  # noqa: E402
-from benchmarks.dummy_backend import MODEL  # noqa: E402
-from benchmarks.frontend_peers import Serving, backends, dynamo, router  # noqa: E402
-from benchmarks.http_load import Result, Shape, load, load_alone  # noqa: E402
-from benchmarks.running_service import RunningService  # noqa: E402
+from benchmarks.load.http_load import Result, Shape, load, load_alone  # noqa: E402
+from benchmarks.load.running_service import RunningService  # noqa: E402
+from benchmarks.peers.dummy_backend import MODEL  # noqa: E402
+from benchmarks.peers.frontend_peers import Serving, backends, dynamo, router  # noqa: E402
 from integration.tiny_model import save_tiny_model  # noqa: E402
 from serving.config import EngineConfig, ModelConfig  # noqa: E402
 from serving.deploy.model.prepare import fetch_model  # noqa: E402

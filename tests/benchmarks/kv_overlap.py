@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -23,22 +24,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-import itertools
-
-import msgspec
-from engine_under_test import find_engine
-from kv_ends import pulling, serving
-from kv_transfer import CHUNK_BYTES, Worker, answer, peer, questions
-from serving.protocol import (
+import msgspec  # noqa: E402
+from benchmarks.engines.engine_under_test import find_engine  # noqa: E402
+from benchmarks.kv_transfer import CHUNK_BYTES, Worker, answer, peer, questions  # noqa: E402
+from kv_ends import pulling, serving  # noqa: E402
+from serving.protocol import (  # noqa: E402
     EngineOutput,
     EngineRequest,
     KvTransferParams,
     SamplingParams,
 )
-from serving.worker.decode import DecodeEndpoint
-from serving.worker.prefill import PrefillEndpoint
+from serving.worker.decode import DecodeEndpoint  # noqa: E402
+from serving.worker.prefill import PrefillEndpoint  # noqa: E402
 
 WARM_UP = 2
 NUM_TOKENS = 4

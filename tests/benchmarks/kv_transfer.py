@@ -1,7 +1,7 @@
 """KV transfers against the prefill they follow, and against a plain socket.
 
     python tests/benchmarks/kv_transfer.py [--engine-dir DIR] [--rounds N] [--threads N]
-    python tests/benchmarks/kv_transfer.py --device cuda [--sweep]      (see kv_transfer_cuda.py)
+    python tests/benchmarks/kv_transfer.py --device cuda [--sweep]      (see kv_cuda/run.py)
 
 Source and puller are two processes, as in a deployment. Rows, one JSON object a line:
 
@@ -38,13 +38,13 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 if __name__ == "__main__" and "cuda" in sys.argv:
     # Before everything that this needs and the other does not: it runs without an engine.
-    from kv_transfer_cuda import main as main_cuda
+    from benchmarks.kv_cuda.run import main as main_cuda
 
     main_cuda()
     raise SystemExit
 
 import msgspec  # noqa: E402
-from engine_under_test import find_engine  # noqa: E402
+from benchmarks.engines.engine_under_test import find_engine  # noqa: E402
 from kv_ends import Got, Held, params, pulling, random_blocks, serving  # noqa: E402
 from serving.config import EngineConfig  # noqa: E402
 from serving.engine.torch.engine import TorchEngine  # noqa: E402

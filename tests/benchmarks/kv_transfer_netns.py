@@ -29,8 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
-from kv_ends import Got, Held, params, pulling, random_blocks, serving  # noqa: E402
-from kv_transfer import (  # noqa: E402
+from benchmarks.kv_transfer import (  # noqa: E402
     CHUNK_BYTES,
     NUM_BLOCKS,
     NUM_BYTES,
@@ -42,6 +41,7 @@ from kv_transfer import (  # noqa: E402
     receive_plain,
     serve_plain,
 )
+from kv_ends import Got, Held, params, pulling, random_blocks, serving  # noqa: E402
 
 SOURCE, PULLER = "10.213.7.1", "10.213.7.2"
 TRANSPORTS = ("ucx", "tcp")

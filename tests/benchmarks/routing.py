@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import msgspec  # noqa: E402
 from benchmarks import routing_live as live  # noqa: E402
-from benchmarks.routing_policies import OTHERS, MakeSelect  # noqa: E402
+from benchmarks.peers.routing_policies import OTHERS, MakeSelect  # noqa: E402
 from serving.config import RouterConfig  # noqa: E402
 from serving.kv_router.router import KvRouter  # noqa: E402
 from serving.simulate.clock import Clock  # noqa: E402

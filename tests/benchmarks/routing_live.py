@@ -32,7 +32,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from benchmarks.streaming_client import Client, Completion
+from benchmarks.load.streaming_client import Client, Completion
 from integration.deployment import Deployment
 from integration.tiny_model import save_tiny_model
 from msgspec import Struct
@@ -57,7 +57,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name to `snakemake` target and sections of the configuration."""
 PUT_IN = ("dynamo", "sglang-like")
-"""Policies of others, which `policy_put_in/sitecustomize.py` gives to the frontends."""
+"""Policies of others, which `peers/policy_put_in/sitecustomize.py` gives to the frontends."""
 
 
 # --- the workload, scaled -------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class Live:
         deployment.config |= pace.engine_sections()
         if self._put_in:
             deployment.environment = {
-                "PYTHONPATH": str(Path(__file__).with_name("policy_put_in")),
+                "PYTHONPATH": str(Path(__file__).parent / "peers" / "policy_put_in"),
                 "ROUTING_POLICY": self._put_in,
                 "ROUTING_TREE_BLOCKS": str(BLOCKS * pace.block_tokens() // BLOCK_SIZE),
             }

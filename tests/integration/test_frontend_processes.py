@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from benchmarks.running_service import RunningService
+from benchmarks.load.running_service import RunningService
 from integration.tiny_model import save_tiny_model
 from prometheus_client.parser import text_string_to_metric_families
 from serving.config import EngineConfig, ModelConfig

@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 from benchmarks.disagg import Measurement, best_at_equal_ttft, verdicts
-from benchmarks.driven_engine import Run
-from benchmarks.dummy_engine import make_engine
-from benchmarks.http_load import Shape, load
-from benchmarks.mixed_load import Load
-from benchmarks.model_costs import ModelCosts
+from benchmarks.engines.driven_engine import Run
+from benchmarks.engines.dummy_engine import make_engine
+from benchmarks.engines.model_costs import ModelCosts
+from benchmarks.load.http_load import Shape, load
+from benchmarks.load.mixed_load import Load
+from benchmarks.load.streaming_client import Completion
 from benchmarks.routing_live import Pace, Prompts
-from benchmarks.streaming_client import Completion
 from serving.block_hash import chain
 from serving.config import MockConfig
 from serving.engine.mock.timing import Work, step_seconds
@@ -100,7 +100,7 @@ async def test_steps_are_steady_from_the_second_token_of_all_to_the_first_end(
     def deliver(after: float, *outputs: tuple[str, int, str | None]) -> None:
         nonlocal clock
         clock += after
-        monkeypatch.setattr("benchmarks.driven_engine.time.perf_counter", lambda: clock)
+        monkeypatch.setattr("benchmarks.engines.driven_engine.time.perf_counter", lambda: clock)
         run.receive([EngineOutput(name, [1] * n, end) for name, n, end in outputs])  # type: ignore[arg-type]
 
     deliver(5, ("a", 1, None))

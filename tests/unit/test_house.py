@@ -19,7 +19,6 @@ LONG_MODULES = {
     "scripts/serving/engine/torch/rewrite/fusion.py": 500,
     "scripts/serving/engine/trtllm/requests/open_requests.py": 450,
     "tests/benchmarks/index.py": 480,
-    "tests/benchmarks/kv_transfer_cuda.py": 650,
     "tests/integration/test_containers.py": 460,
     "tests/integration/test_multinode.py": 480,
     "tests/kv_contract.py": 570,

@@ -12,8 +12,8 @@ from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
+from benchmarks.load.streaming_client import Client, Completion
 from msgspec import Struct
-from streaming_client import Client, Completion
 
 SETTLE_S = 20.0
 """How long prompts of the window are waited for after it, with the load going on."""

@@ -28,7 +28,7 @@ from serving.deploy.planning.topology import Program, pinned, plan, worker_envir
 from serving.deploy.processes.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE
 from serving.engine.manifest import load_manifest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 START_S = 240.0
 STOP_S = 5.0
 _PR_SET_PDEATHSIG = 1

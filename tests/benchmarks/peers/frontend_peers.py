@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.dummy_backend import MODEL
-from benchmarks.http_load import Shape, encode
-from benchmarks.running_service import end_with_parent
+from benchmarks.load.http_load import Shape, encode
+from benchmarks.load.running_service import end_with_parent
+from benchmarks.peers.dummy_backend import MODEL
 from integration.services import Etcd, Nats, free_port
 from serving.protocol import InstanceInfo
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from serving.engine.manifest import load_manifest
 from serving.errors import ModelError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def find_engine(chosen: Path | None, dtype: str = "float32") -> Path:

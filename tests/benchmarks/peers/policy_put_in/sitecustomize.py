@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 if "serving.frontend" in sys.orig_argv:
-    sys.path.append(str(Path(__file__).parents[2]))
+    sys.path.append(str(Path(__file__).parents[3]))
 
     from random import Random
     from typing import Any
 
-    from benchmarks.routing_policies import OTHERS, sglang_like
+    from benchmarks.peers.routing_policies import OTHERS, sglang_like
     from serving.kv_router import policy
 
     _name = os.environ["ROUTING_POLICY"]

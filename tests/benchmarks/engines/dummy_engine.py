@@ -17,7 +17,7 @@ from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import EngineManifest
 from serving.engine.torch.build import build_engine
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LLAMA_8B = ROOT / "config" / "models" / "llama-3-8b-shape"
 TINY: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

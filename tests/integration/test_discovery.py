@@ -12,6 +12,7 @@ import pytest
 from etcd3aio import Etcd3Client
 from integration.services import Etcd
 from serving.discovery import Discovery
+from serving.discovery.etcd import EtcdClient, Stored
 from serving.errors import OperatorError
 from serving.protocol import InstanceInfo, ModelCard, Role
 from waiting import until
@@ -59,10 +60,11 @@ class Watcher:
 
 @asynccontextmanager
 async def watching(
-    etcd: Etcd, namespace: str = "ns", discovery_type: type[Discovery] = Discovery
+    etcd: Etcd, namespace: str = "ns", etcd_type: type[EtcdClient] = EtcdClient
 ) -> AsyncIterator[Watcher]:
     watcher = Watcher()
-    async with discovery_type.connect(etcd.endpoint, namespace, lease_s=LEASE_S) as discovery:
+    async with etcd_type.connect(etcd.endpoint) as client:
+        discovery = Discovery(client, namespace, LEASE_S)
         task = asyncio.create_task(discovery.watch(watcher.up, watcher.down))
         try:
             yield watcher
@@ -172,11 +174,11 @@ async def test_watch_cancelled_by_compaction_lists_again(etcd: Etcd) -> None:
     """The list is answered, then the history behind it is compacted before the watch starts."""
     num_lists = 0
 
-    class SlowDiscovery(Discovery):
-        async def _list(self) -> tuple[int, list[InstanceInfo]]:
+    class CompactedAfterList(EtcdClient):
+        async def list(self, prefix: str) -> tuple[int, list[Stored]]:
             nonlocal num_lists
             num_lists += 1
-            result = await super()._list()
+            result = await super().list(prefix)
             if num_lists == 1:
                 async with Etcd3Client([etcd.endpoint]) as client:
                     assert client.kv is not None
@@ -187,7 +189,7 @@ async def test_watch_cancelled_by_compaction_lists_again(etcd: Etcd) -> None:
                     await client.kv.compact(answer.header.revision, physical=True)
             return result
 
-    async with watching(etcd, discovery_type=SlowDiscovery) as watcher:
+    async with watching(etcd, etcd_type=CompactedAfterList) as watcher:
         await until(lambda: watcher.present == {"between": 1})
         async with registered(etcd, instance("a")):
             await until(lambda: watcher.present == {"between": 1, "a": 1})
@@ -202,7 +204,7 @@ async def test_newer_epoch_replaces_and_the_older_one_does_not_come_back(
         async with registered(etcd, instance("a", 2)) as newer:
             await until(lambda: watcher.present == {"a": 2})
             assert watcher.events[1:] == [("down", "a", 1), ("up", "a", 2)]
-            await until(lambda: "giving the id up" in caplog.text)
+            await until(lambda: "it does not register again" in caplog.text)
             assert await newer.instances() == [instance("a", 2)]
         await until(lambda: watcher.present == {})
         await asyncio.sleep(LEASE_S / 2)

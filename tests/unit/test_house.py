@@ -14,7 +14,6 @@ TESTS = ROOT / "tests"
 
 MAX_LINES = 400
 LONG_MODULES = {
-    "scripts/serving/discovery/__init__.py": 450,
     "scripts/serving/engine/torch/cuda/kernels.py": 580,
     "scripts/serving/engine/torch/rewrite/fusion.py": 500,
     "scripts/serving/engine/trtllm/requests/open_requests.py": 450,

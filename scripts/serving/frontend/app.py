@@ -82,7 +82,7 @@ async def lifespan(
         events.on_reconnect = instances.on_reconnect
         await events.subscribe(instances.on_kv, instances.on_load)
         metrics.add(RouterMetrics(router, events.counters))
-        discovery = await stack.enter_async_context(Discovery.of(control))
+        discovery = await stack.enter_async_context(Discovery.from_settings(control))
         forever = [
             tasks.create_task(instances.synchronise_forever(), name="synchronise"),
             tasks.create_task(discovery.watch(instances.up, instances.down), name="watch"),

@@ -98,7 +98,7 @@ async def serve(
         reports = tasks.create_task(worker.report_forever(), name="load-reports")
         stack.callback(reports.cancel)
 
-        discovery = await stack.enter_async_context(Discovery.of(process.control))
+        discovery = await stack.enter_async_context(Discovery.from_settings(process.control))
         info = InstanceInfo(
             instance_id=process.instance_id,
             epoch=epoch,

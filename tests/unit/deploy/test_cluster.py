@@ -13,7 +13,7 @@ from serving.deploy.cluster import membership as cluster
 from serving.deploy.cluster.membership import Cluster
 from serving.deploy.planning.topology import MULTINODE, pinned, plan, workers_here
 from serving.deploy.processes import certificates, credentials
-from serving.discovery import read_join_file
+from serving.discovery.etcd import read_join_file
 from serving.errors import ConfigError, OperatorError
 from serving.protocol import InstanceInfo, ModelCard
 

@@ -171,7 +171,7 @@ async def _try_nats(url: str) -> str:
 
 
 async def _registered(control: ControlServices) -> list[InstanceInfo] | None:
-    async with Discovery.of(control) as discovery:
+    async with Discovery.from_settings(control) as discovery:
         try:
             return await discovery.instances(ASK_S)
         except OperatorError:

@@ -155,7 +155,7 @@ def _registered(control: ControlServices) -> Answers:
     from serving.discovery import Discovery  # slow to load, and rarely needed
 
     async def ask() -> list[InstanceInfo]:
-        async with Discovery.of(control) as discovery:
+        async with Discovery.from_settings(control) as discovery:
             return await discovery.instances(ANSWER_S)
 
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from serving.config import parse
 from serving.deploy.checks.findings import conclude, judge
-from serving.deploy.checks.gpu import judge_gpu, not_needed, observe
+from serving.deploy.checks.gpu import judge_gpu, not_needed, observe_torch
 from serving.deploy.checks.host import weight_bytes
 from serving.deploy.checks.tensorrt_llm import judge_tensorrt_llm, library_line
 from serving.deploy.planning.deployment import links
@@ -23,7 +23,7 @@ with reporting(snakemake.log[0]) as report:
         places = list(placed(config, gpus, links(config, gpus)).values())
         if backend == "torch":
             own = [index for worker in places for index in worker]
-            findings = judge_gpu(own, weight_bytes(config), observe(sorted(set(own))))
+            findings = judge_gpu(own, weight_bytes(config), observe_torch(sorted(set(own))))
         else:
             findings = judge_tensorrt_llm(
                 places,

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from serving.config import parse
 from serving.deploy.checks.findings import conclude, judge
-from serving.deploy.checks.ucx import judge_ucx, observe
+from serving.deploy.checks.ucx import judge_ucx, try_ucx
 from serving.deploy.rule_script import reporting
 
 with reporting(snakemake.log[0]) as report:
     config = parse(snakemake.config)
     topology = config.deployment.topology
-    findings = judge_ucx(config, topology.startswith("disagg"), observe())
+    findings = judge_ucx(config, topology.startswith("disagg"), try_ucx())
     conclude(judge("check_ucx", findings), Path(snakemake.output[0]), report=report)

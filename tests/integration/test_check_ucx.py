@@ -12,7 +12,7 @@ pytestmark = pytest.mark.integration
 
 def test_ucx_moves_blocks_between_two_processes_and_leaves_nothing() -> None:
     shm_before = set(os.listdir("/dev/shm"))
-    facts = checks_ucx.observe()
+    facts = checks_ucx.try_ucx()
     assert facts.error == ""
     assert facts.equal
     assert facts.num_bytes > 1 << 20
@@ -25,6 +25,6 @@ def test_ucx_without_transports_is_an_error_in_its_own_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("UCX_TLS", "nonesuch")
-    facts = checks_ucx.observe()
+    facts = checks_ucx.try_ucx()
     assert facts.error
     assert not judge("check_ucx", checks_ucx.judge_ucx(Config(), True, facts)).ok

@@ -29,10 +29,10 @@ from serving.engine.trtllm.failures import explain_start
 from serving.engine.trtllm.visible_gpus import check_gpus
 from serving.errors import OperatorError
 from serving.gpus import Gpu
+from unit.deploy.checks.fake_podman import FACTS
+from unit.deploy.checks.fake_podman import podman as podman_script
+from unit.deploy.checks.h100 import H100
 from unit.deploy.conftest import Script
-from unit.deploy.test_checks_container import FACTS
-from unit.deploy.test_checks_container import podman as podman_saying
-from unit.deploy.test_checks_tensorrt_llm import H100
 from unit.engine.trtllm.build.library_fakes import FakeRun
 from unit.engine.trtllm.build.test_memory import checkpoint, config
 
@@ -213,7 +213,7 @@ def test_image_that_cannot_be_had_is_one_paragraph(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     failing = f"echo 'Error: {says}' >&2; exit 125"
-    script("podman", podman_saying(on_inspect=failing, on_pull=failing))
+    script("podman", podman_script(on_inspect=failing, on_pull=failing))
     container = {"runtime": "podman", "image": "registry.example/x:1", "pull": pull}
     with pytest.raises(OperatorError) as caught:
         checked("container", check_container(parse({"container": container}), [], print))

@@ -1,8 +1,8 @@
 """Can the configured container runtime start a worker in the configured image?
 
-The runtime is asked for its version, for the image, and finally to run `container_probe` exactly
-as it will run the workers: with their mounts, limits, devices and user. What any of them answers
-is quoted, since the same command fails in several ways that need different remedies.
+The check asks the runtime for its version and for the image. Then it runs `container_probe` exactly
+as workers will run: with their mounts, limits, devices and user. Error messages of the runtime are
+quoted, since the same command fails in several ways that need different remedies.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from serving.progress import Report
 
 TRIAL_S = 300.0
 """A first import of TensorRT-LLM from a cold disk takes more than a minute."""
-_USABLE = {
+_VERSION_QUERY = {
     "docker": ["info", "--format", "{{.ServerVersion}}"],
     "podman": ["info", "--format", "{{.Version.Version}}"],
     "apptainer": ["version"],
@@ -44,7 +44,7 @@ LEAST_SHM_BYTES = 1 << 30
 
 
 class ProbeFacts(Struct, frozen=True):
-    """What `container_probe.facts` says."""
+    """The answer of `container_probe.facts`."""
 
     python: str
     cuda_version: str
@@ -66,10 +66,13 @@ class ProbeImport(Struct, frozen=True):
     error: str = ""
 
 
-def check_container(config: Config, gpus: Sequence[int], report: Report) -> list[Finding]:
+def check_container(
+    config: Config, gpus: Sequence[int], report: Report, *, answer_s: float = ASK_S
+) -> list[Finding]:
     """All findings about `container.*`; a single one when no container is configured.
 
-    `gpus` are those that workers will use, none on CPU. Fetches a missing image when told to.
+    `gpus` are those that workers will use, none on CPU. With `container.pull` a missing image is
+    fetched. The runtime has `answer_s` to answer at all.
     """
     container = config.container
     if container.runtime == "none":
@@ -78,7 +81,7 @@ def check_container(config: Config, gpus: Sequence[int], report: Report) -> list
     if program is None:
         what, remedy = f"{container.runtime} is not on PATH", INSTALL[container.runtime]
         return [Finding("runtime", False, what, remedy)]
-    findings = [ask("runtime", [container.runtime, *_USABLE[container.runtime]], ASK_S)]
+    findings = [ask("runtime", [container.runtime, *_VERSION_QUERY[container.runtime]], answer_s)]
     if findings[0].ok:
         findings += _missing_mounts(container)
         image = image_store.find_image(container)
@@ -95,8 +98,8 @@ def _missing_mounts(container: ContainerConfig) -> list[Finding]:
         Finding(
             "mounts",
             False,
-            f"{source} does not exist, and should be {target} inside",
-            "correct container.mounts: folders of this machine, each with its path inside",
+            f"{source} does not exist, but is to be mounted at {target}",
+            "correct container.mounts: it maps folders of this machine to paths inside",
         )
         for source, target in container.mounts.items()
         if not Path(source).expanduser().exists()
@@ -104,13 +107,13 @@ def _missing_mounts(container: ContainerConfig) -> list[Finding]:
 
 
 def _trial(config: Config, gpus: Sequence[int]) -> list[Finding]:
-    """Run the probe as a worker would run."""
+    """Run the probe as a worker would run. The container is removed again, even after a failure."""
     container = config.container
     probe = container_probe.__file__
     try:
         contained = contain(
             container,
-            [container.python, probe, *modules(config)],
+            [container.python, probe, *worker_modules(config)],
             name="check",
             env={
                 "PYTHONPATH": os.environ.get("PYTHONPATH", str(SCRIPTS)),
@@ -121,21 +124,23 @@ def _trial(config: Config, gpus: Sequence[int]) -> list[Finding]:
     except ConfigError as exc:
         return [Finding(exc.key, False, exc.what, exc.remedy)]
     try:
-        remove_container(contained.removal)  # of a check that was killed
-        code, text = run(contained.command, TRIAL_S, contained.env)
-        remove_container(contained.removal)  # of a client that was given up on
+        remove_container(contained.removal)  # left by a check that was killed
+        try:
+            code, text = run(contained.command, TRIAL_S, contained.env)
+        finally:
+            remove_container(contained.removal)  # left by a client that did not return in time
     except OperatorError as exc:
         return [Finding("run", False, exc.what, exc.remedy)]
-    told = [
+    answers = [
         line.removeprefix(container_probe.MARK)
         for line in text.splitlines()
         if line.startswith(container_probe.MARK)
     ]
-    if code != 0 or not told:
-        what = text or "the image's Python said nothing"
+    if code != 0 or not answers:
+        what = text or "the image's Python printed nothing"
         return [complaint("run", contained.command, code, what, container.image or "")]
-    facts = msgspec.json.decode(told[0], type=ProbeFacts)
-    imports = [msgspec.json.decode(line, type=ProbeImport) for line in told[1:]]
+    facts = msgspec.json.decode(answers[0], type=ProbeFacts)
+    imports = [msgspec.json.decode(line, type=ProbeImport) for line in answers[1:]]
     return [
         Finding("run", True, f"Python {facts.python}"),
         *judge_gpus(facts, len(gpus)),
@@ -144,8 +149,8 @@ def _trial(config: Config, gpus: Sequence[int]) -> list[Finding]:
     ]
 
 
-def modules(config: Config) -> list[str]:
-    """What a worker imports, most particular last."""
+def worker_modules(config: Config) -> list[str]:
+    """The modules that a worker imports, the most specific last."""
     if config.engine.backend == "tensorrt_llm":
         return ["serving.worker.__main__", "tensorrt_llm"]
     if config.engine.backend == "mock":
@@ -180,11 +185,11 @@ def judge_gpus(facts: ProbeFacts, wanted: int) -> list[Finding]:
         findings.append(Finding("gpus inside", False, what, remedy))
     else:
         findings.append(Finding("gpus inside", True, f"{facts.cuda_gpus} usable"))
-    own = divmod(facts.cuda_driver or 0, 1000)
-    highest = (own[0], own[1] // 10)
+    major, minor = divmod(facts.cuda_driver or 0, 1000)
+    highest = (major, minor // 10)
     if image and highest < image[:2]:
         what = (
-            f"the driver {facts.driver} knows CUDA {highest[0]}.{highest[1]}, and the image has "
+            f"the driver {facts.driver} supports CUDA {highest[0]}.{highest[1]}, and the image has "
             f"{facts.cuda_version}: it runs, but cannot compile kernels from PTX"
         )
         remedy = "update the driver when a kernel is reported as unsupported"
@@ -232,23 +237,23 @@ def judge_limits(facts: ProbeFacts) -> list[Finding]:
         remedy = "set container.ulimits to {memlock: -1}, and let the runtime have that limit"
         findings.append(Finding("locked memory", False, what, remedy, warning=True))
     else:
-        told = "unlimited" if facts.memlock < 0 else f"{facts.memlock} bytes; no InfiniBand"
-        findings.append(Finding("locked memory", True, told))
+        limit = "unlimited" if facts.memlock < 0 else f"{facts.memlock} bytes; no InfiniBand"
+        findings.append(Finding("locked memory", True, limit))
     return findings
 
 
 def judge_imports(imports: Sequence[ProbeImport]) -> list[Finding]:
-    """Is in the image what workers import, in a version this project knows?"""
+    """Does the image have the modules that workers import, in versions that this project knows?"""
     findings = []
-    for each in imports:
-        name = each.module
-        if each.error:
+    for probed in imports:
+        name = probed.module
+        if probed.error:
             remedy = "run `snakemake build_image`, or use an image that has it"
-            findings.append(Finding(name, False, f"not usable inside: {each.error}", remedy))
+            findings.append(Finding(name, False, f"not usable inside: {probed.error}", remedy))
         elif name == "tensorrt_llm":
-            findings.append(_known_version(each.version))
+            findings.append(_known_version(probed.version))
         else:
-            findings.append(Finding(name, True, each.version or "imported"))
+            findings.append(Finding(name, True, probed.version or "imported"))
     return findings
 
 

@@ -1,8 +1,8 @@
-"""Run inside a container: says what a worker would find there. Needs nothing but Python.
+"""Run inside a container: prints what a worker would find there. Needs nothing but Python.
 
-Prints lines that start with MARK and go on with JSON: one with facts, then one for each module
-named on the command line, so that an import that ends the process hides nothing else. Run as a
-file by its path: the image may lack everything this package imports.
+Each line is MARK and then JSON: first the facts, then the outcome of importing each module on the
+command line, so that an import that ends the process hides nothing before it. It runs as a file by
+its path, because the image may lack everything that this package imports.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ MARK = "@serving-probe "
 
 
 def facts() -> dict[str, object]:
-    """Limits in bytes, -1 for none; `cuda_*` are what the driver says, None without a driver."""
+    """Limits in bytes, -1 for none; `cuda_*` come from the driver, None without a driver."""
     found: dict[str, object] = {
         "python": ".".join(map(str, sys.version_info[:3])),
         "cuda_version": os.environ.get("CUDA_VERSION", ""),
@@ -74,5 +74,5 @@ if __name__ == "__main__":
     # The folder of this file has modules with common names; the package is found by PYTHONPATH.
     sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
     print(MARK + json.dumps(facts()), flush=True)
-    for each in sys.argv[1:]:
-        print(MARK + json.dumps(_import(each)), flush=True)
+    for module_name in sys.argv[1:]:
+        print(MARK + json.dumps(_import(module_name)), flush=True)

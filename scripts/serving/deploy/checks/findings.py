@@ -1,8 +1,7 @@
-"""What a check reports, and how a check rule ends.
+"""Findings: the results of checks, and how a check rule ends.
 
-A finding is one sentence about one thing, with a remedy when it is wrong. A warning is a finding
-that is wrong but lets the deployment go on. The checks themselves live beside this module
-(`checks_host`, `checks_gpu`, `checks_ucx`, `checks_container`); `doctor` speaks in findings too.
+A finding is one sentence about one thing, with a remedy when the thing is wrong. A warning is wrong
+but lets the deployment go on. The checks beside this module return findings, and so does `doctor`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from serving.progress import Report
 
 
 class Finding(Struct, frozen=True, omit_defaults=True):
-    """`ok` says whether the thing is as it should be; with `warning` it need not be."""
+    """`ok`: the thing is as it should be. `warning`: the deployment works without it, too."""
 
     name: str
     ok: bool
@@ -42,7 +41,7 @@ class CheckResult(Struct, frozen=True):
 
 
 def judge(name: str, findings: Iterable[Finding]) -> CheckResult:
-    """A check is ok when nothing in it blocks. A remedy for what is well is left out."""
+    """A check is ok when no finding blocks. Findings that are ok lose their remedy."""
     checks = [Finding(f.name, True, f.detail) if f.ok else f for f in findings]
     return CheckResult(name, not any(f.blocks for f in checks), checks, time.time())
 
@@ -55,9 +54,9 @@ def render(finding: Finding) -> str:
 
 
 def conclude(result: CheckResult, path: Path, *, report: Report) -> None:
-    """Write the report, tell what is not as it should be, and refuse to go on if something blocks.
+    """Write `result` to `path`, report warnings, and raise when a finding blocks.
 
-    Raises OperatorError that holds every blocking finding with its remedy.
+    The OperatorError holds every blocking finding with its remedy.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")

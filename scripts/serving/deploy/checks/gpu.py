@@ -59,7 +59,7 @@ class TorchFacts(Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
-def observe(indices: Sequence[int]) -> TorchFacts:
+def observe_torch(indices: Sequence[int]) -> TorchFacts:
     """Ask the driver and torch about these GPUs. Never raises: what went wrong is in `error`."""
     driver = driver_version()
     visible = ",".join(map(str, indices))

@@ -1,6 +1,6 @@
 """Is this machine fit for the deployment: interpreter, memory, disk, limits, sockets.
 
-`observe` looks at the machine once; `judge_host` decides from what was seen and the config.
+`observe_host` looks at the machine once; `judge_host` decides from these facts and the config.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SCALE = {"M": 10**6, "B": 10**9, "T": 10**12}
 
 
 class HostFacts(Struct, frozen=True, kw_only=True):
-    """What was seen. Sizes in bytes; an error text is empty when the thing worked."""
+    """The machine as observed. Sizes in bytes; an error text is empty when the trial worked."""
 
     python: tuple[int, int]
     system: str
@@ -51,8 +51,8 @@ class HostFacts(Struct, frozen=True, kw_only=True):
     nixl: str = ""
 
 
-def observe(run_dir: Path) -> HostFacts:
-    """Look at this machine. Files stay nowhere; `run_dir` is created if missing."""
+def observe_host(run_dir: Path) -> HostFacts:
+    """Look at this machine. Leaves no files; `run_dir` is created if missing."""
     memory = psutil.virtual_memory()
     infiniband = Path("/sys/class/infiniband")
     return HostFacts(
@@ -108,7 +108,7 @@ def _try_loopback() -> str:
 def weight_bytes(config: Config) -> int | None:
     """Size of the loaded weights: a local model's files, else what `135M` in the name implies.
 
-    None where neither tells. Raises ConfigError for a local model that is not there.
+    None when neither is known. Raises ConfigError for a local model that does not exist.
     """
     if config.engine.backend == "mock":
         return 0
@@ -122,9 +122,11 @@ def weight_bytes(config: Config) -> int | None:
 
 
 def judge_host(config: Config, num_workers: int, device: str, facts: HostFacts) -> list[Finding]:
-    """Everything about the machine that decides whether `num_workers` can run on it."""
+    """Findings about everything that `num_workers` workers need of the machine."""
     weights = weight_bytes(config)
-    stored = 0 if config.engine.weights == "dummy" else weights  # those exist in workers only
+    stored = (
+        0 if config.engine.weights == "dummy" else weights
+    )  # dummy weights exist in workers only
     return [
         Finding(
             "python",
@@ -168,7 +170,7 @@ def judge_host(config: Config, num_workers: int, device: str, facts: HostFacts) 
 def _memory(weights: int | None, num_workers: int, device: str, facts: HostFacts) -> Finding:
     available = f"{human(facts.memory_available)} of {human(facts.memory_total)} free"
     if weights is None:
-        return Finding("memory", True, f"{available}; size of the model not known yet")
+        return Finding("memory", True, f"{available}; the size of the model is not known yet")
     # With a GPU the host only stages the weights; workers may do so at the same time.
     needed = num_workers * (RUNTIME_BYTES + weights)
     kind = "weights on their way to the GPU" if device == "cuda" else "weights and runtime"

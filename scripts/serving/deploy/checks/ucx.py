@@ -1,7 +1,7 @@
-"""Does UCX carry KV blocks between two processes here: start it, move bytes, compare them.
+"""Does UCX carry KV blocks between two processes here? Start it, move bytes, compare them.
 
-The trial runs in two child processes (`ucx_probe`), because a broken UCX may crash or hang its
-process, and because two processes use other transports than one.
+The trial runs in two child processes (`ucx_probe`). A broken UCX may crash or hang its process, and
+two processes use other transports than one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LANES = re.compile(r"\btag\(([^)]*)\)")
 
 
 class UcxFacts(Struct, frozen=True, kw_only=True):
-    """What the trial showed. `transports` are `transport/device` as UCX named them."""
+    """The outcome of the trial. `transports` are `transport/device` as UCX names them."""
 
     version: str
     error: str = ""
@@ -37,14 +37,14 @@ class UcxFacts(Struct, frozen=True, kw_only=True):
     transports: list[str] = []
 
 
-def observe() -> UcxFacts:
+def try_ucx() -> UcxFacts:
     """Run the trial. Never raises: what went wrong is in `error`."""
     version = _version()
     if not version:
         return UcxFacts(version="", error="the Python package ucxx is not installed")
     with tempfile.TemporaryDirectory(prefix="check-ucx-") as folder:
         log = Path(folder, "pull.log")
-        serving = subprocess.Popen(
+        server = subprocess.Popen(
             [*_PROBE, "serve"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -53,10 +53,10 @@ def observe() -> UcxFacts:
             env=_environment(Path(folder, "serve.log")),
         )
         try:
-            address = _first_line(serving)
+            address = _first_line(server)
             pulled = _pull(address, log) if address.startswith("ucx://") else None
         finally:
-            complaint = _end(serving)
+            complaint = _end(server)
         if pulled is None:
             return UcxFacts(version=version, error=_last_line(complaint))
         if pulled.returncode != 0:
@@ -87,7 +87,7 @@ def _pull(address: str, log: Path) -> subprocess.CompletedProcess[str]:
 
 
 def _version() -> str:
-    """Of whichever build is installed: the distribution's name carries the CUDA release."""
+    """Name and version of the installed build: its name contains the CUDA release."""
     for name in ("ucxx-cu13", "ucxx-cu12", "ucxx"):
         try:
             return f"{name} {metadata.version(name)}"
@@ -97,21 +97,21 @@ def _version() -> str:
 
 
 def _environment(log: Path) -> dict[str, str]:
-    """UCX says at level `info` which transports a connection uses; its log must not mix with ours."""
+    """At level `info` UCX logs the transports of a connection, here into a file of its own."""
     package_parent = str(Path(__file__).parents[3])
     path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "UCX_LOG_LEVEL": "info", "UCX_LOG_FILE": str(log)}
 
 
 def _first_line(process: subprocess.Popen[str]) -> str:
-    """What the process prints first, or nothing when it ends or stays silent."""
+    """The first line that the process prints; empty when it ends or stays silent."""
     assert process.stdout is not None
     readable, _, _ = select.select([process.stdout], [], [], PROBE_S)
     return process.stdout.readline().strip() if readable else ""
 
 
 def _end(process: subprocess.Popen[str]) -> str:
-    """Close its input, which asks it to leave, and kill it if it does not. Returns its stderr."""
+    """Close its input, which ends it, and kill it if it goes on. Returns its stderr."""
     try:
         return process.communicate(timeout=10)[1]
     except subprocess.TimeoutExpired:
@@ -130,7 +130,7 @@ def _last_line(text: str) -> str:
 
 
 def judge_ucx(config: Config, disaggregated: bool, facts: UcxFacts) -> list[Finding]:
-    """UCX must work where KV travels over it; elsewhere a broken UCX is worth a warning."""
+    """UCX must work where KV travels over it. Elsewhere a broken UCX is only a warning."""
     needed = disaggregated and config.kv_transfer.transport == "ucx"
     remedy = (
         "reinstall with `pip install -c envs/constraints.txt .`; see what UCX finds with "
@@ -152,7 +152,7 @@ def judge_ucx(config: Config, disaggregated: bool, facts: UcxFacts) -> list[Find
         Finding(
             "transports",
             bool(facts.transports),
-            ", ".join(facts.transports) or "UCX named none",
+            ", ".join(facts.transports) or "UCX logged none",
             "unset UCX_TLS and UCX_NET_DEVICES, or name transports that exist here",
             warning=True,
         ),

@@ -1,7 +1,7 @@
 """One end of a UCX trial between two processes, with the transfer code that workers use.
 
-`python -m serving.deploy.checks.ucx_probe serve` holds blocks of known contents, prints its address and
-waits until its input closes. `... pull ADDRESS` fetches them and prints what it found as JSON.
+`python -m serving.deploy.checks.ucx_probe serve` holds blocks of known contents, prints its address
+and waits until its input closes. `... pull ADDRESS` fetches them and prints the outcome as JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def contents() -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(20).integers(0, 256, shape, dtype=np.uint8)
 
 
-class Held:
+class KnownBlocks:
     """A BlockSource with the known contents."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ def _transfer() -> KvTransfer:
 async def serve() -> None:
     transfer = _transfer()
     try:
-        await transfer.serve(Held())
+        await transfer.serve(KnownBlocks())
         print(transfer.address, flush=True)
         await asyncio.to_thread(sys.stdin.read)
     finally:

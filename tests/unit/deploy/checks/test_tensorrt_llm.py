@@ -14,10 +14,9 @@ from serving.deploy.checks.tensorrt_llm import (
     judge_tensorrt_llm,
     library_line,
 )
-from serving.gpus import Gpu
+from unit.deploy.checks.h100 import H100
 
 GIB = 1024**3
-H100 = Gpu("NVIDIA H100", 90, memory_bytes=80 * GIB, free_bytes=79 * GIB)
 TWO = [H100, msgspec.structs.replace(H100, index=1)]
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import pytest
 from serving.config import Config, parse
-from serving.deploy.checks import container as checks_container
 from serving.deploy.checks import container_probe
 from serving.deploy.checks.container import (
     ProbeFacts,
@@ -19,25 +18,14 @@ from serving.deploy.checks.container import (
     judge_gpus,
     judge_imports,
     judge_limits,
+    worker_modules,
 )
 from serving.deploy.checks.findings import Finding
 from serving.deploy.containers import runtime as container_runtime
+from unit.deploy.checks.fake_podman import FACTS, ID, podman
 
 Script = Callable[[str, str], Path]
 GIB = 1024**3
-FACTS = ProbeFacts(
-    python="3.12.3",
-    cuda_version="13.1.0",
-    driver="590.44.01",
-    devices=2,
-    memlock=-1,
-    shm_bytes=8 * GIB,
-    infiniband=False,
-    cuda_init=0,
-    cuda_driver=13010,
-    cuda_gpus=2,
-)
-ID = "sha256:" + "ab" * 32
 
 
 @pytest.fixture(autouse=True)
@@ -45,24 +33,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deployment = tmp_path / "deployment"
     deployment.mkdir()
     monkeypatch.chdir(deployment)
-
-
-def podman(on_run: str = "", on_inspect: str = f"echo {ID} []", on_pull: str = "") -> str:
-    return (
-        "case $1 in\n"
-        "info) echo 4.3.1 ;;\n"
-        f"image) {on_inspect} ;;\n"
-        f"pull) {on_pull} ;;\n"
-        f"run) {on_run or telling(FACTS)} ;;\n"
-        "esac"
-    )
-
-
-def telling(facts: ProbeFacts, *imports: dict[str, str]) -> str:
-    """A banner, as NVIDIA's images print one, and what the probe would say."""
-    told = [msgspec.to_builtins(facts), *(imports or ({"module": "serving", "version": ""},))]
-    lines = [container_probe.MARK + json.dumps(each) for each in told]
-    return "\n".join(["echo '== TensorRT-LLM =='", *(f"echo '{line}'" for line in lines)])
 
 
 def found(gpus: list[int] | None = None, **container: Any) -> dict[str, Finding]:
@@ -177,10 +147,11 @@ def test_each_refusal_of_a_registry_has_its_own_remedy(
     assert remedy in finding.remedy
 
 
-def test_hanging_runtime_is_given_up_on(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks_container, "ASK_S", 0.2)
+def test_a_runtime_that_hangs_is_a_finding(script: Script) -> None:
     script("podman", "exec sleep 60")
-    assert "no answer within 0.2 s" in found()["runtime"].detail
+    config = parse({"container": {"runtime": "podman", "image": "registry.example/x:1"}})
+    (finding,) = check_container(config, [], print, answer_s=0.2)
+    assert "no answer within 0.2 s" in finding.detail
 
 
 def test_runtime_that_cannot_do_what_is_asked_is_a_finding(script: Script) -> None:
@@ -223,7 +194,7 @@ def test_driver_of_the_same_major_version_only_warns() -> None:
     older = msgspec.structs.replace(FACTS, driver="580.95.05", cuda_driver=13000)
     finding = wrong(judge_gpus(older, 2))["driver"]
     assert finding.warning
-    assert "knows CUDA 13.0, and the image has 13.1.0" in finding.detail
+    assert "supports CUDA 13.0, and the image has 13.1.0" in finding.detail
 
 
 def test_old_driver_with_working_compatibility_libraries_is_fine() -> None:
@@ -252,10 +223,10 @@ def test_import_that_fails_is_quoted_and_a_version_must_be_known() -> None:
 
 def test_backend_decides_what_must_be_importable() -> None:
     tcp = parse({"kv_transfer": {"transport": "tcp"}})
-    assert "ucxx" in checks_container.modules(Config())
-    assert "ucxx" not in checks_container.modules(tcp)
+    assert "ucxx" in worker_modules(Config())
+    assert "ucxx" not in worker_modules(tcp)
     trtllm = parse({"engine": {"backend": "tensorrt_llm"}})
-    assert checks_container.modules(trtllm)[-1] == "tensorrt_llm"
+    assert worker_modules(trtllm)[-1] == "tensorrt_llm"
 
 
 def test_probe_looks_at_this_machine_with_nothing_but_python() -> None:

@@ -22,7 +22,7 @@ class LoadedModel(Struct, frozen=True):
     grammars: Grammars
 
     async def check_guide(self, guide: Guide, param: str) -> None:
-        """Compile `guide` on a thread. Raises InvalidRequest for `param` when it does not compile."""
+        """Compile `guide` on a thread. Raises InvalidRequest for `param` if that fails."""
         await asyncio.to_thread(self.grammars.matcher, guide, param=param)
 
     @property

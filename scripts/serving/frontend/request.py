@@ -1,4 +1,4 @@
-"""A request while it is served: its tokens so far, its deadlines, and the instances it has tried."""
+"""A request while it is served: its tokens so far, its deadlines, its tried instances."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class InstanceStreams:
         return _exceeded("first token", deadlines.first_token_s)
 
     def _record_failure(self, request: RequestState, route: Route, exc: ServingError) -> None:
-        """Whether the request may come back to this instance, and whether others should avoid it."""
+        """Keep the request away from the instance, and other requests if it is broken."""
         instance_id, epoch = route.instance_id, route.instance.epoch
         if isinstance(exc, EngineFailed):
             self._router.answered_error(instance_id, epoch)

@@ -1,8 +1,8 @@
 """A model's chat template: messages to prompt text, as `transformers` renders it.
 
-Templates come with the model and run in Jinja's sandbox. What they may use follows
+Templates come with the model and run in Jinja's sandbox. They have the tools of
 `transformers.utils.chat_template_utils`: `raise_exception`, `strftime_now`, `tojson` without HTML
-escapes, loop controls, and the `{% generation %}` marker, which only training reads.
+escapes, loop controls, and the `{% generation %}` marker, which only training uses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from serving.errors import InvalidRequest
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
-# What a template that dislikes its messages can raise, beside calling `raise_exception`.
+# All that a template can raise for messages that it does not support.
 _TEMPLATE_FAILURES = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -41,7 +41,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self._special_tokens = dict(special_tokens)
         self._template = _environment().from_string(source)
-        # A chain of maps otherwise, copied at each rendering for more than that takes by itself.
+        # Jinja copies its own chain of maps for each rendering, which costs more than rendering.
         self._template.globals = dict(self._template.globals)
 
     def render(
@@ -51,7 +51,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt. `extra` are further template variables. Raises InvalidRequest."""
+        """The prompt text. `extra` are further template variables. Raises InvalidRequest."""
         variables = {
             **self._special_tokens,
             "tools": None,
@@ -69,7 +69,7 @@ class ChatTemplate:
 
 
 def load_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
-    """From `chat_template.jinja`, else `tokenizer_config.json`; None for a base model."""
+    """Load it from `chat_template.jinja` or `tokenizer_config.json`. None for a base model."""
     source = _source(folder, tokenizer_config)
     if source is None:
         return None
@@ -87,14 +87,14 @@ def _source(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
     if file.is_file():
         return file.read_text()
     found = tokenizer_config.get("chat_template")
-    if isinstance(found, list):  # several named ones
+    if isinstance(found, list):  # several named templates
         named = {entry["name"]: entry["template"] for entry in found}
         found = named.get("default")
     return found if isinstance(found, str) else None
 
 
 class _GenerationMarker(Extension):
-    """`{% generation %}...{% endgeneration %}` renders what it encloses."""
+    """`{% generation %}...{% endgeneration %}` renders its content."""
 
     tags = {"generation"}  # noqa: RUF012 (declared so by jinja2)
 

@@ -1,7 +1,7 @@
-"""Token ids to text, as they come: whole characters only, and nothing of a stop string.
+"""Token ids to text, as they arrive: whole characters only, and no part of a stop string.
 
-Text is held back in two cases: while the last character is incomplete, and while the end of the
-text could be the beginning of a stop string.
+Text is held back in two cases: while its last character is incomplete, and while its end could be
+the beginning of a stop string.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from serving.protocol import EngineOutput, FinishReason, TokenLogprob
 from serving.text.preprocess import PreparedRequest
 
 SEED_TOKENS = 8
-"""Prompt tokens that give the first new token its context (a leading space, a split character)."""
+"""Prompt tokens that give the first new token its context: a leading space, a split character."""
 
 MAX_UNDECODED_TOKENS = 16
-"""A character has at most four bytes: tokens that make no text for longer are not UTF-8."""
+"""A character has at most four bytes. More tokens than this without text are not UTF-8."""
 
 REPLACEMENT = "\ufffd"
 
 
 class Delta(Struct):
-    """New text of one sequence. `finish_reason` set means: the last one."""
+    """New text of one sample. Only the last delta has a `finish_reason`."""
 
     text: str = ""
     finish_reason: FinishReason | None = None
@@ -36,7 +36,7 @@ class Delta(Struct):
 
     @classmethod
     def merged(cls, deltas: Sequence[Delta]) -> Delta:
-        """One that says what `deltas`, in their order, say."""
+        """One delta with the content of all `deltas`, in order."""
         if len(deltas) == 1:
             return deltas[0]
         logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
@@ -45,7 +45,7 @@ class Delta(Struct):
 
 
 class Detokenizer:
-    """One sequence. After `finish_reason` is set, feed no more; a stop string can set it."""
+    """The text of one sample. Once `finish_reason` is set, perhaps by a stop string, it is over."""
 
     def __init__(self, tokenizer: Tokenizer, prepared: PreparedRequest) -> None:
         self._decoder = _Decoder(tokenizer, prepared.token_ids, prepared.skip_special_tokens)
@@ -59,7 +59,7 @@ class Detokenizer:
         self.finish_reason: FinishReason | None = None
 
     def feed_each(self, output: EngineOutput) -> list[Delta]:
-        """The text that `output` releases, token by token, without those that release none."""
+        """One delta for each token of `output` that releases text."""
         if self._stops or output.logprobs is not None or self._held_logprobs:
             return [delta for piece in _by_token(output) if (delta := self.feed(piece))]
         step = self._decoder.step
@@ -75,9 +75,9 @@ class Detokenizer:
         return deltas
 
     def feed(self, output: EngineOutput) -> Delta:
-        """All of the text that `output` releases, possibly none."""
+        """All text that `output` releases, perhaps none, as one delta."""
         if self.finish_reason is not None:
-            return Delta()  # a stop string, and this came with its last token
+            return Delta()  # A stop string ended it; these tokens came with it.
         parts = []
         for position, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
@@ -93,7 +93,7 @@ class Detokenizer:
             tail = self._decoder.flush()
             if tail:
                 parts.append(self._release(tail))
-            if self.finish_reason is None:  # no stop string in the tail either
+            if self.finish_reason is None:  # The tail has no stop string either.
                 parts.append(self._held)
                 self._released_chars += len(self._held)
                 self._held = ""
@@ -101,7 +101,7 @@ class Detokenizer:
         return self._delta(parts)
 
     def _release(self, text: str) -> str:
-        """What can be shown now that `text` was added; sets `finish_reason` at a stop string."""
+        """The text that can be shown after `text` is added. A stop string sets `finish_reason`."""
         if not self._stops or self.num_tokens <= self._min_tokens:
             self._released_chars += len(text)
             return text
@@ -120,7 +120,7 @@ class Detokenizer:
         return Delta("".join(parts), self.finish_reason, self._take_logprobs())
 
     def _take_logprobs(self) -> list[TokenLogprob] | None:
-        """Those whose text begins in what was released; at a natural end, all of them."""
+        """Those whose text begins in the released text. At a natural end, all of them."""
         held = self._held_logprobs
         if not held:
             return None
@@ -133,7 +133,7 @@ class Detokenizer:
 
 
 def _by_token(output: EngineOutput) -> list[EngineOutput]:
-    """An output for each token, the last with the end."""
+    """One output for each token. The last one has the finish_reason."""
     ids, logprobs = output.token_ids, output.logprobs
     if len(ids) < 2:
         return [output]
@@ -142,21 +142,21 @@ def _by_token(output: EngineOutput) -> list[EngineOutput]:
         EngineOutput(
             output.request_id,
             [token_id],
-            output.finish_reason if place == last else None,
-            logprobs=None if logprobs is None else [logprobs[place]],
+            output.finish_reason if position == last else None,
+            logprobs=None if logprobs is None else [logprobs[position]],
         )
-        for place, token_id in enumerate(ids)
+        for position, token_id in enumerate(ids)
     ]
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the stop string that is complete first begins."""
+    """The start of the stop string that is complete first."""
     found = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
     return min(found)[1] if found else None
 
 
 def _held_chars(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
+    """Length of the longest end of `text` that is the beginning of a stop string."""
     longest = 0
     for stop in stops:
         start = max(0, len(text) - len(stop) + 1)
@@ -169,14 +169,14 @@ def _held_chars(text: str, stops: Sequence[str]) -> int:
 
 
 class _Decoder:
-    """`DecodeStream` with a context, an end, and patience for bytes that are not UTF-8."""
+    """`DecodeStream` with a context, a flush at the end, and tolerance of invalid bytes."""
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool
     ) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._context = list(prompt_token_ids[-SEED_TOKENS:])
-        # A prompt of token ids may end inside a character: that one belongs to the new text.
+        # A prompt of token ids may end inside a character. That character belongs to the new text.
         clean = len(self._context)
         while clean and self._decode(self._context[:clean]).endswith(REPLACEMENT):
             clean -= 1
@@ -187,7 +187,7 @@ class _Decoder:
             self._stream.step(tokenizer, token_id)
 
     def step(self, token_id: int) -> str:
-        """Text completed by this token."""
+        """The text that this token completes."""
         self._pending.append(token_id)
         try:
             text = self._stream.step(self._tokenizer, token_id)
@@ -201,13 +201,13 @@ class _Decoder:
         return text
 
     def flush(self) -> str:
-        """What is left at the end, without an incomplete last character."""
+        """The remaining text, without an incomplete last character."""
         return self._undecoded().rstrip(REPLACEMENT) if self._pending else ""
 
     def _resume(self) -> str:
-        """Give up on a clean boundary: show what there is, invalid bytes replaced."""
+        """Stop waiting for whole characters: release the text with invalid bytes replaced."""
         text = self._undecoded()
-        if text:  # else only special tokens were skipped: the context is still the last text
+        if text:  # Without text, all were skipped special tokens, and the context remains.
             self._context = [] if text.endswith(REPLACEMENT) else self._pending
         self._pending = []
         self._stream = self._new_stream(self._context)
@@ -232,11 +232,11 @@ class TokenText:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._added = {i: t.content for i, t in tokenizer.get_added_tokens_decoder().items()}
-        self._bytes_of = _byte_alphabet() if "ByteLevel" in repr(tokenizer.decoder) else None
+        self._byte_alphabet = _byte_alphabet() if "ByteLevel" in repr(tokenizer.decoder) else None
         self._known: dict[int, tuple[str, bytes]] = {}
 
     def __call__(self, token_id: int) -> tuple[str, bytes]:
-        """A token that is part of a character has replacement characters and its true bytes."""
+        """A token inside a character has replacement characters for text, and its true bytes."""
         known = self._known.get(token_id)
         if known is None:
             data = self._token_bytes(token_id)
@@ -249,8 +249,8 @@ class TokenText:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:  # an id of the padded embedding
             return b""
-        if self._bytes_of is not None and all(char in self._bytes_of for char in token):
-            return bytes(self._bytes_of[char] for char in token)
+        if self._byte_alphabet is not None and all(char in self._byte_alphabet for char in token):
+            return bytes(self._byte_alphabet[char] for char in token)
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         text: str = token.replace("\u2581", " ")

@@ -1,7 +1,7 @@
 """Prompts to token ids: chat template, tokenizer, context limit, end-of-sequence ids.
 
-One `Preprocessor` per model. It loads the tokenizer with `tokenizers` alone, because importing
-`transformers` costs seconds at start-up. It knows nothing of HTTP or of workers.
+There is one `Preprocessor` per model. It loads the tokenizer with `tokenizers` alone, because
+importing `transformers` costs seconds at start-up. It knows nothing about HTTP or workers.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ THREAD_CHARS = 8192
 
 
 class RequestTrace(Struct):
-    """What the pipeline learned on the way, for the request's log line. Written by the pipeline."""
+    """Where a request went. The pipeline writes it for the request's log line."""
 
     instances: list[str] = field(default_factory=list)
     overlap_blocks: int = 0
 
 
 class SampleGroup(Struct):
-    """Samples of one prompt: they go where the first one went, to share its blocks.
+    """Samples of one prompt. All go to the instances of the first one, to share its blocks.
 
-    `instances` maps roles to where that was. Written by the pipeline.
+    `instances` maps roles to instance ids. The pipeline writes it.
     """
 
     instances: dict[str, str] = field(default_factory=dict)
 
 
 class PreparedRequest(Struct, frozen=True):
-    """One sequence to generate: what the pipeline sends and what the detokenizer needs.
+    """One sample to generate: what the pipeline sends and what the detokenizer needs.
 
-    `stop` holds strings, found by the detokenizer; token ids that stop are in `sampling`.
-    `session` names what the request belongs to, if the caller said.
-    `prompt_only`: the one token that has to be generated is not wanted.
+    `stop` holds the stop strings, which the detokenizer finds. Token ids that stop are in
+    `sampling`. `session` names the conversation or user of the request, if the caller gave one.
+    With `prompt_only`, the one token that must be generated is dropped.
     """
 
     request_id: str
@@ -59,10 +59,10 @@ class PreparedRequest(Struct, frozen=True):
 
 
 class Preprocessor:
-    """The tokenizer and chat template of one model. Blocking; see `load`."""
+    """The tokenizer and chat template of one model. Its constructor blocks; `load` does not."""
 
     def __init__(self, card: ModelCard) -> None:
-        """Raises ModelError when the folder does not hold a usable tokenizer."""
+        """Raises ModelError if the folder has no usable tokenizer."""
         self.card = card
         folder = Path(card.tokenizer_dir)
         try:
@@ -79,13 +79,13 @@ class Preprocessor:
         )
         self.eos_token_ids = eos_token_ids(folder, self.tokenizer)
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        # The embedding may be padded beyond the tokenizer's vocabulary: such ids do run.
+        # The embedding may be padded beyond the tokenizer's vocabulary, and the padding is valid.
         self.vocab_size = max(1 + max(vocabulary.values()), model_vocab_size(folder))
         self._longest_token_chars = max(map(len, vocabulary))
 
     @classmethod
     async def load(cls, card: ModelCard) -> Preprocessor:
-        """On a thread: takes 0.1 s for 50k tokens, a second for the largest vocabularies."""
+        """Load on a thread. Takes 0.1 s for 50k tokens and a second for the largest vocabularies."""
         return await asyncio.to_thread(cls, card)
 
     # --- prompts -------------------------------------------------------------------------------
@@ -97,20 +97,23 @@ class Preprocessor:
         add_generation_prompt: bool = True,
         template_variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Raises InvalidRequest: no chat template, template error, longer than the context."""
+        """Render the chat template and tokenize the text.
+
+        Raises InvalidRequest: no chat template, an error in it, or a prompt beyond the context.
+        """
         template = self.chat_template
         if template is None:
             raise InvalidRequest(
                 f"{self.card.name} has no chat template; use /v1/completions", param="messages"
             )
         num_chars = sum(len(message.get("content") or "") for message in messages)
-        self._refuse_absurd(num_chars, "messages")
+        self._refuse_too_long(num_chars, "messages")
 
         def render_and_encode() -> list[int]:
             text = template.render(
                 messages, add_generation_prompt=add_generation_prompt, extra=template_variables
             )
-            self._refuse_absurd(len(text), "messages")
+            self._refuse_too_long(len(text), "messages")
             # The template writes the special tokens itself.
             return self._encode(text, add_special_tokens=False)
 
@@ -119,14 +122,14 @@ class Preprocessor:
         return render_and_encode()
 
     async def encode_text(self, text: str, *, param: str = "prompt") -> list[int]:
-        """With the special tokens that the tokenizer adds by itself. Raises InvalidRequest."""
-        self._refuse_absurd(len(text), param)
+        """Tokenize, with the special tokens that the tokenizer adds itself. Raises InvalidRequest."""
+        self._refuse_too_long(len(text), param)
         if len(text) > THREAD_CHARS:
             return await asyncio.to_thread(self._encode, text, add_special_tokens=True)
         return self._encode(text, add_special_tokens=True)
 
     def check_token_ids(self, token_ids: Sequence[int], *, param: str = "prompt") -> None:
-        """Raises InvalidRequest for an id that the model does not have."""
+        """Raises InvalidRequest for an id outside the model's vocabulary."""
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             raise InvalidRequest(f"Token ids must be in 0..{self.vocab_size - 1}", param=param)
 
@@ -136,11 +139,12 @@ class Preprocessor:
         return text
 
     def resolve_max_tokens(
-        self, num_prompt_tokens: int, asked: int | None, *, default: int | None, param: str
+        self, num_prompt_tokens: int, requested: int | None, *, default: int | None, param: str
     ) -> int:
-        """Tokens to generate. `asked` must fit; `default` (None: all there is) is cut to fit.
+        """Tokens to generate.
 
-        Raises InvalidRequest with code `context_length_exceeded`.
+        `requested` must fit into the context. Without it, `default` is cut to fit; None stands for
+        all the room there is. Raises InvalidRequest with code `context_length_exceeded`.
         """
         limit = self.card.max_model_len
         room = limit - num_prompt_tokens
@@ -151,25 +155,25 @@ class Preprocessor:
                 param=param,
                 code="context_length_exceeded",
             )
-        if asked is None:
+        if requested is None:
             return room if default is None else min(default, room)
-        if asked > room:
+        if requested > room:
             raise InvalidRequest(
-                f"The prompt has {num_prompt_tokens} tokens and {asked} more were asked for: "
-                f"{num_prompt_tokens + asked} exceed the context of {limit} tokens",
+                f"The prompt has {num_prompt_tokens} tokens and {requested} more are requested: "
+                f"{num_prompt_tokens + requested} exceed the context of {limit} tokens",
                 param=param,
                 code="context_length_exceeded",
             )
-        return asked
+        return requested
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # The batch of one, because only batches can be had without offsets into the text.
+        # A batch of one, because only batches can be encoded without offsets into the text.
         encode = self.tokenizer.encode_batch_fast
         ids: list[int] = encode([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
-    def _refuse_absurd(self, num_chars: int, param: str) -> None:
-        """A text that cannot fit even in the longest tokens is not worth tokenizing."""
+    def _refuse_too_long(self, num_chars: int, param: str) -> None:
+        """Raises InvalidRequest without tokenizing for a text that cannot fit the context."""
         limit = self.card.max_model_len
         at_least = -(-num_chars // self._longest_token_chars)
         if at_least > limit:

@@ -26,7 +26,7 @@ from serving.text.preprocess import PreparedRequest, SampleGroup
 
 
 class ContentPart(Struct):
-    """Of a message's content; only `text` parts can be used."""
+    """A part of a message's content. Only `text` parts are supported."""
 
     type: str
     text: str | None = None
@@ -38,7 +38,7 @@ class FunctionCall(Struct):
 
 
 class MessageToolCall(Struct):
-    """A call that an earlier answer made; templates that know of tools show it."""
+    """A call from an earlier answer. Chat templates that support tools render it."""
 
     id: str
     type: Literal["function"]
@@ -46,7 +46,7 @@ class MessageToolCall(Struct):
 
 
 class Message(Struct, forbid_unknown_fields=True):
-    """One message, including what clients echo from an earlier answer."""
+    """One message. It may have fields that clients copy from an earlier answer."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
@@ -59,7 +59,7 @@ class Message(Struct, forbid_unknown_fields=True):
     function_call: Any = None
 
     def for_template(self, index: int) -> dict[str, Any]:
-        """As chat templates read it. Raises InvalidRequest. `index`: of this message."""
+        """The form that chat templates read. `index` is the message's. Raises InvalidRequest."""
         where = f"messages[{index}]"
         content = self._text(where)
         check_text(content, f"{where}.content")
@@ -76,7 +76,7 @@ class Message(Struct, forbid_unknown_fields=True):
         return message
 
     def _text(self, where: str) -> str:
-        """AppState are joined by newlines, so that a document and a question stay apart."""
+        """Parts are joined by newlines, so that a document and a question stay apart."""
         if isinstance(self.content, str):
             return self.content
         if self.content is None:
@@ -97,7 +97,7 @@ class Message(Struct, forbid_unknown_fields=True):
 
 
 class ChatRequest(GenerationFields, kw_only=True):
-    """The body. Below `logprobs`: fields without effect here, see NEUTRAL."""
+    """The body. Fields from `store` on have no effect; those from `tools` on see NEUTRAL."""
 
     messages: list[Message]
     max_completion_tokens: Tokens | None = None
@@ -144,7 +144,7 @@ _decoder = msgspec.json.Decoder(ChatRequest)
 
 
 def parse(body: bytes) -> ChatRequest:
-    """Everything that can be checked without the model. Raises InvalidRequest."""
+    """Decode the body and check what needs no model. Raises InvalidRequest."""
     request = decode_request(body, _decoder)
     if not request.messages:
         raise InvalidRequest("`messages` is empty", param="messages")
@@ -165,11 +165,11 @@ async def prepare(request: ChatRequest, model: LoadedModel, request_id: str) -> 
         add_generation_prompt=request.add_generation_prompt is not False,
         template_variables=request.chat_template_kwargs,
     )
-    asked = request.max_completion_tokens or request.max_tokens
+    requested = request.max_completion_tokens or request.max_tokens
     sampling = request.sampling(
         preprocessor,
         max_tokens=preprocessor.resolve_max_tokens(
-            len(token_ids), asked, default=None, param="messages"
+            len(token_ids), requested, default=None, param="messages"
         ),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         guide=guide,

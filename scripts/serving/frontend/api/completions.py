@@ -32,8 +32,10 @@ Prompt = str | list[int]
 
 
 class CompletionRequest(GenerationFields, kw_only=True):
-    """The body. `prompt`: one text, token ids, or a list of either. `max_tokens` may be 0 with
-    `echo`, for the prompt and nothing else."""
+    """The body. `prompt` is one text, token ids, or a list of either.
+
+    `max_tokens` may be 0 with `echo`: then the answer is the prompt and nothing else.
+    """
 
     prompt: str | list[str | int | list[int]]
     max_tokens: Annotated[int, Meta(ge=0, le=INT32_MAX)] | None = None
@@ -50,7 +52,7 @@ class CompletionRequest(GenerationFields, kw_only=True):
         if len(kinds) != 1:
             what = "mixes strings and token ids" if kinds else "is empty"
             raise InvalidRequest(f"`prompt` {what}", param="prompt")
-        if kinds == {int}:  # possibly a hundred thousand of them: no second look, and no copy
+        if kinds == {int}:  # Perhaps a hundred thousand of them: neither checked again nor copied.
             return [cast("list[int]", self.prompt)]
         return [item for item in self.prompt if not isinstance(item, int)]
 
@@ -59,7 +61,7 @@ _decoder = msgspec.json.Decoder(CompletionRequest)
 
 
 def parse(body: bytes) -> CompletionRequest:
-    """Everything that can be checked without the model. Raises InvalidRequest."""
+    """Decode the body and check what needs no model. Raises InvalidRequest."""
     request = decode_request(body, _decoder)
     num_samples = request.n or 1
     neutral: dict[str, tuple[Any, ...]] = {
@@ -71,7 +73,8 @@ def parse(body: bytes) -> CompletionRequest:
     num_choices = len(request.prompts()) * num_samples
     if num_choices > MAX_CHOICES:
         raise InvalidRequest(
-            f"{num_choices} completions were asked for; {MAX_CHOICES} is the most", param="prompt"
+            f"The request is for {num_choices} completions; at most {MAX_CHOICES} are possible",
+            param="prompt",
         )
     if request.max_tokens == 0 and not request.echo:
         raise InvalidRequest("`max_tokens` 0 needs `echo` to be true", param="max_tokens")
@@ -91,7 +94,7 @@ async def prepare(
     samples: list[PreparedRequest] = []
     preludes: list[str] = []
     for prompt in prompts:
-        await asyncio.sleep(0)  # many prompts must not hold up the streams of others
+        await asyncio.sleep(0)  # Many prompts must not hold up other streams.
         token_ids = await _encode(prompt, preprocessor)
         prompt_only = request.max_tokens == 0
         max_tokens = preprocessor.resolve_max_tokens(
@@ -154,7 +157,7 @@ async def _encode(prompt: Prompt, preprocessor: Preprocessor) -> list[int]:
 
 
 class CompletionWriter(Writer):
-    """Chunks and the whole have the same shape."""
+    """Chunks and the whole body have the same shape."""
 
     def __init__(
         self, identity: Identity, *, stream_usage: bool, token_text: TokenText | None

@@ -1,7 +1,4 @@
-"""Errors as OpenAI's clients expect them: which status, and which object.
-
-The only place that maps the types of `serving.errors` to status codes.
-"""
+"""Errors in OpenAI's format. Only this module maps error types to status codes."""
 
 from __future__ import annotations
 
@@ -50,14 +47,14 @@ class ApiError(Struct, frozen=True):
         )
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Those that belong to this error."""
+        """Headers of this error alone."""
         if self.retry_after_s is None:
             return []
         return [(b"retry-after", str(max(1, math.ceil(self.retry_after_s))).encode())]
 
 
 def to_api_error(exc: Exception) -> ApiError:
-    """What the client is told. Unexpected errors are logged here, and told without details."""
+    """The error response for `exc`. Unexpected errors are logged here and sent without details."""
     match exc:
         case InvalidRequest():
             return _client_error(exc)
@@ -100,7 +97,7 @@ def _client_error(exc: InvalidRequest) -> ApiError:
 
 
 def routing_error(status: int, method: str, path: str) -> ApiError:
-    """An unknown path or a wrong method."""
+    """The error for an unknown path or a wrong method."""
     if status == 405:
         message, code = f"{method} is not allowed for {path}", "method_not_allowed"
     else:

@@ -1,7 +1,7 @@
-"""What chat and completion requests have in common: fields, their ranges, and what they mean.
+"""The fields that chat and completion requests share: their ranges and their meaning.
 
-Types and ranges are checked by msgspec while the JSON is decoded. An unknown field is refused,
-and so is a known one that would change the answer in a way this server cannot.
+msgspec checks types and ranges while it decodes the JSON. Unknown fields are refused. So are known
+fields that ask for an effect that this server does not have.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from serving.text.preprocess import Preprocessor
 
 INT32_MAX = 2**31 - 1
 GREEDY_BELOW = 1e-4
-"""Logits divided by less overflow; the outcome is greedy anyway."""
+"""Logits divided by a smaller temperature overflow. Such sampling is greedy anyway."""
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=512)]
@@ -31,14 +31,14 @@ Request = TypeVar("Request", bound="GenerationFields")
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
-    """`include_obfuscation` is accepted: there is none."""
+    """`include_obfuscation` is accepted without effect."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class GenerationFields(GuideFields, kw_only=True, forbid_unknown_fields=True):
-    """As in OpenAI's specification, where null means the default; then the usual extensions."""
+    """OpenAI's fields, where null means the default, then the usual extensions."""
 
     model: str
     stream: bool | None = None
@@ -72,20 +72,20 @@ class GenerationFields(GuideFields, kw_only=True, forbid_unknown_fields=True):
         """Raises InvalidRequest for more than 16."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > 16 or not all(stops):
-            raise InvalidRequest("`stop` takes up to 16 strings, none empty", param="stop")
+            raise InvalidRequest("`stop` takes up to 16 strings, none of them empty", param="stop")
         for stop in stops:
             check_text(stop, "stop")
         return tuple(stops)
 
     def check_stream_options(self) -> None:
-        """Raises InvalidRequest: they mean nothing without `stream`."""
+        """Raises InvalidRequest for stream options without `stream`."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "`stream_options` needs `stream` to be true", param="stream_options"
             )
 
     async def checked_guide(self, model: LoadedModel) -> Guide | None:
-        """What the answer has to be. Raises InvalidRequest when that does not compile."""
+        """The form that constrains the answer. Raises InvalidRequest if it does not compile."""
         named = self.guide()
         if named is None:
             return None
@@ -101,11 +101,11 @@ class GenerationFields(GuideFields, kw_only=True, forbid_unknown_fields=True):
         prompt_logprobs: int | None = None,
         guide: Guide | None = None,
     ) -> SamplingParams:
-        """Raises InvalidRequest when `min_tokens` exceeds `max_tokens`, and for unknown tokens."""
+        """Raises InvalidRequest if `min_tokens` exceeds `max_tokens`, and for unknown tokens."""
         min_tokens = self.min_tokens or 0
         if min_tokens > max_tokens:
             raise InvalidRequest(
-                f"`min_tokens` is {min_tokens}, more than the {max_tokens} to generate at most",
+                f"`min_tokens` is {min_tokens}, but `max_tokens` allows only {max_tokens}",
                 param="min_tokens",
             )
         temperature = _default(self.temperature, 1.0)
@@ -134,8 +134,8 @@ class GenerationFields(GuideFields, kw_only=True, forbid_unknown_fields=True):
             # Digits only: `int` also takes signs, spaces and digits of other scripts.
             if not (key.isascii() and key.isdigit() and int(key[:12]) < preprocessor.vocab_size):
                 raise InvalidRequest(
-                    f"`logit_bias` maps token ids from 0 to {preprocessor.vocab_size - 1} to "
-                    f"biases; {key[:40]!r} is none",
+                    f"`logit_bias` maps token ids to biases; {key[:40]!r} is not a token id from 0 "
+                    f"to {preprocessor.vocab_size - 1}",
                     param="logit_bias",
                 )
             biases[int(key)] = bias
@@ -147,7 +147,7 @@ def _default(value: float | None, default: float) -> float:
 
 
 def sample_seed(sampling: SamplingParams, sample: int) -> SamplingParams:
-    """Further samples of one prompt get seeds of their own, or they would all be equal."""
+    """Give each further sample of a prompt its own seed. Otherwise all would be equal."""
     if sampling.seed is None or sample == 0:
         return sampling
     seed = (sampling.seed + sample + 2**63) % 2**64 - 2**63
@@ -155,13 +155,13 @@ def sample_seed(sampling: SamplingParams, sample: int) -> SamplingParams:
 
 
 def check_text(text: str, param: str) -> None:
-    """Raises InvalidRequest for NUL, which C-string tokenizers cut at and no text has."""
+    """Raises InvalidRequest for NUL: C tokenizers would cut the text there."""
     if "\0" in text:
         raise InvalidRequest("The text contains a NUL character", param=param)
 
 
 def refuse_unsupported(request: Struct, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises InvalidRequest for a field that is set to anything but its `neutral` values."""
+    """Raises InvalidRequest for a field with a value other than its `neutral` ones."""
     for name, values in neutral.items():
         if getattr(request, name) not in values:
             raise InvalidRequest(

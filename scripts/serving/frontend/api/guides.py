@@ -1,6 +1,6 @@
-"""What a request says about the form of its answer: OpenAI's `response_format`, and `guided_*`.
+"""The fields that constrain the form of an answer: OpenAI's `response_format`, and `guided_*`.
 
-Both become a `Guide`. Here it is only read; whether it compiles is found out with the model's
+Each becomes a `Guide`. This module only reads the fields. A guide is compiled with the model's
 tokenizer, before anything runs.
 """
 
@@ -21,15 +21,15 @@ Source = Annotated[str, Meta(min_length=1, max_length=65536)]
 
 
 class TextFormat(Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
-    """Anything."""
+    """No constraint."""
 
 
 class JsonObjectFormat(Struct, tag_field="type", tag="json_object", forbid_unknown_fields=True):
-    """Some JSON object."""
+    """Any JSON object."""
 
 
 class JsonSchema(Struct, forbid_unknown_fields=True):
-    """`strict` makes no difference: every schema is enforced."""
+    """Every schema is enforced, whatever `strict` says."""
 
     name: str
     schema: dict[str, Any] | None = None
@@ -38,7 +38,7 @@ class JsonSchema(Struct, forbid_unknown_fields=True):
 
 
 class JsonSchemaFormat(Struct, tag_field="type", tag="json_schema", forbid_unknown_fields=True):
-    """JSON of a schema."""
+    """JSON that fits a schema."""
 
     json_schema: JsonSchema
 
@@ -47,7 +47,7 @@ ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
 
 
 class GuideFields(Struct, kw_only=True):
-    """At most one of them may say something."""
+    """At most one of these fields may be set."""
 
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -56,7 +56,7 @@ class GuideFields(Struct, kw_only=True):
     guided_grammar: Source | None = None
 
     def guide(self) -> NamedGuide | None:
-        """Raises InvalidRequest when there are two, or one is no JSON."""
+        """Raises InvalidRequest if several are set, or one is not valid JSON."""
         given = [
             NamedGuide(guide, name)
             for name, guide in (
@@ -102,7 +102,7 @@ class GuideFields(Struct, kw_only=True):
 
 
 class NamedGuide(NamedTuple):
-    """A guide and the field that it came from."""
+    """A guide and the field that set it."""
 
     guide: Guide
     param: str
@@ -117,5 +117,5 @@ def _json(schema: Any) -> str:
 
 
 def _escaped(text: str) -> str:
-    """As an expression that matches `text` only."""
+    """A regular expression that matches `text` only."""
     return re.sub(r"[\\.^$*+?{}\[\]|()]", r"\\\g<0>", text)

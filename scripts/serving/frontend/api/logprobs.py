@@ -1,4 +1,4 @@
-"""Log-probabilities in the two forms that OpenAI has for them."""
+"""Log-probabilities in OpenAI's two formats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serving.protocol import TokenLogprob
 from serving.text.detokenize import TokenText
 
 FLOOR = -9999.0
-"""Stands for minus infinity, which JSON lacks; the value is OpenAI's."""
+"""OpenAI's value for minus infinity, which JSON cannot express."""
 
 
 def _finite(logprob: float | None) -> float:
@@ -36,7 +36,7 @@ def chat_logprobs(entries: Sequence[TokenLogprob], token_text: TokenText) -> dic
 def completion_logprobs(
     entries: Sequence[TokenLogprob], token_text: TokenText, first_offset: int
 ) -> tuple[dict[str, Any], int]:
-    """The parallel lists, and the text offset (in characters) of the token after them.
+    """The parallel lists, and the text offset (in characters) of the next token.
 
     A prompt's first token has null for its log-probabilities.
     """

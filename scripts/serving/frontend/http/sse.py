@@ -1,7 +1,8 @@
-"""DeltaBuffer to server-sent events, one write for all that is ready.
+"""Deltas to server-sent events: one write for all deltas that are ready.
 
-While a write waits for a slow client, new deltas merge in `DeltaBuffer`; the next write tells them in
-one chunk. Nothing is sent before the first delta, so that early errors keep their status code.
+While a write waits for a slow client, new deltas collect in the `DeltaBuffer`, and the next write
+sends them together. Nothing is sent before the first delta, so that early errors keep their status
+code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Prometheus metrics that cost the event loop's thread next to nothing to keep.
+"""Prometheus metrics that cost the event loop next to nothing to update.
 
-The library's own lock at every change, and once more to find the one with the right labels; a
-request changes a dozen. These are changed on one thread, and become samples when someone asks.
+The library's own metrics take a lock for each change and another to find the right labels, and a
+request changes a dozen. These change on one thread only. They become samples when `/metrics` is
+read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Counter(Collector):
             self._values[()] = 0
 
     def add(self, amount: float = 1, *labels: str) -> None:
-        """`labels` are the values, in the order of the names. Raises ValueError for too few."""
+        """`labels` are the values in the order of the names. Raises ValueError if some lack."""
         if len(labels) != len(self._labels):
             raise ValueError(f"{self._name} has the labels {self._labels}, not {labels}")
         self._values[labels] += amount
@@ -43,7 +44,7 @@ class Counter(Collector):
 
 
 class Gauge(Collector):
-    """A gauge: whoever owns `value` sets it."""
+    """A gauge. Its owner sets `value`."""
 
     def __init__(self, name: str, documentation: str) -> None:
         self._name, self._documentation = name, documentation

@@ -1,6 +1,6 @@
-"""The metrics of several processes on one page: each sample labelled with its process.
+"""One page with the metrics of several processes. Each sample is labelled with its process.
 
-Prometheus' text format wants all samples of a metric together, under one heading.
+Prometheus' text format requires all samples of a metric together, under one heading.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ ANSWER_S = 1.0
 async def join_pages(
     own: bytes, number: int, peer_ports: Mapping[int, int], authorization: str = ""
 ) -> bytes:
-    """`own` page of process `number` and those of `peer_ports` (number to port on loopback), which
-    are asked with the `authorization` of who asks here.
+    """The page `own` of process `number`, joined with the pages of its peers.
 
-    One that does not answer is left out: it is being replaced, and its counters begin anew.
+    `peer_ports` maps process numbers to loopback ports. Peers get the `authorization` header of the
+    request. A peer that does not answer is left out: it is being replaced, and its counters start
+    again.
     """
     pages = await asyncio.gather(*(_page(port, authorization) for port in peer_ports.values()))
     return merge(
@@ -27,7 +28,7 @@ async def join_pages(
 
 
 def merge(pages: Mapping[int, bytes]) -> bytes:
-    """Pages by process number to one."""
+    """Join pages by process number."""
     headings: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for number, page in sorted(pages.items()):
@@ -42,7 +43,9 @@ def merge(pages: Mapping[int, bytes]) -> bytes:
             elif line:
                 samples.setdefault(family, []).append(_labelled(line, number))
     lines = [
-        line for family, told in headings.items() for line in (*told, *samples.get(family, ()))
+        line
+        for family, heading in headings.items()
+        for line in (*heading, *samples.get(family, ()))
     ]
     return ("\n".join(lines) + "\n").encode()
 
@@ -56,7 +59,7 @@ def _labelled(sample: str, number: int) -> str:
 
 
 async def _page(port: int, authorization: str) -> bytes:
-    """Empty when there is no answer in time."""
+    """Empty if there is no answer in time."""
     try:
         async with asyncio.timeout(ANSWER_S):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)

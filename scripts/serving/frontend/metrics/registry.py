@@ -1,4 +1,4 @@
-"""What `/metrics` shows, in Prometheus' terms, and nothing about how it came about.
+"""Everything that `/metrics` shows.
 
 Names follow what other OpenAI-compatible servers export, with the prefix `serving_`.
 """
@@ -27,7 +27,7 @@ DeadlinePhase = Literal["queue", "prefill", "first_token", "token", "total"]
 
 
 class Metrics:
-    """All metrics of one frontend, in a registry of their own."""
+    """All metrics of one frontend process, in their own registry."""
 
     def __init__(self) -> None:
         # Halves the page; nobody reads creation times.
@@ -63,7 +63,7 @@ class Metrics:
         )
         self.completion_tokens = Counter("serving_completion_tokens", "Tokens generated.")
         self.cached_tokens = Counter(
-            "serving_cached_tokens", "Prompt tokens whose KV was there already or was fetched."
+            "serving_cached_tokens", "Prompt tokens whose KV was cached or fetched."
         )
         self.routed_requests = Counter(
             "serving_routed_requests", "Routing decisions.", ["policy", "role", "instance"]
@@ -75,29 +75,29 @@ class Metrics:
         )
         self.prefix_hit_tokens = Counter(
             "serving_prefix_hit_tokens",
-            "Prompt tokens that the index knew to be on the chosen instance.",
+            "Prompt tokens whose blocks the index found on the chosen instance.",
             ["role", "instance"],
         )
         self.index_events = Counter(
             "serving_kv_index_events",
-            "What keeps the prefix index in step with the workers.",
+            "Event batches and snapshots that keep the prefix index up to date.",
             ["instance", "kind"],
         )
         self.deadlines_exceeded = Counter(
             "serving_deadlines_exceeded",
-            "Deadlines that requests ran past, by phase; after `queue` and `token` they are tried "
-            "elsewhere. Transfers that did are among serving_kv_transfer_failures.",
+            "Deadlines that requests exceeded, by phase. After `queue` and `token`, the request "
+            "is tried elsewhere. Late KV transfers count as serving_kv_transfer_failures.",
             ["phase"],
         )
         for phase in get_args(DeadlinePhase):
-            self.deadlines_exceeded.add(0, phase)  # so that the first one is a rise
+            self.deadlines_exceeded.add(0, phase)  # so that the first one shows as a rise
         self._instances = InstanceMetrics()
         for collector in vars(self).values():
             if isinstance(collector, Counter | Histogram | Gauge | InstanceMetrics):
                 registry.register(collector)
 
     def add(self, collector: Collector) -> None:
-        """Show what this one collects as well."""
+        """Show the samples of `collector` too."""
         self._registry.register(collector)
 
     def observe_load(self, report: LoadReport) -> None:
@@ -117,11 +117,11 @@ class Metrics:
         self.prefix_hit_tokens.add(hit_tokens, role, instance_id)
 
     def observe_deadline(self, phase: str) -> None:
-        """A request ran past a deadline; `phase` as DeadlineExceeded names it, or a DeadlinePhase."""
+        """A request exceeded a deadline. `phase` may be as DeadlineExceeded names it."""
         self.deadlines_exceeded.add(1, phase.replace(" ", "_"))
 
     def observe_index(self, instance_id: str, kind: IndexEvent) -> None:
-        """Something happened between an instance's event stream and the index."""
+        """The index got an event batch or a snapshot of an instance, or failed to."""
         self.index_events.add(1, instance_id, kind)
 
     def render(self) -> bytes:

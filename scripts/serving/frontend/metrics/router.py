@@ -1,4 +1,4 @@
-"""The router's and the event plane's own counters, as samples for `/metrics`."""
+"""Counters of the router and of the event plane, as samples for `/metrics`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serving.kv_router.router import KvRouter
 
 
 class RouterMetrics(Collector):
-    """Reads them when someone asks."""
+    """Reads the counters when `/metrics` is read."""
 
     def __init__(self, router: KvRouter, events: EventCounters) -> None:
         self._router, self._events = router, events
@@ -21,17 +21,17 @@ class RouterMetrics(Collector):
     def _breakers(self) -> Iterable[Metric]:
         avoided = GaugeMetricFamily(
             "serving_breaker_open",
-            "1 while an instance that failed is avoided or tried again, else 0.",
+            "1 while an instance that failed is avoided or on trial, else 0.",
             labels=["instance"],
         )
         openings = CounterMetricFamily(
             "serving_breaker_openings",
-            "Times that an instance was taken out for a while because it failed.",
+            "Times that routing avoided an instance for a while because it failed.",
             labels=["instance"],
         )
-        for one in self._router.state():
-            avoided.add_metric([one.info.instance_id], float(one.breaker != "closed"))
-            openings.add_metric([one.info.instance_id], one.openings)
+        for state in self._router.state():
+            avoided.add_metric([state.info.instance_id], float(state.breaker != "closed"))
+            openings.add_metric([state.info.instance_id], state.openings)
         yield avoided
         yield openings
 
@@ -40,7 +40,7 @@ class RouterMetrics(Collector):
         yield GaugeMetricFamily("serving_kv_index_blocks", blocks, self._router.indexed_blocks)
         counters = CounterMetricFamily(
             "serving_kv_index",
-            "KV event batches and snapshots by what became of them, and blocks evicted.",
+            "KV event batches and snapshots by outcome, and blocks evicted from the index.",
             labels=["kind"],
         )
         totals = msgspec.structs.asdict(self._router.counters)
@@ -48,7 +48,7 @@ class RouterMetrics(Collector):
             counters.add_metric([kind], total)
         yield counters
         plane = CounterMetricFamily(
-            "serving_event_plane", "Messages over NATS by what became of them.", labels=["kind"]
+            "serving_event_plane", "Messages over NATS by outcome.", labels=["kind"]
         )
         for kind, total in vars(self._events).items():
             plane.add_metric([kind], total)

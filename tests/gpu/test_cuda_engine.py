@@ -133,13 +133,13 @@ async def test_narrow_kv_stays_close(model: Path, dtype: str, tolerance: float) 
 
 
 def test_what_float8_cannot_hold_saturates() -> None:
-    from serving.engine.torch.cuda import kernels
+    from serving.engine.torch.cuda.kernels.rotary import rotate_and_store
 
     pool = KvPool(KvLayout(1, 1, 16, 8, "float8_e4m3fn"), 2, "cuda")
     qkv = torch.zeros(1, 3, 16, device="cuda", dtype=torch.bfloat16)  # query, key, value
     qkv[0, 1], qkv[0, 2] = 1e4, -1e4
     rows = torch.tensor([8], dtype=torch.int32, device="cuda")  # the first token of block 1
-    kernels.rotate_and_store(qkv, pool.tensor, rows, 0, num_q_heads=1)
+    rotate_and_store(qkv, pool.tensor, rows, 0, num_q_heads=1)
     written = pool.tensor[1, 0, :, 0].float().cpu()
     assert written[0].unique().tolist() == [448.0]
     assert written[1].unique().tolist() == [-448.0]

@@ -14,14 +14,11 @@ TESTS = ROOT / "tests"
 
 MAX_LINES = 400
 LONG_MODULES = {
-    "scripts/serving/engine/torch/cuda/kernels.py": 580,
-    "scripts/serving/engine/torch/rewrite/fusion.py": 500,
     "scripts/serving/engine/trtllm/requests/open_requests.py": 450,
     "tests/benchmarks/index.py": 480,
     "tests/integration/test_containers.py": 460,
     "tests/integration/test_multinode.py": 480,
     "tests/kv_contract.py": 570,
-    "tests/unit/engine/torch/cpu/test_int8.py": 500,
     "tests/unit/engine/trtllm/test_adapter.py": 710,
     "tests/unit/engine/trtllm/requests/test_open_requests.py": 530,
     "tests/unit/engine/trtllm/test_standin.py": 730,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from serving.engine.torch.attention import NAME
 from serving.engine.torch.cpu import int8_weights, packed_linear
 from serving.engine.torch.cpu import kernels as cpu_kernels
-from serving.engine.torch.rewrite import lean_layers
+from serving.engine.torch.rewrite.cpu_layer import rewrite_for_cpu
 from serving.engine.torch.weights import dummy as dummy_weights
 from serving.errors import ModelError, OperatorError
 from serving.kv_layout import WEIGHT_ONLY_DTYPES, kv_dtype
@@ -49,7 +49,7 @@ def load_model(engine_dir: Path, dtype: str, device: torch.device) -> TorchModel
             kernels = cpu_kernels.load(engine_dir)
         log.info("packed %d linear layers", packed_linear.pack_linears(model, kernels))
     if dtype in WEIGHT_ONLY_DTYPES:
-        log.info("%s", lean_layers.rewrite(model))
+        log.info("%s", rewrite_for_cpu(model))
     return TorchModel(model, kernels)
 
 

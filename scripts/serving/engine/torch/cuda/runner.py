@@ -19,8 +19,9 @@ from serving.config import EngineConfig
 from serving.engine.core.sequence import UNKNOWN_TOKEN, Sequence
 from serving.engine.core.step import Chunk
 from serving.engine.torch.attention import AttentionOptions
-from serving.engine.torch.cuda import kernels
 from serving.engine.torch.cuda.inputs import Packer, Slots
+from serving.engine.torch.cuda.kernels.decode_attention import num_splits
+from serving.engine.torch.cuda.kernels.rotary import Rotation
 from serving.engine.torch.cuda.step import (
     CUDNN_TOKENS,
     Chunks,
@@ -30,7 +31,7 @@ from serving.engine.torch.cuda.step import (
     flash_varlen,
 )
 from serving.engine.torch.probe import Probe
-from serving.engine.torch.rewrite.fusion import Report, Rotation, fuse
+from serving.engine.torch.rewrite.cuda_layer import rewrite_for_cuda
 from serving.engine.torch.runner import Launched, ModelRunner
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,8 @@ class CudaRunner(ModelRunner):
     ) -> None:
         super().__init__(engine_dir, config, device, max_num_batched_tokens)
         self._max_batch = config.max_batch_size
-        report: Report = fuse(self._model, self.layout)
-        log.info("%s", report)
+        self.rewrites = rewrite_for_cuda(self._model, self.layout)
+        log.info("%s", self.rewrites)
         self._packer = Packer(self.device)
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._graphs: dict[int, _Graph] = {}
@@ -225,7 +226,7 @@ class CudaRunner(ModelRunner):
         return torch.where(ids == UNKNOWN_TOKEN, self._last_tokens[slots.long()], ids)
 
     def _decodes(self, count: int, slots: torch.Tensor, lengths: torch.Tensor) -> Decodes:
-        splits = kernels.num_splits(
+        splits = num_splits(
             count, self.layout.num_kv_heads, self._config.max_model_len, self._processors
         )
         return Decodes(count, slots, lengths, self._tables, splits)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 
 from serving.engine.torch.attention import AttentionOptions, masked_attention
-from serving.engine.torch.cuda import kernels
+from serving.engine.torch.cuda.kernels.decode_attention import paged_decode
+from serving.engine.torch.cuda.kernels.rotary import Rotation, rotate_and_store
 from serving.engine.torch.kv.pool import KvPool
-from serving.engine.torch.rewrite.fusion import Rotation, store
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 CUDNN_TOKENS = 1024  # cuDNN attends over multiples of this
@@ -53,7 +53,7 @@ class Chunks:
 
 
 class CudaStep:
-    """See `attention.AttentionStep`; `attend_joint` is the same for fused layers."""
+    """See `attention.AttentionStep`; `attend_joint` is the same for rewritten layers."""
 
     def __init__(
         self, pool: KvPool, rows: torch.Tensor, decodes: Decodes | None, chunks: Chunks | None
@@ -75,7 +75,7 @@ class CudaStep:
         options: AttentionOptions,
     ) -> torch.Tensor:
         qkv = torch.cat([query, key, value]).transpose(0, 1).contiguous()
-        kernels.rotate_and_store(qkv, self._pool.tensor, self._rows, layer, num_q_heads=len(query))
+        rotate_and_store(qkv, self._pool.tensor, self._rows, layer, len(query))
         return self._attend(layer, qkv, len(query), options)
 
     def attend_joint(
@@ -87,7 +87,7 @@ class CudaStep:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """`qkv` is `[T, Hq + 2 Hkv, D]`, not rotated yet; returns `[T, Hq, D]`."""
-        store(qkv, self._pool.tensor, self._rows, layer, num_q_heads, rotation)
+        rotate_and_store(qkv, self._pool.tensor, self._rows, layer, num_q_heads, rotation)
         return self._attend(layer, qkv, num_q_heads, options)
 
     def _attend(
@@ -100,7 +100,7 @@ class CudaStep:
         if decodes is not None:
             first = decodes.count
             outputs.append(
-                kernels.paged_decode(
+                paged_decode(
                     query[:first],
                     self._pool.tensor,
                     layer,

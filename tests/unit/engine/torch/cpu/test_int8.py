@@ -1,4 +1,4 @@
-"""int8 engines: stored, checked, computed by the compiled kernel and without it, run lean."""
+"""int8 engines: stored, checked, computed by the compiled kernel and without it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,13 @@ from serving.engine.torch.cpu import kernels as cpu_kernels
 from serving.engine.torch.cpu.int8_weights import Int8Embedding, Int8Linear
 from serving.engine.torch.cpu.kernels import CpuKernels
 from serving.engine.torch.kv.pool import KvPool
-from serving.engine.torch.rewrite import lean_layers
-from serving.engine.torch.runner import ModelRunner
 from serving.errors import ModelError
 from serving.kv_layout import KvLayout
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GraniteConfig,
     LlamaConfig,
-    Olmo2Config,
-    PhiConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    SmolLM3Config,
 )
-from unit.engine.torch_rig import SIZES, greedy, random_prompts, request, running, save_model
+from unit.engine.torch_rig import SIZES, greedy, random_prompts, request, running
 
 WAYS = ("kernel", "fbgemm", "widened")
 
@@ -385,61 +374,3 @@ def test_damaged_or_foreign_weights_are_refused(int8_engine: Path, tmp_path: Pat
     (folder / int8_weights.FILE).write_bytes(b"half")
     with pytest.raises(ModelError, match="rebuild the engine"):
         int8_weights.load(folder)
-
-
-# --- lean layers -------------------------------------------------------------------------------
-
-MORE = {"head_dim": 16}
-FAMILIES = {
-    "llama": (LlamaConfig(**SIZES), 2),
-    "qwen2": (Qwen2Config(**SIZES), 2),
-    "qwen3": (Qwen3Config(**SIZES, **MORE), 2),
-    "qwen2-window": (
-        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1), 2,
-    ),
-    # Positions are not encoded in one of the layers: that one is left alone.
-    "smollm3": (SmolLM3Config(**SIZES, no_rope_layers=[1, 0]), 1),
-    "granite": (GraniteConfig(**SIZES, residual_multiplier=0.3), 0),
-    "gemma2": (Gemma2Config(**SIZES, **MORE), 0),
-    "cohere": (CohereConfig(**SIZES), 0),
-    "olmo2": (Olmo2Config(**SIZES), 0),
-    "phi": (PhiConfig(**SIZES), 0),
-    "qwen3-moe": (
-        Qwen3MoeConfig(
-            **SIZES, **MORE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
-        ), 0,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layers_run_lean_where_that_changes_nothing(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    config, num_lean = FAMILIES[family]
-    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "float", config))
-    int8_weights.quantize(model)
-    (tmp_path / "int8").mkdir()
-    int8_weights.save(model, tmp_path / "int8")
-    caplog.set_level("INFO")
-    logits = []
-    for rewrite in (lean_layers.rewrite, lambda model: "as transformers wrote it"):
-        monkeypatch.setattr(lean_layers, "rewrite", rewrite)
-        config = EngineConfig(dtype="int8", block_size=8, max_model_len=64, kv_cache_tokens=256)
-        runner = ModelRunner(tmp_path / "int8", config, "cpu", 64)
-        runner.allocate_pool()
-        logits.append(runner_logits(runner))
-    assert f"{num_lean} of 2 layers run lean" in caplog.text
-    assert relative(*logits) < 2e-3
-
-
-def runner_logits(runner: ModelRunner) -> torch.Tensor:
-    """A prefill of 40 tokens and a decode step behind it, with the prefill's rows reported."""
-    blocks = list(range(1, 8))
-    ids = random_prompts([41])[0]
-    with torch.inference_mode():
-        prefill = PagedStep(runner.pool, [], [SequenceSpan(blocks, 0, 40)])
-        first = runner._compute_rows(ids[:40], list(range(40)), list(range(40)), prefill)
-        decode = PagedStep(runner.pool, [SequenceSpan(blocks, 40, 1)], [])
-        second = runner._compute_rows(ids[40:], [40], [0], decode)
-    return torch.cat([first, second])

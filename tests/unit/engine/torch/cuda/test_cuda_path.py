@@ -1,4 +1,4 @@
-"""The CUDA path's kernels, fusion and bookkeeping, with Triton's interpreter in place of a GPU.
+"""The CUDA path's kernels, layer rewrite and bookkeeping, with Triton's interpreter in place of a GPU.
 
 What only a GPU can show (graphs, streams, FlashAttention, speed) is in `tests/gpu`.
 """
@@ -15,10 +15,9 @@ import torch
 pytest.importorskip("triton", reason="needs triton: pip install -e '.[test]'")
 
 from serving.engine.torch.cpu import packed_linear
-from serving.engine.torch.cuda import kernels
 from serving.engine.torch.cuda import runner as cuda_runner
+from serving.engine.torch.cuda.kernels.decode_attention import paged_decode
 from serving.engine.torch.cuda.runner import CudaRunner
-from serving.engine.torch.rewrite.fusion import Report
 from serving.protocol import Guide, SamplingParams
 from transformers import (
     Gemma2Config,
@@ -48,7 +47,7 @@ pytestmark = pytest.mark.skipif(
 NUM_TOKENS = 3
 HEAD_DIM = {"head_dim": 16}
 ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-# (config, modules fused of each kind); what is missing there runs as transformers wrote it.
+# (config, modules replaced of each kind); what is missing there runs as transformers wrote it.
 MODELS: dict[str, tuple[Any, dict[str, int]]] = {
     "llama": (LlamaConfig(**SIZES), {"norms": 5, "attentions": 2, "MLPs": 2, "layers": 2}),
     "qwen3": (
@@ -93,13 +92,10 @@ class InterpretedGraph:
 
 
 @pytest.fixture
-def reports(monkeypatch: pytest.MonkeyPatch) -> list[Report]:
-    """Engines run `CudaRunner` on the CPU; returns what was fused in each."""
-    found: list[Report] = []
-    fuse = cuda_runner.fuse
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`CudaRunner` runs on the CPU."""
     monkeypatch.setattr(torch_rig, "DEADLINE_S", 120.0)
     monkeypatch.setattr(packed_linear, "can_pack", lambda *_: False)
-    monkeypatch.setattr(cuda_runner, "fuse", lambda *given: found.append(fuse(*given)) or found[-1])
     nothing = {name: lambda *_: None for name in ("synchronize", "empty_cache")}
     for name, fake in nothing.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -115,12 +111,10 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[Report]:
     monkeypatch.setattr(cuda_runner._Graph, "memory", None)
     monkeypatch.setattr(cuda_runner, "_graph_sizes", lambda _: [4, 2])
 
-    return found
 
-
-@pytest.mark.parametrize(("config", "fused"), MODELS.values(), ids=MODELS.keys())
-async def test_tokens_are_those_of_generate_whatever_was_fused(
-    config: Any, fused: dict[str, int], tmp_path: Path, reports: list[Report]
+@pytest.mark.parametrize(("config", "replaced"), MODELS.values(), ids=MODELS.keys())
+async def test_tokens_are_those_of_generate_whatever_was_rewritten(
+    config: Any, replaced: dict[str, int], tmp_path: Path, no_gpu: None
 ) -> None:
     """Chunks, a prefix hit, and decodes beside prefill."""
     model = save_model(tmp_path, config)
@@ -132,13 +126,15 @@ async def test_tokens_are_those_of_generate_whatever_was_fused(
         await sink.finished("a0", "a1")
         engine.submit(request("b0", prompts[0], greedy(NUM_TOKENS)))
         await sink.finished("b0")
+        runner = engine._runner
+        assert isinstance(runner, CudaRunner)
+        assert dict(runner.rewrites.replaced) == replaced
     assert [sink.tokens["a0"], sink.tokens["a1"]] == expected
     assert (sink.tokens["b0"], sink.cached["b0"]) == (expected[0], 16)
-    assert dict(reports[0].fused) == fused
 
 
 async def test_a_stop_token_drops_the_step_that_was_launched_ahead(
-    tmp_path: Path, reports: list[Report]
+    tmp_path: Path, no_gpu: None
 ) -> None:
     model = save_model(tmp_path)
     [prompt] = random_prompts([9])
@@ -154,7 +150,7 @@ async def test_a_stop_token_drops_the_step_that_was_launched_ahead(
 
 
 async def test_penalties_see_every_token_although_steps_are_launched_ahead(
-    tmp_path: Path, reports: list[Report], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, no_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_model(tmp_path)
     [prompt] = random_prompts([9])
@@ -171,7 +167,7 @@ async def test_penalties_see_every_token_although_steps_are_launched_ahead(
 
 
 async def test_guides_and_prompt_logprobs_beside_rows_that_run_ahead(
-    tmp_path: Path, reports: list[Report], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, no_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same from the CPU path; chunks of one token are among those that are reported."""
     write_tokenizer(tmp_path)
@@ -201,9 +197,7 @@ async def test_guides_and_prompt_logprobs_beside_rows_that_run_ahead(
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
-async def test_preemption_waits_for_the_step_under_way(
-    tmp_path: Path, reports: list[Report]
-) -> None:
+async def test_preemption_waits_for_the_step_under_way(tmp_path: Path, no_gpu: None) -> None:
     """Three sequences grow beyond a pool that holds two of them whole."""
     model = save_model(tmp_path)
     prompts = random_prompts([14, 14, 14])
@@ -218,7 +212,7 @@ async def test_preemption_waits_for_the_step_under_way(
 
 
 async def test_evicted_blocks_come_back_although_steps_are_launched_ahead(
-    tmp_path: Path, reports: list[Report]
+    tmp_path: Path, no_gpu: None
 ) -> None:
     """Two prompts, of which the pool holds one: what one step copies, the next one reads."""
     model = save_model(tmp_path, LlamaConfig(**{**SIZES, "num_hidden_layers": 1}))
@@ -240,7 +234,7 @@ async def test_evicted_blocks_come_back_although_steps_are_launched_ahead(
 
 
 async def test_narrow_kv_is_written_and_read_by_the_kernels(
-    tmp_path: Path, reports: list[Report], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, no_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the CPU path, whose KV is as narrow; cold, after a prefix, and while decoding."""
     model = save_model(tmp_path, LlamaConfig(**{**SIZES, "num_hidden_layers": 1}))
@@ -285,7 +279,7 @@ def test_decode_attention_over_windows_softcaps_sinks_and_splits() -> None:
         (7, None, sinks, 3),
     ]
     for window, softcap, sink, splits in cases:
-        out = kernels.paged_decode(
+        out = paged_decode(
             query,
             pool,
             1,

@@ -7,7 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
-from serving.deploy.processes.binaries import Binary, resolve_etcd, resolve_nats
+from serving.deploy.binaries.binary import Binary
+from serving.deploy.binaries.etcd import resolve_etcd
+from serving.deploy.binaries.nats import resolve_nats
 from serving.deploy.rule_script import reporting
 
 

@@ -13,7 +13,8 @@ import urllib.request
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from serving.deploy.processes.binaries import resolve_etcd, resolve_nats
+from serving.deploy.binaries.etcd import resolve_etcd
+from serving.deploy.binaries.nats import resolve_nats
 
 START_S = 30.0
 CACHE = Path(__file__).parents[2] / "results" / "bin" / "cache"

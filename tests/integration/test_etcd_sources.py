@@ -14,7 +14,9 @@ import pytest
 from integration.deployment import REPO
 from integration.services import Etcd, etcd_executable
 from release_server import ReleaseServer, release_server
-from serving.deploy.processes.binaries import Binary, Release, resolve_etcd
+from serving.deploy.binaries.binary import Binary
+from serving.deploy.binaries.etcd import resolve_etcd
+from serving.deploy.binaries.etcd_fetch import Release
 
 pytestmark = pytest.mark.integration
 

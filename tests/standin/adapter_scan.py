@@ -30,6 +30,7 @@ _HOLDERS = {
     "completion": "CompletionOutput",
     "step": "RequestOutput",
     "result": "RequestOutput",
+    "_result": "RequestOutput",
     "answers": "IterationResult",
     "metrics": "RequestPerfMetrics",
     "timing": "TimingMetrics",

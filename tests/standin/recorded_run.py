@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from integration import tiny_model
+from integration.tiny_model import save_tiny_model
 from serving import config as configs
 from serving.engine.manifest import ENGINE_FORMAT, BuildCheck, EngineManifest
 from serving.engine.trtllm.build import llm_args, target
@@ -165,7 +165,7 @@ def main() -> None:
 
     # Without -P the repository's own copy would be found first, as another version.
     assert __version__ == sys.argv[2], f"this is {__version__}"
-    folder = tiny_model.make(Path(sys.argv[1]))
+    folder = save_tiny_model(Path(sys.argv[1]))
     asyncio.run(run(folder, __version__))
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from serving.config import EngineConfig
 from serving.engine.manifest import BuildCheck, EngineManifest
-from serving.engine.trtllm.engine import TensorRtLlmEngine
+from serving.engine.trtllm.engine import DEFAULT_TIMEOUTS, TensorRtLlmEngine, Timeouts
 from serving.protocol import Role
 from unit.engine.torch_rig import DEADLINE_S, VOCAB, Sink, save_model
 
@@ -136,7 +136,11 @@ def make_manifest(**changes: Any) -> EngineManifest:
 
 
 def make_engine(
-    engine_dir: Path, role: Role = "agg", manifest: EngineManifest | None = None, **limits: Any
+    engine_dir: Path,
+    role: Role = "agg",
+    manifest: EngineManifest | None = None,
+    timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    **limits: Any,
 ) -> TensorRtLlmEngine:
     return TensorRtLlmEngine(
         engine_dir,
@@ -144,15 +148,16 @@ def make_engine(
         role=role,
         instance_id=f"{role}-0",
         engine=EngineConfig(**LIMITS | limits),
+        timeouts=timeouts,
     )
 
 
 @asynccontextmanager
 async def running(
-    engine_dir: Path, role: Role = "agg", manifest: EngineManifest | None = None, **limits: Any
+    engine_dir: Path, role: Role = "agg", manifest: EngineManifest | None = None, **options: Any
 ) -> AsyncIterator[tuple[TensorRtLlmEngine, Sink]]:
     """An engine whose library holds no block, and agrees with its events, when the test is over."""
-    engine, sink = make_engine(engine_dir, role, manifest, **limits), Sink()
+    engine, sink = make_engine(engine_dir, role, manifest, **options), Sink()
     await engine.start(sink)
     try:
         yield engine, sink

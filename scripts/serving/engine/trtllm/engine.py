@@ -1,14 +1,13 @@
 """The production engine: TensorRT-LLM behind the `TransferringEngine` contract.
 
-The only module that imports it, and only when a worker starts, since it takes seconds and a GPU.
-What it is told is in `engine_dir/llm_args-{role}.yaml`; how requests go through it is in
-`trtllm/requests.py`; its events and statistics are polled and turned into ours.
+Its arguments are in `engine_dir/llm_args-{role}.yaml`. Requests go through it in `requests/`. Its
+events and statistics are polled and translated in `reports/`. This module starts it, watches its
+health and stops it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import os
 import time
@@ -23,16 +22,16 @@ from serving.engine.base import EngineSpec, StepSink, TransferringEngine
 from serving.engine.manifest import EngineManifest
 from serving.engine.trtllm.arguments import LlmArguments, read_arguments
 from serving.engine.trtllm.environment import scrub_mpi_environment, set_transport_defaults
-from serving.engine.trtllm.failures import explain_start, missing_library
+from serving.engine.trtllm.failures import explain_start
+from serving.engine.trtllm.library import LoadedLibrary, load_library, load_llm
 from serving.engine.trtllm.outbox import Outbox
 from serving.engine.trtllm.reports.kv_events import KvEventTranslator
 from serving.engine.trtllm.reports.polling import drain, poll_forever
 from serving.engine.trtllm.reports.stats import EngineStats, parse_stats
+from serving.engine.trtllm.requests.context import RequestContext
 from serving.engine.trtllm.requests.open_requests import OpenRequests
-from serving.engine.trtllm.requests.running import Runtime
 from serving.engine.trtllm.requests.sampling import Vocabulary
 from serving.engine.trtllm.threads import in_thread
-from serving.engine.trtllm.versions import LAST_WITH_TENSORRT, Version, parse_version
 from serving.engine.trtllm.visible_gpus import check_gpus, visible_gpus
 from serving.errors import EngineFailed, OperatorError
 from serving.load_report import KvTransferTotals, LoadReport
@@ -40,11 +39,6 @@ from serving.protocol import EngineRequest, Role, Tier
 
 log = logging.getLogger(__name__)
 
-START_S = 600.0
-"""The first generation may compile kernels and tune them."""
-HEALTH_S = 30.0
-"""OpenRequests run and nothing came out for so long: it has to prove itself."""
-PROBE_S = 30.0
 FETCH_S = 60.0
 """The library's own default for `kv_transfer_timeout_ms`."""
 CLOSE_S = 10.0
@@ -52,51 +46,16 @@ SHUTDOWN_S = 20.0
 FIRST_STATS_S = 2.0
 
 
-class LoadedLibrary(Struct, frozen=True):
-    """The imported package: `top` is `tensorrt_llm`, `llmapi` and `llm_args` its modules."""
+class Timeouts(Struct, frozen=True):
+    """Seconds. The first generation, within `start_s`, may compile kernels and tune them. When
+    requests run and no output comes for `health_s`, the library has `probe_s` for one token."""
 
-    version: Version
-    top: Any
-    llmapi: Any
-    llm_args: Any
-
-    def find_class(self, name: str) -> Any:
-        """None when this version has none of that name."""
-        return getattr(self.llmapi, name, None) or getattr(self.llm_args, name, None)
+    start_s: float = 600.0
+    health_s: float = 30.0
+    probe_s: float = 30.0
 
 
-def load_library() -> LoadedLibrary:
-    """Import it. Raises OperatorError when it is missing, broken or not supported."""
-    try:
-        top = importlib.import_module("tensorrt_llm")
-        version = parse_version(top.__version__)
-        llmapi = importlib.import_module("tensorrt_llm.llmapi")
-        llm_args = importlib.import_module("tensorrt_llm.llmapi.llm_args")
-    except ImportError as exc:
-        raise missing_library(exc) from exc
-    return LoadedLibrary(version, top, llmapi, llm_args)
-
-
-def load_llm(library: LoadedLibrary, arguments: LlmArguments, flow: str | None) -> Any:
-    """Make the `LLM`, which loads the model: minutes. Raises OperatorError."""
-    if flow == "trtllm-build":
-        if library.version.line > LAST_WITH_TENSORRT:
-            raise OperatorError(
-                f"the engine was built with trtllm-build, which TensorRT-LLM {library.version} "
-                "can no longer load",
-                remedy="set `engine.flow: auto` and run the serve target again",
-            )
-        kind = importlib.import_module("tensorrt_llm._tensorrt_engine").LLM
-        args_class = library.find_class("TrtLlmArgs")
-    else:
-        kind, args_class = library.top.LLM, library.find_class("TorchLlmArgs")
-    try:
-        values = arguments.fitted(args_class, library.find_class, library.version)
-        return kind(**values)
-    except OperatorError:
-        raise
-    except Exception as exc:
-        raise explain_start(exc) from exc
+DEFAULT_TIMEOUTS = Timeouts()
 
 
 class TensorRtLlmEngine(TransferringEngine):
@@ -110,7 +69,9 @@ class TensorRtLlmEngine(TransferringEngine):
         role: Role,
         instance_id: str,
         engine: EngineConfig,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
     ) -> None:
+        self._timeouts = timeouts
         self._engine_dir, self._manifest = engine_dir, manifest
         self._role, self._instance_id, self._config = role, instance_id, engine
         self._vocabulary = Vocabulary(
@@ -147,19 +108,21 @@ class TensorRtLlmEngine(TransferringEngine):
         self._outbox = Outbox(sink, self.load)
         timeout_ms = transceiver.get("kv_transfer_timeout_ms")
         self._requests = OpenRequests(
-            self._runtime(),
-            self._outbox,
-            instance_id=self._instance_id,
-            limits=config,
-            vocabulary=self._vocabulary,
-            guide_backend=arguments.values.get("guided_decoding_backend"),
-            fetch_s=timeout_ms / 1000 if timeout_ms else FETCH_S,
-            transfers=self.transfers,
-            num_cached=self._num_cached,
-            suspect=self._suspicion.set,
+            RequestContext(
+                runtime=self._library.runtime(self._llm),
+                outbox=self._outbox,
+                instance_id=self._instance_id,
+                limits=config,
+                vocabulary=self._vocabulary,
+                guide_backend=arguments.values.get("guided_decoding_backend"),
+                fetch_s=timeout_ms / 1000 if timeout_ms else FETCH_S,
+                transfers=self.transfers,
+                num_cached=self._num_cached,
+                suspect=self._suspicion.set,
+            )
         )
         try:
-            await self._prove(START_S)
+            await self._prove(self._timeouts.start_s)
             await self._first_stats(arguments)
         except EngineFailed as exc:
             await self._shut_down()
@@ -216,20 +179,6 @@ class TensorRtLlmEngine(TransferringEngine):
             )
         return library, load_llm(library, arguments, manifest.flow)
 
-    def _runtime(self) -> Runtime:
-        library = self._library
-        try:
-            logprob = importlib.import_module("tensorrt_llm.executor.result").Logprob
-        except (ImportError, AttributeError):
-            logprob = None
-        return Runtime(
-            self._llm,
-            library.top.SamplingParams,
-            library.llmapi.DisaggregatedParams,
-            logprob,
-            library.llmapi.GuidedDecodingParams,
-        )
-
     async def close(self) -> None:
         if self._llm is None:
             return
@@ -280,7 +229,7 @@ class TensorRtLlmEngine(TransferringEngine):
         return LoadReport(
             num_running=num_running,
             num_waiting=num_requests - num_running,
-            queued_tokens=self._requests.queued_tokens,
+            queued_tokens=self._requests.context.queued_tokens,
             active_blocks=active,
             cached_blocks=max(0, cached - active),
             num_blocks=num_blocks,
@@ -346,15 +295,16 @@ class TensorRtLlmEngine(TransferringEngine):
         """Make it prove itself when it is silent or suspect; a process that lives proves nothing."""
         while not self._is_broken:
             try:
-                async with asyncio.timeout(HEALTH_S):
+                async with asyncio.timeout(self._timeouts.health_s):
                     await self._suspicion.wait()
             except TimeoutError:
-                if self._requests.has_heard or not len(self._requests):
-                    self._requests.has_heard = False
+                context = self._requests.context
+                if context.has_output or not len(self._requests):
+                    context.has_output = False
                     continue
             self._suspicion.clear()
             try:
-                await self._prove(PROBE_S)
+                await self._prove(self._timeouts.probe_s)
             except EngineFailed as exc:
                 log.error("%s; nothing more is accepted", exc)
                 self._is_broken = True

@@ -17,7 +17,7 @@ from serving import block_hash
 from serving.config import parse
 from serving.engine.trtllm.build.llm_args import render
 from serving.engine.trtllm.build.target import Parallelism
-from serving.engine.trtllm.engine import TensorRtLlmEngine
+from serving.engine.trtllm.engine import TensorRtLlmEngine, Timeouts
 from serving.engine.trtllm.versions import parse_version
 from serving.errors import EngineFailed, InvalidRequest, OperatorError, Overloaded
 from serving.protocol import BlocksRemoved, EngineOutput, EngineRequest, EngineTransferParams, Role
@@ -570,11 +570,10 @@ async def test_each_role_also_serves_alone(folder: Path) -> None:
 async def test_silent_engine_fails_its_requests_and_takes_no_more(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.engine.trtllm.engine.HEALTH_S", 0.1)
-    monkeypatch.setattr("serving.engine.trtllm.engine.PROBE_S", 0.2)
     stuck = tmp_path / "stuck"
     monkeypatch.setenv("STANDIN_TRTLLM_FAIL", f"hang@{stuck}")
-    engine, sink = rig.make_engine(folder), Sink()
+    engine = rig.make_engine(folder, timeouts=Timeouts(health_s=0.1, probe_s=0.2))
+    sink = Sink()
     await engine.start(sink)
     try:
         engine.submit(request("good", [5, 6, 7], greedy(4)))
@@ -592,11 +591,8 @@ async def test_silent_engine_fails_its_requests_and_takes_no_more(
 
 
 @pytest.mark.usefixtures("newest")
-async def test_slow_engine_that_passes_its_probe_goes_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("serving.engine.trtllm.engine.HEALTH_S", 0.005)
-    async with running(folder) as (engine, sink):
+async def test_slow_engine_that_passes_its_probe_goes_on(folder: Path) -> None:
+    async with running(folder, timeouts=Timeouts(health_s=0.005)) as (engine, sink):
         engine.submit(request("r", [5, 6, 7], greedy(100)))
         await sink.finished("r")
         assert sink.last["r"].finish_reason == "length"
@@ -610,10 +606,9 @@ async def test_slow_engine_that_passes_its_probe_goes_on(
 async def test_failed_start_is_one_paragraph(
     folder: Path, monkeypatch: pytest.MonkeyPatch, fail: str, means: str
 ) -> None:
-    monkeypatch.setattr("serving.engine.trtllm.engine.START_S", 0.3)
     monkeypatch.setenv("STANDIN_TRTLLM_FAIL", fail)
     with pytest.raises(OperatorError, match=means) as caught:
-        await rig.make_engine(folder).start(Sink())
+        await rig.make_engine(folder, timeouts=Timeouts(start_s=0.3)).start(Sink())
     assert caught.value.remedy
 
 

@@ -59,7 +59,7 @@ def edit(path: Path, old: str, new: str) -> None:
     ("filename", "old", "new", "name"),
     [
         ("trtllm/requests/completion.py", ".finish_reason", ".finish_cause", "finish_cause"),
-        ("trtllm/requests/open_requests.py", "streaming=", "stream=", "LLM.generate_async.stream"),
+        ("trtllm/requests/running.py", "streaming=", "stream=", "LLM.generate_async.stream"),
         (
             "trtllm/requests/sampling.py",
             '"detokenize"',
@@ -81,7 +81,7 @@ def test_a_made_up_name_is_found(
 
 def test_an_attribute_that_only_a_later_version_has_is_found(engine_copy: Path) -> None:
     """Without a probe, `cached_tokens` cannot be read: 1.0 has none."""
-    requests = engine_copy / "trtllm" / "requests" / "open_requests.py"
+    requests = engine_copy / "trtllm" / "requests" / "running.py"
     text = requests.read_text()
     probe = re.search(r'getattr\((\w+), "cached_tokens", None\)', text)
     assert probe, "the probe is gone: choose another attribute"

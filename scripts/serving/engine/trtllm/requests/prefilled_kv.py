@@ -66,13 +66,13 @@ def committed_params(params: Any) -> dict[str, Any] | None:
     return plain if plain.keys() - _NOT_KV else None
 
 
-def read_handover(request: EngineRequest) -> PrefilledKv:
+def read_prefilled_kv(request: EngineRequest) -> PrefilledKv:
     """Raises KvTransferFailed when the request brings nothing that this engine could fetch."""
     params = request.kv_transfer_params
     if not isinstance(params, EngineTransferParams):
         raise KvTransferFailed(request.request_id, "another engine", "it does not move KV itself")
     try:
-        handover = PrefilledKv(
+        kv = PrefilledKv(
             dict(params.state["params"]),
             int(params.state["num_tokens"]),
             params.state.get("stop_token_id"),
@@ -81,24 +81,24 @@ def read_handover(request: EngineRequest) -> PrefilledKv:
         raise KvTransferFailed(
             request.request_id, params.source_instance, f"its state is damaged: {exc!r}"
         ) from exc
-    if not request.num_prompt_tokens <= handover.num_tokens <= len(request.token_ids):
+    if not request.num_prompt_tokens <= kv.num_tokens <= len(request.token_ids):
         raise KvTransferFailed(
             request.request_id,
             params.source_instance,
-            f"its KV is for {handover.num_tokens} tokens of {len(request.token_ids)}",
+            f"its KV is for {kv.num_tokens} tokens of {len(request.token_ids)}",
         )
-    return handover
+    return kv
 
 
 def generation_params(
-    handover: PrefilledKv, request: EngineRequest, kind: Any, logprob: Any
+    kv: PrefilledKv, request: EngineRequest, kind: Any, logprob: Any
 ) -> dict[str, Any]:
     """Keyword arguments of `kind`, the library's `DisaggregatedParams`, for `generation_only`.
 
     `logprob` is its `Logprob` class, None where there is none. Raises KvTransferFailed when the
     prefill's library said something that this one cannot take.
     """
-    arguments = dict(handover.params) | {"request_type": "generation_only"}
+    arguments = dict(kv.params) | {"request_type": "generation_only"}
     if logprob is None:
         arguments = {k: v for k, v in arguments.items() if not _is_tagged(v)}
     known = fields_of(kind)

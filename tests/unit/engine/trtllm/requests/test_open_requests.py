@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from serving.config import EngineConfig
 from serving.engine.trtllm.outbox import Outbox
-from serving.engine.trtllm.requests import open_requests as module
+from serving.engine.trtllm.requests.context import ABORT_S, RequestContext, Runtime
 from serving.engine.trtllm.requests.guided import check_supported
 from serving.engine.trtllm.requests.open_requests import OpenRequests
-from serving.engine.trtllm.requests.running import Runtime
 from serving.engine.trtllm.requests.sampling import Vocabulary
 from serving.errors import EngineFailed, InvalidRequest
 from serving.load_report import KvTransferTotals, LoadReport
@@ -146,25 +145,27 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(fetch_s: float = 60.0) -> AsyncIterator[Rig]:
+async def rig(fetch_s: float = 60.0, abort_s: float = ABORT_S) -> AsyncIterator[Rig]:
     library, sink, stats = Library(), Sink(), KvTransferTotals()
     suspicions: list[None] = []
-    requests = OpenRequests(
-        Runtime(library, dict, Params, None, dict),
-        Outbox(sink, lambda: LoadReport()),
+    context = RequestContext(
+        runtime=Runtime(library, dict, Params, None, dict),
+        outbox=Outbox(sink, LoadReport),
         instance_id="here",
         limits=EngineConfig(max_model_len=64, max_batch_size=2, max_waiting=1),
         vocabulary=Vocabulary(100, (2,), 0),
         guide_backend="xgrammar",
         fetch_s=fetch_s,
+        abort_s=abort_s,
         transfers=stats,
         num_cached=len,
         suspect=lambda: suspicions.append(None),
     )
+    requests = OpenRequests(context)
     yield Rig(library, requests, sink, stats, suspicions)
     await requests.close(0.0)
     assert len(requests) == 0
-    assert requests.queued_tokens == 0
+    assert requests.context.queued_tokens == 0
 
 
 def last(sink: Sink, name: str) -> EngineOutput:
@@ -178,10 +179,10 @@ async def test_calls_are_by_keyword_and_streamed() -> None:
         assert result.call.keys() == {"inputs", "sampling_params", "streaming"}
         assert result.call["inputs"] == PROMPT
         assert result.call["streaming"] is True
-        assert here.requests.queued_tokens == 4
+        assert here.requests.context.queued_tokens == 4
         result.say(10)
         await here.sink.started("r")
-        assert here.requests.queued_tokens == 0
+        assert here.requests.context.queued_tokens == 0
         result.say(11, reason="length")
         await here.sink.finished("r")
         assert here.sink.tokens["r"] == [10, 11]
@@ -302,18 +303,15 @@ async def test_fetch_that_never_ends_is_aborted_after_its_time() -> None:
         assert here.stats.kv_transfer_failures == 0
 
 
-async def test_abort_that_is_not_answered_is_given_up_and_makes_suspicious(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "ABORT_S", 0.01)
-    async with rig() as here:
+async def test_an_unanswered_abort_expires_and_makes_the_library_suspect() -> None:
+    async with rig(abort_s=0.01) as here:
         here.submit("a")
         here.submit("p", phase="prefill")
         await here.library.called(2)
         here.requests.abort("a")
         here.requests.abort("p")
         await here.gone()
-        assert here.requests.num_unanswered_aborts == 2
+        assert here.requests.context.num_unanswered_aborts == 2
         assert len(here.suspicions) == 2
         await here.sink.finished("a", "p")
         assert last(here.sink, "p").finish_reason == "cancelled"
@@ -335,7 +333,7 @@ async def test_fetch_that_fails_is_computed_here(spoil: Callable[[Result], None]
         assert again.call["inputs"] == [*PROMPT, 9]
         assert again.call["sampling_params"]["max_tokens"] == 7
         assert "disaggregated_params" not in again.call
-        assert here.requests.queued_tokens == 5
+        assert here.requests.context.queued_tokens == 5
         again.say(10, reason="length")
         await here.sink.finished("r")
         assert here.sink.tokens["r"] == [10]

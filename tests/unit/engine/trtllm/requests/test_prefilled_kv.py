@@ -10,7 +10,7 @@ from serving.engine.trtllm.requests.prefilled_kv import (
     PrefilledKv,
     committed_params,
     generation_params,
-    read_handover,
+    read_prefilled_kv,
 )
 from serving.errors import KvTransferFailed
 from serving.protocol import (
@@ -78,7 +78,7 @@ def test_every_field_arrives_as_it_left() -> None:
     params = committed_params(FULL)
     assert params is not None
     received = travel(PrefilledKv(params, 4))
-    handover = read_handover(received)
+    handover = read_prefilled_kv(received)
     assert (handover.num_tokens, handover.stop_token_id) == (4, None)
     arrived = Params(**generation_params(handover, received, Params, Logprob))
     assert arrived == dataclasses.replace(FULL, request_type="generation_only")
@@ -88,7 +88,7 @@ def test_log_probabilities_are_left_out_where_no_class_takes_them() -> None:
     params = committed_params(FULL)
     assert params is not None
     received = travel(PrefilledKv(params, 4))
-    arguments = generation_params(read_handover(received), received, Params, None)
+    arguments = generation_params(read_prefilled_kv(received), received, Params, None)
     assert "first_gen_log_probs" not in arguments
     assert arguments["opaque_state"] == b"\x00\xff"
 
@@ -117,7 +117,7 @@ def test_params_without_any_kv_are_no_offer(params: Params | None) -> None:
 def test_field_that_this_version_lacks_is_a_failed_transfer_by_name() -> None:
     received = travel(PrefilledKv({"ctx_request_id": 1, "some_later_field": 2}, 4))
     with pytest.raises(KvTransferFailed, match="some_later_field"):
-        generation_params(read_handover(received), received, OlderParams, Logprob)
+        generation_params(read_prefilled_kv(received), received, OlderParams, Logprob)
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,10 @@ def test_field_that_this_version_lacks_is_a_failed_transfer_by_name() -> None:
 )
 def test_damaged_state_is_a_failed_transfer(state: dict[str, Any]) -> None:
     with pytest.raises(KvTransferFailed, match="prefill-0"):
-        read_handover(request(EngineTransferParams("prefill-0", 0, "r", state)))
+        read_prefilled_kv(request(EngineTransferParams("prefill-0", 0, "r", state)))
 
 
 def test_another_engines_kv_is_a_failed_transfer() -> None:
     blocks = KvTransferParams("prefill-0", 0, "tcp://127.0.0.1:1", "r", "n", 4, 1, "layout")
     with pytest.raises(KvTransferFailed):
-        read_handover(request(blocks))
+        read_prefilled_kv(request(blocks))

@@ -74,7 +74,7 @@ class Held:
         return len(self.requests[request_id])
 
     async def progress(self, request_id: str, nonce: str, beyond: int) -> PrefillProgress:
-        """What `computed` says, as soon as that is more than `beyond`; else everything."""
+        """`computed`, once it is more than `beyond`. Without an entry there: everything."""
         while True:
             held = self.open(request_id, nonce)
             found = self.computed.get(request_id, PrefillProgress(held, 7))
@@ -269,12 +269,6 @@ async def pulling(
         yield end
     finally:
         await end.close()
-
-
-async def until(condition: Any, within_s: float = 5.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():  # noqa: ASYNC110, what is waited for knows no event
-            await asyncio.sleep(0.005)
 
 
 # --- in another process -------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
     block_hash[i] = xxh3_64(little-endian u32 tokens of block i, seed = block_hash[i-1])
 
-Each hash is the seed of the next, and the first seed is a root made of the salt (model, revision,
-adapter), so that equal tokens of different models never meet. Only full blocks have a hash.
+Each hash is the seed of the next. The first seed is made of a salt (model, revision, adapter), so
+equal tokens of different models have different hashes. Only full blocks have a hash.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shape, dtype and size of a KV block, as it travels and as the two ends must agree on it.
+"""Shape, dtype and size of a KV block on the wire, on which both ends of a transfer must agree.
 
 On the wire a run of blocks is C-contiguous
 `[num_blocks, num_layers, 2 (key, value), block_size, num_kv_heads, head_dim]`,
@@ -17,16 +17,16 @@ from msgspec import Struct
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 WEIGHT_ONLY_DTYPES = ("int8",)
-"""Values of `engine.dtype` that say how weights are stored; computing and KV are in float32."""
+"""Values of `engine.dtype` that apply to stored weights only; computation and KV use float32."""
 
 
 def kv_dtype(weights: str) -> str:
-    """The dtype of KV and activations beside weights of an `engine.dtype`."""
+    """The dtype of KV and activations for an `engine.dtype`."""
     return "float32" if weights in WEIGHT_ONLY_DTYPES else weights
 
 
 class KvLayout(Struct, frozen=True):
-    """Everything that decides the bytes of a block; `dtype` is torch's name of it."""
+    """Everything that decides the bytes of a block; `dtype` is torch's name."""
 
     num_layers: int
     num_kv_heads: int
@@ -53,7 +53,7 @@ class KvLayout(Struct, frozen=True):
         return _fingerprint(self)
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` occupy, the last one possibly in part."""
+        """Blocks that `num_tokens` occupy. The last block may be partly empty."""
         return -(-num_tokens // self.block_size)
 
 
@@ -72,8 +72,10 @@ class PoolMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class BlocksInPlace:
-    """Blocks `block_ids` of another worker's pool that is mapped at `address`, instead of a buffer
-    that holds them one after the other. `owner` keeps the mapping."""
+    """Blocks `block_ids` of another worker's pool, which is mapped at `address`.
+
+    A sink gets this instead of a buffer that holds the blocks in a row. `owner` keeps the mapping.
+    """
 
     address: int
     block_ids: Any  # int32 numpy array

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from kv_contract import TransferContract, pull_all
+from kv_contract import TransferContract
 from kv_ends import Held, pulling, random_blocks, serving
+from kv_peers import pull_all
 from serving.errors import KvTransferFailed, OperatorError
 from serving.kv_transfer.transports.nixl import NixlTransport, nixl_module
 

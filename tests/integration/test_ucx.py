@@ -60,8 +60,10 @@ async def run_python(code: str, **environment: str) -> str:
 ONE_ROUND = """
 import asyncio, os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from kv_ends import *
-from kv_contract import pull_all
+from kv_peers import pull_all
+from waiting import until
 
 def marks():
     return (

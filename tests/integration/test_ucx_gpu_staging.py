@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from kv_contract import TransferContract, pull_all
+from kv_contract import TransferContract
 from kv_ends import GpuInHostMemory, Held, pulling, random_blocks, serving
+from kv_peers import pull_all
 
 pytestmark = pytest.mark.integration
 

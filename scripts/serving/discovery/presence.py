@@ -45,7 +45,7 @@ class Presence:
             self._report(lambda: self._on_down(instance_id, known.epoch))
 
     def replace(self, listed: list[InstanceInfo], *, grace: bool) -> None:
-        """Make `listed` the membership. With `grace`, missing instances may still register again."""
+        """Make `listed` the whole membership. With `grace`, missing instances may still register again."""
         for missing in self._known.keys() - {info.instance_id for info in listed}:
             if grace:
                 log.warning("%s is not registered any more; waiting for it", missing)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 RECONNECT_S = 0.25
 MAX_PAYLOAD_BYTES = 1 << 20
-"""NATS' default, assumed until a server has said otherwise."""
+"""NATS' default, assumed until a server has reported its own."""
 FAILURES = (OSError, NatsError, TimeoutError)
 """How an exchange with the server fails."""
 
@@ -60,7 +60,7 @@ class PlaneLimits:
 
 
 def _nothing() -> None:
-    """Nobody listens."""
+    """The default of callbacks."""
 
 
 class NatsConnection:
@@ -126,8 +126,8 @@ class NatsConnection:
     async def stay_connected(self) -> None:
         """Connect again and again, until cancelled.
 
-        One client per connection: the library's own reconnect gives up for good when a restarted
-        server refuses the old token, and keeps requests waiting meanwhile.
+        One client per connection: the library's own reconnect ends for good when a restarted
+        server refuses the old token, and requests wait meanwhile.
         """
         reported = ""
         while True:

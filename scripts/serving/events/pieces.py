@@ -1,4 +1,4 @@
-"""Cutting what is too large for one message, and putting it together again."""
+"""Cuts KV events and snapshots into messages of limited size, and joins the parts of snapshots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from serving.protocol import BlocksRemoved, BlocksStored, KvEvent, KvSnapshotPart
 
-# Upper bounds of what msgpack makes of a 64-bit hash, an event without its hashes, and the rest.
+# Upper bounds, in msgpack: a 64-bit hash, an event without its hashes, and the rest of a message.
 _HASH_BYTES = 9
 _EVENT_BYTES = 32
 _ENVELOPE_BYTES = 1024
@@ -79,7 +79,7 @@ def snapshot_parts(snapshot: KvSnapshot, max_payload: int) -> list[KvSnapshotPar
 
 
 class SnapshotParts:
-    """Puts the parts of one reply together; a reply of a newer epoch or seq starts afresh."""
+    """Joins the parts of one reply. A part of a newer epoch or seq starts a new reply."""
 
     def __init__(self, answer: asyncio.Future[KvSnapshot]) -> None:
         self._answer = answer
@@ -95,8 +95,8 @@ class SnapshotParts:
         self._parts[part.part] = part
         if len(self._parts) == part.num_parts:
             parts = [self._parts[number] for number in sorted(self._parts)]
-            hashes = [one for each in parts for one in each.block_hashes]
-            on_host = [one for each in parts for one in each.host_hashes]
+            hashes = [block for part in parts for block in part.block_hashes]
+            on_host = [block for part in parts for block in part.host_hashes]
             self._answer.set_result(KvSnapshot(part.instance_id, *version, hashes, on_host))
 
     def fail(self, error: Exception) -> None:

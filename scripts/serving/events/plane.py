@@ -81,7 +81,7 @@ class EventPlane:
     def connected(self) -> bool:
         return self._connection.client is not None
 
-    # --- worker side ---------------------------------------------------------------------------
+    # --- workers -----------------------------------------------------------------------------
 
     async def serve_snapshots(
         self,
@@ -108,8 +108,10 @@ class EventPlane:
         await self._connection.listen(f"{self._namespace}.snapshot.{instance_id}", answer)
 
     def publish_kv(self, events: Sequence[KvEvent], load: LoadReport | None = None) -> None:
-        """Number and send the cache events of one engine step, if it has any, and the load after
-        it; never waits, never fails."""
+        """Number and send the KV events of one engine step, if it has any, with the load after it.
+
+        Never waits, never fails.
+        """
         parts = split_events(events, self._connection.max_payload)
         for part in parts[:-1]:
             self._publish_batch(part)
@@ -126,7 +128,7 @@ class EventPlane:
         return self._seq
 
     def _publish_batch(self, events: list[KvEvent], load: LoadReport | None = None) -> None:
-        # Numbered even when it cannot be sent: that is how receivers notice.
+        # Numbered even when it cannot be sent, so that receivers notice the gap.
         self._seq += 1
         if self._identity is None:
             return
@@ -148,7 +150,8 @@ class EventPlane:
         self._unseen_loss = True
 
     def _reveal_loss(self) -> None:
-        """Receivers see a gap only by the batch behind it, which may be a long time coming."""
+        """Receivers notice a gap only by the batch behind it. Send an empty one, since the next batch
+        of events may take long."""
         if self._unseen_loss and self._identity is not None:
             self._unseen_loss = False
             self._publish_batch([])
@@ -169,7 +172,7 @@ class EventPlane:
             if self._queue.empty() and self._connection.client is not None:
                 self._reveal_loss()
 
-    # --- frontend side -------------------------------------------------------------------------
+    # --- frontends ---------------------------------------------------------------------------
 
     async def subscribe(
         self,
@@ -191,10 +194,10 @@ class EventPlane:
         )
 
     async def request_snapshot(self, instance_id: str, deadline_s: float) -> KvSnapshot:
-        """Ask one worker what it holds.
+        """Ask one worker for the blocks that it holds.
 
-        Raises InstanceLost when NATS is away or goes away, or nobody answers under that name;
-        DeadlineExceeded when the answer is not complete in time.
+        Raises InstanceLost when NATS is away or goes away, or no worker of that name serves
+        snapshots; DeadlineExceeded when the answer is not complete in time.
         """
         answer: asyncio.Future[KvSnapshot] = asyncio.get_running_loop().create_future()
         receive = self._collect(instance_id, SnapshotParts(answer))
@@ -247,7 +250,7 @@ class EventPlane:
         for answer in self._waiting:
             if not answer.done():
                 answer.set_exception(ConnectionError("NATS disconnected"))
-                answer.exception()  # seen: its request may be about to fail by itself
+                answer.exception()  # retrieved, in case its request fails by itself first
 
     def _report_reconnect(self) -> None:
         if self.on_reconnect is not None:
@@ -258,7 +261,7 @@ class EventPlane:
 
 
 async def _end(task: asyncio.Task[None], pause_s: float) -> None:
-    """Cancel until it holds: the client library swallows cancellations in places."""
+    """Cancel repeatedly: the client library swallows some cancellations."""
     while not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=pause_s)

@@ -89,7 +89,7 @@ class ChannelPool:
         return channel.gpu_to_gpu, channel.peer_blocks is not None
 
     async def close(self) -> None:
-        """Close all idle channels. The others are the business of whoever took them."""
+        """Close all idle channels. The others belong to the pulls that took them."""
         channels = [channel for channels in self._idle.values() for channel in channels]
         self._idle.clear()
         for channel in channels:

@@ -3,7 +3,7 @@
 Each pair of workers finds out by trying. The source exports its pool (or else staging memory that
 the transport moves), and the puller tries to map it. When that fails for any reason (another host,
 no peer access, a container of its own), blocks travel through host memory, which always works. The
-log says which way is taken, and why.
+log names the way and the reason.
 """
 
 from __future__ import annotations

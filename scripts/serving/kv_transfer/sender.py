@@ -1,4 +1,4 @@
-"""Sends the chunks of one granted pull: gathers, sends in order, and stops when the peer says so."""
+"""Sends the chunks of one granted pull: gathers, sends in order, and stops when the peer asks for it."""
 
 from __future__ import annotations
 

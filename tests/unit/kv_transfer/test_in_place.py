@@ -9,7 +9,6 @@ import os
 import msgspec
 import numpy as np
 import pytest
-from kv_contract import pull_all, relay
 from kv_ends import (
     Got,
     GpuInHostMemory,
@@ -18,11 +17,12 @@ from kv_ends import (
     pulling,
     random_blocks,
     serving,
-    until,
 )
+from kv_peers import pull_all, relay
 from serving.errors import KvTransferFailed
 from serving.kv_layout import KvLayout
 from serving.kv_transfer.messages import MAX_BLOCKS_IN_PLACE
+from waiting import until
 
 NAME = "tcp-gpu"
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from serving.protocol import (
     ToFrontend,
 )
 from serving.rpc import RpcClient, RpcServer
+from waiting import until
 
 CARD = ModelCard("model", "dir", 128, 16, "salt", "fingerprint", 0)
 
@@ -34,7 +34,7 @@ def token(request_id: str, token_id: int, *, last: bool = False) -> EngineOutput
 
 
 class Recorder:
-    """An RpcHandler that notes what it was asked, and refuses what `refusal` says."""
+    """An RpcHandler that records its calls. It refuses requests with `refusal`, if that is set."""
 
     def __init__(self) -> None:
         self.requests: list[EngineRequest] = []
@@ -52,13 +52,6 @@ class Recorder:
 
     def on_release(self, request_id: str) -> None:
         self.released.append(request_id)
-
-
-async def until(condition: Callable[[], object], deadline_s: float = 5.0) -> None:
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        await asyncio.sleep(0.005)
 
 
 class RpcRig:

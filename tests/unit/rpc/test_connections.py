@@ -20,7 +20,8 @@ from serving.protocol import (
     ToWorker,
 )
 from serving.rpc import RpcClient, RpcServer
-from unit.rpc.rpc_rig import Recorder, RpcRig, closed_by_peer, info_for, request, until
+from unit.rpc.rpc_rig import Recorder, RpcRig, closed_by_peer, info_for, request
+from waiting import until
 
 
 @pytest.mark.parametrize("changes", [{"epoch": 8}, {"instance_id": "agg-1"}])

@@ -11,12 +11,13 @@ from serving.protocol import (
     PROTOCOL_VERSION,
     Hello,
     Proof,
-    Release,
+    ReleaseKv,
 )
 from serving.rpc import RpcClient, RpcServer
 from serving.rpc.handshake import frontend_proof, read_secret, worker_proof
 from serving.rpc.server import HANDSHAKE_S
-from unit.rpc.rpc_rig import Recorder, info_for, read_frame, until
+from unit.rpc.rpc_rig import Recorder, info_for, read_frame
+from waiting import until
 
 SECRET = b"of this deployment"
 
@@ -88,7 +89,7 @@ async def test_client_does_not_speak_to_a_worker_without_the_secret() -> None:
 
 
 @pytest.mark.parametrize(
-    "second", [Release("r"), Proof(b""), Proof(b"x" * 32), Hello(PROTOCOL_VERSION)]
+    "second", [ReleaseKv("r"), Proof(b""), Proof(b"x" * 32), Hello(PROTOCOL_VERSION)]
 )
 async def test_peer_without_a_proof_is_disconnected_without_an_answer(
     worker: Worker, second: object
@@ -96,7 +97,7 @@ async def test_peer_without_a_proof_is_disconnected_without_an_answer(
     reader, writer = await dial(worker.address)
     writer.write(frame(Hello(PROTOCOL_VERSION)))
     await hello_of(reader)
-    writer.write(frame(second) + frame(Release("r")))
+    writer.write(frame(second) + frame(ReleaseKv("r")))
     assert await closed(reader)
     writer.close()
     assert worker.handler.released == []
@@ -116,7 +117,7 @@ async def test_proof_of_another_connection_or_of_the_worker_is_refused(
     ):
         reader, writer = await dial(worker.address)
         writer.write(frame(asked))
-        writer.write(frame(Proof(make(await hello_of(reader)))) + frame(Release("r")))
+        writer.write(frame(Proof(make(await hello_of(reader)))) + frame(ReleaseKv("r")))
         assert await closed(reader)
         writer.close()
     first_writer.close()

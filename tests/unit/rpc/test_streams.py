@@ -25,7 +25,8 @@ from serving.protocol import (
     Step,
 )
 from serving.rpc import OutputStream, RpcClient, error_info, raise_error
-from unit.rpc.rpc_rig import RpcRig, info_for, read_frame, request, token, until
+from unit.rpc.rpc_rig import RpcRig, info_for, read_frame, request, token
+from waiting import until
 
 
 async def test_steps_that_wait_for_a_frontend_come_as_one_output(rig: RpcRig) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 
-from kv_contract import TransferContract, pull_all
+from kv_contract import TransferContract
 from kv_ends import Held, pulling, random_blocks, serving
+from kv_peers import pull_all
 
 
 class TestTcp(TransferContract):

@@ -63,7 +63,7 @@ rule serve_disagg_multinode:
 
 
 rule join:
-    """Start this node's workers for the head that `cluster.head` names."""
+    """Start this node's workers for the head at `cluster.head`."""
     input:
         lambda wildcards: joined(),
 

@@ -1,4 +1,4 @@
-# Load on the running service, and plots of how it took it.
+# Load on the running service, and plots of the results.
 import shutil
 
 BENCH = CONFIG.bench
@@ -11,16 +11,16 @@ BENCH_PLOTS = {
     "hit_rate": "Share of prompt tokens that the router knew to be cached, by instance.",
 }
 
-if "bench" in REQUEST.targets:
+if "bench" in INVOCATION.targets:
     for run in BENCH_RUNS[1:]:
         if not Path(f"results/bench/{run}/summary.json").exists():
             raise WorkflowError(
-                f"`bench.compare` names {run}, of which there are no results: "
+                f"`bench.compare` names {run}, which has no results yet: "
                 f"run `snakemake bench --config bench='{{name: {run}}}'` first"
             )
 
-if REQUEST.executes and "bench" in REQUEST.targets:
-    # What was measured once is no reason not to measure again.
+if INVOCATION.executes and "bench" in INVOCATION.targets:
+    # A result from before is no reason not to measure again.
     shutil.rmtree(BENCH_FOLDER, ignore_errors=True)
 
 
@@ -32,7 +32,7 @@ rule bench:
 
 
 rule bench_environment:
-    """An environment of its own for the load generator."""
+    """Make a Python environment for the load generator."""
     input:
         f"{workflow.basedir}/envs/aiperf.txt",
     output:
@@ -46,7 +46,7 @@ rule bench_environment:
 
 
 rule run_bench:
-    """Run the load generator, and watch the service meanwhile."""
+    """Run the load generator, and sample the service meanwhile."""
     input:
         [] if BENCH.python else "results/bench/env/ready",
     output:
@@ -62,7 +62,7 @@ rule run_bench:
 
 
 rule compare_bench:
-    """This run beside those named in bench.compare."""
+    """Compare this run with those that bench.compare names."""
     input:
         summaries=expand(
             "results/bench/{run}/summary.json", run=[BENCH.name, *BENCH.compare]
@@ -82,7 +82,7 @@ rule compare_bench:
 
 
 rule plot_bench:
-    """Plots, for people and for `snakemake --report`."""
+    """Draw plots, for people and for `snakemake --report`."""
     input:
         expand(
             "results/bench/{run}/{data}.json",

@@ -1,4 +1,4 @@
-# A machine may be another one after a reboot, so each check is made once per boot.
+# A machine may change with a reboot, so each check runs once per boot.
 
 
 rule check_host:
@@ -18,7 +18,7 @@ rule check_host:
 
 
 rule check_gpu:
-    """Can the workers use the GPUs they are given?"""
+    """Can the workers use their GPUs?"""
     output:
         "results/checks/gpu.json",
     log:
@@ -34,7 +34,7 @@ rule check_gpu:
 
 
 rule check_ucx:
-    """Does UCX carry bytes between two processes here?"""
+    """Does UCX transfer bytes between two processes here?"""
     output:
         "results/checks/ucx.json",
     log:

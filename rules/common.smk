@@ -1,28 +1,30 @@
-# What the rules share: the typed config, the plan made of it, and true markers.
+# What the rules share: the resolved configuration, the plan made from it, and markers that are true.
 import sys
 
-# The package beside this workflow is meant, not one that is installed elsewhere.
+# Import the package beside this workflow, not one that is installed elsewhere.
 sys.path.insert(0, f"{workflow.basedir}/scripts")
 
 from snakemake.exceptions import WorkflowError
 
-from serving.deploy.planning import deployment
+from serving.deploy.planning import deployment, run_state
+from serving.deploy.planning.invocation import from_terminal
+from serving.deploy.rule_script import script_config
 from serving.errors import OperatorError
 
 try:
     DEPLOYMENT = deployment.prepare(config, main=workflow.is_main_process)
 except OperatorError as exc:
-    if deployment.from_terminal():
+    if from_terminal():
         sys.exit(f"\n{exc}\n")  # a WorkflowError comes with a traceback
     raise WorkflowError(str(exc)) from None
 
-CONFIG, PLAN, REQUEST = DEPLOYMENT.config, DEPLOYMENT.plan, DEPLOYMENT.request
-# What the scripts see is complete and typed, with the topology that was asked for.
+CONFIG, PLAN, INVOCATION = DEPLOYMENT.config, DEPLOYMENT.plan, DEPLOYMENT.invocation
+# Scripts get the resolved configuration, and no key as the person wrote it.
 config.clear()
-config.update(deployment.plain(CONFIG))
+config.update(script_config(CONFIG, run_state.failures_file()))
 
 ENVIRONMENT = "../envs/serving.yaml"
-MODEL = f"results/models/{DEPLOYMENT.model_key}"
+MODEL = f"results/models/{CONFIG.model_key}"
 CHECKS = DEPLOYMENT.checks
 BOOT = deployment.boot_id()
 
@@ -34,12 +36,12 @@ wildcard_constraints:
 
 
 def sections(*names):
-    """Those sections of the config: a rule reruns when what it depends on is changed."""
-    return {name: config[name] for name in names}
+    """Sections of the config as a parameter: a rule reruns when a section it names changes."""
+    return {name: config["resolved"][name] for name in names}
 
 
 def program(name):
-    """What to start under this name, as text for the script."""
+    """The program of this name, as text for the script."""
     try:
         return deployment.encode(PLAN[name])
     except OperatorError as exc:
@@ -47,26 +49,26 @@ def program(name):
 
 
 def checks():
-    """The reports of the checks this deployment needs."""
+    """The reports of the checks that this deployment needs."""
     return expand("results/checks/{check}.json", check=CHECKS)
 
 
 def service(topology):
-    """Everything that makes a running service. All markers, since each may be missing alone."""
+    """Everything that a running service consists of: all markers, because each may be missing alone."""
     if topology != PLAN.topology:
         raise WorkflowError(f"serve_{topology} must be named on the command line")
     return [*checks(), "run/topology.json", *markers()]
 
 
 def joined():
-    """Everything that runs on a node that joined."""
-    if not REQUEST.joins:
+    """Everything that runs on a node that joins."""
+    if not INVOCATION.joins:
         raise WorkflowError("join must be named on the command line")
     return [*checks(), "run/topology.json", *markers()]
 
 
 def control_services():
-    """Markers of etcd and NATS, where they are this machine's."""
+    """Markers of etcd and NATS, if this machine runs them."""
     return [f"run/{name}.up" for name in ("etcd", "nats") if name in PLAN.fingerprints]
 
 
@@ -75,11 +77,11 @@ def markers():
 
 
 def announce():
-    if REQUEST.announces:
+    if INVOCATION.announces:
         print(DEPLOYMENT.announcement(), file=sys.stderr)
 
 
 def explain_failures():
-    """What to do comes last, after Snakemake's own words about the jobs."""
-    for paragraph in deployment.take_failures():
+    """The remedies come last, after Snakemake's own account of the jobs."""
+    for paragraph in run_state.take_failures():
         print(f"\n{paragraph}\n", file=sys.stderr)

@@ -1,5 +1,5 @@
 rule build_engine:
-    """Make the model an engine: packed and compared with its source, or checked and configured."""
+    """Build the engine: pack the weights and compare logits with the source, or check and configure TensorRT-LLM."""
     input:
         model=f"{MODEL}/model.json",
         image=ancient(

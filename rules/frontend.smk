@@ -1,10 +1,10 @@
 rule start_frontend:
-    """Start the HTTP frontend, and have it answer a request."""
+    """Start the HTTP frontend and wait until it answers a request."""
     input:
-        # The first worker of each role: with more of them, or with new ones, it goes on running.
+        # The first worker of each role alone: more workers do not restart the frontend.
         workers=ancient([f"run/{name}.up" for name in DEPLOYMENT.first_workers]),
         control=ancient(["run/etcd.up", "run/nats.up"]),
-        room=ancient("run/topology.json"),
+        obsolete_stopped=ancient("run/topology.json"),
     output:
         "run/frontend.up",
     log:
@@ -14,4 +14,4 @@ rule start_frontend:
     params:
         program=lambda wildcards: program("frontend"),
     script:
-        "../scripts/start_frontend.py"
+        "../scripts/start_program.py"

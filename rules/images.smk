@@ -1,5 +1,5 @@
-# For `container.runtime`. Nothing that serves asks for these: a build takes long and is asked for
-# by name. Where `container.image` is not set, workers run in what was built last.
+# Images for `container.runtime`. A build takes long, so no serve target depends on one: request it
+# by name. Without `container.image`, workers run in the image that was built last.
 from serving.deploy.containers import image_recipes
 
 

@@ -7,8 +7,12 @@ rule download_model:
     conda:
         ENVIRONMENT
     params:
-        # The name it is served under changes no file.
-        model={key: config["model"][key] for key in config["model"] if key != "name"},
-        weights=config["engine"]["weights"],
+        # The model's name in the API changes no file.
+        model={
+            key: value
+            for key, value in sections("model")["model"].items()
+            if key != "name"
+        },
+        weights=CONFIG.engine.weights,
     script:
         "../scripts/download_model.py"

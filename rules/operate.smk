@@ -9,7 +9,7 @@ rule status:
 
 
 rule stop:
-    """Stop everything in order, and make sure that nothing is left."""
+    """Stop all programs in order, and make sure that none is left."""
     log:
         "logs/stop.log",
     conda:

@@ -1,9 +1,11 @@
-# Starting is idempotent: a job that runs although its program does already only proves it ready.
-# So a restarted etcd lets Snakemake ask the others for proof, and restarts none of them.
+# Starting is idempotent: when the program already runs, the job only proves that it is ready.
+# So Snakemake may ask for proof of all programs after etcd restarted, and restarts none of them.
+#
+# All `start_*` rules share `start_program.py`, because the program is their only difference.
 
 
 rule fetch_binaries:
-    """Find or fetch etcd and nats-server."""
+    """Find or download etcd and nats-server."""
     output:
         etcd="results/bin/etcd",
         nats="results/bin/nats-server",
@@ -17,7 +19,7 @@ rule fetch_binaries:
 
 
 rule start_etcd:
-    """Start etcd: who is alive."""
+    """Start etcd, which knows the live workers."""
     input:
         checks(),
         binary="results/bin/etcd",
@@ -30,11 +32,11 @@ rule start_etcd:
     params:
         program=lambda wildcards: program("etcd"),
     script:
-        "../scripts/start_etcd.py"
+        "../scripts/start_program.py"
 
 
 rule start_nats:
-    """Start nats-server: what they cache."""
+    """Start nats-server, which carries their cache events and loads."""
     input:
         checks(),
         binary="results/bin/nats-server",
@@ -47,11 +49,11 @@ rule start_nats:
     params:
         program=lambda wildcards: program("nats"),
     script:
-        "../scripts/start_nats.py"
+        "../scripts/start_program.py"
 
 
 rule open_cluster:
-    """Tell nodes that join what is served here."""
+    """Publish the configuration for nodes that join."""
     input:
         etcd="run/etcd.up",
         nats=ancient("run/nats.up"),
@@ -63,7 +65,7 @@ rule open_cluster:
     conda:
         ENVIRONMENT
     params:
-        told=sections(
+        published=sections(
             *("model", "engine", "tensorrt_llm", "mock", "kv_transfer"),
             *("deadlines", "deployment", "etcd", "nats"),
         ),

@@ -1,5 +1,5 @@
 rule stop_obsolete:
-    """Stop what no longer belongs, so that there is room for what does."""
+    """Stop programs that no longer belong, which makes room for the others."""
     input:
         engine=ancient(f"{PLAN.engine_dir}/engine.json"),
     output:
@@ -9,17 +9,17 @@ rule stop_obsolete:
     conda:
         ENVIRONMENT
     params:
-        record=lambda wildcards: deployment.encode(DEPLOYMENT.wanted),
+        record=lambda wildcards: deployment.encode(DEPLOYMENT.record),
     script:
         "../scripts/stop_obsolete.py"
 
 
 rule start_worker:
-    """Start one worker. It reconnects by itself when etcd or NATS restart."""
+    """Start one worker. It reconnects on its own after etcd or NATS restart."""
     input:
         engine=f"{PLAN.engine_dir}/engine.json",
         control=ancient(control_services()),
-        room=ancient("run/topology.json"),
+        obsolete_stopped=ancient("run/topology.json"),
     output:
         "run/worker-{role}-{index}.up",
     log:
@@ -29,4 +29,4 @@ rule start_worker:
     params:
         program=lambda wildcards: program(f"worker-{wildcards.role}-{wildcards.index}"),
     script:
-        "../scripts/start_worker.py"
+        "../scripts/start_program.py"

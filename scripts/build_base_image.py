@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from serving.config import parse
 from serving.deploy.containers.image_build import build_base
-from serving.deploy.rule_script import reporting
+from serving.deploy.rule_script import rule_script
 
-with reporting(snakemake.log[0]) as report:
-    base = build_base(parse(snakemake.config), Path(snakemake.output[0]).parent, report)
+with rule_script(snakemake) as (config, report):
+    base = build_base(config, Path(snakemake.output[0]).parent, report)
     report(f"base image: {base.detail}")

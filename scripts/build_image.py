@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from serving.config import parse
 from serving.deploy.containers.image_build import build_serving, read_base
-from serving.deploy.rule_script import reporting
+from serving.deploy.rule_script import rule_script
 
-with reporting(snakemake.log[0]) as report:
-    folder = Path(snakemake.output[0]).parent
+with rule_script(snakemake) as (config, report):
     base = read_base(Path(snakemake.input.base))
-    serving = build_serving(parse(snakemake.config), base, folder, report)
-    report(f"image: {serving.file or serving.image} (used where container.image is not set)")
+    image = build_serving(config, base, Path(snakemake.output[0]).parent, report)
+    report(f"image: {image.file or image.image} (used unless container.image is set)")

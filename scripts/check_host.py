@@ -2,19 +2,15 @@
 
 from pathlib import Path
 
-from serving.config import parse
+from serving.config.resolve import worker_counts
 from serving.deploy.checks.findings import conclude, judge
 from serving.deploy.checks.host import judge_host, observe_host
 from serving.deploy.checks.ports import judge_ports
-from serving.deploy.planning.fingerprint import resolve_device
-from serving.deploy.planning.topology import workers_here
-from serving.deploy.rule_script import reporting
+from serving.deploy.rule_script import rule_script
 
-with reporting(snakemake.log[0]) as report:
-    config = parse(snakemake.config)
+with rule_script(snakemake) as (config, report):
     run_dir = Path("run")
-    findings = judge_host(
-        config, sum(workers_here(config).values()), resolve_device(config), observe_host(run_dir)
-    )
+    num_workers = sum(worker_counts(config).values())
+    findings = judge_host(config, num_workers, config.device, observe_host(run_dir))
     findings += judge_ports(config, run_dir)
     conclude(judge("check_host", findings), Path(snakemake.output[0]), report=report)

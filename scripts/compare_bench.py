@@ -1,17 +1,18 @@
-"""One table of the benchmark that was just run and those it is compared with."""
+"""One table of this benchmark and the runs it is compared with."""
 
 from pathlib import Path
 
 import msgspec
-from serving.deploy.bench.summary import Summary, comparison_table
-from serving.deploy.rule_script import reporting
+from serving.deploy.bench.run import Summary, table
+from serving.deploy.rule_script import rule_script
 
-with reporting(snakemake.log[0]) as report:
+with rule_script(snakemake) as (_, report):
     summaries = [
         msgspec.json.decode(Path(path).read_bytes(), type=Summary)
         for path in snakemake.input.summaries
     ]
-    lines = comparison_table(summaries)
-    for line in ("", *lines, ""):
+    report("")
+    for line in table(summaries):
         report(line)
-    Path(snakemake.output[0]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    report("")
+    Path(snakemake.output[0]).write_text("\n".join(table(summaries)) + "\n", encoding="utf-8")

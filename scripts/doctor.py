@@ -2,9 +2,8 @@
 
 import asyncio
 
-from serving.config import parse
 from serving.deploy.report.doctor import conclude_doctor, examine
-from serving.deploy.rule_script import reporting
+from serving.deploy.rule_script import rule_script
 
-with reporting(snakemake.log[0]) as report:
-    conclude_doctor(asyncio.run(examine(parse(snakemake.config))), report=report)
+with rule_script(snakemake) as (config, report):
+    conclude_doctor(asyncio.run(examine(config)), report)

@@ -3,14 +3,12 @@
 import os
 from pathlib import Path
 
-from serving.config import parse
 from serving.deploy.model.prepare import fetch_model
 from serving.deploy.planning.fingerprint import resolve_source
-from serving.deploy.rule_script import reporting
+from serving.deploy.rule_script import rule_script
 
-with reporting(snakemake.log[0]) as report:
-    config = parse(snakemake.config)
+with rule_script(snakemake) as (config, report):
     if resolve_source(config.model) != "hub":
         os.environ["HF_HUB_OFFLINE"] = "1"
     out_dir = Path(snakemake.output[0]).parent
-    fetch_model(config.model, out_dir, weights=config.engine.weights, report=report)
+    fetch_model(config.model, out_dir, weights=config.engine.weights, progress=report)

@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serving.deploy.rule_script import reporting
+from serving.deploy.rule_script import rule_script
 from serving.errors import OperatorError
 
-with reporting(snakemake.log[0]) as report:
+with rule_script(snakemake) as (_, report):
     folder = Path(snakemake.output[0]).parent
     pins = snakemake.input[0]
     report(f"installing {pins} into {folder} (about 1.2 GB; once)")
@@ -27,9 +27,9 @@ with reporting(snakemake.log[0]) as report:
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = "\n".join((done.stdout + done.stderr).splitlines()[-8:])
+            output = "\n".join((done.stdout + done.stderr).splitlines()[-8:])
             raise OperatorError(
-                f"aiperf cannot be installed:\n{said}",
+                f"aiperf cannot be installed:\n{output}",
                 remedy="let this machine reach a Python package index, or set `bench.python` to a "
                 "Python that has aiperf and matplotlib",
             )

@@ -1,16 +1,15 @@
-"""Tell nodes that join what is served here. Output: `run/cluster.open`."""
+"""Publish this deployment's configuration for nodes that join. Output: `run/cluster.open`."""
 
 from pathlib import Path
 
-from serving.config import parse
-from serving.deploy.cluster import membership as cluster
-from serving.deploy.planning.topology import address
-from serving.deploy.rule_script import reporting
+from serving.config import connect_address
+from serving.deploy.cluster import membership
+from serving.deploy.rule_script import rule_script
 from serving.engine.manifest import load_manifest
 
-with reporting(snakemake.log[0]) as report:
-    config = parse(snakemake.config)
-    endpoint = address(config.etcd.host, config.etcd.port)
-    cluster.tell(config, load_manifest(Path(snakemake.input.engine).parent), endpoint)
+with rule_script(snakemake) as (config, report):
+    endpoint = connect_address(config.etcd.host, config.etcd.port)
+    manifest = load_manifest(Path(snakemake.input.engine).parent)
+    membership.tell(config.sections(), manifest, endpoint)
     Path(snakemake.output[0]).write_text(f"{endpoint}\n")
     report(f"nodes can join at {endpoint}")

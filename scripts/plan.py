@@ -1,9 +1,7 @@
 """How many prefill and decode workers does a recorded workload need? Simulates; starts nothing."""
 
-from serving.config import parse
-from serving.deploy.rule_script import reporting
+from serving.deploy.rule_script import rule_script
 from serving.simulate.plan import propose
 
-config = parse(snakemake.config)
-with reporting(snakemake.log[0]) as report:
+with rule_script(snakemake) as (config, report):
     propose(config.plan, config.router, report=report)

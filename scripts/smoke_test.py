@@ -1,21 +1,19 @@
-"""Does the running service do what it promises? A table of checks; fails with the reason."""
+"""Does the running service keep its promises? A table of checks; fails with the reason."""
 
 import asyncio
 from pathlib import Path
 
-from serving.config import parse
-from serving.deploy.planning.topology import joins
-from serving.deploy.report.service import expected
+from serving.config.resolve import is_joining_node
+from serving.deploy.report.service_spec import read_service_spec
 from serving.deploy.report.smoke import conclude_smoke, run_smoke
-from serving.deploy.rule_script import reporting
+from serving.deploy.rule_script import rule_script
 from serving.errors import OperatorError
 
-with reporting(snakemake.log[0]) as report:
-    config = parse(snakemake.config)
-    if joins(config):
+with rule_script(snakemake) as (config, report):
+    if is_joining_node(config):
         raise OperatorError(
             f"this node works for {config.cluster.head}, which has the frontend",
             remedy="run `snakemake smoke_test` there",
         )
-    told = expected(Path("run"), config)
-    conclude_smoke(asyncio.run(run_smoke(told, report=report)), report=report)
+    spec = read_service_spec(Path("run"), config)
+    conclude_smoke(asyncio.run(run_smoke(spec, report)), report)

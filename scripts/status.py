@@ -1,9 +1,7 @@
 """What runs here: programs, health, model, URL, cache hit rate."""
 
-from serving.config import parse
-from serving.deploy.report import status
-from serving.deploy.rule_script import reporting
+from serving.deploy.report.status import report_status
+from serving.deploy.rule_script import rule_script
 
-with reporting(snakemake.log[0]) as report:
-    for line in status.report(parse(snakemake.config)):
-        report(line)
+with rule_script(snakemake) as (config, report):
+    report_status(config, report)

@@ -1,8 +1,7 @@
-"""Stop the deployment: reverse order, whole process groups, nothing left."""
+"""Stop the deployment: whole process groups in reverse order, until nothing is left."""
 
-from serving.config import parse
 from serving.deploy.processes.stop import stop_all
-from serving.deploy.rule_script import reporting
+from serving.deploy.rule_script import rule_script
 
-with reporting(snakemake.log[0]) as report:
-    stop_all(parse(snakemake.config), report)
+with rule_script(snakemake) as (config, report):
+    stop_all(config, report)

@@ -1,9 +1,9 @@
-"""Stop programs that no longer belong, then record what does."""
+"""Stop programs that no longer belong, then record the ones that do."""
 
 import msgspec
 from serving.deploy.processes.markers import Record
 from serving.deploy.processes.stop import stop_obsolete
-from serving.deploy.rule_script import reporting
+from serving.deploy.rule_script import rule_script
 
-with reporting(snakemake.log[0]) as report:
+with rule_script(snakemake) as (_, report):
     stop_obsolete(msgspec.json.decode(snakemake.params.record, type=Record), report)

@@ -12,7 +12,7 @@ LAYERS = [
     {"frontend", "worker", "deploy", "simulate"},
     {"kv_router", "kv_transfer", "engine", "discovery", "events", "rpc", "text"},
     {"block_hash", "kv_layout", "grammar", "framing"},
-    {"protocol", "load_report", "config", "model_folder", "progress", "gpus", "errors"},
+    {"protocol", "load_report", "config", "model_folder", "progress", "console", "gpus", "errors"},
 ]
 LAYER_OF = {unit: depth for depth, units in enumerate(LAYERS) for unit in units}
 FORBIDDEN = {("frontend", "engine"), ("frontend", "kv_transfer"), ("worker", "kv_router")}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from serving.deploy.planning.placement import existing_gpus
+from serving.deploy.planning.gpu_assignment import existing_gpus
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "config" / "examples").glob("*.yaml"))

@@ -12,7 +12,13 @@ are beside it. Everything else derives from these classes: the JSON schema, the 
 
 from __future__ import annotations
 
-from serving.config.cluster import ClusterConfig, NetworkConfig, SlurmConfig, is_loopback
+from serving.config.cluster import (
+    ClusterConfig,
+    NetworkConfig,
+    SlurmConfig,
+    connect_address,
+    is_loopback,
+)
 from serving.config.control import EtcdConfig, NatsConfig
 from serving.config.deployment import MULTINODE, ContainerConfig, DeploymentConfig, Topology
 from serving.config.engine import EngineConfig, MockConfig, TensorRtLlmConfig, Weights
@@ -20,6 +26,7 @@ from serving.config.frontend import DeadlinesConfig, FrontendConfig
 from serving.config.kv_transfer import KvTransferConfig
 from serving.config.model import ModelConfig
 from serving.config.parsing import Config, as_plain, nest, parse
+from serving.config.resolve import ResolvedConfig
 from serving.config.router import Policy, RouterConfig
 from serving.config.workers import WorkersConfig
 from serving.config.workload import BenchConfig, PlanConfig
@@ -42,6 +49,7 @@ __all__ = [
     "NetworkConfig",
     "PlanConfig",
     "Policy",
+    "ResolvedConfig",
     "RouterConfig",
     "SlurmConfig",
     "TensorRtLlmConfig",
@@ -49,6 +57,7 @@ __all__ = [
     "Weights",
     "WorkersConfig",
     "as_plain",
+    "connect_address",
     "is_loopback",
     "nest",
     "parse",

@@ -9,6 +9,8 @@ from msgspec import Meta
 
 from serving.config.base import Positive, Seconds, Section
 
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+
 
 class NetworkConfig(Section, frozen=True):
     """Where workers listen. They advertise the same addresses."""
@@ -114,3 +116,9 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def connect_address(host: str, port: int) -> str:
+    """`host:port` to connect to. A listener on a wildcard address is reached over loopback."""
+    host = _LOOPBACK_OF.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,44 +1,50 @@
-"""How a rule's script speaks to the person at the terminal: lines now, and one paragraph at the end.
+"""What every rule script begins with: its configuration, and a way to speak to the person.
 
-Snakemake prints a traceback for any exception that leaves a script. What an operator can fix
-deserves better, so it ends the process with its own words and exit status 1.
+Snakemake prints a traceback for any exception that leaves a script. A person who can fix the cause
+deserves better, so an OperatorError ends the script with its own words and exit status 1.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from serving.config import ResolvedConfig, as_plain
+from serving.config.resolve import read_resolved
+from serving.console import without_colours
 from serving.errors import OperatorError
 from serving.progress import Report
 
-FAILURES = "SERVING_FAILURES"
-"""Names the file where paragraphs are gathered, each ended by a NUL, to be said again at the end."""
+
+def script_config(config: ResolvedConfig, failures_file: Path) -> dict[str, Any]:
+    """What the Snakefile gives the scripts as `snakemake.config`."""
+    return {"resolved": as_plain(config), "failures_file": str(failures_file)}
 
 
 @contextmanager
-def reporting(log: str | Path) -> Iterator[Report]:
-    """Yields `report(line)`, which writes to the terminal and to `log`.
+def rule_script(snakemake: Any) -> Iterator[tuple[ResolvedConfig, Report]]:
+    """Gives the configuration of the run, and `report(line)`, which prints and logs.
 
-    An OperatorError inside goes to standard error and to `log`, and becomes SystemExit(1).
+    An OperatorError inside is printed and logged too, is repeated when the run ends, and becomes
+    SystemExit(1).
     """
-    path = Path(log)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as lines:
+    config = read_resolved(snakemake.config["resolved"])
+    log = Path(snakemake.log[0])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as lines:
 
         def report(line: str) -> None:
             print(line, flush=True)
-            print(line, file=lines, flush=True)
+            print(without_colours(line), file=lines, flush=True)
 
         try:
-            yield report
+            yield config, report
         except OperatorError as exc:
             print(f"\n{exc}\n", file=sys.stderr, flush=True)
             print(exc, file=lines, flush=True)
-            if gathered := os.environ.get(FAILURES):
-                with open(gathered, "a", encoding="utf-8") as failures:
-                    failures.write(f"{exc}\0")
+            with open(snakemake.config["failures_file"], "a", encoding="utf-8") as failures:
+                failures.write(f"{exc}\0")  # a paragraph may hold empty lines, so a NUL ends it
             sys.exit(1)

@@ -24,7 +24,9 @@ import msgspec
 from integration.services import Etcd, Nats, free_port
 from serving.config import Topology, parse
 from serving.config.process import WorkerSettings
-from serving.deploy.planning.topology import Program, pinned, plan, worker_environment
+from serving.config.resolve import resolved_config, with_topology
+from serving.deploy.planning.plan import plan_deployment, worker_environment
+from serving.deploy.planning.program import Program
 from serving.deploy.processes.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE
 from serving.engine.manifest import load_manifest
 
@@ -118,17 +120,16 @@ class RunningService:
             "nats": {"port": int(nats.url.rpartition(":")[2])},
             "deployment": {"topology": self._topology, "stop_s": STOP_S - 1},
         }
-        config = pinned(parse(sections), self._topology)
         fingerprint = load_manifest(self._engine_dir).fingerprint
         (self._folder / "results" / "engines" / fingerprint).symlink_to(self._engine_dir.resolve())
-        planned = plan(
-            config,
-            engine_fingerprint=fingerprint,
+        config = resolved_config(
+            with_topology(parse(sections), self._topology),
             device=self._device,
             dtype=self._dtype,
-            gpus=self._gpus,
-            code={"worker": "", "frontend": ""},
+            engine_fingerprint=fingerprint,
+            model_key="",
         )
+        planned = plan_deployment(config, gpus=self._gpus, code={"worker": "", "frontend": ""})
         cores = len(os.sched_getaffinity(0))
         for program in planned.programs:
             if program.name == "frontend":

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.config import Config, FrontendConfig, as_plain, nest, parse
+from serving.config import MULTINODE, Config, FrontendConfig, as_plain, nest, parse
+from serving.config.resolve import with_topology, worker_counts
 from serving.deploy.cluster import membership as cluster
 from serving.deploy.cluster.membership import Cluster
-from serving.deploy.planning.topology import MULTINODE, pinned, plan, workers_here
 from serving.deploy.processes import certificates, credentials
 from serving.discovery.etcd import read_join_file
 from serving.errors import ConfigError, OperatorError
 from serving.protocol import InstanceInfo, ModelCard
+from unit.deploy.resolved import plan_for_test
 
 HEAD = {
     "model": {"id": "org/model", "source": "hub", "revision": "main"},
@@ -25,7 +26,7 @@ HEAD = {
 
 
 def head_config(**more: Any) -> Config:
-    config = pinned(parse(HEAD | more), MULTINODE)
+    config = with_topology(parse(HEAD | more), MULTINODE)
     return cluster.with_head_addresses(config)
 
 
@@ -179,15 +180,7 @@ def test_join_file_is_asked_for_and_looked_at(tmp_path: Path) -> None:
 
 
 def programs_of(config: Config) -> list[str]:
-    made = plan(
-        config,
-        engine_fingerprint="f",
-        device="cpu",
-        dtype="float32",
-        gpus=[],
-        code={"worker": "w", "frontend": "f"},
-    )
-    return list(made.fingerprints)
+    return list(plan_for_test(config).fingerprints)
 
 
 def test_head_runs_planes_and_its_own_workers() -> None:
@@ -201,24 +194,13 @@ def test_node_runs_its_workers_alone() -> None:
     head = head_config()
     raw = {"workers": {"prefill": 2}, "cluster": {"head": "10.0.0.1"}}
     config = cluster._at(cluster._merged(raw, parse(raw), head, told(head)), "10.0.0.2", "10.0.0.1")
-    assert workers_here(config) == {"prefill": 2}
+    assert worker_counts(config) == {"prefill": 2}
     assert programs_of(config) == ["worker-prefill-10-0-0-2-0", "worker-prefill-10-0-0-2-1"]
 
 
 def test_etcd_off_loopback_asks_for_certificates_and_keeps_its_peers_port_to_itself() -> None:
     config = head_config(cluster={"address": "10.0.0.1"})
-    [etcd] = [
-        program
-        for program in plan(
-            config,
-            engine_fingerprint="f",
-            device="cpu",
-            dtype="float32",
-            gpus=[],
-            code={"worker": "w", "frontend": "f"},
-        ).programs
-        if program.name == "etcd"
-    ]
+    etcd = plan_for_test(config)["etcd"]
     command = " ".join(etcd.command)
     assert "--client-cert-auth" in command
     assert "--listen-client-urls=https://10.0.0.1:2379" in command
@@ -292,8 +274,8 @@ def test_api_gets_a_certificate_for_where_it_listens(
 
 def test_own_certificate_means_https_and_needs_its_key() -> None:
     given = {"tls_cert_file": "a.pem", "tls_key_file": "k.pem"}
-    config = pinned(parse({"frontend": given}), "agg")
-    assert config.frontend.tls
-    assert credentials.scheme(config.frontend) == "https"
+    frontend = credentials.with_certificate(parse({"frontend": given}).frontend)
+    assert frontend.tls
+    assert credentials.scheme(frontend) == "https"
     with pytest.raises(ConfigError, match=r"frontend\.tls_key_file"):
         parse({"frontend": {"tls_cert_file": "a.pem"}})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from serving.config import Config
-from serving.deploy.planning.topology import Program
+from serving.deploy.planning.program import Program
 from serving.deploy.processes import processes
 from serving.deploy.processes.launch import launch
 from serving.deploy.processes.markers import read_marker

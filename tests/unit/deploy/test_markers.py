@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.config import parse
-from serving.deploy.planning.topology import DeploymentPlan, pinned, plan
+from serving.deploy.planning.program import DeploymentPlan
 from serving.deploy.processes.markers import (
     Record,
     no_longer_wanted,
@@ -19,17 +18,11 @@ from serving.deploy.processes.markers import (
     write_record,
 )
 from serving.deploy.processes.supervisor import ProcessInfo
+from unit.deploy.resolved import plan_for_test
 
 
 def planned(engine: str = "e", topology: Any = "disagg", **raw: Any) -> DeploymentPlan:
-    return plan(
-        pinned(parse(raw), topology),
-        engine_fingerprint=engine,
-        device="cpu",
-        dtype="float32",
-        gpus=[],
-        code={"worker": "w", "frontend": "f"},
-    )
+    return plan_for_test(raw, topology, engine_fingerprint=engine)
 
 
 def process(name: str, of: DeploymentPlan, **changes: Any) -> ProcessInfo:

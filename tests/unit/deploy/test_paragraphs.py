@@ -21,7 +21,7 @@ from serving.deploy.checks.container import check_container, judge_gpus
 from serving.deploy.checks.findings import Finding, conclude, judge
 from serving.deploy.checks.tensorrt_llm import judge_tensorrt_llm
 from serving.deploy.model.hub_errors import explain_hub_error
-from serving.deploy.planning.placement import require_room, usable_gpus
+from serving.deploy.planning.gpu_assignment import require_enough_gpus, usable_gpus
 from serving.engine.trtllm.build.memory import require_memory
 from serving.engine.trtllm.build.target import Parallelism
 from serving.engine.trtllm.build.tensorrt_flow import build_engines
@@ -82,7 +82,7 @@ def loaded(memory_bytes: int) -> None:
 
 def placed(tensor: int, num_gpus: int) -> None:
     sizes: Any = {"agg": tensor}
-    require_room({"agg": 1}, sizes, range(num_gpus), may_share=False)
+    require_enough_gpus({"agg": 1}, sizes, range(num_gpus), may_share=False)
 
 
 def gated() -> None:

@@ -21,7 +21,8 @@ from msgspec import Struct
 from serving.config import Config
 from serving.deploy.checks.findings import Finding
 from serving.deploy.model.files import local_files
-from serving.deploy.planning.fingerprint import resolve_dtype, resolve_source
+from serving.deploy.planning.device import resolve_dtype
+from serving.deploy.planning.fingerprint import resolve_source
 from serving.engine.files import human
 from serving.kv_transfer.transports.nixl import REMEDY as NIXL_REMEDY
 from serving.kv_transfer.transports.nixl import nixl_module

@@ -5,16 +5,16 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from serving.config import Config
+from serving.config import Config, connect_address
+from serving.config.resolve import is_joining_node
 from serving.deploy.checks.findings import Finding
-from serving.deploy.planning.topology import address, joins
 from serving.deploy.processes.ports import claim
 from serving.errors import OperatorError
 
 
 def judge_ports(config: Config, run_dir: Path) -> list[Finding]:
     """Each port the deployment will listen on is free, or held by a program of its own."""
-    if joins(config):
+    if is_joining_node(config):
         return []  # workers take any that is free
     wanted = {
         "frontend.port": (config.frontend.host, config.frontend.port),
@@ -36,7 +36,7 @@ def judge_ports(config: Config, run_dir: Path) -> list[Finding]:
 
 
 def _answers(host: str, port: int) -> bool:
-    name = address(host, port).rpartition(":")[0].strip("[]")
+    name = connect_address(host, port).rpartition(":")[0].strip("[]")
     try:
         socket.create_connection((name, port), timeout=2).close()
     except OSError:

@@ -22,7 +22,8 @@ from msgspec import Struct
 
 from serving.config import Config, as_plain, is_loopback, nest, parse
 from serving.deploy.cluster.network import advertised_address, interfaces
-from serving.deploy.planning.fingerprint import resolve_dtype, resolve_source
+from serving.deploy.planning.device import resolve_dtype
+from serving.deploy.planning.fingerprint import resolve_source
 from serving.deploy.planning.source_digest import source_digest
 from serving.deploy.processes.certificates import is_join_file
 from serving.deploy.processes.credentials import (

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serving.config import Config
+from serving.config.resolve import topology_roles
 from serving.deploy.containers.removal import remove_container
 from serving.deploy.containers.run_command import runs_in_container
 from serving.deploy.containers.worker_command import MODELS, contain
-from serving.deploy.planning.placement import visible_order
+from serving.deploy.planning.gpu_assignment import visible_order
 from serving.deploy.planning.source_digest import SCRIPTS
-from serving.deploy.planning.topology import roles
 from serving.engine.files import Progress
 from serving.engine.trtllm.build.installed import PYTHON
 from serving.errors import OperatorError
@@ -43,7 +43,8 @@ class LibraryRunner:
     ) -> None:
         self._container = config.container
         self._inside = any(
-            runs_in_container(config.container, role) for role in roles(config.deployment.topology)
+            runs_in_container(config.container, role)
+            for role in topology_roles(config.deployment.topology)
         )
         self._env = {
             "PYTHONPATH": os.environ.get("PYTHONPATH", str(SCRIPTS)),

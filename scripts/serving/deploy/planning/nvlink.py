@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from serving.gpus import Links
 
 
-def joined(gpus: Sequence[int], links: Links) -> bool:
-    """Whether each of `gpus` has NVLink to each other one."""
+def all_joined(gpus: Sequence[int], links: Links) -> bool:
+    """Whether NVLink joins every two of `gpus`."""
     return all(frozenset((a, b)) in links for i, a in enumerate(gpus) for b in gpus[:i])
 
 
 def islands(gpus: Sequence[int], links: Links) -> list[list[int]]:
-    """`gpus` in groups that are joined throughout, both in the given order."""
+    """`gpus` in groups whose members are all joined, in the given order."""
     groups: list[list[int]] = []
     for gpu in gpus:
-        home = next((group for group in groups if joined([*group, gpu], links)), None)
+        home = next((group for group in groups if all_joined([*group, gpu], links)), None)
         if home is None:
             groups.append([gpu])
         else:

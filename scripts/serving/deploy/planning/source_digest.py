@@ -10,8 +10,8 @@ SCRIPTS = PACKAGE.parent
 """The folder that makes `serving` importable."""
 
 _UNUSED = {
-    "worker": {"deploy", "frontend", "kv_router", "simulate", "text"},
-    "frontend": {"deploy", "engine", "kv_transfer", "simulate", "worker"},
+    "worker": {"console.py", "deploy", "frontend", "kv_router", "simulate", "text"},
+    "frontend": {"console.py", "deploy", "engine", "kv_transfer", "simulate", "worker"},
 }
 
 

@@ -16,18 +16,15 @@ import msgspec
 
 from serving.config import Config
 from serving.config.process import WorkerSettings
+from serving.config.resolve import gpus_per_worker, uses_slurm
 from serving.deploy.cluster.slurm import SlurmJobs, inside_allocation, step_command
 from serving.deploy.containers.run_command import runs_in_container
 from serving.deploy.containers.worker_command import contain_worker
-from serving.deploy.planning.placement import existing_gpus, usable_gpus
+from serving.deploy.planning.control_services import NATS_TOKEN
+from serving.deploy.planning.gpu_assignment import existing_gpus, usable_gpus
+from serving.deploy.planning.plan import worker_environment
+from serving.deploy.planning.program import Program
 from serving.deploy.planning.source_digest import SCRIPTS
-from serving.deploy.planning.topology import (
-    NATS_TOKEN,
-    Program,
-    gpus_per_worker,
-    uses_slurm,
-    worker_environment,
-)
 from serving.deploy.processes import ports
 from serving.deploy.processes.credentials import NATS_TOKEN_FILE, ensure, ensure_named
 from serving.deploy.processes.markers import write_marker

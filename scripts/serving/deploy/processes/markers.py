@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from serving.config import Topology
-from serving.deploy.planning.topology import DeploymentPlan
+from serving.deploy.planning.program import DeploymentPlan
 from serving.deploy.processes.supervisor import ProcessInfo
 
 RECORD = "topology.json"

@@ -17,8 +17,9 @@ from typing import Any
 
 import msgspec
 
+from serving.config import connect_address
 from serving.config.process import FrontendSettings
-from serving.deploy.planning.topology import Program, address
+from serving.deploy.planning.program import Program
 from serving.deploy.processes.credentials import (
     ETCD_SERVER_FILE,
     JOIN_FILE,
@@ -41,7 +42,7 @@ def probe_for(name: str) -> Probe:
 
 def etcd(program: Program, launch_id: str) -> str:
     port = program.ports["etcd.port"]
-    where = address(program.host, port)
+    where = connect_address(program.host, port)
     try:
         status, body = _http("GET", where, "/health", None, ANSWER_S, tls=_tls(program))
     except (OSError, http.client.HTTPException) as exc:
@@ -56,7 +57,7 @@ def nats(program: Program, launch_id: str) -> str:
     port = program.ports["nats.port"]
     token = Path(NATS_TOKEN_FILE).read_text().strip()
     hello = json.dumps({"auth_token": token, "verbose": False, "name": "readiness"})
-    host, _, number = address(program.host, port).rpartition(":")
+    host, _, number = connect_address(program.host, port).rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(number)), ANSWER_S) as connection:
             lines = connection.makefile("rb")
@@ -79,7 +80,7 @@ def worker(program: Program, launch_id: str) -> str:
 def frontend(program: Program, launch_id: str) -> str:
     if missing := _announced(program, launch_id):
         return missing
-    where = address(program.host, program.ports["frontend.port"])
+    where = connect_address(program.host, program.ports["frontend.port"])
     try:
         tls = trust(msgspec.json.decode(program.settings, type=FrontendSettings).frontend)
         status, body = _http("GET", where, "/health", None, ANSWER_S, tls=tls)
@@ -102,7 +103,7 @@ def _serves_what_is_here(program: Program, body: Mapping[str, Any]) -> bool:
 
 def first_answer(program: Program) -> None:
     """One token through the whole path. Raises OperatorError with the service's own words."""
-    where = address(program.host, program.ports["frontend.port"])
+    where = connect_address(program.host, program.ports["frontend.port"])
     process = msgspec.json.decode(program.settings, type=FrontendSettings)
     if process.own_instances == []:
         return  # there is nobody to answer before other nodes join

@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Sequence
 
 from serving.config import Config
+from serving.config.resolve import is_joining_node
 from serving.deploy.cluster.slurm import SlurmJobs
-from serving.deploy.planning.topology import joins, stop_tiers
+from serving.deploy.planning.program import stop_tiers
 from serving.deploy.processes import ports, processes
 from serving.deploy.processes.markers import RECORD, Record, no_longer_wanted, write_record
 from serving.deploy.processes.supervisor import RUN, Supervisor
@@ -87,7 +88,7 @@ def _tidy() -> None:
 
 def _check_ports(config: Config, report: Report) -> None:
     """A port that is still taken is somebody else's by now; say so, since the next start needs it."""
-    if joins(config):
+    if is_joining_node(config):
         return
     etcd_ports = {"etcd.port": config.etcd.port, "etcd.peer_port": config.etcd.peer_port}
     wanted = (

@@ -1,6 +1,6 @@
-"""From what was seen of a deployment to what is wrong with it and what to do. Pure: no I/O.
+"""From evidence about a deployment to findings: what is wrong, and what to do. Pure: no I/O.
 
-`doctor` collects the `Evidence`; each function here judges one part of it.
+Each function judges one part of the `Evidence`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from serving.protocol import InstanceInfo, ModelCard
 _START = "run the same `snakemake serve_*` again: it starts what is missing"
 
 
-class Evidence(Struct, frozen=True, kw_only=True):
-    """What was seen. Error texts are empty when the thing answered; None means not looked at.
+Position = Literal["alone", "head", "node"]
+"""This machine's position in a cluster of several."""
 
-    `wanted` are the programs this deployment was told to run, `states` what supervisord says of
-    them (`RUNNING`, `EXITED`...), `logs` the last words of those that do not run. `ready` is the
-    body of the frontend's `/ready`. `heard` are the instances whose load reports arrived, and
-    `snapshots` the number of block hashes each instance says it caches, or why it did not answer.
-    `place` is this machine's in a cluster of several: others have workers too, and a node has no
-    frontend.
+
+class Evidence(Struct, frozen=True, kw_only=True):
+    """Error texts are empty when the program answered; None means that nobody looked.
+
+    `programs` should run here, `states` is supervisord's view of them (`RUNNING`, `EXITED`...), and
+    `logs` has the last lines of those that do not run. `ready` is the body of the frontend's
+    `/ready`. `reporting` are the instances whose load reports arrived, and `snapshots` the number
+    of block hashes that each instance caches, or why it did not answer. With a `position` other
+    than `alone`, other machines have workers too; a `node` has no frontend.
     """
 
     supervisor: bool
-    wanted: list[str]
+    programs: list[str]
     states: dict[str, str]
     logs: dict[str, list[str]]
     etcd_error: str = ""
@@ -36,21 +39,21 @@ class Evidence(Struct, frozen=True, kw_only=True):
     frontend_error: str = ""
     instances: list[InstanceInfo] | None = None
     ready: dict[str, Any] | None = None
-    heard: set[str] | None = None
+    reporting: set[str] | None = None
     snapshots: dict[str, int | str] = {}
-    place: Literal["alone", "head", "node"] = "alone"
+    position: Position = "alone"
 
 
 def diagnose(evidence: Evidence) -> list[Finding]:
     """Every finding, causes before consequences."""
-    if not evidence.wanted:
+    if not evidence.programs:
         return [
             Finding("deployment", False, "nothing was started here", "`snakemake serve_disagg`")
         ]
     return [
         _supervisor(evidence),
         *_programs(evidence),
-        *_planes(evidence),
+        *_control_services(evidence),
         *_registrations(evidence),
         *_agreement(evidence),
         *_frontend(evidence),
@@ -68,28 +71,28 @@ def _supervisor(evidence: Evidence) -> Finding:
 def _programs(evidence: Evidence) -> Iterable[Finding]:
     if not evidence.supervisor:
         return
-    for name in evidence.wanted:
+    for name in evidence.programs:
         state = evidence.states.get(name, "not started")
-        words = " | ".join(evidence.logs.get(name, []))
-        detail = f"{state}; its log ends: {words}" if words else state
+        last_lines = " | ".join(evidence.logs.get(name, []))
+        detail = f"{state}; its log ends: {last_lines}" if last_lines else state
         yield Finding(name, state == "RUNNING", detail, f"read logs/{name}.log; then {_START}")
 
 
-def _planes(evidence: Evidence) -> Iterable[Finding]:
+def _control_services(evidence: Evidence) -> Iterable[Finding]:
     for name, error, meaning in (
         ("etcd", evidence.etcd_error, "discovery keeps its last known members"),
-        ("nats", evidence.nats_error, "routing goes by load of its own only"),
+        ("nats", evidence.nats_error, "each frontend routes by its own load counts only"),
     ):
         detail = f"does not answer ({error}); {meaning}" if error else "answers"
         yield Finding(f"{name} reachable", not error, detail, _START)
 
 
 def _registrations(evidence: Evidence) -> Iterable[Finding]:
-    """Each running worker holds a lease in etcd, and nobody else does."""
+    """Each running worker holds a lease in etcd, and no other instance does."""
     if evidence.instances is None:
         return
     registered = {info.instance_id for info in evidence.instances}
-    workers = [n.removeprefix("worker-") for n in evidence.wanted if n.startswith("worker-")]
+    workers = [n.removeprefix("worker-") for n in evidence.programs if n.startswith("worker-")]
     for instance in workers:
         yield Finding(
             f"{instance} registered",
@@ -99,20 +102,20 @@ def _registrations(evidence: Evidence) -> Iterable[Finding]:
         )
     hosts = {info.instance_id: info.host for info in evidence.instances}
     for instance in sorted(registered - set(workers)):
-        if evidence.place != "alone":
+        if evidence.position != "alone":
             yield Finding(f"{instance} registered", True, f"from {hosts[instance]}")
             continue
         yield Finding(
             f"{instance} registered",
             False,
-            "is in etcd, but not one of this deployment's workers",
+            "is in etcd, but this deployment has no such worker",
             "give each deployment that shares an etcd its own deployment.namespace",
             warning=True,
         )
 
 
 def _agreement(evidence: Evidence) -> Iterable[Finding]:
-    """Routing compares hashes, so all workers must cut and salt blocks alike."""
+    """Routing compares block hashes, so all workers need the same block size and salt."""
     cards = {info.instance_id: info.model for info in evidence.instances or []}
     if not cards:
         return
@@ -121,13 +124,15 @@ def _agreement(evidence: Evidence) -> Iterable[Finding]:
         "hash salt": lambda card: card.hash_salt,
         "model": lambda card: card.name,
     }
-    if evidence.place == "alone":  # which covers how a machine names the model, too
+    if (
+        evidence.position == "alone"
+    ):  # on several machines it may differ, because it covers the model's path
         aspects["engine"] = lambda card: card.engine_fingerprint
     for name, aspect in aspects.items():
         values = {instance: aspect(card) for instance, card in cards.items()}
         same = len(set(values.values())) == 1
         shown = next(iter(values.values())) if same else _pairs(values)
-        yield Finding(f"one {name}", same, str(shown), "restart the odd ones: " + _START)
+        yield Finding(f"one {name}", same, str(shown), "restart the workers that differ: " + _START)
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
@@ -135,9 +140,9 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _frontend(evidence: Evidence) -> Iterable[Finding]:
-    """The frontend can serve, refuses nobody, and sees whom etcd names."""
+    """The frontend can serve, refuses no instance, and is connected to all that are in etcd."""
     state = evidence.ready
-    if evidence.place == "node":
+    if evidence.position == "node":
         return
     if state is None:
         yield Finding("frontend answers", False, evidence.frontend_error, _START)
@@ -162,22 +167,22 @@ def _frontend(evidence: Evidence) -> Iterable[Finding]:
 
 
 def _events(evidence: Evidence) -> Iterable[Finding]:
-    """Reports and cache contents reach whoever listens on NATS, and the frontend's index follows."""
-    if evidence.heard is None or evidence.ready is None:
+    """Load reports and cache contents arrive over NATS, and the frontend's index follows them."""
+    if evidence.reporting is None or evidence.ready is None:
         return
     for row in evidence.ready["instances"]:
         instance = row["instance_id"]
-        heard = instance in evidence.heard
-        snapshot = evidence.snapshots.get(instance, "was not asked")
+        reports = instance in evidence.reporting
+        snapshot = evidence.snapshots.get(instance, "not requested")
         if isinstance(snapshot, str):
             held = f"no snapshot: {snapshot}"
         else:
-            held = f"says it caches {snapshot} blocks"
+            held = f"it caches {snapshot} blocks"
         yield Finding(
             f"{instance} events",
-            heard and not isinstance(snapshot, str),
-            f"{'load reports arrive' if heard else 'no load report arrived'}, {held}",
-            f"look for NATS in logs/worker-{instance}.log; a restart of nats alone heals by itself",
+            reports and not isinstance(snapshot, str),
+            f"{'load reports arrive' if reports else 'no load report arrived'}, {held}",
+            f"look for NATS in logs/worker-{instance}.log; workers recover on their own after NATS restarts",
         )
         yield Finding(
             f"{instance} index",
@@ -185,38 +190,38 @@ def _events(evidence: Evidence) -> Iterable[Finding]:
             "the frontend's prefix index follows it"
             if row["synchronised"]
             else "the frontend waits for its snapshot",
-            "it asks again by itself; if this stays, look for the instance in logs/frontend.log",
+            "it asks again on its own; if this persists, look for the instance in logs/frontend.log",
             warning=True,
         )
 
 
 def _transfers(evidence: Evidence) -> Iterable[Finding]:
-    """Failed KV transfers cost time, not answers: a warning."""
+    """A failed KV transfer costs time, but no answer, so it is only a warning."""
     for row in (evidence.ready or {}).get("instances", []):
         if row["role"] == "decode":
             failures, transfers = row["kv_transfer_failures"], row["kv_transfers"]
             yield Finding(
                 f"{row['instance_id']} kv transfer",
                 not failures,
-                f"{transfers} over {row['kv_transport']}{_by(row['kv_route'])}, {failures} failed "
+                f"{transfers} over {row['kv_transport']}{_route(row['kv_route'])}, {failures} failed "
                 f"({row['local_prefill_fallbacks']} prompts prefilled locally)",
                 f"logs/worker-{row['instance_id']}.log names the cause; `snakemake check_ucx` "
-                "tries UCX alone",
+                "tests UCX alone",
                 warning=True,
             )
 
 
-def _by(route: str) -> str:
+def _route(route: str) -> str:
     return f" ({route})" if route else ""
 
 
 def judge_routing(policy: str, cold: int, warm: int, known: float, block_size: int) -> Finding:
-    """One prompt sent twice. `cold`, `warm`: cached tokens; `known`: what the index promised."""
-    detail = f"cached tokens {cold}, then {warm}; the index knew of {known:.0f}"
+    """For one prompt that was sent twice. `cold` and `warm` are its cached tokens, `known` is the number of tokens that the index expected to be cached."""
+    detail = f"cached tokens {cold}, then {warm}; the index expected {known:.0f}"
     if policy != "kv":
         return Finding("kv routing", True, f"not in use: router.policy is {policy}")
     remedy = (
-        "the findings above about events and block sizes; engine.kv_cache_tokens may be too small "
-        "to keep a prompt"
+        "see the findings above about events and block sizes; engine.kv_cache_tokens may be too "
+        "small for one prompt"
     )
     return Finding("kv routing", warm >= cold + block_size and known > 0, detail, remedy)

@@ -1,7 +1,7 @@
-"""Does the running service do what it promises: eight short checks against its API.
+"""Does the running service keep its promises? Eight short checks against its API.
 
-Nothing is simulated and nothing is remembered: prompts are new in each run, so that a first
-one is cold and a second one is not.
+Nothing is simulated and nothing is remembered. Prompts are new in each run, so the first use of a
+prompt is cold and the second is not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from serving.deploy.report.service import Expected, Service, ServiceFailed
+from serving.console import coloured
+from serving.deploy.report.service_client import ServiceClient, ServiceFailed
+from serving.deploy.report.service_spec import ServiceSpec
 from serving.errors import OperatorError
 from serving.progress import Report
 
@@ -26,11 +28,11 @@ REPORT_S = 10.0
 EVENTS_S = 0.5
 """Cache events of an answer reach the router within this time."""
 _SOME_TEXT = {"min_tokens": 4}
-"""Even a model that would rather end at once has something to say."""
+"""Without it, a model may end its answer at once."""
 
 
 class Outcome(Struct, frozen=True):
-    """What became of one check."""
+    """The result of one check."""
 
     name: str
     ok: bool
@@ -41,12 +43,15 @@ class Outcome(Struct, frozen=True):
 class Smoke:
     """The checks, in the order they run. Each returns its detail or raises ServiceFailed."""
 
-    def __init__(self, service: Service, expected: Expected) -> None:
-        self._service, self._expected = service, expected
+    def __init__(
+        self, service: ServiceClient, spec: ServiceSpec, report_s: float, events_s: float
+    ) -> None:
+        self._service, self._spec = service, spec
+        self._report_s, self._events_s = report_s, events_s
         self._before: dict[str, dict[str, Any]] = {}
 
     def checks(self) -> list[tuple[str, Callable[[], Awaitable[str]]]]:
-        transfer = [("kv transfer", self.kv_transfer)] if self._expected.disaggregated else []
+        transfer = [("kv transfer", self.kv_transfer)] if self._spec.disaggregated else []
         return [
             ("ready", self.ready),
             ("models", self.models),
@@ -109,28 +114,28 @@ class Smoke:
         whole = (await self._service.chat(prompt, 16, **_SOME_TEXT))["choices"][0]["message"][
             "content"
         ]
-        if self._expected.exact and whole != "".join(texts):
+        if self._spec.exact and whole != "".join(texts):
             raise ServiceFailed(f"streamed {''.join(texts)!r}, but at once it is {whole!r}")
         return f"{len(texts)} chunks, the first after {first_s:.2f} s, [DONE]"
 
     async def prefix_cache(self) -> str:
         """A prompt of several blocks, then the same again: blocks of the first are reused."""
         state = await self._service.ready()
-        prompt = long_prompt(self._expected)
+        prompt = long_prompt(self._spec)
         cold = cached_tokens(await self._service.chat(prompt, 4))
         # A policy that ignores the cache comes back to the first worker only after the others.
         repeats = 1 if state["policy"] == "kv" else 2 * len(state["instances"])
         warm = cold
         for _ in range(repeats):
-            await asyncio.sleep(EVENTS_S)
+            await asyncio.sleep(self._events_s)
             warm = max(warm, cached_tokens(await self._service.chat(prompt, 4)))
-            if warm >= cold + self._expected.block_size:
+            if warm >= cold + self._spec.block_size:
                 return f"cached tokens: {cold} the first time, {warm} the second"
         raise ServiceFailed(f"cached tokens: {cold} the first time, {warm} when repeated")
 
     async def kv_transfer(self) -> str:
         """KV blocks went from prefill to decode workers, by the configured transport."""
-        wanted = self._expected.transport
+        transport = self._spec.transport
         state = await self._until(lambda state: self._grown(state, "kv_bytes_received") > 0)
         num_bytes, transfers, failures, fallbacks = (
             self._grown(state, name)
@@ -146,16 +151,18 @@ class Smoke:
                 f"no KV bytes arrived at a decode worker ({fallbacks} local prefills instead)"
             )
         used = {row["kv_transport"] for row in state["instances"] if row["kv_bytes_received"]}
-        if used != {wanted}:
-            raise ServiceFailed(f"KV travelled over {', '.join(sorted(used))}, not {wanted}")
+        if used != {transport}:
+            raise ServiceFailed(
+                f"KV was transferred over {', '.join(sorted(used))}, not {transport}"
+            )
         exported = await self._service.samples("serving_kv_transfer_bytes_total")
-        if not any(v for labels, v in exported.items() if dict(labels)["transport"] == wanted):
-            raise ServiceFailed(f"/metrics counts no bytes with transport {wanted}")
+        if not any(v for labels, v in exported.items() if dict(labels)["transport"] == transport):
+            raise ServiceFailed(f"/metrics counts no bytes with transport {transport}")
         if failures or fallbacks:
             raise ServiceFailed(f"{failures} transfers failed, {fallbacks} local prefills")
         routes = {row["kv_route"] for row in state["instances"] if row["kv_bytes_received"]}
-        carried = f" ({', '.join(sorted(routes))})" if any(routes) else ""
-        return f"{num_bytes / 1e6:.1f} MB in {transfers} transfers over {wanted}{carried}"
+        route = f" ({', '.join(sorted(routes))})" if any(routes) else ""
+        return f"{num_bytes / 1e6:.1f} MB in {transfers} transfers over {transport}{route}"
 
     async def at_once(self) -> str:
         answers = await asyncio.gather(
@@ -170,7 +177,7 @@ class Smoke:
         """Closing a stream frees its blocks on every worker, although it had long to go."""
         idle = await self._until(lambda state: _held(state) == (0, 0))
         if _held(idle)[0]:
-            return "skipped: others are using the service, so its blocks cannot be told from theirs"
+            return "skipped: others use the service, so their blocks hide the ones of this check"
         if _held(idle)[1]:
             raise ServiceFailed(f"blocks are held although no request runs: {_holders(idle)}")
         async with self._service.stream(_sentence(), None, ignore_eos=True) as events:
@@ -186,17 +193,17 @@ class Smoke:
         after = await self._until(lambda state: _held(state) == (0, 0))
         if _held(after) != (0, 0):
             raise ServiceFailed(
-                f"{REPORT_S:g} s after the stream was closed {_held(after)[0]} requests still run; "
+                f"{self._report_s:g} s after the stream was closed {_held(after)[0]} requests still run; "
                 f"blocks held: {_holders(after)}"
             )
         return f"{busy[1]} blocks free again after {time.monotonic() - started:.2f} s"
 
-    async def _until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """`/ready` once it says what is wanted, or what it says after `REPORT_S`."""
-        deadline = time.monotonic() + REPORT_S
+    async def _until(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The body of `/ready` as soon as `holds` accepts it, or the last one after `report_s`."""
+        deadline = time.monotonic() + self._report_s
         while True:
             state = await self._service.ready()
-            if wanted(state) or time.monotonic() > deadline:
+            if holds(state) or time.monotonic() > deadline:
                 return state
             await asyncio.sleep(0.1)
 
@@ -210,12 +217,17 @@ class Smoke:
         return grown
 
 
-async def run_smoke(expected: Expected, *, report: Report) -> list[Outcome]:
-    """Run the checks, telling each as it ends. Without readiness the others are not tried."""
+async def run_smoke(
+    spec: ServiceSpec, report: Report, report_s: float = REPORT_S, events_s: float = EVENTS_S
+) -> list[Outcome]:
+    """Run the checks and report each as it ends. When `ready` or `models` fails, it stops.
+
+    `report_s` bounds the wait for counters, `events_s` is the wait for cache events.
+    """
     outcomes: list[Outcome] = []
-    async with Service(expected.url, expected.headers, expected.tls_cert_file) as service:
-        report(f"smoke test of {expected.url}")
-        for name, check in Smoke(service, expected).checks():
+    async with ServiceClient(spec.url, spec.headers, spec.tls_cert_file) as service:
+        report(f"smoke test of {spec.url}")
+        for name, check in Smoke(service, spec, report_s, events_s).checks():
             started = time.monotonic()
             try:
                 detail, ok = await check(), True
@@ -224,20 +236,21 @@ async def run_smoke(expected: Expected, *, report: Report) -> list[Outcome]:
             outcome = Outcome(name, ok, detail, time.monotonic() - started)
             outcomes.append(outcome)
             verdict = "ok" if ok else "FAILED"
-            report(f"  {verdict:<8}{name:<14}{outcome.seconds:6.2f} s  {detail}")
+            padding = " " * (8 - len(verdict))
+            report(f"  {coloured(verdict)}{padding}{name:<14}{outcome.seconds:6.2f} s  {detail}")
             if not ok and name in ("ready", "models"):
                 break
     return outcomes
 
 
-def conclude_smoke(outcomes: list[Outcome], *, report: Report) -> None:
+def conclude_smoke(outcomes: list[Outcome], report: Report) -> None:
     """Raises OperatorError with the first reason when a check failed."""
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed:
         names = ", ".join(outcome.name for outcome in failed)
         raise OperatorError(
             f"smoke test failed ({names}): {failed[0].detail}",
-            remedy="`snakemake doctor` looks for the cause; the programs' own words are in logs/",
+            remedy="`snakemake doctor` looks for the cause; the programs' logs are in logs/",
         )
     report(f"smoke test passed: {len(outcomes)} checks in {sum(o.seconds for o in outcomes):.1f} s")
 
@@ -279,11 +292,11 @@ def _word() -> str:
 
 
 def _sentence() -> str:
-    """A short prompt nobody sent before; its start keeps it from sharing blocks with others."""
+    """A short, new prompt. It starts with new words, so it shares no block with another prompt."""
     return f"{_word()} {_word()} {_word()}: write a few words about the sea."
 
 
-def long_prompt(expected: Expected) -> str:
-    """A new prompt of several blocks that fits the context, be a token a word or a character."""
-    num_chars = min(max(800, 20 * expected.block_size), expected.max_model_len // 2)
+def long_prompt(spec: ServiceSpec) -> str:
+    """A new prompt of several blocks that fits the context, whether a token is a word or a character."""
+    num_chars = min(max(800, 20 * spec.block_size), spec.max_model_len // 2)
     return " ".join(_word() for _ in range(num_chars // 5))

@@ -1,101 +1,118 @@
-"""What runs here, as a table for a person. Only looks; takes a few milliseconds."""
+"""What runs here, as tables for a person. Only looks; takes a few milliseconds."""
 
 from __future__ import annotations
 
-import asyncio
-import http.client
-import json
-import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
-from serving.config import Config, FrontendConfig
+from serving.config import MULTINODE, Config, FrontendConfig, connect_address
 from serving.config.process import ControlServices, FrontendSettings, read_settings
+from serving.config.resolve import is_joining_node
+from serving.console import coloured, table_lines
 from serving.deploy.cluster.slurm import SlurmJobs
-from serving.deploy.planning.topology import MULTINODE, address, joins, stop_tiers
+from serving.deploy.planning.program import stop_tiers
 from serving.deploy.processes import processes
-from serving.deploy.processes.credentials import authorization, scheme, trust
+from serving.deploy.processes.credentials import scheme
 from serving.deploy.processes.markers import read_marker, read_record
 from serving.deploy.processes.supervisor import LOGS, RUN, ProcessInfo, Supervisor
-from serving.deploy.report.service import recorded
-from serving.errors import OperatorError
+from serving.deploy.report.service_answers import (
+    ANSWER_S,
+    ServiceAnswers,
+    ask_etcd,
+    ask_frontend,
+)
+from serving.deploy.report.service_spec import read_running_settings
 from serving.load_report import LoadReport, status_columns
-from serving.protocol import InstanceInfo
-
-ANSWER_S = 2.0
-_SAMPLE = re.compile(r'^(serving_\w+)\{.*?instance="([^"]+)".*?\} (\S+)$', re.MULTILINE)
+from serving.progress import Report
 
 
-class Answers(Struct, frozen=True, kw_only=True):
-    """What the frontend said: the body of `/ready`, and prefix hits per instance (0 to 1)."""
+def report_status(config: Config, report: Report) -> None:
+    """Report the programs, the service and its instances."""
+    for line in status_lines(config):
+        report(line)
 
-    ready: dict[str, Any] = {}
-    hit_rates: dict[str, float] = {}
 
-
-def report(config: Config) -> list[str]:
-    """The lines of `snakemake status`."""
-    record = read_record(RUN)
-    known = {**Supervisor().state(), **SlurmJobs().state()} if RUN.is_dir() else {}
-    strays = {tag.program for _, tag in processes.deployed(RUN)} - {""} if not known else set()
-    if not known and not strays:
+def status_lines(config: Config) -> list[str]:
+    programs = {**Supervisor().state(), **SlurmJobs().state()} if RUN.is_dir() else {}
+    strays = {tag.program for _, tag in processes.deployed(RUN)} - {""} if not programs else set()
+    if not programs and not strays:
         return ["", "Nothing runs here. Start it with: snakemake serve_disagg", ""]
-    listen = _listen(config)
-    where = address(listen.host, listen.port)
-    head, workers = recorded(RUN)
-    control = head.control if head else workers[0].control if workers else None
-    node = joins(config)
-    answers = Answers()
-    if "frontend" in known or "frontend" in strays:
-        answers = _ask(where, listen)
-    elif node and control:
-        answers = _registered(control)
-    lines = [""]
-    if strays:
-        lines += [
-            f"supervisord is gone. These go on without it: {', '.join(sorted(strays))}.",
-            "Run the serve target again: it starts them anew.",
-        ]
-    else:
-        ordered = [name for tier in reversed(stop_tiers(sorted(known))) for name in tier]
-        rows = [_program(known[name], control, answers) for name in ordered]
-        rows += [
-            (name, "missing", "-", "-", "run the serve target again")
-            for name in (record.programs if record else [])
-            if name not in known
-        ]
-        lines += table(("program", "state", "pid", "up", "health"), rows)
+    listen = _frontend_config(config)
+    frontend, workers = read_running_settings(RUN)
+    control = frontend.control if frontend else workers[0].control if workers else None
+    answers = ServiceAnswers()
+    if "frontend" in programs or "frontend" in strays:
+        answers = ask_frontend(connect_address(listen.host, listen.port), listen)
+    elif is_joining_node(config) and control:
+        answers = ask_etcd(control)
+    return [
+        "",
+        *(_stray_lines(strays) if strays else _program_lines(programs, control, answers)),
+        "",
+        *_service_lines(config, listen, answers),
+        *_instance_lines(answers),
+    ]
+
+
+def _stray_lines(strays: set[str]) -> list[str]:
+    return [
+        f"supervisord is gone. These programs run without it: {', '.join(sorted(strays))}.",
+        "Run the serve target again: it restarts them.",
+    ]
+
+
+def _program_lines(
+    programs: Mapping[str, ProcessInfo], control: ControlServices | None, answers: ServiceAnswers
+) -> list[str]:
+    """Programs in the order of their start, then those that should run and do not."""
+    record = read_record(RUN)
+    ordered = [name for tier in reversed(stop_tiers(sorted(programs))) for name in tier]
+    rows = [_program_row(programs[name], control, answers) for name in ordered]
+    rows += [
+        (name, "missing", "-", "-", "run the serve target again")
+        for name in (record.programs if record else [])
+        if name not in programs
+    ]
+    return table_lines(("program", "state", "pid", "up", "health"), rows)
+
+
+def _service_lines(config: Config, listen: FrontendConfig, answers: ServiceAnswers) -> list[str]:
+    """Model, topology and URL, or the head that this node works for."""
     ready = answers.ready
     model = str(ready.get("model") or config.model.name or config.model.id)
-    topology = str(ready.get("topology") or (record.topology if record else "unknown"))
-    verdict = "ready" if ready.get("ready") else f"not ready: {ready.get('reason') or 'no answer'}"
+    verdict = coloured("ready")
+    if not ready.get("ready"):
+        verdict = f"{coloured('not ready')}: {ready.get('reason') or 'no answer'}"
     noise = " (dummy weights: answers are noise)" if ready.get("dummy_weights") else ""
-    lines += [
-        "",
-        f"model     {model}{noise}",
-        f"topology  {topology}, router: {ready.get('policy', '-')}",
-    ]
-    if node:
-        lines += [
-            f"head      {config.cluster.head} ({verdict}): `snakemake status` there says more",
-            "",
-        ]
+    if is_joining_node(config):
+        last = f"head      {config.cluster.head} ({verdict}): `snakemake status` there shows more"
     else:
-        lines += [f"URL       {scheme(listen)}://{where}/v1 ({verdict})", ""]
+        address = connect_address(listen.host, listen.port)
+        last = f"URL       {scheme(listen)}://{address}/v1 ({verdict})"
+    return [
+        f"model     {model}{noise}",
+        f"topology  {_topology(answers)}, router: {ready.get('policy', '-')}",
+        last,
+        "",
+    ]
+
+
+def _instance_lines(answers: ServiceAnswers) -> list[str]:
+    """A table of the instances, how KV reaches them, and the instances that were refused."""
+    ready = answers.ready
+    lines: list[str] = []
     instances = [row for row in ready.get("instances") or [] if isinstance(row, dict)]
     if instances:
-        hosts = topology == MULTINODE
+        hosts = _topology(answers) == MULTINODE
         lines += [*instance_table(instances, answers.hit_rates, hosts=hosts), ""]
-    carried = sorted(
-        {f"{r['kv_transport']} over {r['kv_route']}" for r in instances if r.get("kv_route")}
-    )
-    if carried:
-        lines += [f"KV moved by {', '.join(carried)}", ""]
+    routes = {(row["kv_transport"], row["kv_route"]) for row in instances if row.get("kv_route")}
+    if routes:
+        shown = ", ".join(f"{transport} over {route}" for transport, route in sorted(routes))
+        lines += [f"KV is transferred by {shown}", ""]
     refused = ready.get("refused") or {}
     return lines + [f"refused: {name}: {reason}" for name, reason in refused.items()]
 
@@ -107,7 +124,7 @@ def instance_table(
     hosts: bool = False,
     definition: type[LoadReport] = LoadReport,
 ) -> list[str]:
-    """The rows of `/ready`, with the columns that `definition` shows. `hosts`: and each's machine."""
+    """The rows of `/ready`, with the columns that `definition` shows; with `hosts`, their machines."""
     columns = {"instance_id": "instance", "role": "role", **status_columns(definition)}
     titles = [*columns.values(), "hits", *(["host"] if hosts else [])]
     rows = []
@@ -116,14 +133,7 @@ def instance_table(
         row = [str(instance.get(key, "-")) for key in columns]
         row.append("-" if rate is None else f"{rate:.0%}")
         rows.append([*row, str(instance.get("host", "-"))] if hosts else row)
-    return table(titles, rows)
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell."""
-    cells = [titles, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
-    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in cells]
+    return table_lines(titles, rows)
 
 
 def duration(seconds: float) -> str:
@@ -135,42 +145,13 @@ def duration(seconds: float) -> str:
     return f"{h}h {m:02}m" if h else f"{m}m {s:02}s"
 
 
-def hit_rates(metrics: str) -> dict[str, float]:
-    """Share of routed prompt tokens that the chosen instance held already, per instance."""
-    values: dict[tuple[str, str], float] = {}
-    for name, instance, value in _SAMPLE.findall(metrics):
-        # A frontend of several processes has a sample from each.
-        values[name, instance] = values.get((name, instance), 0.0) + float(value)
-    routed = {
-        instance: tokens
-        for (name, instance), tokens in values.items()
-        if name == "serving_routed_prompt_tokens_total" and tokens
-    }
-    hits = "serving_prefix_hit_tokens_total"
-    return {instance: values.get((hits, instance), 0.0) / t for instance, t in routed.items()}
+def _topology(answers: ServiceAnswers) -> str:
+    record = read_record(RUN)
+    return str(answers.ready.get("topology") or (record.topology if record else "unknown"))
 
 
-def _registered(control: ControlServices) -> Answers:
-    """What etcd says, on a node that has no frontend."""
-    from serving.discovery import Discovery  # slow to load, and rarely needed
-
-    async def ask() -> list[InstanceInfo]:
-        async with Discovery.from_settings(control) as discovery:
-            return await discovery.instances(ANSWER_S)
-
-    try:
-        found = asyncio.run(ask())
-    except OperatorError as exc:
-        return Answers(ready={"reason": exc.what})
-    rows = [
-        {"instance_id": i.instance_id, "role": i.role, "num_blocks": i.num_blocks, "host": i.host}
-        for i in found
-    ]
-    return Answers(ready={"ready": True, "joined": True, "instances": rows})
-
-
-def _program(
-    info: ProcessInfo, control: ControlServices | None, answers: Answers
+def _program_row(
+    info: ProcessInfo, control: ControlServices | None, answers: ServiceAnswers
 ) -> tuple[str, ...]:
     if not info.running:
         state = f"{info.state.lower()} ({info.exit_status})"
@@ -184,10 +165,10 @@ def _program(
     return (info.name, "running", pid, duration(time.time() - info.started), health)
 
 
-def _health(name: str, control: ControlServices | None, answers: Answers) -> str:
+def _health(name: str, control: ControlServices | None, answers: ServiceAnswers) -> str:
     if name in {"etcd", "nats"}:
         if control is None:
-            return "ready"  # nothing was started that would need it
+            return "ready"  # no program that needs it was started
         endpoint = control.etcd_endpoint if name == "etcd" else control.nats_url
         host, _, port = endpoint.rpartition("/")[2].rpartition(":")
         try:
@@ -203,38 +184,12 @@ def _health(name: str, control: ControlServices | None, answers: Answers) -> str
     instance_id = name.removeprefix("worker-")
     if instance_id not in breakers:
         return "not registered" if answers.ready.get("joined") else "not routed to"
-    return "ready" if breakers[instance_id] in (None, "closed") else "failed lately: avoided"
+    return "ready" if breakers[instance_id] in (None, "closed") else "failed recently: avoided"
 
 
-def _listen(config: Config) -> FrontendConfig:
-    """Where the running frontend was told to listen, whatever the config says by now."""
+def _frontend_config(config: Config) -> FrontendConfig:
+    """The settings that the frontend was started with, or the config without such a start."""
     try:
         return read_settings(RUN / "frontend.json", FrontendSettings).frontend
     except (OSError, msgspec.MsgspecError):
         return config.frontend
-
-
-def _ask(where: str, listen: FrontendConfig) -> Answers:
-    """Nothing when there is no answer, or it is not one of ours."""
-    try:
-        ready = json.loads(_get(where, "/ready", listen))
-        metrics = _get(where, "/metrics", listen).decode(errors="replace")
-    except (OSError, http.client.HTTPException, ValueError):
-        return Answers()
-    return Answers(
-        ready=ready if isinstance(ready, dict) else {},
-        hit_rates=hit_rates(metrics),
-    )
-
-
-def _get(where: str, path: str, listen: FrontendConfig) -> bytes:
-    connection: http.client.HTTPConnection
-    if (tls := trust(listen)) is not None:
-        connection = http.client.HTTPSConnection(where, timeout=ANSWER_S, context=tls)
-    else:
-        connection = http.client.HTTPConnection(where, timeout=ANSWER_S)
-    try:
-        connection.request("GET", path, headers=authorization(listen))
-        return connection.getresponse().read()
-    finally:
-        connection.close()

@@ -209,7 +209,7 @@ def test_image_has_every_package_that_a_worker_imports(backend: str) -> None:
 
 def worker_imports(backend: str) -> set[str]:
     """Distributions whose modules are imported anywhere in what a worker with this engine runs."""
-    unused = {"deploy", "frontend", "kv_router", "simulate", "text"}
+    unused = {"deploy", "frontend", "kv_router", "simulate", "text", "console.py"}
     theirs = {"torch": {"engine/trtllm", "engine/tensorrt_llm.py", "gpus.py"}}
     theirs["tensorrt_llm"] = {"engine/torch", "kv_transfer", "grammar.py"}
     distributions, found = packages_distributions(), set()

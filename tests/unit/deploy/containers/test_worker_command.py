@@ -16,7 +16,7 @@ from serving.deploy.containers.worker_command import (
     link_targets,
 )
 from serving.deploy.planning.source_digest import SCRIPTS
-from serving.deploy.planning.topology import pinned, plan
+from unit.deploy.resolved import plan_for_test
 
 
 @pytest.fixture
@@ -40,15 +40,7 @@ def mounts(command: list[str]) -> dict[str, bool]:
 
 
 def test_worker_reads_code_model_and_engine_and_writes_run_and_cache(here: Path) -> None:
-    config = parse({"deployment": {"topology": "agg"}})
-    made = plan(
-        pinned(config, "agg"),
-        engine_fingerprint="e1",
-        device="cpu",
-        dtype="float32",
-        gpus=[],
-        code={"worker": "w", "frontend": "f"},
-    )
+    made = plan_for_test({"deployment": {"topology": "agg"}}, engine_fingerprint="e1")
     settings = here / "worker.json"
     settings.write_text(made["worker-agg-0"].settings)
     process = read_settings(settings, WorkerSettings)

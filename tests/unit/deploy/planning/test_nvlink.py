@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serving.deploy.planning.nvlink import islands, joined
+from serving.deploy.planning.nvlink import all_joined, islands
 from unit.deploy.planning.nvlink_machines import HGX_8X, PAIRS_2X2, pairs
 
 
@@ -15,6 +15,6 @@ def test_islands_are_joined_throughout_and_keep_the_order() -> None:
 
 def test_a_chain_is_no_island() -> None:
     chain = pairs((0, 1), (1, 2))
-    assert joined([0, 1], chain)
-    assert not joined([0, 1, 2], chain)
+    assert all_joined([0, 1], chain)
+    assert not all_joined([0, 1, 2], chain)
     assert islands([0, 1, 2], chain) == [[0, 1], [2]]

@@ -10,12 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 from serving.config import Config, parse
-from serving.deploy.planning.topology import Program, pinned, plan
+from serving.deploy.planning.program import Program
 from serving.deploy.processes import processes
 from serving.deploy.processes.launch import launch
 from serving.deploy.processes.stop import stop_all
 from serving.deploy.processes.supervisor import RUN, Supervisor
 from serving.errors import OperatorError
+from unit.deploy.resolved import plan_for_test
 
 Script = Callable[[str, str], Path]
 # What runs "inside" is no child of the client, as with a daemon; a signal to the client is one to it.
@@ -52,15 +53,7 @@ def config() -> Config:
 
 
 def worker() -> Program:
-    made = plan(
-        pinned(config(), "agg"),
-        engine_fingerprint="e1",
-        device="cpu",
-        dtype="float32",
-        gpus=[],
-        code={"worker": "w", "frontend": "f"},
-    )
-    return made["worker-agg-0"]
+    return plan_for_test(config(), engine_fingerprint="e1")["worker-agg-0"]
 
 
 def calls(here: Path) -> list[str]:

@@ -6,36 +6,28 @@ from typing import Any
 
 import msgspec
 import pytest
-from serving.config import Config, parse
+from serving.config import Config, connect_address, parse
 from serving.config.process import FrontendSettings, WorkerSettings
-from serving.deploy.planning.placement import existing_gpus, place, usable_gpus, visible_order
-from serving.deploy.planning.source_digest import source_digest
-from serving.deploy.planning.topology import (
-    DeploymentPlan,
-    address,
-    pinned,
-    plan,
-    stop_tiers,
-    worker_environment,
-    workers_here,
+from serving.config.resolve import with_topology, worker_counts
+from serving.deploy.planning.gpu_assignment import (
+    existing_gpus,
+    gpus_of_worker,
+    usable_gpus,
+    visible_order,
 )
+from serving.deploy.planning.plan import plan_deployment, worker_environment
+from serving.deploy.planning.program import DeploymentPlan, stop_tiers
+from serving.deploy.planning.source_digest import source_digest
 from serving.errors import ConfigError
-
-CODE = {"worker": "w", "frontend": "f"}
+from unit.deploy.resolved import CODE, resolve_for_test
 
 
 def planned(
     *, fingerprint: str = "e" * 16, gpus: tuple[int, ...] = (), code: Any = None, **raw: Any
 ) -> DeploymentPlan:
-    config = parse(raw)
-    return plan(
-        pinned(config, config.deployment.topology),
-        engine_fingerprint=fingerprint,
-        device="cuda" if gpus else "cpu",
-        dtype="float32",
-        gpus=list(gpus),
-        code=code or CODE,
-    )
+    device = "cuda" if gpus else "cpu"
+    config = resolve_for_test(parse(raw), device=device, engine_fingerprint=fingerprint)
+    return plan_deployment(config, gpus=gpus, code=code or CODE)
 
 
 def changed(before: DeploymentPlan, after: DeploymentPlan) -> set[str]:
@@ -44,11 +36,13 @@ def changed(before: DeploymentPlan, after: DeploymentPlan) -> set[str]:
     return {name for name in old.keys() & new.keys() if old[name] != new[name]}
 
 
-def workers(of: DeploymentPlan) -> dict[str, WorkerSettings]:
-    return {n: msgspec.json.decode(of[n].settings, type=WorkerSettings) for n in of.workers}
+def workers(plan: DeploymentPlan) -> dict[str, WorkerSettings]:
+    return {
+        name: msgspec.json.decode(plan[name].settings, type=WorkerSettings) for name in plan.workers
+    }
 
 
-def test_disagg_starts_planes_first_and_the_frontend_last() -> None:
+def test_disagg_starts_etcd_and_nats_first_and_the_frontend_last() -> None:
     names = list(planned(workers={"decode": 2}).fingerprints)
     assert names[:2] == ["etcd", "nats"]
     assert names[2:-1] == ["worker-prefill-0", "worker-decode-0", "worker-decode-1"]
@@ -76,7 +70,7 @@ def test_router_change_restarts_the_frontend_alone() -> None:
     assert changed(planned(deployment={"topology": "disagg"}), made) == {"frontend"}
 
 
-def test_new_engine_restarts_all_that_serve_it() -> None:
+def test_new_engine_restarts_workers_and_frontend() -> None:
     roles = {"worker-prefill-0", "worker-decode-0"}
     assert changed(planned(), planned(fingerprint="f" * 16)) == {*roles, "frontend"}
 
@@ -86,7 +80,7 @@ def test_worker_limits_restart_only_workers() -> None:
     assert changed(planned(), made) == {"worker-prefill-0", "worker-decode-0"}
 
 
-def test_start_deadline_restarts_nobody() -> None:
+def test_start_deadline_restarts_no_program() -> None:
     assert changed(planned(), planned(deployment={"start_s": 500})) == set()
 
 
@@ -95,7 +89,7 @@ def test_new_code_restarts_the_programs_that_use_it() -> None:
     assert changed(planned(), newer) == {"frontend"}
 
 
-def test_nats_port_restarts_all_that_connect_to_it() -> None:
+def test_nats_port_restarts_every_program_that_connects_to_nats() -> None:
     assert changed(planned(), planned(nats={"port": 4333})) == {
         *("nats", "worker-prefill-0", "worker-decode-0", "frontend")
     }
@@ -103,9 +97,9 @@ def test_nats_port_restarts_all_that_connect_to_it() -> None:
 
 def test_router_topologies_pin_kv_and_the_others_leave_the_policy() -> None:
     config = parse({"router": {"policy": "random"}})
-    assert pinned(config, "disagg_router").router.policy == "kv"
-    assert pinned(config, "disagg").router.policy == "random"
-    assert pinned(config, "agg").deployment.topology == "agg"
+    assert with_topology(config, "disagg_router").router.policy == "kv"
+    assert with_topology(config, "disagg").router.policy == "random"
+    assert with_topology(config, "agg").deployment.topology == "agg"
 
 
 def test_plan_holds_no_secret_and_listens_on_loopback() -> None:
@@ -116,9 +110,9 @@ def test_plan_holds_no_secret_and_listens_on_loopback() -> None:
 
 
 def test_wildcard_and_ipv6_addresses_can_be_connected_to() -> None:
-    assert address("0.0.0.0", 80) == "127.0.0.1:80"
-    assert address("::", 80) == "[::1]:80"
-    assert address("::1", 80) == "[::1]:80"
+    assert connect_address("0.0.0.0", 80) == "127.0.0.1:80"
+    assert connect_address("::", 80) == "[::1]:80"
+    assert connect_address("::1", 80) == "[::1]:80"
     made = planned(etcd={"host": "::1"})
     assert "--listen-client-urls=http://[::1]:2379" in made["etcd"].command
 
@@ -138,7 +132,7 @@ def test_requests_stop_before_workers_and_workers_before_planes() -> None:
 def test_roles_are_apart_on_two_gpus_and_share_one() -> None:
     assert [w.gpus for w in workers(planned(gpus=(0, 1))).values()] == [[0], [1]]
     assert [w.gpus for w in workers(planned(gpus=(3,))).values()] == [[3], [3]]
-    assert [place("agg", i, [4, 5]) for i in range(4)] == [[4], [5], [4], [5]]
+    assert [gpus_of_worker("agg", i, [4, 5]) for i in range(4)] == [[4], [5], [4], [5]]
     assert all(w.gpus == [] for w in workers(planned()).values())
 
 
@@ -163,20 +157,20 @@ def test_existing_gpus_are_devices_narrowed_by_the_environment(tmp_path: Any) ->
 def test_a_worker_sees_its_own_gpu_first_and_its_peers_after_it() -> None:
     assert visible_order([1], [0, 1, 2]) == "1,0,2"
     [worker, _] = workers(planned(gpus=(0, 1))).values()
-    environment = worker_environment(pinned(Config(), "disagg"), worker, [0, 1], 8)
+    environment = worker_environment(with_topology(Config(), "disagg"), worker, [0, 1], 8)
     assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-def test_cores_are_shared_out_between_workers_unless_the_config_says() -> None:
-    config = pinned(Config(), "disagg")
+def test_workers_share_the_cores_unless_num_threads_is_set() -> None:
+    config = with_topology(Config(), "disagg")
     [worker, _] = workers(planned()).values()
     assert worker_environment(config, worker, [], 8)["OMP_NUM_THREADS"] == "4"
     assert worker_environment(config, worker, [], 1)["OMP_NUM_THREADS"] == "1"
-    chosen = pinned(parse({"engine": {"num_threads": 3}}), "disagg")
+    chosen = with_topology(parse({"engine": {"num_threads": 3}}), "disagg")
     environment = worker_environment(chosen, worker, [], 8)
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
-    assert workers_here(parse({"workers": {"prefill": 2, "decode": 3}})) == {
+    assert worker_counts(parse({"workers": {"prefill": 2, "decode": 3}})) == {
         "prefill": 2,
         "decode": 3,
     }

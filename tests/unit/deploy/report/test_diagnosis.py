@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from serving.config import Config
 from serving.deploy.checks.findings import Finding
-from serving.deploy.report import doctor
+from serving.deploy.report import doctor, evidence
 from serving.deploy.report.diagnosis import Evidence, diagnose, judge_routing
-from serving.deploy.report.service import Expected
+from serving.deploy.report.service_spec import ServiceSpec
 from serving.errors import OperatorError
 from serving.protocol import InstanceInfo, ModelCard
 from unit.deploy.fake_service import BLOCK_SIZE, FakeService, serving
@@ -49,12 +49,12 @@ def ready(*broken: str) -> dict[str, Any]:
 PROGRAMS = ["etcd", "nats", "worker-prefill-0", "worker-decode-0", "frontend"]
 WELL = Evidence(
     supervisor=True,
-    wanted=PROGRAMS,
+    programs=PROGRAMS,
     states=dict.fromkeys(PROGRAMS, "RUNNING"),
     logs={},
     instances=[instance("prefill-0"), instance("decode-0")],
     ready=ready(),
-    heard={"prefill-0", "decode-0"},
+    reporting={"prefill-0", "decode-0"},
     snapshots={"prefill-0": 3, "decode-0": 0},
 )
 
@@ -69,7 +69,7 @@ def test_nothing_is_wrong_with_a_deployment_that_is_well() -> None:
 
 
 def test_nothing_started_is_the_only_finding() -> None:
-    (finding,) = diagnose(Evidence(supervisor=False, wanted=[], states={}, logs={}))
+    (finding,) = diagnose(Evidence(supervisor=False, programs=[], states={}, logs={}))
     assert "nothing was started" in finding.detail
 
 
@@ -86,7 +86,7 @@ def test_dead_program_is_shown_with_its_last_words() -> None:
     [
         ({"supervisor": False}, "supervisor", True),
         ({"etcd_error": "refused", "instances": None}, "etcd reachable", True),
-        ({"nats_error": "refused", "heard": None}, "nats reachable", True),
+        ({"nats_error": "refused", "reporting": None}, "nats reachable", True),
         ({"instances": [instance("prefill-0")]}, "decode-0 registered", True),
         (
             {"instances": [*(WELL.instances or []), instance("prefill-0"), instance("agg-7")]},
@@ -96,7 +96,7 @@ def test_dead_program_is_shown_with_its_last_words() -> None:
         ({"ready": None, "frontend_error": "refused"}, "frontend answers", True),
         ({"ready": ready("ready")}, "frontend ready", True),
         ({"ready": ready("refused")}, "decode-1 accepted", True),
-        ({"heard": {"prefill-0"}}, "decode-0 events", True),
+        ({"reporting": {"prefill-0"}}, "decode-0 events", True),
         ({"snapshots": {"prefill-0": 1, "decode-0": "nobody answers"}}, "decode-0 events", True),
         ({"ready": ready("events")}, "decode-0 index", False),
         ({"ready": ready("old failure")}, "decode-0 kv transfer", False),
@@ -136,7 +136,7 @@ def test_routing_is_proven_by_a_hit_that_the_index_knew_of() -> None:
 
 async def test_one_prompt_sent_twice_shows_cold_and_warm() -> None:
     async with serving(FakeService()) as url:
-        told = Expected(
+        spec = ServiceSpec(
             url=url,
             disaggregated=True,
             transport="ucx",
@@ -144,19 +144,19 @@ async def test_one_prompt_sent_twice_shows_cold_and_warm() -> None:
             max_model_len=512,
             exact=True,
         )
-        finding = await doctor._prove_routing(told, "kv")
-    # The fake's metrics say nothing of an index, and a hit nobody knew of proves nothing.
-    assert finding.detail == "cached tokens 0, then 32; the index knew of 0"
+        finding = await doctor._prove_routing(spec, "kv")
+    # The fake service has no index metrics, and a hit that no index expected proves nothing.
+    assert finding.detail == "cached tokens 0, then 32; the index expected 0"
     assert not finding.ok
 
 
-def test_log_is_quoted_by_its_complaints_or_else_its_end(tmp_path: Path) -> None:
+def test_last_words_are_the_errors_of_a_log_or_its_last_line(tmp_path: Path) -> None:
     log = tmp_path / "worker-agg-0.log"
     log.write_text("started\n2026 worker ERROR no memory\n  | cleaning up\n\n")
-    assert doctor.last_words("worker-agg-0", tmp_path) == ["2026 worker ERROR no memory"]
+    assert evidence.last_words("worker-agg-0", tmp_path) == ["2026 worker ERROR no memory"]
     log.write_text("started\nstopped\n")
-    assert doctor.last_words("worker-agg-0", tmp_path) == ["stopped"]
-    assert doctor.last_words("frontend", tmp_path) == []
+    assert evidence.last_words("worker-agg-0", tmp_path) == ["stopped"]
+    assert evidence.last_words("frontend", tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -171,19 +171,19 @@ async def test_nats_is_known_by_its_greeting(greeting: bytes, complaint: str) ->
     server = await asyncio.start_server(greet, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        assert complaint in await doctor._try_nats(f"nats://127.0.0.1:{port}")
-    assert await doctor._try_nats(f"nats://127.0.0.1:{port}")
+        assert complaint in await evidence._try_nats(f"nats://127.0.0.1:{port}")
+    assert await evidence._try_nats(f"nats://127.0.0.1:{port}")
 
 
-async def test_nothing_deployed_ends_with_how_to_start(
+async def test_doctor_without_a_deployment_says_how_to_start_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     findings = await doctor.examine(Config())
-    said: list[str] = []
+    lines: list[str] = []
     with pytest.raises(OperatorError, match="nothing was started here"):
-        doctor.conclude_doctor(findings, report=said.append)
-    assert said
+        doctor.conclude_doctor(findings, lines.append)
+    assert lines
 
 
 def test_instances_of_other_nodes_belong_to_a_cluster() -> None:
@@ -193,12 +193,12 @@ def test_instances_of_other_nodes_belong_to_a_cluster() -> None:
     other = msgspec.structs.replace(first, instance_id="prefill-n2-0", host="n2", model=card)
     alone = msgspec.structs.replace(WELL, instances=[*WELL.instances, other])
     assert any(not finding.ok for finding in diagnose(alone))
-    head = msgspec.structs.replace(alone, place="head")
+    head = msgspec.structs.replace(alone, position="head")
     found = {finding.name: finding for finding in diagnose(head)}
     assert found["prefill-n2-0 registered"].ok
     assert "one engine" not in found
 
 
 def test_node_has_no_frontend_to_ask() -> None:
-    node = msgspec.structs.replace(WELL, place="node", ready=None)
+    node = msgspec.structs.replace(WELL, position="node", ready=None)
     assert "frontend answers" not in {finding.name for finding in diagnose(node)}

@@ -1,4 +1,4 @@
-"""Which GPUs a worker gets. Adding a worker of one role never moves another worker.
+"""Which GPUs each worker gets. One more worker of a role never moves another worker.
 
 Prefill (and agg) workers take GPUs in order from the front, decode workers from the back, so that
 with two GPUs the roles are apart and a restart is never needed to make room. A worker that needs
@@ -12,7 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from serving.deploy.planning.nvlink import islands, joined
+from serving.config import Config
+from serving.config.resolve import gpus_per_worker, worker_counts
+from serving.deploy.planning.nvlink import all_joined, islands
 from serving.errors import ConfigError
 from serving.gpus import Links
 from serving.protocol import Role
@@ -37,7 +39,7 @@ def existing_gpus(
     if not all(part.isdigit() for part in parts):
         raise ConfigError(
             "workers.gpus",
-            f"CUDA_VISIBLE_DEVICES is {visible!r}, which names GPUs by something else than indices",
+            f"CUDA_VISIBLE_DEVICES is {visible!r}, which does not name GPUs by index",
             remedy="set it to indices such as 0,1, or unset it",
         )
     return [int(part) for part in parts if int(part) in present]
@@ -46,7 +48,7 @@ def existing_gpus(
 def usable_gpus(
     wanted: Sequence[int] | None, existing: Sequence[int], backend: str = "torch"
 ) -> list[int]:
-    """The GPUs to hand out. Raises ConfigError when more are asked for than exist, or none do."""
+    """The GPUs to hand out. Raises ConfigError when `wanted` names a missing one, or none exist."""
     if wanted is None:
         gpus = list(existing)
     else:
@@ -80,22 +82,37 @@ def _no_gpu(backend: str) -> ConfigError:
     )
 
 
-def place(
+def assign_gpus(
+    config: Config, gpus: Sequence[int], nvlinks: Links = frozenset()
+) -> dict[tuple[Role, int], list[int]]:
+    """The GPUs of each worker by role and index. Raises ConfigError when there are too few."""
+    sizes, counts = gpus_per_worker(config), worker_counts(config)
+    engine = config.engine
+    may_share = engine.backend == "torch" or engine.kv_cache_tokens is not None
+    require_enough_gpus(counts, sizes, gpus, may_share=may_share)
+    return {
+        (role, index): gpus_of_worker(role, index, gpus, sizes, nvlinks)
+        for role, count in counts.items()
+        for index in range(count)
+    }
+
+
+def gpus_of_worker(
     role: Role,
     index: int,
     gpus: Sequence[int],
     sizes: Mapping[Role, int] | None = None,
-    links: Links = frozenset(),
+    nvlinks: Links = frozenset(),
 ) -> list[int]:
     """The GPUs of worker `{role}-{index}`, as many as `sizes[role]` (default: one).
 
-    `sizes` has the roles that are deployed together. The places depend on them, not on how many
-    workers there are. Past the last GPU it starts over, so that workers share: `require_room`
-    says when that is wrong.
+    `sizes` has the roles that are deployed together. The result depends on them, and not on the
+    number of workers. Past the last GPU it starts over, so that workers share; `require_enough_gpus`
+    refuses where they must not.
     """
     sizes = sizes or {role: 1}
     size = sizes[role]
-    order = neighbours(gpus, sizes, links)
+    order = order_by_nvlink(gpus, sizes, nvlinks)
     if role == "decode":
         order.reverse()
     slots = len(order) // size
@@ -106,32 +123,33 @@ def place(
     return taken[::-1] if role == "decode" else taken
 
 
-def neighbours(gpus: Sequence[int], sizes: Mapping[Role, int], links: Links) -> list[int]:
-    """`gpus` in the order to hand out, those joined by NVLink side by side.
+def order_by_nvlink(gpus: Sequence[int], sizes: Mapping[Role, int], nvlinks: Links) -> list[int]:
+    """`gpus` in the order to hand out, with GPUs that NVLink joins side by side.
 
-    Islands come in the given order, or the larger or the smaller ones first: whichever gives more
-    workers of `sizes` GPUs that are joined throughout, the first worker of each role above all.
+    Islands come in the given order, the largest first or the smallest first. The best order is the
+    one in which the most workers get GPUs that are all joined; the first worker of each role counts
+    most.
     """
-    given = islands(gpus, links) if max(sizes.values()) > 1 else [list(gpus)]
+    given = islands(gpus, nvlinks) if max(sizes.values()) > 1 else [list(gpus)]
     orders = [
         [gpu for island in arranged for gpu in island]
         for arranged in (given, sorted(given, key=len, reverse=True), sorted(given, key=len))
     ]
 
-    def merit(order: list[int]) -> tuple[int, int]:
+    def num_joined_workers(order: list[int]) -> tuple[int, int]:
         firsts = total = 0
         for role, size in sizes.items():
             own = order[::-1] if role == "decode" else order
             groups = [own[i : i + size] for i in range(0, len(own) - size + 1, size)]
-            whole = [size > 1 and joined(group, links) for group in groups]
+            whole = [size > 1 and all_joined(group, nvlinks) for group in groups]
             firsts += bool(whole and whole[0])
             total += sum(whole)
         return firsts, total
 
-    return max(orders, key=merit)  # the first of equals: the given order
+    return max(orders, key=num_joined_workers)  # the first of equals: the given order
 
 
-def require_room(
+def require_enough_gpus(
     counts: Mapping[Role, int],
     sizes: Mapping[Role, int],
     gpus: Sequence[int],

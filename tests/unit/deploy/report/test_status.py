@@ -6,19 +6,21 @@ from pathlib import Path
 
 import pytest
 from serving.config import Config
-from serving.deploy.report.status import duration, hit_rates, report, table
+from serving.console import table_lines
+from serving.deploy.report.service_answers import hit_rates
+from serving.deploy.report.status import duration, status_lines
 
 
-def test_nothing_running_is_said_and_changes_nothing(
+def test_status_without_a_deployment_says_so_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "Nothing runs here" in "\n".join(report(Config()))
+    assert "Nothing runs here" in "\n".join(status_lines(Config()))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_columns_are_aligned() -> None:
-    assert table(("a", "bb"), [("long", "x")]) == ["a     bb", "long  x"]
+    assert table_lines(("a", "bb"), [("long", "x")]) == ["a     bb", "long  x"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0m 05s"), (3700, "1h 01m"), (90000, "1d 01h")])

@@ -1,8 +1,8 @@
-"""What the person asked Snakemake for, as far as it decides what the DAG should be.
+"""What the person asked Snakemake for, as far as the DAG depends on it.
 
-Snakemake parses the Snakefile before it looks at the targets, but which topology is meant, and
-whether anything will be executed at all, must be known while the rules are written. So the
-command line is read here once more, by Snakemake's own parser.
+Snakemake parses the Snakefile before it looks at the targets. But the topology, and whether
+anything will be executed at all, must be known while the rules are written. So this module reads
+the command line once more, with Snakemake's own parser.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from msgspec import Struct
@@ -18,18 +20,18 @@ from msgspec import Struct
 from serving.config import Topology
 from serving.errors import OperatorError
 
-PINNED: dict[str, Topology] = {
+TOPOLOGY_OF_TARGET: dict[str, Topology] = {
     "serve_agg": "agg",
     "serve_agg_router": "agg_router",
     "serve_disagg": "disagg",
     "serve_disagg_router": "disagg_router",
     "serve_disagg_multinode": "disagg_multinode",
 }
-SERVE = frozenset({"serve", *PINNED})
+SERVE = frozenset({"serve", *TOPOLOGY_OF_TARGET})
 JOIN = "join"
 
 # Everything that makes Snakemake look, print or tidy instead of running jobs.
-_LOOKS_ONLY = (
+_FLAGS_WITHOUT_JOBS = (
     *("dryrun", "touch", "lint", "list_target_rules", "list_rules", "print_compilation"),
     *("containerize", "generate_unit_tests", "dag", "rulegraph", "filegraph", "d3dag", "unlock"),
     *("cleanup_metadata", "conda_cleanup_envs", "conda_create_envs_only", "list_conda_envs"),
@@ -39,16 +41,16 @@ _LOOKS_ONLY = (
 )
 
 
-class Request(Struct, frozen=True):
-    """`topology` is the one a target pins. `executes`: jobs will run, in this very process."""
+class Invocation(Struct, frozen=True):
+    """`topology` is the one that a target names. `executes`: jobs will run, in this very process."""
 
-    targets: tuple[str, ...]
-    topology: Topology | None
-    executes: bool
+    targets: tuple[str, ...] = ()
+    topology: Topology | None = None
+    executes: bool = False
 
     @property
     def serves(self) -> bool:
-        """Whether programs should run afterwards: a serve target, a marker, or no target."""
+        """Whether programs should run afterwards: for a serve target, `join`, a marker, or no target."""
         started = any(target.endswith(".up") for target in self.targets)
         return self.announces or self.joins or started
 
@@ -59,32 +61,39 @@ class Request(Struct, frozen=True):
 
     @property
     def announces(self) -> bool:
-        """Whether a whole service is asked for, so that its address is of interest."""
+        """Whether a whole service starts, so that its address is worth printing."""
         return not self.targets or not SERVE.isdisjoint(self.targets)
 
 
-def from_command_line(argv: Sequence[str]) -> Request:
+def read_command_line(argv: Sequence[str]) -> Invocation:
     """`argv` without the program's name. Raises OperatorError for two topologies at once."""
     from snakemake.cli import parse_args  # type: ignore[import-untyped]
 
-    # It has named the profile it uses once already.
+    # The parser names the profile it uses on stderr; Snakemake already did that.
     with contextlib.redirect_stderr(io.StringIO()):
         _, args = cast(tuple[Any, argparse.Namespace], parse_args(list(argv)))
     targets = tuple(sorted(args.targets or ()))
-    topologies = {PINNED[target] for target in targets if target in PINNED}
+    topologies = {TOPOLOGY_OF_TARGET[target] for target in targets if target in TOPOLOGY_OF_TARGET}
     if len(topologies) > 1:
-        named = " and ".join(target for target in targets if target in PINNED)
+        named = " and ".join(target for target in targets if target in TOPOLOGY_OF_TARGET)
         raise OperatorError(
             f"{named} cannot be served at the same time",
             remedy="ask for one of them; a second deployment needs a directory and ports of its own",
         )
     if JOIN in targets and not SERVE.isdisjoint(targets):
         raise OperatorError(
-            "a node that joins serves what its head does",
+            "a node that joins serves what its head serves",
             remedy="ask for `join` alone; a head starts with `serve_disagg_multinode`",
         )
-    return Request(
+    return Invocation(
         targets=targets,
         topology=next(iter(topologies), None),
-        executes=not any(getattr(args, flag, None) for flag in _LOOKS_ONLY),
+        executes=not any(getattr(args, flag, None) for flag in _FLAGS_WITHOUT_JOBS),
     )
+
+
+def from_terminal() -> bool:
+    """Whether this process is Snakemake's own command line. Otherwise Snakemake is used as a
+    library, and `sys.argv` belongs to another program."""
+    path = Path(sys.argv[0])
+    return path.name == "snakemake" or (path.name == "__main__.py" and "snakemake" in path.parts)

@@ -8,23 +8,32 @@ import msgspec
 import pytest
 from serving.config import parse
 from serving.config.process import WorkerSettings
-from serving.deploy.planning.nvlink import joined
-from serving.deploy.planning.placement import place, require_room, usable_gpus, visible_order
-from serving.deploy.planning.topology import DeploymentPlan, pinned, placed, plan
+from serving.config.resolve import with_topology
+from serving.deploy.planning.gpu_assignment import (
+    assign_gpus,
+    gpus_of_worker,
+    require_enough_gpus,
+    usable_gpus,
+    visible_order,
+)
+from serving.deploy.planning.nvlink import all_joined
+from serving.deploy.planning.plan import plan_deployment
+from serving.deploy.planning.program import DeploymentPlan
 from serving.errors import ConfigError
 from serving.gpus import Links
 from unit.deploy.planning.nvlink_machines import HGX_8X, PAIRS_2X2, PCIE_4X
+from unit.deploy.resolved import CODE, resolve_for_test
 
 HGX = list(range(8))
 
 
 def config(**workers: Any) -> Any:
     raw = {"engine": {"backend": "tensorrt_llm", "device": "cuda"}, "workers": workers}
-    return pinned(parse(raw), "disagg")
+    return with_topology(parse(raw), "disagg")
 
 
 def places(gpus: list[int], known: Links = frozenset(), **workers: Any) -> dict[str, list[int]]:
-    found = placed(config(**workers), gpus, known)
+    found = assign_gpus(config(**workers), gpus, known)
     return {f"{role}-{index}": own for (role, index), own in found.items()}
 
 
@@ -64,7 +73,7 @@ def test_workers_never_share_while_there_are_enough() -> None:
             assert len(used) == len(set(used)) == prefill + decode
 
 
-def test_neighbours_are_those_that_nvlink_joins() -> None:
+def test_a_worker_gets_gpus_that_nvlink_joins() -> None:
     known = PAIRS_2X2
     found = places([0, 1, 2, 3], known, tensor_parallel={"prefill": 2, "decode": 2})
     assert found == {"prefill-0": [0, 2], "decode-0": [1, 3]}
@@ -77,7 +86,7 @@ def test_neighbours_are_those_that_nvlink_joins() -> None:
 def test_a_pair_is_not_split_for_a_worker_of_one_gpu() -> None:
     known = frozenset({frozenset({0, 1})})
     found = places([0, 1, 2], known, tensor_parallel={"decode": 2})
-    assert joined(found["decode-0"], known)
+    assert all_joined(found["decode-0"], known)
     assert found["prefill-0"] == [2]
 
 
@@ -89,7 +98,7 @@ def test_too_large_a_worker_names_the_key_and_the_bound() -> None:
     assert "at most 2" in caught.value.remedy
 
 
-def test_too_many_workers_say_what_each_takes() -> None:
+def test_too_many_workers_are_refused_with_the_number_each_needs() -> None:
     with pytest.raises(ConfigError) as caught:
         places([0, 1], tensor_parallel={"decode": 2})
     assert caught.value.key == "workers.gpus"
@@ -100,16 +109,16 @@ def test_workers_of_tensorrt_llm_share_only_with_bounded_pools() -> None:
     with pytest.raises(ConfigError, match=r"engine\.kv_cache_tokens"):
         places([0])
     raw = {"engine": {"backend": "tensorrt_llm", "device": "cuda", "kv_cache_tokens": 4096}}
-    shared = placed(pinned(parse(raw), "disagg"), [0])
+    shared = assign_gpus(with_topology(parse(raw), "disagg"), [0])
     assert list(shared.values()) == [[0], [0]]
-    torch = pinned(parse({"workers": {"prefill": 3}}), "disagg")
-    assert len(placed(torch, [0, 1])) == 4
+    torch = with_topology(parse({"workers": {"prefill": 3}}), "disagg")
+    assert len(assign_gpus(torch, [0, 1])) == 4
 
 
-def test_single_gpus_are_handed_out_as_before() -> None:
-    assert [place("agg", i, [4, 5]) for i in range(4)] == [[4], [5], [4], [5]]
-    assert [place("decode", i, [4, 5]) for i in range(3)] == [[5], [4], [5]]
-    require_room({"agg": 9}, {"agg": 1}, [0], may_share=True)
+def test_workers_of_one_gpu_take_gpus_from_both_ends() -> None:
+    assert [gpus_of_worker("agg", i, [4, 5]) for i in range(4)] == [[4], [5], [4], [5]]
+    assert [gpus_of_worker("decode", i, [4, 5]) for i in range(3)] == [[5], [4], [5]]
+    require_enough_gpus({"agg": 9}, {"agg": 1}, [0], may_share=True)
 
 
 def test_no_gpu_is_explained_for_the_engine_that_needs_one() -> None:
@@ -128,23 +137,18 @@ def planned(
     raw: dict[str, Any] = {"engine": {"backend": "tensorrt_llm", "device": "cuda"}}
     if container is not None:
         raw["container"] = container
-    return plan(
-        pinned(parse(raw), "disagg"),
-        engine_fingerprint="e" * 16,
-        device="cuda" if gpus else "cpu",
-        dtype="bfloat16",
-        gpus=list(gpus),
-        code={"worker": "w", "frontend": "f"},
-    )
+    device = "cuda" if gpus else "cpu"
+    config = resolve_for_test(parse(raw), "disagg", device=device, dtype="bfloat16")
+    return plan_deployment(config, gpus=gpus, code=CODE)
 
 
-def test_workers_are_told_their_gpus_and_none_without_any() -> None:
-    def told(made: DeploymentPlan) -> list[list[int]]:
-        read = [msgspec.json.decode(made[n].settings, type=WorkerSettings) for n in made.workers]
-        return [process.gpus for process in read]
+def test_settings_name_the_gpus_of_each_worker() -> None:
+    def gpus_of_workers(plan: DeploymentPlan) -> list[list[int]]:
+        settings = [plan[name].settings for name in plan.workers]
+        return [msgspec.json.decode(text, type=WorkerSettings).gpus for text in settings]
 
-    assert told(planned()) == [[0], [1]]
-    assert told(planned(gpus=())) == [[], []]
+    assert gpus_of_workers(planned()) == [[0], [1]]
+    assert gpus_of_workers(planned(gpus=())) == [[], []]
 
 
 def test_another_image_restarts_the_workers_alone() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from serving.deploy.planning.request import from_command_line
+from serving.deploy.planning.invocation import read_command_line
 from serving.errors import OperatorError
 
 
@@ -17,26 +17,26 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_target_pins_a_topology_wherever_it_stands() -> None:
     for argv in (["serve_disagg_router", "--cores", "2"], ["--cores", "2", "serve_disagg_router"]):
-        request = from_command_line(argv)
+        request = read_command_line(argv)
         assert request.topology == "disagg_router"
         assert request.serves
         assert request.executes
 
 
 def test_values_of_options_are_no_targets() -> None:
-    request = from_command_line(["status", "--forcerun", "serve_agg", "--cores", "1"])
+    request = read_command_line(["status", "--forcerun", "serve_agg", "--cores", "1"])
     assert request.targets == ("status",)
     assert request.topology is None
 
 
 def test_no_target_means_the_service() -> None:
-    assert from_command_line(["--cores", "1"]).serves
-    assert from_command_line(["run/worker-decode-1.up", "--cores", "1"]).serves
+    assert read_command_line(["--cores", "1"]).serves
+    assert read_command_line(["run/worker-decode-1.up", "--cores", "1"]).serves
 
 
 @pytest.mark.parametrize("target", ["status", "stop", "doctor", "smoke_test", "check_host"])
 def test_other_targets_do_not_serve(target: str) -> None:
-    assert not from_command_line([target, "--cores", "1"]).serves
+    assert not read_command_line([target, "--cores", "1"]).serves
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_other_targets_do_not_serve(target: str) -> None:
     ids=lambda flags: flags[0],
 )
 def test_flags_that_only_look_execute_nothing(flags: list[str]) -> None:
-    assert not from_command_line(["serve_agg", "--cores", "1", *flags]).executes
+    assert not read_command_line(["serve_agg", "--cores", "1", *flags]).executes
 
 
 def test_two_topologies_are_refused() -> None:
     with pytest.raises(OperatorError, match="serve_agg and serve_disagg cannot be served"):
-        from_command_line(["serve_disagg", "serve_agg", "--cores", "1"])
+        read_command_line(["serve_disagg", "serve_agg", "--cores", "1"])

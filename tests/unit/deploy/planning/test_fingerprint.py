@@ -8,23 +8,26 @@ from typing import Any
 
 import pytest
 from serving.config import Config, ModelConfig, parse
-from serving.deploy.planning import fingerprint
+from serving.deploy.planning.device import resolve_device, resolve_dtype
 from serving.deploy.planning.fingerprint import (
     engine_fingerprint,
-    gpu_names,
-    has_gpu,
     library_identity,
     model_key,
-    resolve_device,
-    resolve_dtype,
     resolve_source,
 )
+from serving.deploy.planning.machine import PACKAGES, Machine, this_machine
 from serving.errors import ConfigError
 
+VERSIONS = dict.fromkeys((*PACKAGES, "tensorrt_llm"), "1.2.0")
 CPU = {"engine": {"device": "cpu"}}
 
 
-def of(**sections: Any) -> str:
+def machine(**changes: Any) -> Machine:
+    facts = {"has_gpu": False, "gpu_names": [], "driver": "", "versions": VERSIONS}
+    return Machine(**{**facts, **changes})
+
+
+def fingerprint(**sections: Any) -> str:
     engine = CPU["engine"] | sections.pop("engine", {})
     return engine_fingerprint(parse({"engine": engine, **sections}))
 
@@ -42,7 +45,7 @@ def of(**sections: Any) -> str:
     ],
 )
 def test_changes_with_whatever_changes_the_engine(changed: dict[str, Any]) -> None:
-    assert of(**changed) != of()
+    assert fingerprint(**changed) != fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_changes_with_whatever_changes_the_engine(changed: dict[str, Any]) -> No
     ],
 )
 def test_stays_with_what_leaves_the_engine_alone(changed: dict[str, Any]) -> None:
-    assert of(**changed) == of()
+    assert fingerprint(**changed) == fingerprint()
 
 
 TRTLLM = {"backend": "tensorrt_llm"}
@@ -80,7 +83,7 @@ TRTLLM = {"backend": "tensorrt_llm"}
     ],
 )
 def test_tensorrt_llm_engine_depends_on_what_its_library_is_told(changed: dict[str, Any]) -> None:
-    assert of(**({"engine": TRTLLM} | changed)) != of(engine=TRTLLM)
+    assert fingerprint(**({"engine": TRTLLM} | changed)) != fingerprint(engine=TRTLLM)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_tensorrt_llm_engine_depends_on_what_its_library_is_told(changed: dict[s
     ],
 )
 def test_tensorrt_llm_engine_stays_with_the_rest(changed: dict[str, Any]) -> None:
-    assert of(engine=TRTLLM, **changed) == of(engine=TRTLLM)
+    assert fingerprint(engine=TRTLLM, **changed) == fingerprint(engine=TRTLLM)
 
 
 @pytest.mark.parametrize(
@@ -108,27 +111,24 @@ def test_tensorrt_llm_engine_stays_with_the_rest(changed: dict[str, Any]) -> Non
     ],
 )
 def test_torch_engine_knows_nothing_of_it(changed: dict[str, Any]) -> None:
-    assert of(**changed) == of()
+    assert fingerprint(**changed) == fingerprint()
 
 
-def test_tensorrt_llm_engine_depends_on_library_gpu_and_driver(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cuda = TRTLLM | {"device": "cuda"}
-    seen = {of(engine=cuda)}
-    monkeypatch.setattr(fingerprint, "_version_of", lambda name: "1.2.1")
-    seen.add(of(engine=cuda))
-    monkeypatch.setattr(fingerprint, "gpu_names", lambda: ["NVIDIA H200"])
-    seen.add(of(engine=cuda))
-    monkeypatch.setattr(fingerprint, "kernel_module_version", lambda: "580.95.05")
-    seen.add(of(engine=cuda))
-    assert len(seen) == 4
+def test_tensorrt_llm_engine_depends_on_library_gpu_and_driver() -> None:
+    machines = [
+        machine(),
+        machine(versions=VERSIONS | {"tensorrt_llm": "1.2.1"}),
+        machine(gpu_names=["NVIDIA H200"]),
+        machine(driver="580.95.05"),
+    ]
+    config = parse({"engine": TRTLLM | {"device": "cuda"}})
+    assert len({engine_fingerprint(config, each) for each in machines}) == 4
 
 
 def test_image_is_known_by_its_name_or_its_file(tmp_path: Path) -> None:
     def identity(**container: Any) -> list[Any]:
         config = parse({"container": {"runtime": "apptainer", **container}})
-        return library_identity(config.container)
+        return library_identity(config.container, machine())
 
     assert identity(image="nvcr.io/a:1") != identity(image="nvcr.io/a:2")
     assert identity(base_tag="1.2.0") != identity(base_tag="1.3.0")
@@ -140,28 +140,25 @@ def test_image_is_known_by_its_name_or_its_file(tmp_path: Path) -> None:
     assert identity(image=str(image)) != before
 
 
-def test_tensorrt_llm_means_cuda_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "has_gpu", lambda: False)
-    assert resolve_device(parse({"engine": TRTLLM})) == "cuda"
-    assert resolve_dtype(parse({"engine": TRTLLM})) == "bfloat16"
-    assert resolve_device(parse({"engine": TRTLLM | {"device": "cpu"}})) == "cpu"
+def test_tensorrt_llm_means_cuda_unless_the_device_is_set() -> None:
+    assert resolve_device(parse({"engine": TRTLLM}), machine()) == "cuda"
+    assert resolve_dtype(parse({"engine": TRTLLM}), machine()) == "bfloat16"
+    assert resolve_device(parse({"engine": TRTLLM | {"device": "cpu"}}), machine()) == "cpu"
 
 
-def test_changes_with_library_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = of()
-    versions = fingerprint.package_versions() | {"transformers": "99"}
-    monkeypatch.setattr(fingerprint, "package_versions", lambda: versions)
-    assert of() != before
+def test_fingerprint_changes_with_library_versions() -> None:
+    newer = machine(versions=VERSIONS | {"transformers": "99"})
+    assert engine_fingerprint(Config(), machine()) != engine_fingerprint(Config(), newer)
 
 
 def test_changes_with_a_local_models_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
-    before, key = of(model={"id": str(tmp_path)}), model_key(ModelConfig(id=str(tmp_path)))
-    assert of(model={"id": str(tmp_path)}) == before
+    before, key = fingerprint(model={"id": str(tmp_path)}), model_key(ModelConfig(id=str(tmp_path)))
+    assert fingerprint(model={"id": str(tmp_path)}) == before
     os.utime(weights, ns=(1, 1))
-    assert of(model={"id": str(tmp_path)}) != before
+    assert fingerprint(model={"id": str(tmp_path)}) != before
     assert model_key(ModelConfig(id=str(tmp_path))) != key
 
 
@@ -170,18 +167,18 @@ def test_dummy_weights_need_no_weights_and_give_another_engine(tmp_path: Path) -
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
     model, dummy = {"id": str(tmp_path)}, {"weights": "dummy"}
-    real, before = of(model=model), of(model=model, engine=dummy)
+    real, before = fingerprint(model=model), fingerprint(model=model, engine=dummy)
     assert before != real
     weights.unlink()
-    assert of(model=model, engine=dummy) == before
+    assert fingerprint(model=model, engine=dummy) == before
     tokenizer = tmp_path / "lent" / "tokenizer.json"
     tokenizer.parent.mkdir()
     tokenizer.write_text("{}")
     lent = model | {"tokenizer": str(tokenizer.parent)}
-    with_lent = of(model=lent, engine=dummy)
+    with_lent = fingerprint(model=lent, engine=dummy)
     assert with_lent != before
     os.utime(tokenizer, ns=(1, 1))
-    assert of(model=lent, engine=dummy) != with_lent
+    assert fingerprint(model=lent, engine=dummy) != with_lent
 
 
 def test_key_is_a_readable_folder_name() -> None:
@@ -220,13 +217,13 @@ def test_combination_without_meaning_names_the_key(model: dict[str, Any], key: s
 
 
 def test_gpu_is_found_by_its_driver(tmp_path: Path) -> None:
-    assert not has_gpu(tmp_path)
+    assert not this_machine(tmp_path).has_gpu
     for index in range(2):
         card = tmp_path / f"proc/driver/nvidia/gpus/0000:0{index}:00.0"
         card.mkdir(parents=True)
         (card / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ: 1\n")
-    assert has_gpu(tmp_path)
-    assert gpu_names(tmp_path) == ["NVIDIA H100 80GB HBM3"]
+    assert this_machine(tmp_path).has_gpu
+    assert this_machine(tmp_path).gpu_names == ["NVIDIA H100 80GB HBM3"]
 
 
 @pytest.mark.parametrize(
@@ -237,29 +234,24 @@ def test_gpu_is_found_by_its_driver(tmp_path: Path) -> None:
         (True, "2.13.0+cpu", "cpu", "float32"),
     ],
 )
-def test_auto_uses_a_gpu_that_torch_can_use(
-    monkeypatch: pytest.MonkeyPatch, gpu: bool, torch: str, device: str, dtype: str
-) -> None:
-    monkeypatch.setattr(fingerprint, "has_gpu", lambda: gpu)
-    monkeypatch.setattr(fingerprint, "package_versions", lambda: {"torch": torch})
-    assert (resolve_device(Config()), resolve_dtype(Config())) == (device, dtype)
+def test_auto_uses_a_gpu_that_torch_can_use(gpu: bool, torch: str, device: str, dtype: str) -> None:
+    here = machine(has_gpu=gpu, versions=VERSIONS | {"torch": torch})
+    assert (resolve_device(Config(), here), resolve_dtype(Config(), here)) == (device, dtype)
 
 
-def test_int8_is_refused_where_a_gpu_would_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "has_gpu", lambda: True)
-    monkeypatch.setattr(fingerprint, "package_versions", lambda: {"torch": "2.13.0"})
+def test_int8_is_refused_where_a_gpu_would_be_used() -> None:
+    here = machine(has_gpu=True, versions=VERSIONS | {"torch": "2.13.0"})
     with pytest.raises(ConfigError) as failure:
-        resolve_dtype(parse({"engine": {"dtype": "int8"}}))
+        resolve_dtype(parse({"engine": {"dtype": "int8"}}), here)
     assert failure.value.key == "engine.dtype"
     assert "engine.device: cpu" in failure.value.remedy
-    assert resolve_dtype(parse({"engine": {"dtype": "int8", "device": "cpu"}})) == "int8"
+    assert resolve_dtype(parse({"engine": {"dtype": "int8", "device": "cpu"}}), here) == "int8"
 
 
-def test_new_kernels_are_a_new_int8_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before, exact = of(engine={"dtype": "int8"}), of()
-    monkeypatch.setattr(fingerprint, "PACKAGE", tmp_path)
-    assert of(engine={"dtype": "int8"}) != before
-    assert of() == exact
+def test_new_kernels_make_a_new_int8_engine(tmp_path: Path) -> None:
+    int8 = parse({"engine": {"dtype": "int8", "device": "cpu"}})
+    assert engine_fingerprint(int8, package=tmp_path) != engine_fingerprint(int8)
+    assert engine_fingerprint(Config(), package=tmp_path) == engine_fingerprint(Config())
 
 
 def test_asking_imports_no_heavy_library() -> None:

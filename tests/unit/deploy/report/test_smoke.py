@@ -7,20 +7,14 @@ import pytest
 from serving.config import parse
 from serving.config.process import ControlServices, FrontendSettings
 from serving.deploy.report import smoke
-from serving.deploy.report.service import Expected, expected
+from serving.deploy.report.service_spec import ServiceSpec, read_service_spec
 from serving.errors import OperatorError
 from unit.deploy.fake_service import BLOCK_SIZE, FakeService, serving
 
 
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smoke, "REPORT_S", 0.6)
-    monkeypatch.setattr(smoke, "EVENTS_S", 0.01)
-
-
 async def run(fake: FakeService, *, disaggregated: bool = True) -> dict[str, smoke.Outcome]:
     async with serving(fake) as url:
-        told = Expected(
+        spec = ServiceSpec(
             url=url,
             disaggregated=disaggregated,
             transport="ucx",
@@ -28,18 +22,18 @@ async def run(fake: FakeService, *, disaggregated: bool = True) -> dict[str, smo
             max_model_len=512,
             exact=True,
         )
-        outcomes = await smoke.run_smoke(told, report=lambda line: None)
+        outcomes = await smoke.run_smoke(spec, lambda line: None, report_s=0.6, events_s=0.01)
     return {outcome.name: outcome for outcome in outcomes}
 
 
-async def test_service_that_behaves_passes_every_check() -> None:
+async def test_healthy_service_passes_every_check() -> None:
     outcomes = await run(FakeService("old failure"))
     assert list(outcomes) == [
         *("ready", "models", "chat", "stream", "prefix cache", "kv transfer"),
         *("8 at once", "abort"),
     ]
     assert [o.detail for o in outcomes.values() if not o.ok] == []
-    smoke.conclude_smoke(list(outcomes.values()), report=lambda line: None)
+    smoke.conclude_smoke(list(outcomes.values()), lambda line: None)
 
 
 async def test_aggregated_service_needs_no_kv_transfer() -> None:
@@ -68,40 +62,40 @@ async def test_broken_service_fails_the_check_for_it(broken: str, check: str, re
     assert not outcomes[check].ok
     assert reason in outcomes[check].detail
     with pytest.raises(OperatorError, match="smoke test failed"):
-        smoke.conclude_smoke(list(outcomes.values()), report=lambda line: None)
+        smoke.conclude_smoke(list(outcomes.values()), lambda line: None)
 
 
-async def test_blocks_held_by_nobody_are_found_before_the_abort() -> None:
+async def test_blocks_held_without_a_request_fail_the_abort_check() -> None:
     outcomes = await run(FakeService("held"))
     assert outcomes["abort"].detail == ("blocks are held although no request runs: prefill-0 4")
 
 
-async def test_service_that_is_not_ready_is_not_asked_further() -> None:
+async def test_service_that_is_not_ready_ends_the_test() -> None:
     outcomes = await run(FakeService("ready"))
     assert list(outcomes) == ["ready"]
     assert "no decode worker is registered" in outcomes["ready"].detail
 
 
 async def test_nothing_listening_is_one_clear_failure() -> None:
-    told = expected(Path("nowhere"), parse({"frontend": {"port": 9}}))
-    (outcome,) = await smoke.run_smoke(told, report=lambda line: None)
+    spec = read_service_spec(Path("nowhere"), parse({"frontend": {"port": 9}}))
+    (outcome,) = await smoke.run_smoke(spec, lambda line: None)
     assert outcome.name == "ready"
     assert "http://127.0.0.1:9/ready" in outcome.detail
 
 
 def test_prompts_differ_between_runs_and_fit_the_context() -> None:
-    told = expected(Path("nowhere"), parse({"engine": {"max_model_len": 512}}))
-    first, second = smoke.long_prompt(told), smoke.long_prompt(told)
+    spec = read_service_spec(Path("nowhere"), parse({"engine": {"max_model_len": 512}}))
+    first, second = smoke.long_prompt(spec), smoke.long_prompt(spec)
     assert first[:40] != second[:40]
-    assert 4 * told.block_size <= len(first) <= 512 // 2 + 5
+    assert 4 * spec.block_size <= len(first) <= 512 // 2 + 5
 
 
-def test_what_was_started_counts_more_than_the_config(tmp_path: Path) -> None:
+def test_settings_of_running_programs_take_precedence_over_the_config(tmp_path: Path) -> None:
     config = parse({"frontend": {"host": "0.0.0.0", "port": 8123}})
     control = ControlServices(
         namespace="n", etcd_endpoint="e", lease_s=3, nats_url="u", nats_token_file="t"
     )
-    process = FrontendSettings(
+    settings = FrontendSettings(
         topology="agg_router",
         disaggregated=False,
         model_name="m",
@@ -111,8 +105,8 @@ def test_what_was_started_counts_more_than_the_config(tmp_path: Path) -> None:
         control=control,
         ready_file="r",
     )
-    (tmp_path / "frontend.json").write_bytes(msgspec.json.encode(process))
+    (tmp_path / "frontend.json").write_bytes(msgspec.json.encode(settings))
     (tmp_path / "worker-broken.json").write_text("{")
-    told = expected(tmp_path, parse({"deployment": {"topology": "disagg"}}))
-    assert told.url == "http://127.0.0.1:8123"
-    assert not told.disaggregated
+    spec = read_service_spec(tmp_path, parse({"deployment": {"topology": "disagg"}}))
+    assert spec.url == "http://127.0.0.1:8123"
+    assert not spec.disaggregated

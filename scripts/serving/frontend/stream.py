@@ -52,7 +52,7 @@ class InstanceStreams:
                 async with self._instances.client(route.instance_id).generate(message) as stream:
                     due = loop.time() + deadlines.prefill_s
                     shortest_s = min(deadlines.prefill_s, deadlines.token_s)
-                    with StreamDeadline(shortest_s, end, expire) as deadline:
+                    with StreamDeadline(shortest_s, end, expire, loop) as deadline:
                         while True:
                             deadline.due = min(due, deadline.end)
                             output = await anext(stream)

@@ -23,8 +23,14 @@ class StreamDeadline:
 
     __slots__ = ("_loop", "_on_expired", "_shortest_s", "_timer", "due", "end")
 
-    def __init__(self, shortest_s: float, end: float, on_expired: Callable[[], None]) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(
+        self,
+        shortest_s: float,
+        end: float,
+        on_expired: Callable[[], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._loop = loop
         self._shortest_s, self._on_expired = shortest_s, on_expired
         self.end = end
         self.due: float | None = None

@@ -61,9 +61,9 @@ class PreparedRequest(Struct, frozen=True):
 class Preprocessor:
     """The tokenizer and chat template of one model. Its constructor blocks; `load` does not."""
 
-    def __init__(self, card: ModelCard) -> None:
+    def __init__(self, card: ModelCard, thread_chars: int = THREAD_CHARS) -> None:
         """Raises ModelError if the folder has no usable tokenizer."""
-        self.card = card
+        self.card, self._thread_chars = card, thread_chars
         folder = Path(card.tokenizer_dir)
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -117,14 +117,14 @@ class Preprocessor:
             # The template writes the special tokens itself.
             return self._encode(text, add_special_tokens=False)
 
-        if num_chars > THREAD_CHARS:
+        if num_chars > self._thread_chars:
             return await asyncio.to_thread(render_and_encode)
         return render_and_encode()
 
     async def encode_text(self, text: str, *, param: str = "prompt") -> list[int]:
         """Tokenize, with the special tokens that the tokenizer adds itself. Raises InvalidRequest."""
         self._refuse_too_long(len(text), param)
-        if len(text) > THREAD_CHARS:
+        if len(text) > self._thread_chars:
             return await asyncio.to_thread(self._encode, text, add_special_tokens=True)
         return self._encode(text, add_special_tokens=True)
 

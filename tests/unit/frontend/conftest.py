@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import uvicorn
 from serving.frontend.api.state import AppState
@@ -18,6 +20,7 @@ from serving.frontend.metrics.registry import Metrics
 from starlette.applications import Starlette
 from tokenizers import Tokenizer
 from unit.frontend.fakes import MODEL, FakePipeline, make_card, write_tokenizer
+from unit.frontend.waiting import until
 
 
 @pytest.fixture(scope="session")
@@ -39,18 +42,21 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def app(pipeline: FakePipeline, metrics: Metrics) -> Starlette:
+def state(pipeline: FakePipeline, metrics: Metrics) -> AppState:
     scripted: Any = pipeline
-    return create_app(
-        AppState(
-            pipeline=scripted,
-            metrics=metrics,
-            in_flight=InFlight(8, metrics.in_flight),
-            model_name=MODEL,
-            max_body_bytes=64 * 1024,
-            launch_id="launch-1",
-        )
+    return AppState(
+        pipeline=scripted,
+        metrics=metrics,
+        in_flight=InFlight(8, metrics.in_flight),
+        model_name=MODEL,
+        max_body_bytes=64 * 1024,
+        launch_id="launch-1",
     )
+
+
+@pytest.fixture
+def app(state: AppState) -> Starlette:
+    return create_app(state)
 
 
 @pytest.fixture
@@ -63,6 +69,20 @@ async def client(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
 @pytest.fixture
 async def url(app: Starlette) -> AsyncIterator[str]:
     """The address of a real server in this event loop."""
+    async with listening(app) as address:
+        yield address
+
+
+@pytest.fixture
+async def impatient_url(state: AppState) -> AsyncIterator[str]:
+    """The address of a server that gives clients little time."""
+    app = create_app(msgspec.structs.replace(state, body_timeout_s=0.05, stall_s=0.05))
+    async with listening(app) as address:
+        yield address
+
+
+@asynccontextmanager
+async def listening(app: Starlette) -> AsyncIterator[str]:
     listener = socket.create_server(("127.0.0.1", 0))
     # Small kernel buffers, so that a slow client is felt after kilobytes, not megabytes.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)
@@ -70,8 +90,7 @@ async def url(app: Starlette) -> AsyncIterator[str]:
         uvicorn.Config(app, http="httptools", ws="none", access_log=False, log_config=None)
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started:  # noqa: ASYNC110 (uvicorn offers a flag, no event)
-        await asyncio.sleep(0.005)
+    await until(lambda: server.started)
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
     await serving

@@ -6,7 +6,7 @@ Only etcd and NATS are missing: a test says itself who registers, and nobody pub
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from serving.kv_router.router import KvRouter
 from serving.protocol import EngineOutput, EngineRequest, ErrorInfo, InstanceInfo, Role
 from serving.rpc import RpcServer
 from unit.frontend.fake_instances import CARD, collect, request
+from unit.frontend.waiting import until
 
 Script = list[tuple[float, EngineOutput]]
 
@@ -31,12 +32,6 @@ def token(value: int, **fields: Any) -> EngineOutput:
 
 def error(kind: str) -> EngineOutput:
     return EngineOutput("r", [], "error", error=ErrorInfo(kind, "why"))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 (what is awaited has no event)
-            await asyncio.sleep(0.005)
 
 
 class ScriptedWorker:

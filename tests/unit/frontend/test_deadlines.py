@@ -54,7 +54,7 @@ from unit.frontend.scripted_workers import Script, ScriptedWorker, error, pipeli
         ),
     ],
 )
-async def test_silence_is_ended_by_its_deadline(
+async def test_silent_worker_ends_the_request_at_the_deadline(
     tmp_path: Path,
     num_outputs: int,
     deadlines: Any,
@@ -92,7 +92,7 @@ async def test_first_token_has_one_deadline_for_all_attempts(tmp_path: Path) -> 
         assert connected.num_expired("first_token") == 1
 
 
-async def test_lost_instance_does_not_put_the_first_token_off(tmp_path: Path) -> None:
+async def test_lost_instance_does_not_extend_the_first_token_deadline(tmp_path: Path) -> None:
     dying, silent = ScriptedWorker(), ScriptedWorker(name="agg-1")
     loop = asyncio.get_running_loop()
     async with pipeline_over(tmp_path, dying, silent, first_token_s=0.5) as connected:
@@ -106,14 +106,14 @@ async def test_lost_instance_does_not_put_the_first_token_off(tmp_path: Path) ->
         assert len(silent.requests) == 1
 
 
-async def test_after_the_first_token_its_deadline_does_not_matter(tmp_path: Path) -> None:
+async def test_first_token_deadline_ends_with_the_first_token(tmp_path: Path) -> None:
     worker = ScriptedWorker((0.0, token(1)), (0.4, token(2)), (0.5, token(3, finish_reason="stop")))
     async with pipeline_over(tmp_path, worker, first_token_s=0.3) as connected:
         assert await connected.answer() == [1, 2, 3]
         assert connected.num_expired("first_token") == 0
 
 
-async def test_answer_that_goes_on_elsewhere_has_had_its_first_token(tmp_path: Path) -> None:
+async def test_answer_continued_elsewhere_has_no_first_token_deadline(tmp_path: Path) -> None:
     first = ScriptedWorker((0.0, token(1)), (0.05, error("Overloaded")))
     second = ScriptedWorker((0.4, token(2, finish_reason="stop")), name="agg-1")
     async with pipeline_over(tmp_path, first, second, first_token_s=0.3) as connected:
@@ -123,9 +123,7 @@ async def test_answer_that_goes_on_elsewhere_has_had_its_first_token(tmp_path: P
 
 
 @pytest.mark.parametrize("is_early", [False, True])
-async def test_decode_is_not_held_to_the_deadline_of_the_first_token(
-    tmp_path: Path, is_early: bool
-) -> None:
+async def test_decode_has_no_first_token_deadline(tmp_path: Path, is_early: bool) -> None:
     """Neither one that follows the first token nor one that is started before it."""
     params = KvTransferParams("prefill-0", 1, "", "r", "", 3, 1, "")
     offers: Script = [(0.0, EngineOutput("r", [], kv_transfer_params=params))] if is_early else []
@@ -138,7 +136,7 @@ async def test_decode_is_not_held_to_the_deadline_of_the_first_token(
         assert [sent.queue_s for sent in prefill.requests + decode.requests] == [60.0, None]
 
 
-async def test_prefill_is_held_to_the_deadline_of_the_first_token(tmp_path: Path) -> None:
+async def test_prefill_has_the_first_token_deadline(tmp_path: Path) -> None:
     params = KvTransferParams("prefill-0", 1, "", "r", "", 3, 1, "")
     offer = (0.0, EngineOutput("r", [], kv_transfer_params=params))
     prefill, decode = ScriptedWorker(offer, name="prefill-0"), ScriptedWorker(name="decode-0")
@@ -153,7 +151,7 @@ async def test_prefill_is_held_to_the_deadline_of_the_first_token(tmp_path: Path
 # --- the queue ---------------------------------------------------------------------------------
 
 
-async def test_after_one_queue_another_worker_is_tried(tmp_path: Path) -> None:
+async def test_first_queue_timeout_moves_the_request_to_another_worker(tmp_path: Path) -> None:
     full = ScriptedWorker((0.0, error("QueuedTooLong")))
     free = ScriptedWorker((0.0, token(1, finish_reason="stop")), name="agg-1")
     async with pipeline_over(tmp_path, full, free, queue_s=5.0) as connected:
@@ -163,7 +161,7 @@ async def test_after_one_queue_another_worker_is_tried(tmp_path: Path) -> None:
         assert connected.num_expired("queue") == 1
 
 
-async def test_after_two_queues_the_caller_is_told(tmp_path: Path) -> None:
+async def test_second_queue_timeout_fails_the_request(tmp_path: Path) -> None:
     workers = [ScriptedWorker((0.0, error("QueuedTooLong")), name=f"agg-{i}") for i in range(3)]
     async with pipeline_over(tmp_path, *workers) as connected:
         with pytest.raises(QueuedTooLong, match="why"):
@@ -172,7 +170,7 @@ async def test_after_two_queues_the_caller_is_told(tmp_path: Path) -> None:
         assert connected.num_expired("queue") == 2
 
 
-async def test_without_another_worker_one_queue_is_enough(tmp_path: Path) -> None:
+async def test_first_queue_timeout_fails_the_request_without_another_worker(tmp_path: Path) -> None:
     worker = ScriptedWorker((0.0, error("QueuedTooLong")))
     async with pipeline_over(tmp_path, worker) as connected:
         with pytest.raises(QueuedTooLong):
@@ -180,7 +178,7 @@ async def test_without_another_worker_one_queue_is_enough(tmp_path: Path) -> Non
         assert len(worker.requests) == 1
 
 
-async def test_full_queues_are_still_tried_one_after_the_other(tmp_path: Path) -> None:
+async def test_workers_with_full_queues_are_tried_one_after_the_other(tmp_path: Path) -> None:
     """They answer at once, which costs no time."""
     workers = [ScriptedWorker((0.0, error("Overloaded")), name=f"agg-{i}") for i in range(4)]
     async with pipeline_over(tmp_path, *workers) as connected:

@@ -32,7 +32,7 @@ def logs(memory: int) -> list[DecisionLog]:
     return [DecisionLog(memory, number, 3) for number in range(3)]
 
 
-def test_the_others_read_each_once_and_the_writer_not_at_all(memory: int) -> None:
+def test_peers_read_each_decision_once_and_its_writer_never(memory: int) -> None:
     one, other, third = logs(memory)
     one.publish(decision(1))
     assert other.updates() == third.updates() == [decision(1)]
@@ -42,7 +42,7 @@ def test_the_others_read_each_once_and_the_writer_not_at_all(memory: int) -> Non
     assert other.updates() == [decision(2), decision(3)]
 
 
-def test_news_of_several_come_in_the_order_they_were_sent(memory: int) -> None:
+def test_decisions_of_several_processes_are_read_in_the_order_they_were_made(memory: int) -> None:
     one, other, third = logs(memory)
     one.publish(decision(1, at_s=5.0))
     third.publish(decision(2, at_s=4.0))
@@ -50,7 +50,9 @@ def test_news_of_several_come_in_the_order_they_were_sent(memory: int) -> None:
     assert [each.queued_tokens for each in other.updates()] == [2, 1, 3]
 
 
-def test_who_comes_later_hears_nothing_of_before_and_goes_on_where_it_stopped(memory: int) -> None:
+def test_new_process_skips_earlier_decisions_and_continues_the_numbers_of_its_slot(
+    memory: int,
+) -> None:
     one, other, _ = logs(memory)
     for number in range(1, 6):
         one.publish(decision(number))
@@ -63,9 +65,7 @@ def test_who_comes_later_hears_nothing_of_before_and_goes_on_where_it_stopped(me
 
 
 @pytest.mark.parametrize("torn", range(0, 40, 3))
-def test_an_entry_that_was_not_finished_is_none_and_its_place_is_used_again(
-    memory: int, torn: int
-) -> None:
+def test_half_written_entry_is_ignored_and_then_overwritten(memory: int, torn: int) -> None:
     one, other, _ = logs(memory)
     one.publish(decision(1))
     one.publish(decision(2))
@@ -79,7 +79,7 @@ def test_an_entry_that_was_not_finished_is_none_and_its_place_is_used_again(
 
 
 @pytest.mark.parametrize("missed", [0, 1, CAPACITY // 2, CAPACITY - 1, CAPACITY, 5 * CAPACITY + 3])
-def test_who_is_more_than_a_round_behind_misses_the_oldest_only(memory: int, missed: int) -> None:
+def test_reader_more_than_a_round_behind_misses_only_the_oldest(memory: int, missed: int) -> None:
     one, other, _ = logs(memory)
     one.publish(decision(0))
     other.updates()
@@ -91,7 +91,7 @@ def test_who_is_more_than_a_round_behind_misses_the_oldest_only(memory: int, mis
     assert other.updates() == [decision(7)]
 
 
-def test_numbers_that_do_not_fit_are_the_largest_that_do(memory: int) -> None:
+def test_numbers_that_are_too_large_are_clamped(memory: int) -> None:
     one, other, _ = logs(memory)
     one.publish(RoutingDecision(1, 0.0, 2**40, 2**33))
     assert other.updates() == [RoutingDecision(1, 0.0, 2**32 - 1, 2**32 - 1)]
@@ -111,7 +111,7 @@ for each in range(count):
 """
 
 
-def test_between_processes_nothing_is_lost_or_made_up(memory: int) -> None:
+def test_no_decision_is_lost_or_invented_between_processes(memory: int) -> None:
     """Two write as fast as they can while this one reads."""
     count, reader = 3000, DecisionLog(memory, 2, 3)
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}

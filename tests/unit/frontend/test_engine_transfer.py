@@ -24,7 +24,7 @@ from unit.frontend.fake_instances import (
 )
 
 
-async def test_state_of_the_engine_reaches_the_decode_instance() -> None:
+async def test_opaque_engine_state_reaches_the_decode_instance() -> None:
     prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
     assert await collect(make_pipeline(prefill, decode), request()) == [7, 8]
     [asked] = decode.requests
@@ -34,7 +34,7 @@ async def test_state_of_the_engine_reaches_the_decode_instance() -> None:
     assert prefill.released == [], "there is nothing that it could release"
 
 
-async def test_caller_who_leaves_during_the_prefill_leaves_its_kv_fetched() -> None:
+async def test_kv_is_fetched_when_the_caller_leaves_during_the_prefill() -> None:
     prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
     prefill.hold = asyncio.Event()
     pipeline = make_pipeline(prefill, decode)
@@ -52,7 +52,7 @@ async def test_caller_who_leaves_during_the_prefill_leaves_its_kv_fetched() -> N
     assert asked.sampling.max_tokens == 2, "one token, to have it fetch"
 
 
-async def test_caller_who_leaves_after_the_first_token_leaves_its_kv_fetched() -> None:
+async def test_kv_is_fetched_when_the_caller_leaves_after_the_first_token() -> None:
     prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
     pipeline = make_pipeline(prefill, decode)
     outputs = pipeline.generate(request())
@@ -64,7 +64,7 @@ async def test_caller_who_leaves_after_the_first_token_leaves_its_kv_fetched() -
     assert asked.token_ids == [*PROMPT, 7]
 
 
-async def test_decode_that_was_asked_is_not_asked_again() -> None:
+async def test_decode_that_has_started_is_not_started_again() -> None:
     prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
     decode.hold = asyncio.Event()
     pipeline = make_pipeline(prefill, decode)
@@ -78,7 +78,7 @@ async def test_decode_that_was_asked_is_not_asked_again() -> None:
     assert decode.left_early == ["r"], "it is told, and aborts when it has fetched"
 
 
-async def test_failed_prefill_of_a_caller_who_left_concerns_nobody() -> None:
+async def test_failed_prefill_of_a_caller_that_left_starts_no_decode() -> None:
     prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
     prefill.hold, prefill.broken = asyncio.Event(), True
     pipeline = make_pipeline(prefill, decode)
@@ -92,7 +92,7 @@ async def test_failed_prefill_of_a_caller_who_left_concerns_nobody() -> None:
     assert decode.requests == []
 
 
-async def test_without_a_decode_instance_the_engines_timeout_is_what_is_left(
+async def test_kv_that_no_decode_instance_can_fetch_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def nobody() -> Any:
@@ -105,7 +105,7 @@ async def test_without_a_decode_instance_the_engines_timeout_is_what_is_left(
     assert "its KV stays with the prefill engine" in caplog.text
 
 
-async def test_close_ends_what_goes_on() -> None:
+async def test_close_ends_running_fetches() -> None:
     decode = FakeClient("decode-0")
     decode.hold = asyncio.Event()
     client: Any = decode
@@ -132,7 +132,7 @@ async def test_warm_up_takes_every_pair_from_prefill_to_decode(newcomer: str) ->
     assert len({r.request_id for r in prefills}) == 2
 
 
-async def test_pair_that_stays_cold_is_told_and_keeps_out_only_who_has_no_other(
+async def test_failed_warm_up_is_logged_and_excludes_an_instance_without_another_pair(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     new: Any = FakeClient("decode-0")

@@ -26,7 +26,7 @@ async def test_long_prompt_goes_through_a_prefill_instance() -> None:
     assert [asked.phase for asked in decode.requests] == ["decode"]
 
 
-async def test_lost_decode_instance_hands_a_local_prefill_on() -> None:
+async def test_local_prefill_moves_on_when_its_decode_instance_is_lost() -> None:
     prefill = FakeClient("prefill-0")
     decodes = [FakeClient("decode-0"), FakeClient("decode-1")]
     pipeline = make_pipeline(prefill, *decodes, router=RouterConfig())
@@ -38,7 +38,7 @@ async def test_lost_decode_instance_hands_a_local_prefill_on() -> None:
     assert decodes[1].requests
 
 
-async def test_each_attempt_has_an_id_of_its_own() -> None:
+async def test_each_attempt_has_its_own_id() -> None:
     """Or an instance's last word about the one that was given up would end the next one."""
     prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
     prefill.broken = True

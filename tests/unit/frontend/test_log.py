@@ -1,4 +1,4 @@
-"""The log's lines come whole, in order, and when they matter at once."""
+"""Lines of the log are written whole and in order, and warnings at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from serving.frontend.log import LATER_S, LaterHandler, LineFormatter
+from serving.frontend.log import LaterHandler, LineFormatter
+from unit.frontend.waiting import until
 
 
 @pytest.fixture
@@ -27,22 +28,21 @@ def logger(written: io.StringIO) -> Iterator[logging.Logger]:
     handler.close()
 
 
-async def test_lines_of_the_loop_are_written_together_soon(
+async def test_lines_of_the_event_loop_are_written_together_soon(
     logger: logging.Logger, written: io.StringIO
 ) -> None:
     for number in range(3):
         logger.info("line %d", number)
     assert written.getvalue() == ""
-    await asyncio.sleep(2 * LATER_S)
+    await until(lambda: written.getvalue() != "")
     lines = written.getvalue().splitlines()
     assert [line[-6:] for line in lines] == ["line 0", "line 1", "line 2"]
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", line) for line in lines)
     logger.info("again")  # a new timer for it
-    await asyncio.sleep(2 * LATER_S)
-    assert written.getvalue().endswith("again\n")
+    await until(lambda: written.getvalue().endswith("again\n"))
 
 
-async def test_a_warning_and_what_led_to_it_are_written_at_once(
+async def test_warning_is_written_at_once_with_the_lines_before_it(
     logger: logging.Logger, written: io.StringIO
 ) -> None:
     logger.info("before")
@@ -50,19 +50,21 @@ async def test_a_warning_and_what_led_to_it_are_written_at_once(
     assert re.findall(r"before\n.*now\n", written.getvalue())
 
 
-def test_without_a_loop_nothing_waits(logger: logging.Logger, written: io.StringIO) -> None:
+def test_lines_are_written_at_once_without_an_event_loop(
+    logger: logging.Logger, written: io.StringIO
+) -> None:
     logger.info("starting")
     assert written.getvalue().endswith("starting\n")
 
 
-async def test_a_thread_writes_its_line_itself(
+async def test_line_of_another_thread_is_written_at_once(
     logger: logging.Logger, written: io.StringIO
 ) -> None:
     await asyncio.to_thread(logger.info, "from a thread")
     assert written.getvalue().endswith("from a thread\n")
 
 
-async def test_what_waits_is_written_when_the_process_exits(
+async def test_waiting_lines_are_written_when_the_process_exits(
     logger: logging.Logger, written: io.StringIO
 ) -> None:
     logger.info("last words")
@@ -70,7 +72,7 @@ async def test_what_waits_is_written_when_the_process_exits(
     assert written.getvalue().endswith("last words\n")
 
 
-async def test_a_line_that_cannot_be_told_stops_nobody(
+async def test_line_that_cannot_be_formatted_raises_nothing(
     logger: logging.Logger, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)
@@ -79,7 +81,7 @@ async def test_a_line_that_cannot_be_told_stops_nobody(
     assert written.getvalue().endswith("fine\n")
 
 
-def test_the_time_of_day_is_the_library_s(logger: logging.Logger) -> None:
+def test_time_of_day_equals_that_of_the_default_formatter(logger: logging.Logger) -> None:
     ours, theirs = LineFormatter("%(asctime)s"), logging.Formatter("%(asctime)s")
     for created in (0.0, 1.5, 1.999, 1_700_000_000.0625, 3.25):
         record = logging.makeLogRecord({"created": created, "msecs": created % 1 * 1000})

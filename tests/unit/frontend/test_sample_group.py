@@ -16,7 +16,7 @@ def samples(count: int) -> list[PreparedRequest]:
     ]
 
 
-async def test_siblings_share_a_prefill_and_a_decode_instance() -> None:
+async def test_samples_of_one_prompt_share_a_prefill_and_a_decode_instance() -> None:
     prefills = [FakeClient(f"prefill-{i}") for i in range(3)]
     decodes = [FakeClient(f"decode-{i}") for i in range(3)]
     pipeline = make_pipeline(*prefills, *decodes)
@@ -26,14 +26,14 @@ async def test_siblings_share_a_prefill_and_a_decode_instance() -> None:
         assert sorted(len(client.requests) for client in clients) == [0, 0, 8]
 
 
-async def test_others_are_spread() -> None:
+async def test_separate_requests_are_spread_over_instances() -> None:
     prefills = [FakeClient(f"prefill-{i}") for i in range(3)]
     pipeline = make_pipeline(*prefills, FakeClient("decode-0"))
     await asyncio.gather(*(collect(pipeline, request(f"r-{i}")) for i in range(9)))
     assert all(client.requests for client in prefills)
 
 
-async def test_siblings_leave_an_instance_that_is_lost() -> None:
+async def test_samples_leave_an_instance_that_is_lost() -> None:
     prefills = [FakeClient(f"prefill-{i}") for i in range(2)]
     pipeline = make_pipeline(*prefills, FakeClient("decode-0"))
     first, *others = samples(4)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from serving.errors import InvalidRequest, ModelError
-from serving.text import preprocess
 from serving.text.chat_template import ChatTemplate
 from serving.text.preprocess import Preprocessor
 from tokenizers import Tokenizer, processors
@@ -39,14 +38,14 @@ async def test_chat_prompt_is_the_rendered_template(preprocessor: Preprocessor) 
 
 
 async def test_long_texts_are_tokenized_on_a_thread_to_the_same_ids(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
 ) -> None:
-    preprocessor = Preprocessor(make_card(folder, max_model_len=100_000))
+    card = make_card(folder, max_model_len=100_000)
     text = "the quick brown fox " * 1000
     message = [{"role": "user", "content": text}]
-    on_thread = await preprocessor.encode_text(text), await preprocessor.encode_chat(message)
-    monkeypatch.setattr(preprocess, "THREAD_CHARS", 10**9)
-    inline = await preprocessor.encode_text(text), await preprocessor.encode_chat(message)
+    default, unthreaded = Preprocessor(card), Preprocessor(card, thread_chars=10**9)
+    on_thread = await default.encode_text(text), await default.encode_chat(message)
+    inline = await unthreaded.encode_text(text), await unthreaded.encode_chat(message)
     assert on_thread == inline
 
 
@@ -126,12 +125,13 @@ def test_templates_have_what_they_use_elsewhere(source: str, expected: str) -> N
 
 
 async def test_absurdly_long_text_is_refused_without_tokenizing(
-    preprocessor: Preprocessor, monkeypatch: pytest.MonkeyPatch
+    preprocessor: Preprocessor,
 ) -> None:
-    def forbidden(*_: Any, **__: Any) -> list[int]:
-        raise AssertionError("tokenized")
+    class Untouchable:
+        """A tokenizer that nobody may use."""
 
-    monkeypatch.setattr(Preprocessor, "_encode", forbidden)
+    forbidden: Any = Untouchable()
+    preprocessor.tokenizer = forbidden
     text = "x" * 1_000_000
     for attempt in (
         preprocessor.encode_text(text),

@@ -6,7 +6,8 @@ import time
 
 from msgspec import Struct, field
 
-from serving.frontend.http.limits import InFlight
+from serving.frontend.http.limits import BODY_TIMEOUT_S, InFlight
+from serving.frontend.http.sse import STALL_S
 from serving.frontend.metrics.registry import Metrics
 from serving.frontend.model import ModelLoader
 from serving.frontend.pipeline import Pipeline
@@ -23,6 +24,8 @@ class AppState(Struct, frozen=True, kw_only=True):
     in_flight: InFlight
     model_name: str
     max_body_bytes: int
+    body_timeout_s: float = BODY_TIMEOUT_S
+    stall_s: float = STALL_S
     launch_id: str = ""
     slot: ProcessSlot | None = None
     models: ModelLoader = field(default_factory=ModelLoader)

@@ -83,7 +83,7 @@ class CompletionCall:
         The body is not kept: only the tokens live on.
         """
         state = self._state
-        body = await read_body(scope, receive, state.max_body_bytes)
+        body = await read_body(scope, receive, state.max_body_bytes, state.body_timeout_s)
         request = self._api.parse(body)
         check_model(request.model, state.model_name)
         model = await state.models.load(state.card)
@@ -103,12 +103,14 @@ class CompletionCall:
         async with cancelled_on_disconnect(receive):
             producer = asyncio.create_task(generation.run(), name=self._request_id)
             try:
-                error = await send_deltas(generation, self._send, self._headers)
+                error = await send_deltas(
+                    generation, self._send, self._headers, self._state.stall_s
+                )
             finally:
                 producer.cancel()
                 await asyncio.wait([producer])  # until all that it held is released
         # Outside: servers report a disconnect once a response is complete.
-        await end_stream(generation, error, self._send)
+        await end_stream(generation, error, self._send, self._state.stall_s)
         return error
 
     def _record(self, status: int, error: ApiError | None) -> None:

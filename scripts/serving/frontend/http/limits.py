@@ -91,9 +91,7 @@ class InFlight:
         self._gauge.value = self.count
 
 
-async def read_body(
-    scope: Scope, receive: Receive, max_bytes: int, *, timeout_s: float = BODY_TIMEOUT_S
-) -> bytes:
+async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes:
     """The whole body. Raises RequestTooLarge, BodyTimeout, ClientGone.
 
     The announced length is checked before reading and the actual one while reading, so never more

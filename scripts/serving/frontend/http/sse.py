@@ -72,8 +72,7 @@ async def send_deltas(
     generation: Generation,
     send: Send,
     headers: Sequence[tuple[bytes, bytes]],
-    *,
-    stall_s: float = STALL_S,
+    stall_s: float,
 ) -> ApiError | None:
     """Write everything but the end while `generation` runs. Returns the error that ended it.
 
@@ -94,7 +93,7 @@ async def send_deltas(
 
 
 async def end_stream(
-    generation: Generation, error: ApiError | None, send: Send, *, stall_s: float = STALL_S
+    generation: Generation, error: ApiError | None, send: Send, stall_s: float
 ) -> None:
     """Write the end, which is `error` if there is one. Raises ClientGone on a stall."""
     plan = generation.plan

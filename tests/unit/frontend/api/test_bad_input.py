@@ -228,7 +228,7 @@ async def test_bad_completion_field_is_named(
     await refuse(client, "/v1/completions", {**COMPLETION, **fields}, param)
 
 
-async def test_a_guide_that_does_not_compile_is_told_with_the_reason(
+async def test_guide_that_does_not_compile_is_refused_with_the_reason(
     client: httpx.AsyncClient,
 ) -> None:
     for fields, reason in (
@@ -250,7 +250,7 @@ async def test_missing_fields_are_named(client: httpx.AsyncClient) -> None:
     await refuse(client, "/v1/completions", {"model": MODEL}, "prompt", required)
 
 
-async def test_unknown_field_is_told_by_name(client: httpx.AsyncClient) -> None:
+async def test_unknown_field_is_refused_by_name(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/chat/completions", json={**CHAT, "temprature": 1})
     error = check_error(response)
     assert error["code"] == "unknown_parameter"

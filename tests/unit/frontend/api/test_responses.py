@@ -194,7 +194,7 @@ async def test_echo_without_a_token_to_generate_returns_the_prompt_alone(
         ({"guided_grammar": 'start: "a"'}, ("grammar", 'start: "a"')),
     ],
 )
-async def test_what_the_answer_must_be_reaches_the_engine(
+async def test_guide_reaches_the_engine(
     client: httpx.AsyncClient,
     pipeline: FakePipeline,
     path: str,
@@ -377,11 +377,13 @@ async def test_models_are_listed_and_found_by_name(client: httpx.AsyncClient) ->
     assert (await client.get("/v1/models/org%2Ftiny")).json() == model
 
 
-async def test_health_tells_which_launch_this_is(client: httpx.AsyncClient) -> None:
+async def test_health_has_the_launch_id(client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).json() == {"status": "ok", "launch_id": "launch-1"}
 
 
-async def test_ready_says_why_not(client: httpx.AsyncClient, pipeline: FakePipeline) -> None:
+async def test_ready_has_the_reason_when_not_ready(
+    client: httpx.AsyncClient, pipeline: FakePipeline
+) -> None:
     response = await client.get("/ready")
     assert response.status_code == 200
     assert response.json() == {"ready": True, "reason": "", "topology": "disagg", "instances": []}
@@ -404,7 +406,7 @@ async def test_not_ready_while_the_tokenizer_cannot_be_loaded(
     assert "/nowhere/tokenizer.json" in response.json()["reason"]
 
 
-async def test_one_log_line_tells_the_story_of_a_request(
+async def test_each_request_writes_one_log_line(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "serving.frontend")
@@ -416,7 +418,7 @@ async def test_one_log_line_tells_the_story_of_a_request(
         assert part in line
 
 
-async def test_metrics_count_what_was_served(client: httpx.AsyncClient) -> None:
+async def test_metrics_count_served_requests(client: httpx.AsyncClient) -> None:
     await post(client, "chat/completions", messages=USER)
     await client.post("/v1/chat/completions", content=b"{")
     response = await client.get("/metrics")

@@ -36,7 +36,7 @@ def bearing(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-async def test_health_is_for_everybody(guarded: httpx.AsyncClient) -> None:
+async def test_health_needs_no_key(guarded: httpx.AsyncClient) -> None:
     assert (await guarded.get("/health")).status_code == 200
 
 
@@ -68,7 +68,7 @@ async def test_without_a_key_everything_else_is_401(
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-async def test_key_opens(guarded: httpx.AsyncClient, scheme: str) -> None:
+async def test_request_with_a_key_is_served(guarded: httpx.AsyncClient, scheme: str) -> None:
     headers = {"authorization": f"{scheme} two"}
     response = await guarded.post("/v1/completions", headers=headers, json=COMPLETION)
     assert response.status_code == 200
@@ -91,7 +91,7 @@ async def test_each_key_has_its_own_limit(guarded: httpx.AsyncClient, clock: Clo
     assert [(await post("one")).status_code for _ in range(3)] == [200, 200, 429]
 
 
-def test_keys_of_a_file(tmp_path: Path) -> None:
+def test_key_file_has_one_key_per_line_and_comments(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# team a\none\n\n  two  \n")
     assert read_keys(str(file)) == ["one", "two"]

@@ -30,13 +30,13 @@ def end_every(in_flight: InFlight, clock: Clock, seconds: float, count: int) -> 
 
 
 @pytest.mark.parametrize("seconds", [2.0, 5.0, 20.0])
-def test_a_place_is_expected_when_one_usually_gets_free(clock: Clock, seconds: float) -> None:
+def test_retry_after_follows_the_rate_at_which_samples_end(clock: Clock, seconds: float) -> None:
     in_flight = make(2, clock)
     end_every(in_flight, clock, seconds, 60)
     assert in_flight.retry_after_s() == pytest.approx(seconds, rel=0.75)
 
 
-def test_it_is_never_asked_to_wait_less_than_a_second_or_more_than_a_minute(clock: Clock) -> None:
+def test_retry_after_is_between_a_second_and_a_minute(clock: Clock) -> None:
     in_flight = make(2, clock)
     assert in_flight.retry_after_s() == 1.0  # nothing is known yet
     end_every(in_flight, clock, 0.001, 1000)
@@ -46,7 +46,7 @@ def test_it_is_never_asked_to_wait_less_than_a_second_or_more_than_a_minute(cloc
     assert in_flight.retry_after_s() == 60.0
 
 
-def test_the_newest_is_refused_and_told_when_to_come_back(clock: Clock) -> None:
+def test_request_beyond_the_limit_is_refused_with_a_retry_after(clock: Clock) -> None:
     in_flight = make(1, clock)
     end_every(in_flight, clock, 5.0, 60)
     with in_flight.hold(1):

@@ -6,25 +6,19 @@ import asyncio
 import gc
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from serving.errors import Overloaded
-from serving.frontend.http import limits, sse
+from serving.frontend.metrics.registry import Metrics
 from starlette.applications import Starlette
 from unit.frontend.fakes import MODEL, FakePipeline
+from unit.frontend.waiting import DEADLINE_S, until
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
-DEADLINE_S = 5.0
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 (what is awaited has no event)
-            await asyncio.sleep(0.005)
 
 
 async def connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -59,9 +53,9 @@ async def openai_client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
 async def test_disconnect_aborts_the_work(url: str, pipeline: FakePipeline, stream: bool) -> None:
     pipeline.endless, pipeline.delay_s = True, 0.002
     _, writer = await start_request(url, {**CHAT, "stream": stream, "n": 2})
-    await eventually(lambda: pipeline.num_steps > 10)
+    await until(lambda: pipeline.num_steps > 10)
     writer.close()
-    await eventually(lambda: pipeline.active == 0)
+    await until(lambda: pipeline.active == 0)
     assert len(pipeline.aborted) == 2
     async with httpx.AsyncClient() as client:
         page = (await client.get(f"{url}/metrics")).text
@@ -77,19 +71,19 @@ async def test_disconnect_before_the_first_token_aborts_the_work(
 ) -> None:
     pipeline.delay_s = 60.0
     _, writer = await start_request(url, {**CHAT, "stream": True})
-    await eventually(lambda: pipeline.active == 1)
+    await until(lambda: pipeline.active == 1)
     writer.close()
-    await eventually(lambda: pipeline.active == 0)
+    await until(lambda: pipeline.active == 0)
     assert len(pipeline.aborted) == 1
 
 
 async def test_disconnect_in_the_middle_of_the_body_reaches_no_worker(
-    url: str, pipeline: FakePipeline
+    url: str, pipeline: FakePipeline, metrics: Metrics
 ) -> None:
     _, writer = await connect(url)
     writer.write(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{"a')
     await writer.drain()
-    await asyncio.sleep(0.02)
+    await until(lambda: metrics.in_flight.value == 1)
     writer.close()
     async with httpx.AsyncClient() as client:
         async with asyncio.timeout(DEADLINE_S):
@@ -110,7 +104,7 @@ async def test_slow_client_gets_fewer_chunks_and_slows_no_worker(
     pipeline.token_ids = [pipeline.token_ids[0]] * tokens
     reader, writer = await start_request(url, {**CHAT, "stream": True})
     writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await eventually(lambda: pipeline.active == 0 and bool(pipeline.seen))
+    await until(lambda: pipeline.active == 0 and bool(pipeline.seen))
     assert not pipeline.aborted
     writer.transport.resume_reading()  # type: ignore[attr-defined]
     received = b""
@@ -127,16 +121,15 @@ async def test_slow_client_gets_fewer_chunks_and_slows_no_worker(
     assert len(contents) < tokens / 10
 
 
-async def test_client_that_stops_reading_is_given_up(
-    url: str, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+async def test_client_that_stops_reading_is_disconnected(
+    impatient_url: str, pipeline: FakePipeline
 ) -> None:
-    monkeypatch.setitem(sse.send_deltas.__kwdefaults__, "stall_s", 0.05)
     pipeline.endless = True
     pipeline.token_ids = pipeline.tokenizer.encode("hello " * 50).ids
     pipeline.per_step = 50
-    _, writer = await start_request(url, {**CHAT, "stream": True})
+    _, writer = await start_request(impatient_url, {**CHAT, "stream": True})
     writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await eventually(lambda: len(pipeline.aborted) == 1)
+    await until(lambda: len(pipeline.aborted) == 1)
     writer.transport.abort()
 
 
@@ -158,10 +151,9 @@ async def test_ten_megabytes_are_refused_and_the_connection_survives(
 
 
 async def test_client_too_slow_with_its_body_gets_408(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    impatient_url: str,
 ) -> None:
-    monkeypatch.setitem(limits.read_body.__kwdefaults__, "timeout_s", 0.05)
-    reader, writer = await connect(url)
+    reader, writer = await connect(impatient_url)
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
     async with asyncio.timeout(DEADLINE_S):
         assert b" 408 " in await reader.readline()
@@ -186,7 +178,7 @@ async def test_more_than_max_inflight_is_429_with_retry_after(
 ) -> None:
     pipeline.endless, pipeline.delay_s = True, 0.005
     writers = [(await start_request(url, {**CHAT, "n": 4}))[1] for _ in range(2)]
-    await eventually(lambda: pipeline.active == 8)
+    await until(lambda: pipeline.active == 8)
     async with httpx.AsyncClient() as client:
         response = await client.post(f"{url}/v1/chat/completions", json=CHAT)
         assert response.status_code == 429
@@ -195,7 +187,7 @@ async def test_more_than_max_inflight_is_429_with_retry_after(
         assert (await client.get(f"{url}/health")).status_code == 200
         for writer in writers:
             writer.close()
-        await eventually(lambda: pipeline.active == 0)
+        await until(lambda: pipeline.active == 0)
         pipeline.endless = False
         response = await client.post(f"{url}/v1/chat/completions", json=CHAT)
         assert response.status_code == 200

@@ -15,7 +15,7 @@ def samples(collector: Collector) -> list[str]:
     return [line for line in page.splitlines() if not line.startswith("#")]
 
 
-def test_a_count_without_labels_begins_at_zero() -> None:
+def test_counter_without_labels_starts_at_zero() -> None:
     count = Counter("tokens", "")
     assert samples(count) == ["tokens_total 0.0"]
     count.add(5)
@@ -23,7 +23,7 @@ def test_a_count_without_labels_begins_at_zero() -> None:
     assert samples(count) == ["tokens_total 5.5"]
 
 
-def test_each_combination_of_labels_counts_by_itself() -> None:
+def test_each_combination_of_labels_has_its_own_count() -> None:
     count = Counter("requests", "", ["status", "reason"])
     assert samples(count) == []
     count.add(1, "200", "stop")
@@ -35,20 +35,20 @@ def test_each_combination_of_labels_counts_by_itself() -> None:
     ]
 
 
-def test_labels_are_as_many_as_their_names() -> None:
+def test_counter_needs_a_value_for_each_label() -> None:
     count = Counter("requests", "", ["status"])
     with pytest.raises(ValueError, match="labels"):
         count.add(1)
 
 
-def test_a_level_is_what_it_was_set_to() -> None:
+def test_gauge_shows_the_value_that_was_set() -> None:
     level = Gauge("in_flight", "")
     level.value += 3
     level.value -= 1
     assert samples(level) == ["in_flight 2.0"]
 
 
-def test_latencies_fall_into_buckets_that_include_their_bound() -> None:
+def test_histogram_buckets_include_their_bound() -> None:
     latencies = Histogram("seconds", "", (0.1, 1.0))
     for seconds in (0.1, 0.2, 5.0):
         latencies.observe(seconds)

@@ -12,7 +12,7 @@ from serving.protocol import InstanceInfo, KvEventBatch, ModelCard
 CARD = ModelCard("m", "", 4096, 16, "salt", "", 0)
 
 
-def test_metrics_count_what_happened_to_events() -> None:
+def test_event_batches_are_counted_by_outcome() -> None:
     router, counters, metrics = KvRouter(RouterConfig()), EventCounters(), Metrics()
     router.add_instance(InstanceInfo("w0", 1, "agg", [], "", CARD, 1000, 16, 1, "h"))
     metrics.add(RouterMetrics(router, counters))

@@ -1,4 +1,4 @@
-"""What the workflow itself costs: a run with nothing to do, and a warm start by phase.
+"""The cost of the workflow itself: a run with nothing to do, and a warm start by phase.
 
     python tests/benchmarks/deploy.py [--rounds N] [--results DIR] [--target TARGET]
 
@@ -56,7 +56,7 @@ def main() -> None:
         if options.results.is_dir():
             share_results(options.results, directory / "results")
         try:
-            tell("preparing the artefacts")
+            note("preparing the artefacts")
             deployment.snakemake(options.target, timeout_s=1800)
             deployment.snakemake("stop")
             warm_start(deployment, options.target)
@@ -67,7 +67,7 @@ def main() -> None:
 
 def warm_start(deployment: Deployment, target: str) -> None:
     """Phases end when the last rule in them has finished."""
-    tell("warm start")
+    note("warm start")
     begun = time.monotonic()
     ends = dict.fromkeys(PHASES, 0.0)
     first_job = 0.0
@@ -102,7 +102,7 @@ def warm_start(deployment: Deployment, target: str) -> None:
 
 def no_op(deployment: Deployment, target: str, empty: Path, rounds: int) -> None:
     """Alternating, so that both see the same load. The first round does not count."""
-    tell("nothing to do")
+    note("nothing to do")
     empty.mkdir()
     (empty / "Snakefile").write_text(EMPTY)
     (empty / "there").touch()
@@ -149,7 +149,7 @@ def row(name: str, ours_s: float, **other: float | str) -> None:
     print(json.dumps(content), flush=True)
 
 
-def tell(what: str) -> None:
+def note(what: str) -> None:
     print(f"{time.strftime('%X')} {what}", file=sys.stderr, flush=True)
 
 

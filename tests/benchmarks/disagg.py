@@ -61,7 +61,7 @@ class Measurement(Struct, frozen=True):
 
     @property
     def conditions(self) -> Load:
-        """What must be equal for two measurements to be compared."""
+        """Two measurements are comparable only if this is equal."""
         return self.load
 
     def row(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Measurement(Struct, frozen=True):
         return {"name": name, "unit": "ms", **self.measured, **self.service}
 
 
-def tell(text: str) -> None:
+def note(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
@@ -81,7 +81,7 @@ def report(row: dict[str, Any]) -> None:
 
 
 def sections(setup: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What `config.yaml` would say."""
+    """The sections of `config.yaml` for this set-up."""
     longest = options.prompt_tokens + options.output_tokens
     engine: dict[str, Any] = {
         "weights": "dummy",
@@ -105,7 +105,7 @@ def sections(setup: str, options: argparse.Namespace) -> dict[str, Any]:
 def measure_setup(
     setup: str, options: argparse.Namespace, ends: float
 ) -> Iterator[tuple[float, Measurement]]:
-    """Start it, and measure at each rate for which there is time."""
+    """Start the set-up, and measure at each rate that fits into the budget."""
     from benchmarks.load.running_service import RunningService
 
     topology: Any = "disagg_router" if setup == "disagg" else "agg_router"
@@ -122,7 +122,7 @@ def measure_setup(
             gpus=options.gpus,
         ) as service,
     ):
-        tell(f"{setup}: ready after {service.start_s:.1f} s")
+        note(f"{setup}: ready after {service.start_s:.1f} s")
         before = service.ready()
         for rate in options.rates:
             load = Load(
@@ -139,7 +139,7 @@ def measure_setup(
                 temperature=options.temperature,
             )
             if time.monotonic() + load.warm_up_s + load.measure_s + SETTLE_S > ends:
-                tell(f"{setup}: no time left for {rate:g} prompts/s")
+                note(f"{setup}: no time left for {rate:g} prompts/s")
                 return
             measured = uvloop.run(run(Client(service.port, MODEL), load))
             service.check_alive()
@@ -153,7 +153,7 @@ def measure_setup(
 
 
 def wait_idle(service: Any) -> dict[str, Any]:
-    """`/ready` once nothing runs any more, or as it is after a while."""
+    """`/ready` once no request runs any more, or its state at the deadline."""
     deadline = time.monotonic() + IDLE_S
     while True:
         state: dict[str, Any] = service.ready()
@@ -164,7 +164,7 @@ def wait_idle(service: Any) -> dict[str, Any]:
 
 
 def counters(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
-    """What the workers did meanwhile: whether KV really travelled, and what went wrong."""
+    """Counters of the workers meanwhile: how much KV travelled, and how many transfers failed."""
     names = ("kv_transfers", "kv_transfer_failures", "local_prefill_fallbacks", "preemptions")
     return {
         name: sum(row[name] for row in after["instances"])
@@ -244,14 +244,14 @@ def read_results(path: Path) -> list[Measurement]:
 
 
 def sweep(options: argparse.Namespace) -> bool:
-    """Measure what there is time for; False if a set-up failed."""
+    """Measure the set-ups that fit into the budget; False if one failed."""
     ends = time.monotonic() + options.budget_s
     start_s, all_well = START_GUESS_S, True
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for setup in options.setups:
         needed = start_s + options.warm_up_s + options.measure_s + SETTLE_S
         if time.monotonic() + needed > ends:
-            tell(f"no time left for {setup}: name it in another call")
+            note(f"no time left for {setup}: name it in another call")
             continue
         began = time.monotonic()
         try:
@@ -263,7 +263,7 @@ def sweep(options: argparse.Namespace) -> bool:
         except Exception as exc:  # the other set-ups may still do
             all_well = False
             report({"name": setup, "error": f"{type(exc).__name__}: {str(exc)[-1500:]}"})
-        tell(f"{setup}: {time.monotonic() - began:.0f} s")
+        note(f"{setup}: {time.monotonic() - began:.0f} s")
     return all_well
 
 
@@ -303,7 +303,7 @@ def arguments() -> argparse.Namespace:
         "--out", type=Path, default=ROOT / "results" / "benchmarks" / "disagg.jsonl"
     )
     parser.add_argument(
-        "--budget-s", type=float, default=520.0, help="begin nothing that ends later"
+        "--budget-s", type=float, default=520.0, help="start no measurement that would end later"
     )
     parser.add_argument("--plot", type=Path, help="draw all of --out into this file (matplotlib)")
     parser.add_argument("--verdict", action="store_true", help="measure nothing; judge --out")
@@ -345,7 +345,7 @@ def main() -> None:
         from benchmarks.frontier_plot import draw
 
         draw(list(latest(measurements).values()), options.plot)
-        tell(f"drawn: {options.plot}")
+        note(f"drawn: {options.plot}")
     if not all_well:
         sys.exit(1)
 

@@ -45,7 +45,7 @@ ROWS = ("decode", "prefill", "overhead", "prefix", "throughput")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is asked of the engine, in tokens; all but `batches` and `streams`."""
+    """Sizes of the load, in tokens; all but `batches` and `streams`."""
 
     batches: tuple[int, ...]
     context: int
@@ -64,7 +64,7 @@ REAL = Sizes((1, 16, 64), 2048, 96, (2048, 8192), 64, 1024, 256, 8192, 4 << 30, 
 TINY = Sizes((1, 4), 128, 60, (128, 256), 4, 64, 16, 512, 64 << 20, 512)
 
 
-def tell(text: str) -> None:
+def note(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
@@ -111,7 +111,7 @@ class Bench:
         from benchmarks.engines.device_limits import copy_bandwidth
 
         bandwidth = copy_bandwidth(self.device, self.sizes.copy_bytes)
-        tell(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
+        note(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
         for batch in self.sizes.batches:
             steps = self.sizes.steps
             prompt = self.sizes.context - steps // 2
@@ -143,7 +143,7 @@ class Bench:
 
         size = self.sizes.matmul
         limit = matmul_rate(self.device, size, getattr(torch, self.dtype))
-        tell(f"matmul {limit / 1e12:.1f} TFLOP/s")
+        note(f"matmul {limit / 1e12:.1f} TFLOP/s")
         for length in self.sizes.prompts:
             times = [(await self.engine.run([length], 1)).ttft_s for _ in range(7)][2:]
             rate = self.costs.prefill_flops(length) / statistics.median(times)
@@ -225,10 +225,10 @@ class Bench:
         prompts = [self.engine.fresh_prompt(length) for length in lengths]
         run = await self.engine.run(prompts, sizes.stream_output)
         ours = sizes.streams * sizes.stream_output / run.wall_s
-        tell(f"engine: {ours:.0f} output tokens/s; now the peer")
+        note(f"engine: {ours:.0f} output tokens/s; now the peer")
         await self.engine.close()
         peer, peer_name, tried = best_rate(
-            self.engine_dir, self.device, self.dtype, prompts, sizes.stream_output, tell
+            self.engine_dir, self.device, self.dtype, prompts, sizes.stream_output, note
         )
         report(
             {
@@ -267,14 +267,14 @@ async def measure(options: argparse.Namespace) -> None:
     if options.describe:
         report(bench.describe())
     await bench.engine.start()
-    tell(f"engine ready after {time.monotonic() - started:.1f} s")
+    note(f"engine ready after {time.monotonic() - started:.1f} s")
     try:
         for row in options.rows:
             print(f"{BEGIN}{row}", flush=True)
             started = time.monotonic()
             await getattr(bench, row)()
             print(f"{END}{row}", flush=True)
-            tell(f"{row} took {time.monotonic() - started:.1f} s")
+            note(f"{row} took {time.monotonic() - started:.1f} s")
     finally:
         await bench.engine.close()
 
@@ -302,7 +302,7 @@ def supervise(options: argparse.Namespace) -> bool:
 
 
 def watch(command: list[str], row_s: float) -> tuple[set[str], str | None]:
-    """Run it, pass its rows on; returns the rows it ended and the last words of a failure."""
+    """Run it and pass its rows on; returns the finished rows and the last lines of a failure."""
     done: set[str] = set()
     words: list[str] = []
     with subprocess.Popen(
@@ -323,7 +323,7 @@ def watch(command: list[str], row_s: float) -> tuple[set[str], str | None]:
             elif line.startswith("{"):
                 print(line, end="", flush=True)
             else:  # what libraries print
-                tell(line.rstrip())
+                note(line.rstrip())
         process.wait()
         timers[-1].cancel()
         listener.join(5)
@@ -334,7 +334,7 @@ def watch(command: list[str], row_s: float) -> tuple[set[str], str | None]:
 
 
 def relay(stream: Any, words: list[str]) -> None:
-    """Pass stderr on, and keep its last line that says something."""
+    """Pass stderr on, and keep its last line that is not empty."""
     for line in stream:
         sys.stderr.write(line)
         sys.stderr.flush()
@@ -352,7 +352,7 @@ def main() -> None:
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=0, help="default: the longest prompt"
     )
-    parser.add_argument("--row-s", type=float, default=240.0, help="the most a row may take")
+    parser.add_argument("--row-s", type=float, default=240.0, help="limit for one row")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

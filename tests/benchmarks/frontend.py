@@ -1,4 +1,4 @@
-"""What the frontend costs, against NVIDIA Dynamo's and the routers of SGLang's family.
+"""The cost of the frontend, against NVIDIA Dynamo's and the routers of SGLang's family.
 
     python tests/benchmarks/frontend.py [--peers FOLDER] [--rounds N] [--quick]
 
@@ -97,12 +97,12 @@ def pin(pid: int, cores: set[int]) -> None:
 @contextlib.contextmanager
 def ours(model: Path, folder: Path, num_workers: int) -> Iterator[Serving]:
     folder.mkdir(parents=True)
-    said = fetch_model(
+    manifest = fetch_model(
         ModelConfig(id=str(model)), folder / "model", weights="dummy", report=lambda _: None
     )
     engine = EngineConfig(backend="mock", device="cpu", dtype="float32", weights="dummy")
     build_engine(
-        said, folder / "engine", engine=engine, fingerprint="benchmark", progress=lambda _: None
+        manifest, folder / "engine", engine=engine, fingerprint="benchmark", progress=lambda _: None
     )
     sections = {
         "model": {"id": str(model), "name": MODEL},
@@ -195,7 +195,7 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
-def tell(row: str, measured: dict[str, Measured], key: str, goal: float, *more: str) -> None:
+def print_row(row: str, measured: dict[str, Measured], key: str, goal: float, *more: str) -> None:
     fields: dict[str, Any] = {"name": row, "ours": round(measured["ours"][key], 3)}
     peers = {name: each for name, each in measured.items() if name != "ours"}
     for name, each in peers.items():
@@ -228,14 +228,14 @@ def against_dynamo(args: argparse.Namespace, model: Path, folder: Path, core: se
             measured = in_turns(
                 systems, args.rounds, Shape(1, stream=stream), CONNECTIONS, requests
             )
-            tell(name, measured, "cpu_request", 1.0, "requests_per_s")
+            print_row(name, measured, "cpu_request", 1.0, "requests_per_s")
         measured = in_turns(systems, args.rounds, Shape(TOKENS), CONNECTIONS, streams)
-        tell("cpu per token", measured, "cpu_token", 1.0, "tokens_per_s", "events")
+        print_row("cpu per token", measured, "cpu_token", 1.0, "tokens_per_s", "events")
         measured = in_turns(systems, args.rounds, Shape(8), 0, singles)
-        tell("first token p50", measured, "first_p50", 1.0)
-        tell("first token p99", measured, "first_p99", 0.5)
+        print_row("first token p50", measured, "first_p50", 1.0)
+        print_row("first token p99", measured, "first_p99", 0.5)
         measured = in_turns(systems, args.rounds, Shape(8), 1, singles)
-        tell("first token, kept connection", measured, "first_p50", 1.0, "first_p99")
+        print_row("first token, kept connection", measured, "first_p50", 1.0, "first_p99")
 
 
 async def worker_alone(worker: InstanceInfo, secret: bytes, num_requests: int) -> float:
@@ -276,7 +276,7 @@ def against_routers(args: argparse.Namespace, model: Path, folder: Path, core: s
         own = uvloop.run(worker_alone(systems["ours"].worker, systems["ours"].secret, singles))
         for name, each in measured.items():
             each.add(added=each["whole_p50"] - (own if name == "ours" else theirs))
-        tell("added latency", measured, "added", 1.5, "whole_p50")
+        print_row("added latency", measured, "added", 1.5, "whole_p50")
 
 
 def main() -> None:

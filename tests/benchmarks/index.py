@@ -40,7 +40,7 @@ Event = tuple[int, int | None, list[int]]  # worker, parent, block hashes
 
 
 class Workload:
-    """Chains of 64 to 512 blocks behind prefixes of 32, told in events of 16 blocks.
+    """Chains of 64 to 512 blocks behind prefixes of 32, stored by events of 16 blocks.
 
     `chains`: each with the worker that has all of it, and those that have its prefix.
     """
@@ -164,7 +164,7 @@ class Dynamo:
 
 
 class Side:
-    """Answers what the other process asks; each method returns what JSON can say."""
+    """Answers requests of the other process; each method returns plain JSON values."""
 
     def __init__(self, system: Ours | Dynamo) -> None:
         self._system = system
@@ -314,7 +314,9 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
-def tell(row: str, ours: float, peer: float | None, goal: float | None = None, **more: Any) -> None:
+def print_row(
+    row: str, ours: float, peer: float | None, goal: float | None = None, **more: Any
+) -> None:
     fields: dict[str, Any] = {"name": row, "ours": round(ours, 3)}
     if peer is not None:
         fields |= {"peer": round(peer, 3), "ratio": round(ours / peer, 3)}
@@ -323,12 +325,12 @@ def tell(row: str, ours: float, peer: float | None, goal: float | None = None, *
     print(json.dumps(fields | more), flush=True)
 
 
-def tell_times(
+def print_times(
     row: str, times: dict[str, list[float]], goal: float | None = None, **more: Any
 ) -> None:
     middle = {name: statistics.median(values) for name, values in times.items()}
     p99 = {f"{name}_p99": round(percentile(values, 0.99), 1) for name, values in times.items()}
-    tell(row, middle["ours"], middle.get("peer"), goal, **p99, **more)
+    print_row(row, middle["ours"], middle.get("peer"), goal, **p99, **more)
 
 
 def routing_decision(count: int) -> tuple[list[float], list[float]]:
@@ -412,21 +414,23 @@ def main() -> None:
             cpu = in_turns(asked, rounds, "find_cpu", length=length, count=each)
             used = {f"{name}_cpu": round(statistics.median(cpu[name]), 1) for name in asked}
             goal = 0.5 if length == 512 else None
-            tell_times(f"find {length}", times, goal, **used, **about, **wrong)
-        tell("bytes a block", ours["bytes"], peer and peer["bytes"], 1.5, **about)
-        tell("store", ours["store_cpu"], peer and peer["store_cpu"], unit="CPU µs a block", **about)
+            print_times(f"find {length}", times, goal, **used, **about, **wrong)
+        print_row("bytes a block", ours["bytes"], peer and peer["bytes"], 1.5, **about)
+        print_row(
+            "store", ours["store_cpu"], peer and peer["store_cpu"], unit="CPU µs a block", **about
+        )
         hashed = in_turns(asked, rounds, "hash", count=each // 5)
-        tell_times(f"hash {PROMPT_TOKENS // BLOCK_TOKENS}", hashed, 1.0)
+        print_times(f"hash {PROMPT_TOKENS // BLOCK_TOKENS}", hashed, 1.0)
         from_array = asked["ours"]("hash", count=each, kind="array")
-        tell("hash 512 from a numpy array", statistics.median(from_array), None)
+        print_row("hash 512 from a numpy array", statistics.median(from_array), None)
         removed = {name: side("remove") for name, side in asked.items()}
-        tell("remove", removed["ours"], removed.get("peer"), unit="CPU µs a block")
+        print_row("remove", removed["ours"], removed.get("peer"), unit="CPU µs a block")
         lost = {
             name: [side("lose_worker", worker=n) for n in range(9)] for name, side in asked.items()
         }
-        tell_times("lose a worker", lost)
+        print_times("lose a worker", lost)
     decision, cpu = routing_decision(200 if args.quick else 2000)
-    tell(
+    print_row(
         "routing decision 64 workers 8k",
         statistics.median(decision),
         None,

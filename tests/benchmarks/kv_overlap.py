@@ -1,4 +1,4 @@
-"""What a client notices of a transfer: the gap between the first and the second token.
+"""The part of a transfer that a client notices: the gap between the first and the second token.
 
     python tests/benchmarks/kv_overlap.py [--engine-dir DIR] [--rounds N] [--prompt-tokens N]
 

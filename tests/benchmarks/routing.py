@@ -79,7 +79,7 @@ def figures(outcome: Outcome) -> dict[str, float]:
     return {**times, "hit": round(outcome.hit_rate, 4)}
 
 
-def tell(row: str, **fields: Any) -> None:
+def print_row(row: str, **fields: Any) -> None:
     print(json.dumps({"name": row, **fields}), flush=True)
 
 
@@ -99,9 +99,9 @@ def compare_policies(name: str, trace: Trace) -> None:
             for key in ("ttft_p90", "ttft_p99"):
                 more[f"{key}_ratio"] = round(ours[key] / each[key], 3)
             more["goal"] = "ratios below 1"
-        tell(f"{name}: {policy}", requests=len(trace.requests), **each, **more)
+        print_row(f"{name}: {policy}", requests=len(trace.requests), **each, **more)
     best = max(each["hit"] for each in results.values())
-    tell(f"{name}: hit rate against the best", ratio=round(ours["hit"] / best, 3), goal=0.9)
+    print_row(f"{name}: hit rate against the best", ratio=round(ours["hit"] / best, 3), goal=0.9)
 
 
 def compare_frontends(name: str, trace: Trace) -> None:
@@ -109,9 +109,9 @@ def compare_frontends(name: str, trace: Trace) -> None:
     four = figures(simulate(trace, shape(frontends=4), RouterConfig()))
     alone = figures(simulate(trace, shape(frontends=4, share=False), RouterConfig()))
     ratio = round(four["ttft_p90"] / one["ttft_p90"], 3)
-    tell(f"{name}: 4 frontends", **four, one_ttft_p90=one["ttft_p90"], ratio=ratio, goal=1.1)
+    print_row(f"{name}: 4 frontends", **four, one_ttft_p90=one["ttft_p90"], ratio=ratio, goal=1.1)
     ratio = round(alone["ttft_p90"] / one["ttft_p90"], 3)
-    tell(f"{name}: 4 frontends that share nothing", **alone, ratio=ratio)
+    print_row(f"{name}: 4 frontends that share nothing", **alone, ratio=ratio)
 
 
 def shuffle_bursts(name: str, whole: Trace, pace: live.Pace) -> None:
@@ -130,7 +130,7 @@ def shuffle_bursts(name: str, whole: Trace, pace: live.Pace) -> None:
         found.append(outcome.ttft_s(0.9) * pace.speedup)
     middle = statistics.median(found)
     spread = [round(each / middle, 3) for each in (min(found), max(found))]
-    tell(f"{name}: order within 5 ms", ttft_p90=round(middle, 3), of_median=spread)
+    print_row(f"{name}: order within 5 ms", ttft_p90=round(middle, 3), of_median=spread)
 
 
 def an_hour_of(trace: Trace) -> Trace:
@@ -162,7 +162,7 @@ def endure(name: str, trace: Trace, max_blocks: int) -> None:
     config = RouterConfig(index_max_blocks=max_blocks)
     outcome = simulate(trace, shape(), config, on_time=sample)
     settled = [megabytes for now_s, megabytes in samples if now_s >= trace.duration_s / 4]
-    tell(
+    print_row(
         f"{name}: an hour, index of {max_blocks} blocks",
         requests=len(trace.requests),
         **figures(outcome),
@@ -240,7 +240,7 @@ def tell_live(
             key: round(each[key] / value, 3) if value else None
             for key, value in simulated[kind].items()
         }
-        tell(
+        print_row(
             f"live {name}: {kind}",
             **about,
             **each,
@@ -249,7 +249,7 @@ def tell_live(
             live_over_simulated=against,
         )
     best = max(each["hit"] for each in (*medians.values(), *simulated.values()))
-    tell(
+    print_row(
         f"live {name}: hit rate against the best, live or simulated",
         ratio=round(ours["hit"] / best, 3),
         goal=0.9,
@@ -262,13 +262,15 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, default=ROOT.parent / "shared" / "traces")
     parser.add_argument("--quick", action="store_true", help="the first 600 requests of each")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--live", action="store_true", help="live alone, no hours in virtual time")
-    only.add_argument("--simulated", action="store_true", help="nothing live")
-    parser.add_argument("--speedup", type=float, help="of what is live, for both traces")
-    parser.add_argument("--rounds", type=int, default=1, help="of what is live; medians are told")
-    parser.add_argument("--trace", choices=TRACES, help="of what is live, only this one")
+    only.add_argument("--live", action="store_true", help="only the live runs")
+    only.add_argument("--simulated", action="store_true", help="only the simulations")
+    parser.add_argument("--speedup", type=float, help="of the live runs, for both traces")
     parser.add_argument(
-        "--kinds", default=",".join(live.KINDS), help="of what is live; ours is always among them"
+        "--rounds", type=int, default=1, help="of the live runs; medians are reported"
+    )
+    parser.add_argument("--trace", choices=TRACES, help="run only this one live")
+    parser.add_argument(
+        "--kinds", default=",".join(live.KINDS), help="run these live; ours always runs"
     )
     args = parser.parse_args()
     asked = {"ours", *args.kinds.split(",")}
@@ -279,7 +281,7 @@ def main() -> None:
     def load(file: str) -> Trace | None:
         path = args.traces / file
         if not path.exists():
-            tell(file, skipped=f"{path} does not exist; --traces names the folder")
+            print_row(file, skipped=f"{path} does not exist; --traces names the folder")
             return None
         return load_trace(path)
 

@@ -4,7 +4,7 @@ One deployment of each kind is started by `snakemake` and stays for all traces, 
 etcd, NATS, frontends, router and KV events; requests go to them in turns (A B A B). What the
 machine can do is the limit of all this, so:
 
-- Time runs `speedup` times as fast, for arrivals and engines. What is told is time of the trace.
+- Time runs `speedup` times as fast, for arrivals and engines. Reported times are those of the trace.
   The service itself does not run faster: a millisecond that it takes counts as `speedup`.
 - Where prompts are very long, a token stands for `shrink` of theirs: then blocks have fewer tokens
   and are as many, and a worker computes fewer tokens in a second.
@@ -150,7 +150,7 @@ def _ids(seed: str, count: int) -> list[int]:
 
 
 class Live:
-    """A deployment of one kind, which serves once it is told how fast."""
+    """A deployment of one kind. It serves once its pace is set."""
 
     def __init__(self, folder: Path, model: Path, kind: str) -> None:
         self._target, more = KINDS[kind]

@@ -1,4 +1,4 @@
-"""What the TensorRT-LLM adapter adds to each token, on top of the library's own results.
+"""The cost that the TensorRT-LLM adapter adds to each token of the library.
 
     python tests/benchmarks/trtllm_adapter.py [--quick] [--batch N]
 
@@ -114,12 +114,12 @@ async def turns_until(condition: Callable[[], bool]) -> None:
 async def bare(llm: FedLlm, batch: int, num_tokens: int) -> float:
     """Seconds of CPU with a reader that only looks at what came."""
     llm.results.clear()
-    told = [0] * batch
+    num_received = [0] * batch
 
     async def read(place: int) -> None:
         result = llm.generate_async(PROMPT, None, streaming=True)
         async for step in result:
-            told[place] = len(step.outputs[0].token_ids)
+            num_received[place] = len(step.outputs[0].token_ids)
 
     readers = [asyncio.create_task(read(place)) for place in range(batch)]
     await asyncio.sleep(0)
@@ -127,7 +127,7 @@ async def bare(llm: FedLlm, batch: int, num_tokens: int) -> float:
     await feed(llm.results, num_tokens)
     await asyncio.gather(*readers)
     elapsed = time.thread_time() - started
-    assert sum(told) == batch * num_tokens
+    assert sum(num_received) == batch * num_tokens
     return elapsed
 
 
@@ -180,7 +180,9 @@ async def measure(batch: int, num_tokens: int, repeats: int) -> float:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=16, help="requests that get a token together")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="requests that get each token together"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer tokens and repeats")
     args = parser.parse_args()
     num_tokens, repeats = (300, 5) if args.quick else (1000, 11)

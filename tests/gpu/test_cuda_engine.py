@@ -132,7 +132,7 @@ async def test_narrow_kv_stays_close(model: Path, dtype: str, tolerance: float) 
         assert engine.spec.kv_layout.dtype == dtype
 
 
-def test_what_float8_cannot_hold_saturates() -> None:
+def test_values_beyond_float8_saturate() -> None:
     from serving.engine.torch.cuda.kernels.rotary import rotate_and_store
 
     pool = KvPool(KvLayout(1, 1, 16, 8, "float8_e4m3fn"), 2, "cuda")

@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(folder, LlamaConfig(**{**SIZES, "vocab_size": num_tokens + 20}))
 
 
-async def test_guided_rows_fit_beside_rows_that_run_ahead(model: Path) -> None:
+async def test_guided_rows_match_their_schema_beside_rows_that_run_ahead(model: Path) -> None:
     prompts = random_prompts([9, 20, 33, 5, 12, 40])
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     expected: dict[str, list[int]] = {}
@@ -65,16 +65,16 @@ async def test_guided_rows_fit_beside_rows_that_run_ahead(model: Path) -> None:
 
 async def test_prompt_logprobs_equal_those_on_the_cpu(model: Path) -> None:
     prompts = random_prompts([50, 9, 1, 77])
-    told = {}
+    logprobs = {}
     for device in ("cpu", "cuda"):
         async with running(model, device=device, max_num_batched_tokens=32) as (engine, sink):
             engine.submit(request("other", prompts[0], greedy(40)))
             for i, prompt in enumerate(prompts):
                 engine.submit(request(str(i), prompt, greedy(4, prompt_logprobs=2)))
             await sink.finished("other", *(str(i) for i in range(len(prompts))))
-        told[device] = sink.prompt_logprobs
+        logprobs[device] = sink.prompt_logprobs
     for i, prompt in enumerate(prompts):
-        on_cpu, on_cuda = told["cpu"][str(i)], told["cuda"][str(i)]
+        on_cpu, on_cuda = logprobs["cpu"][str(i)], logprobs["cuda"][str(i)]
         assert [entry.token_id for entry in on_cuda] == prompt[1:]
         for one, other in zip(on_cpu, on_cuda, strict=True):
             assert other.logprob == pytest.approx(one.logprob, abs=1e-3)

@@ -57,7 +57,7 @@ def no_waiting() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def test_cuda_chooses_what_the_cpu_chooses_without_waiting() -> None:
+def test_cuda_samples_the_tokens_of_the_cpu_without_synchronising() -> None:
     on_cpu, on_cuda = sequences(), sequences()
     cpu, cuda = Sampler(VOCAB, torch.device("cpu")), Sampler(VOCAB, torch.device("cuda"))
     for step in range(20):

@@ -100,8 +100,8 @@ async def prefill(model: str, device: str, lengths: list[int]) -> None:
                     num_blocks=engine.kv.exported(name),
                     layout=layout.fingerprint,
                 )
-                told = {"params": msgspec.to_builtins(held), "tokens": sink.tokens[name]}
-                print(json.dumps(told), flush=True)
+                message = {"params": msgspec.to_builtins(held), "tokens": sink.tokens[name]}
+                print(json.dumps(message), flush=True)
             await asyncio.to_thread(sys.stdin.read)
             for index in range(len(lengths)):
                 engine.kv.release(f"r{index}")
@@ -139,11 +139,11 @@ async def check_hand_over(model: Path, device: str, route: str, *, in_place: boo
             options = {"chunk_bytes": chunk_bytes, "device": device, "in_place": in_place}
             async with pulling("ucx", layout, **options) as end:
 
-                async def one(index: int, told: dict[str, Any]) -> None:
-                    held = msgspec.convert(told["params"], KvTransferParams)
+                async def one(index: int, message: dict[str, Any]) -> None:
+                    held = msgspec.convert(message["params"], KvTransferParams)
                     decode = request(
                         held.request_id,
-                        [*prompts[index], *told["tokens"]],
+                        [*prompts[index], *message["tokens"]],
                         greedy(NUM_TOKENS),
                         num_prompt_tokens=len(prompts[index]),
                         phase="decode",
@@ -155,12 +155,12 @@ async def check_hand_over(model: Path, device: str, route: str, *, in_place: boo
                         )
                         reservation.commit()
                     await sink.finished(held.request_id)
-                    got[index] = [*told["tokens"], *sink.tokens[held.request_id]]
+                    got[index] = [*message["tokens"], *sink.tokens[held.request_id]]
 
                 async with asyncio.TaskGroup() as tasks:
                     for index in range(len(prompts)):
-                        told = json.loads(await line_of(child, 120))
-                        tasks.create_task(one(index, told))
+                        message = json.loads(await line_of(child, 120))
+                        tasks.create_task(one(index, message))
                 assert end.route == route
     assert [got[index] for index in range(len(prompts))] == expected
 
@@ -176,7 +176,7 @@ async def test_tokens_continue_on_another_gpu_over_cuda_ipc(
 
 
 @needs_gpu
-def test_gathered_blocks_are_those_asked_for_and_scatter_puts_them_elsewhere() -> None:
+def test_gather_reads_the_requested_blocks_and_scatter_writes_them_elsewhere() -> None:
     pool, other = (KvPool(LAYOUT, 40, "cuda") for _ in range(2))
     pool.tensor[1:].normal_()
     blocks, places = [7, 3, 40, 12, 1], [2, 9, 1, 33, 5]

@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
     def model_info(self, model_id: str, revision: str) -> None:
         hub = self.hub
         if model_id != hub.model_id:
-            # As the hub does: it does not tell strangers which private models exist.
+            # As the hub does: it does not reveal which private models exist.
             status = 404 if self.headers.get("authorization") else 401
             return self.refuse(status, "RepoNotFound", "Repository not found")
         commit = hub.revisions.get(revision, revision)

@@ -1,4 +1,4 @@
-"""Machines made of network namespaces: each with its own address on one bridge, and no other way."""
+"""Machines made of network namespaces, each with an address of its own on one bridge."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Machine:
         return done.stdout
 
     def cut(self) -> None:
-        """Pull the plug: nothing comes in, nothing goes out, and nobody is told."""
+        """Pull the plug: nothing comes in, nothing goes out, and no process is notified."""
         ip("link", "set", self._outer, "nomaster")
 
     def mend(self, bridge: str) -> None:
@@ -109,7 +109,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def machines(count: int) -> Iterator[Cluster]:
-    """So many of them; gone afterwards, with whatever is left of their network."""
+    """`count` machines on one bridge. They and their network are removed afterwards."""
     require_namespaces()
     bridge = f"br{os.getpid()}"
     made = [Machine(number) for number in range(1, count + 1)]

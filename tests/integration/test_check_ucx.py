@@ -1,4 +1,4 @@
-"""The UCX check with real UCX: two processes, and what it says when UCX is told to use nothing."""
+"""The UCX check with real UCX: between two processes, and with every transport disabled."""
 
 import os
 
@@ -21,7 +21,7 @@ def test_ucx_moves_blocks_between_two_processes_and_leaves_nothing() -> None:
     assert set(os.listdir("/dev/shm")) <= shm_before
 
 
-def test_ucx_without_transports_is_an_error_in_its_own_words(
+def test_ucx_without_transports_is_an_error_that_quotes_ucx(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("UCX_TLS", "nonesuch")

@@ -152,14 +152,14 @@ def test_check_passes_and_says_which_image_it_is(service: Deployment) -> None:
     assert {"run", "shared memory", "locked memory", "ucxx"} <= set(found)
 
 
-def test_decode_runs_inside_and_prefill_outside(service: Deployment) -> None:
+def test_decode_runs_in_a_container_and_prefill_outside(service: Deployment) -> None:
     here = root_of(psutil.Process())
     assert root_of(worker_inside(service, "worker-decode-0")) != here
     assert root_of(worker_inside(service, "worker-prefill-0")) == here
     assert containers(service.directory) == ["worker-decode-0"]
 
 
-def test_kv_moves_between_a_worker_inside_and_one_outside(service: Deployment) -> None:
+def test_kv_moves_between_a_container_and_the_host(service: Deployment) -> None:
     done = service.snakemake("smoke_test")
     assert "UCX" in done.stdout.upper()
     service.complete(PROMPT * 20)
@@ -189,7 +189,7 @@ def test_killed_client_leaves_its_container_and_the_next_serve_replaces_it(
     assert service.complete(PROMPT)["choices"] == expected
 
 
-def test_changed_container_restarts_the_worker_inside_and_no_other(service: Deployment) -> None:
+def test_changed_container_settings_restart_only_the_contained_worker(service: Deployment) -> None:
     before = service.pids()
     service.config["container"]["extra_flags"] = ["--label=changed=yes"]
     service.snakemake("serve_disagg")
@@ -205,7 +205,9 @@ def test_stop_leaves_no_container(service: Deployment) -> None:
     assert containers(service.directory) == []
 
 
-def test_python_that_the_image_lacks_is_one_paragraph(deployment: Deployment) -> None:
+def test_image_without_the_chosen_python_is_an_error_of_one_paragraph(
+    deployment: Deployment,
+) -> None:
     config = {**deployment.config["container"], "python": "/nonesuch/python3"}
     other = Deployment(
         deployment.directory.parent / "other",
@@ -249,7 +251,7 @@ def test_signals_and_exit_codes_pass_through(
     assert containers(tmp_path) == []
 
 
-def test_build_goes_on_after_one_whose_client_was_killed(
+def test_next_build_succeeds_after_a_build_whose_client_was_killed(
     deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -265,7 +267,7 @@ def test_build_goes_on_after_one_whose_client_was_killed(
     assert containers(tmp_path) == []
 
 
-def test_what_is_written_inside_is_ours_and_the_code_cannot_be_changed(
+def test_container_writes_files_as_the_user_and_cannot_change_the_code(
     deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -309,13 +311,15 @@ def standin(
     assert containers(inside.directory) == []
 
 
-def test_library_is_imported_inside_and_its_version_is_known(standin: Deployment) -> None:
+def test_library_is_imported_in_the_container_and_its_version_is_reported(
+    standin: Deployment,
+) -> None:
     report = json.loads((standin.directory / "results/checks/container.json").read_text())
     found = {finding["name"]: finding for finding in report["checks"]}
     assert found["tensorrt_llm"]["detail"] == "1.2.1"
 
 
-def test_library_moves_kv_between_a_worker_inside_and_one_outside(standin: Deployment) -> None:
+def test_library_moves_kv_between_a_container_and_the_host(standin: Deployment) -> None:
     here = root_of(psutil.Process())
     assert root_of(worker_inside(standin, "worker-decode-0")) != here
     assert root_of(worker_inside(standin, "worker-prefill-0")) == here
@@ -372,7 +376,7 @@ def without(*names: str) -> Any:
     return lambda member: None if Path(member.name).name in names else member
 
 
-def test_image_is_built_on_a_given_base_and_a_change_of_the_code_repeats_only_its_own_layer(
+def test_code_change_rebuilds_only_the_code_layer_of_an_image(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
@@ -392,20 +396,22 @@ def test_image_is_built_on_a_given_base_and_a_change_of_the_code_repeats_only_it
     try:
         flags = [f"--ulimit={name}={value}" for name, value in limits().items()]
         program = "import serving.worker.__main__; print('imported')"
-        told = podman("run", "--rm", *flags, "--network=host", record["image"], base, "-c", program)
-        assert "imported" in told
+        output = podman(
+            "run", "--rm", *flags, "--network=host", record["image"], base, "-c", program
+        )
+        assert "imported" in output
         assert "Nothing to be done" in deployment.snakemake("build_image").stdout
 
         package = tmp_path / "package"
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
         with (package / "errors.py").open("a") as file:
             file.write("# changed\n")
-        said: list[str] = []
+        lines: list[str] = []
         config = parse({"container": settings, "engine": engine})
         base_image = read_base(folder / image_recipes.BASE_RECORD)
-        changed = build_serving(config, base_image, folder, said.append, package=package)
+        changed = build_serving(config, base_image, folder, lines.append, package=package)
         assert changed.image != record["image"]
-        text = "\n".join(said)
+        text = "\n".join(lines)
         assert text.count("Using cache") == 2, text  # the packages' list, and their installation
         assert "Collecting" not in text
         podman("rmi", "--force", changed.image)

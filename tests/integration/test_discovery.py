@@ -81,7 +81,7 @@ async def registered(etcd: Etcd, info: InstanceInfo) -> AsyncIterator[Discovery]
         yield discovery
 
 
-async def test_registration_is_seen_and_its_end_too(etcd: Etcd) -> None:
+async def test_watchers_see_an_instance_register_and_leave(etcd: Etcd) -> None:
     async with watching(etcd) as watcher, watching(etcd, "other") as stranger:
         async with registered(etcd, instance("a")) as discovery:
             await until(lambda: watcher.present == {"a": 1})
@@ -126,7 +126,7 @@ async def test_etcd_restarted_with_its_data_changes_nothing(etcd: Etcd) -> None:
             await until(lambda: watcher.present == {"a": 1, "b": 1})  # and the watch works
 
 
-async def test_etcd_restarted_empty_drops_nobody_who_lives(etcd: Etcd) -> None:
+async def test_etcd_restarted_empty_keeps_every_living_instance(etcd: Etcd) -> None:
     async with watching(etcd) as watcher, registered(etcd, instance("a")) as discovery:
         async with registered(etcd, instance("mortal")) as mortal:
             await until(lambda: watcher.present == {"a": 1, "mortal": 1})
@@ -241,7 +241,9 @@ async def test_garbage_under_the_prefix_is_skipped(etcd: Etcd) -> None:
             assert await discovery.instances() == [instance("a")]
 
 
-async def test_without_etcd_connecting_works_and_registering_says_why_not(tmp_path: Path) -> None:
+async def test_without_etcd_connecting_works_and_registering_reports_the_reason(
+    tmp_path: Path,
+) -> None:
     absent = Etcd(tmp_path)
     async with Discovery.connect(absent.endpoint, "ns", lease_s=LEASE_S) as discovery:
         assert not discovery.connected
@@ -251,7 +253,7 @@ async def test_without_etcd_connecting_works_and_registering_says_why_not(tmp_pa
             await discovery.instances(0.5)
 
 
-async def test_etcd_that_comes_late_is_found_by_itself(
+async def test_etcd_that_starts_late_is_found(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     etcd = Etcd(tmp_path)

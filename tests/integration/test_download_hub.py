@@ -57,7 +57,9 @@ def fetch_quickly(folder: Path) -> None:
     )
 
 
-def test_fetches_only_what_is_needed_and_records_the_commit(hub: Hub, tmp_path: Path) -> None:
+def test_download_fetches_only_needed_files_and_records_the_commit(
+    hub: Hub, tmp_path: Path
+) -> None:
     lines: list[str] = []
     manifest = fetch(tmp_path, lines)
     names = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
@@ -75,7 +77,7 @@ def test_second_download_transfers_nothing(hub: Hub, tmp_path: Path) -> None:
     assert not any("resolve" in path for _, path, _ in hub.requests)
 
 
-def test_other_revision_replaces_files_and_leaves_no_mixture(hub: Hub, tmp_path: Path) -> None:
+def test_another_revision_replaces_every_file(hub: Hub, tmp_path: Path) -> None:
     hub.revisions["v2"] = OTHER_COMMIT
     hub.files[OTHER_COMMIT] = {"config.json": CONFIG, "model.safetensors": b"smaller"}
     fetch(tmp_path)
@@ -119,7 +121,9 @@ def test_server_that_ignores_ranges_starts_the_file_over(hub: Hub, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_wrong_checksum_removes_the_file_and_says_so(hub: Hub, tmp_path: Path, name: str) -> None:
+def test_file_with_a_wrong_checksum_is_removed_and_reported(
+    hub: Hub, tmp_path: Path, name: str
+) -> None:
     hub.corrupt = {name}
     with pytest.raises(ModelError, match=f"{name} arrived with a wrong checksum"):
         fetch(tmp_path)
@@ -165,7 +169,7 @@ def test_invalid_token_is_refused(
 
 
 @pytest.mark.parametrize("token", [None, "secret"])
-def test_gated_model_says_where_to_ask(
+def test_gated_model_names_the_page_that_grants_access(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str | None
 ) -> None:
     hub.gated, hub.token = True, token
@@ -239,7 +243,7 @@ def test_index_must_list_only_shards_that_exist(hub: Hub, tmp_path: Path) -> Non
     assert {*shards, "model.safetensors.index.json"} <= {f.path for f in fetch(tmp_path).files}
 
 
-def test_something_else_at_the_endpoint_is_recognised(hub: Hub, tmp_path: Path) -> None:
+def test_endpoint_that_is_no_model_hub_is_recognised(hub: Hub, tmp_path: Path) -> None:
     hub.instead_of_listing = {"id": "x"}
     with pytest.raises(ModelError, match="does not answer like a model hub"):
         fetch(tmp_path)

@@ -115,7 +115,7 @@ async def test_snapshot_of_any_size_arrives_whole(nats: Nats, num_blocks: int) -
         assert snapshot.block_hashes == held
 
 
-async def test_snapshot_of_nobody_fails_at_once(nats: Nats) -> None:
+async def test_snapshot_request_to_an_unknown_instance_fails_at_once(nats: Nats) -> None:
     async with connect(nats) as frontend:
         await until(lambda: frontend.connected)
         asked = time.monotonic()
@@ -124,7 +124,7 @@ async def test_snapshot_of_nobody_fails_at_once(nats: Nats) -> None:
         assert time.monotonic() - asked < 2
 
 
-async def test_snapshot_that_does_not_come_runs_into_its_deadline(nats: Nats) -> None:
+async def test_unanswered_snapshot_request_runs_into_its_deadline(nats: Nats) -> None:
     silence = Silence()
     async with connect(nats) as mute, connect(nats) as frontend:
         await mute._connection.listen("ns.snapshot.a", silence.receive)
@@ -157,7 +157,7 @@ async def test_disconnect_fails_a_waiting_snapshot_at_once(nats: Nats) -> None:
             await frontend.request_snapshot("a", 60)
 
 
-async def test_restarted_server_heals_and_the_numbers_show_the_gap(nats: Nats) -> None:
+async def test_restarted_server_is_found_and_sequence_numbers_show_the_gap(nats: Nats) -> None:
     receiver = Receiver()
     held = [1, 2, 3]
     async with connect(nats) as worker, connect(nats) as frontend:
@@ -184,7 +184,7 @@ async def test_restarted_server_heals_and_the_numbers_show_the_gap(nats: Nats) -
         assert (await frontend.request_snapshot("a", 5)).seq == worker.seq
 
 
-async def test_loss_shows_even_when_no_further_event_follows(nats: Nats) -> None:
+async def test_lost_events_are_noticed_even_when_no_event_follows(nats: Nats) -> None:
     receiver = Receiver()
     async with connect(nats, queue_bytes=2000) as worker, connect(nats) as frontend:
         await receiver.attach(frontend)
@@ -198,7 +198,7 @@ async def test_loss_shows_even_when_no_further_event_follows(nats: Nats) -> None
         assert receiver.seqs[-2] < 100
 
 
-async def test_connecting_needs_no_server_and_finds_it_later(
+async def test_server_that_starts_later_is_found(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     nats, receiver = Nats(tmp_path), Receiver()
@@ -240,7 +240,7 @@ def refusals(caplog: pytest.LogCaptureFixture) -> int:
     return sum("authorization" in record.getMessage().lower() for record in caplog.records)
 
 
-async def test_server_that_hangs_is_left_and_found_again(nats: Nats) -> None:
+async def test_hanging_server_is_disconnected_and_found_again(nats: Nats) -> None:
     async with connect(nats, ping_s=0.2, call_s=1) as worker:
         await until(lambda: worker.connected)
         nats.signal(signal.SIGSTOP)
@@ -279,7 +279,7 @@ async def test_receiver_that_cannot_keep_up_is_noticed(nats: Nats) -> None:
         assert receiver.num_reconnects > 1  # and so does the plane, should nothing follow
 
 
-async def test_leaving_ends_every_task(nats: Nats) -> None:
+async def test_closing_the_event_plane_ends_every_task(nats: Nats) -> None:
     before = asyncio.all_tasks()
     async with connect(nats) as worker:
         await until(lambda: worker.connected)
@@ -343,7 +343,7 @@ async def test_restarted_frontend_routes_by_cache_within_a_second(nats: Nats) ->
 
 
 async def test_index_converges_through_restarts_losses_and_slow_receivers(nats: Nats) -> None:
-    """Whatever happens to events, after the next snapshot the index is what the worker holds."""
+    """However many events are lost, the next snapshot makes the index equal to the worker's blocks."""
     rng = random.Random(5)
     held: set[int] = set()
     async with connect(nats, queue_messages=100) as worker, connect(nats) as events:

@@ -1,4 +1,4 @@
-"""Things are killed, changed and switched; what should survive does, what should heal heals."""
+"""Programs are killed, settings change: the service survives or recovers as promised."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_killed_worker_alone_is_restarted(service: Deployment) -> None:
 
 
 def test_stream_goes_on_when_its_decode_worker_is_killed(service: Deployment) -> None:
-    """The text is the same as without the failure: nothing lost, nothing said twice."""
+    """The text is the same as without the failure: nothing is lost or repeated."""
     whole = service.complete(PROMPT, max_tokens=700, ignore_eos=True)["choices"][0]["text"]
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 700, "temperature": 0}
     body |= {"stream": True, "ignore_eos": True}
@@ -95,7 +95,7 @@ def test_stream_goes_on_when_its_decode_worker_is_killed(service: Deployment) ->
     assert text == whole
 
 
-def test_prefill_worker_lost_decode_workers_serve_alone(service: Deployment) -> None:
+def test_decode_workers_serve_alone_after_the_prefill_worker_is_lost(service: Deployment) -> None:
     expected = service.complete(PROMPT)["choices"]
     kill(service, "worker-prefill-0")
     service.wait("it is out", lambda r: len(r["instances"]) == 2, deadline_s=5)
@@ -154,7 +154,7 @@ def test_one_more_decode_worker_starts_one_program_and_one_less_stops_one(
     service.wait("it is in", lambda r: len(r["instances"]) == 3)
 
 
-def test_other_topology_stops_what_no_longer_belongs(service: Deployment) -> None:
+def test_another_topology_stops_programs_that_no_longer_belong(service: Deployment) -> None:
     expected = service.complete(PROMPT)["choices"]
     before = service.pids()
     service.snakemake("serve_agg_router")
@@ -182,7 +182,7 @@ def test_changed_model_is_rebuilt_and_served(
         service.config["model"]["id"] = str(model)
 
 
-def test_foreign_process_on_the_frontends_port_is_named(
+def test_error_names_the_process_that_holds_the_frontends_port(
     service: Deployment, tmp_path: Path
 ) -> None:
     deployment = Deployment(tmp_path / "foreign", model=service.config["model"]["id"])

@@ -50,7 +50,7 @@ def make_service(folder: Path, num_instances: int | None = None, **more: Any) ->
     )
 
 
-def test_a_burst_that_four_processes_decide_meets_at_no_worker(tmp_path: Path) -> None:
+def test_four_frontend_processes_spread_a_burst_over_all_workers(tmp_path: Path) -> None:
     """Eight prompts at once to eight idle workers: by chance, all are apart once in 400 bursts."""
     slow = {"mock": {"prefill_tokens_per_s": 3000.0}, "frontend": {"processes": 4}}
     with make_service(tmp_path, num_instances=8, **slow) as service:

@@ -1,7 +1,7 @@
-"""A head and two more nodes, each a network namespace with its own address; everything is real.
+"""A head and two nodes that join it. Each is a network namespace with an address of its own.
 
-Times that a person would ask for are printed (`pytest -s`): how long until a lost node is noticed,
-until it is back, and until the head's etcd and NATS are.
+Everything is real. `pytest -s` shows how long it takes until a lost node is noticed, until it is
+back, and until the head's etcd and NATS are back.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class Nodes:
 
     def start_head(self) -> str:
         [command] = snakemake_arguments("head", self.head_address)
-        said = self.head.snakemake(*command).stdout
+        output = self.head.snakemake(*command).stdout
         self.head.config["cluster"] = {"address": f"{self.head_address}/32"}  # from now on
         key = (self.head.directory / "run" / "secrets" / "api_keys").read_text().strip()
         self.head.headers = {"authorization": f"Bearer {key}"}
-        return said
+        return output
 
     def join(self, number: int, *more: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Node `number` (1, 2, ...) joins, as the head's invitation says."""
@@ -139,8 +139,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, default_results: Path) -> It
 @pytest.fixture(scope="module")
 def expected(nodes: Nodes) -> dict[str, str]:
     """What the head answers alone, by prompt: its decode worker computes everything."""
-    said = nodes.start_head()
-    assert "snakemake join" in said
+    output = nodes.start_head()
+    assert "snakemake join" in output
     assert nodes.instances() == {DECODE}
     return dict(zip(PROMPTS, nodes.texts(), strict=True))
 
@@ -178,14 +178,14 @@ def test_second_run_on_each_node_is_a_no_op(two: Nodes) -> None:
 def test_status_names_every_node(two: Nodes) -> None:
     _, status = snakemake_arguments("node", "")
     head, node = (d.snakemake(*status).stdout for d in (two.head, two.nodes[0]))
-    for said in (head, node):
-        assert DECODE in said
-        assert PREFILL in said
+    for output in (head, node):
+        assert DECODE in output
+        assert PREFILL in output
     assert "not" not in node.split("worker-prefill")[1].splitlines()[0]
     assert two.head_address in node
 
 
-def test_doctor_is_content_on_both_and_the_smoke_test_is_for_the_head(two: Nodes) -> None:
+def test_doctor_passes_on_every_node_and_the_smoke_test_runs_only_on_the_head(two: Nodes) -> None:
     for deployment in (two.head, two.nodes[0]):
         assert "nothing wrong in" in deployment.snakemake("doctor").stdout
     refused = two.nodes[0].snakemake("smoke_test", check=False)
@@ -197,7 +197,7 @@ def test_doctor_is_content_on_both_and_the_smoke_test_is_for_the_head(two: Nodes
     ("section", "key", "value"),
     [("engine", "block_size", 32), ("model", "id", "./elsewhere"), ("engine", "dtype", "bfloat16")],
 )
-def test_node_that_differs_is_refused_with_the_difference(
+def test_node_with_another_configuration_is_refused_with_the_difference(
     two: Nodes, section: str, key: str, value: Any
 ) -> None:
     stranger = two.nodes[1]
@@ -214,7 +214,7 @@ def test_node_that_differs_is_refused_with_the_difference(
     assert two.instances() == {DECODE, PREFILL}
 
 
-def test_other_code_is_refused(two: Nodes, tmp_path: Path) -> None:
+def test_node_with_other_code_is_refused(two: Nodes, tmp_path: Path) -> None:
     """A checkout that differs by a line of the worker's code."""
 
     from integration import deployment
@@ -241,7 +241,7 @@ def test_other_code_is_refused(two: Nodes, tmp_path: Path) -> None:
     assert "at the head" in done.stderr
 
 
-def test_stranger_with_a_join_file_of_another_cluster_gets_nothing(two: Nodes) -> None:
+def test_join_file_of_another_cluster_is_refused(two: Nodes) -> None:
     from serving.deploy.processes import certificates
 
     file = two.nodes[1].directory / "join.pem"
@@ -257,7 +257,7 @@ def test_stranger_with_a_join_file_of_another_cluster_gets_nothing(two: Nodes) -
     assert "Traceback" not in done.stdout
 
 
-def test_strangers_at_every_port_of_every_node_get_nothing(two: Nodes) -> None:
+def test_clients_without_credentials_get_nothing_from_any_port_of_any_node(two: Nodes) -> None:
     """From a third machine, without any secret; and nothing listens everywhere.
 
     Before links are cut: garbage at UCX's own port, which lets nobody in who was not met, would
@@ -301,7 +301,9 @@ def test_strangers_at_every_port_of_every_node_get_nothing(two: Nodes) -> None:
     assert two.texts(PROMPTS[:1])
 
 
-def test_link_cut_in_the_middle_of_a_transfer(two: Nodes, expected: dict[str, str]) -> None:
+def test_link_cut_during_a_transfer_falls_back_and_recovers(
+    two: Nodes, expected: dict[str, str]
+) -> None:
     """Answers are right and in time without the node; it comes back by itself."""
     node = two.machine(1)
     if not node.shape("tbf", "rate", "60mbit", "burst", "64kb", "latency", "400ms"):
@@ -350,7 +352,7 @@ def assert_nothing_held(two: Nodes) -> None:
     )
 
 
-def test_flapping_link(two: Nodes, expected: dict[str, str]) -> None:
+def test_flapping_link_loses_no_answer(two: Nodes, expected: dict[str, str]) -> None:
     """A link that fails for a moment again and again: answers stay right, and all of them come."""
     stop = threading.Event()
 
@@ -372,7 +374,7 @@ def test_flapping_link(two: Nodes, expected: dict[str, str]) -> None:
     assert_nothing_held(two)
 
 
-def test_lossy_and_slow_link(two: Nodes, expected: dict[str, str]) -> None:
+def test_lossy_and_slow_link_loses_no_answer(two: Nodes, expected: dict[str, str]) -> None:
     """30% of the packets lost and 100 ms of delay."""
     if not two.machine(1).shape("netem", "loss", "30%", "delay", "100ms"):
         pytest.skip("this kernel has no netem")
@@ -404,7 +406,9 @@ def test_killed_node_is_noticed_and_joins_again(two: Nodes, expected: dict[str, 
     assert two.texts() == [expected[prompt] for prompt in PROMPTS]
 
 
-def test_planes_of_the_head_are_restarted(two: Nodes, expected: dict[str, str]) -> None:
+def test_restarted_etcd_and_nats_of_the_head_lose_no_request(
+    two: Nodes, expected: dict[str, str]
+) -> None:
     """Requests go on without etcd and NATS, and the other node finds them again by itself."""
     pids = two.nodes[0].pids()
     for name in ("etcd", "nats"):
@@ -419,7 +423,7 @@ def test_planes_of_the_head_are_restarted(two: Nodes, expected: dict[str, str]) 
     )
     assert two.nodes[0].pids() == pids
     assert two.texts() == [expected[prompt] for prompt in PROMPTS]
-    two.join(1)  # what the head tells is there again, too
+    two.join(1)  # the head publishes its settings again, too
 
 
 def test_third_node_joins_and_drains(two: Nodes, expected: dict[str, str]) -> None:

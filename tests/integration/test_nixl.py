@@ -1,4 +1,4 @@
-"""KV transfer over NIXL: the contract, where it is installed, and the refusal where it is not."""
+"""KV transfer over NIXL: the contract if it is installed, else the error that names the remedy."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_run_and_test_commands_share_their_installation() -> None:
     )
 
 
-def test_serve_ask_check_and_stop(tmp_path: Path, default_results: Path) -> None:
+def test_quick_start_serves_answers_checks_and_stops(tmp_path: Path, default_results: Path) -> None:
     """Everything after `pip install`, in a copy of the checkout, with the default ports."""
     for what, port in DEFAULT_PORTS.items():
         with socket.socket() as probe:

@@ -159,7 +159,7 @@ def test_guided_samples_fit_their_schema_and_share_the_prompt(service: Deploymen
     assert gained >= 2 * (prompt_tokens - 32)
 
 
-def test_logprobs_of_a_prompt_are_those_of_the_model(service: Deployment, reference: Any) -> None:
+def test_prompt_logprobs_equal_those_of_the_model(service: Deployment, reference: Any) -> None:
     """What the model itself says greedily is its likeliest continuation, token by token."""
     continuation = reference(PROMPTS[0], 8)
     text = PROMPTS[0] + continuation

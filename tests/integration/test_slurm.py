@@ -54,12 +54,12 @@ def test_each_worker_is_a_job_on_a_node_and_the_service_works(service: Deploymen
     assert {node for _, _, node in running.values()} == {"n1", "n2"}
     assert "over ucx" in service.snakemake("smoke_test").stdout
     _, status, _ = snakemake_arguments("slurm", "")
-    said = service.snakemake(*status).stdout
+    output = service.snakemake(*status).stdout
     for number, _, node in running.values():
-        assert f"job {number} on {node}" in said
+        assert f"job {number} on {node}" in output
 
 
-def test_worker_sees_nothing_of_slurm(service: Deployment) -> None:
+def test_worker_gets_no_variables_of_slurm(service: Deployment) -> None:
     """What makes MPI and its like believe that they are a task of a parallel job."""
     import psutil
 
@@ -84,7 +84,7 @@ def test_second_serve_submits_nothing(service: Deployment) -> None:
     assert jobs() == before
 
 
-def test_requeued_job_comes_back_by_itself(service: Deployment) -> None:
+def test_requeued_job_serves_again(service: Deployment) -> None:
     """As after a preemption: the same job, perhaps elsewhere, and the frontend finds it."""
     expected = service.complete("One two three", max_tokens=8)["choices"]
     number = jobs()["prefill-0"][0]
@@ -109,7 +109,7 @@ def test_killed_job_is_submitted_again_by_the_next_serve(service: Deployment) ->
     service.wait("it is back", lambda r: len(r["instances"]) == 2, 20)
 
 
-def test_pending_job_says_why_and_gives_up_in_time(service: Deployment) -> None:
+def test_pending_job_reports_its_reason_and_fails_at_the_deadline(service: Deployment) -> None:
     """Three workers do not fit two nodes."""
     service.config["workers"] = {"decode": 2}
     service.config["slurm"]["pending_s"] = 8
@@ -125,7 +125,7 @@ def test_pending_job_says_why_and_gives_up_in_time(service: Deployment) -> None:
     service.snakemake("serve_disagg_multinode")
 
 
-def test_what_slurm_refuses_is_said_in_its_words(service: Deployment) -> None:
+def test_refused_job_is_an_error_that_quotes_slurm(service: Deployment) -> None:
     service.config["workers"] = {"decode": 2}
     service.config["slurm"]["extra_flags"] = ["--constraint=unobtainium"]
     try:
@@ -146,16 +146,16 @@ def test_stop_leaves_the_queue_empty(service: Deployment) -> None:
     assert queue() == []
 
 
-def test_whole_workflow_inside_one_allocation(service: Deployment) -> None:
+def test_whole_workflow_runs_inside_one_allocation(service: Deployment) -> None:
     """Workers are steps of it; nothing is submitted."""
-    said = service.directory / "said"
+    output = service.directory / "output"
     serve, *_ = snakemake_arguments("slurm", outside_address())
     commands = [[*serve], ["smoke_test"], ["status"], ["stop"]]
     common = ["--cores", "all", "--snakefile", str(REPO / "Snakefile")]
     common += ["--configfile", str(service.directory / "config.yaml")]
     lines = [shlex.join([sys.executable, "-m", "snakemake", *c, *common]) for c in commands]
     script = "\n".join(["set -e", *lines[:3], "squeue -h -s -o 'step %i' >>steps", lines[3]])
-    with said.open("wb") as log:
+    with output.open("wb") as log:
         done = subprocess.run(
             ["salloc", "--nodes=2", "--ntasks=2", "--cpus-per-task=2", "bash", "-c", script],
             cwd=service.directory,
@@ -164,7 +164,7 @@ def test_whole_workflow_inside_one_allocation(service: Deployment) -> None:
             stdin=subprocess.DEVNULL,
             timeout=200,
         )
-    text = said.read_text()
+    text = output.read_text()
     assert done.returncode == 0, text + service.logs()
     assert "smoke test passed" in text
     assert "nothing is left" in text

@@ -176,10 +176,10 @@ def test_a_hundred_aborts_in_any_phase_leave_no_block_behind(
     slow_fetch = disagg_router.directory / SLOW_FETCH
     slow_fetch.write_text(str(SLOW_FETCH_S))
     before = {role: books(disagg_router, role) for role in ("prefill", "decode")}
-    told = asyncio.run(leave_in_the_middle(disagg_router))
+    counts = asyncio.run(leave_in_the_middle(disagg_router))
     slow_fetch.unlink()
     # The first token comes from the prefill, the second after the fetch.
-    phases = collections.Counter(("prefill", "transfer")[n] if n < 2 else "decode" for n in told)
+    phases = collections.Counter(("prefill", "transfer")[n] if n < 2 else "decode" for n in counts)
     assert sum(phases.values()) == NUM_ABORTS
     assert all(phases[phase] >= 10 for phase in ("prefill", "transfer", "decode")), phases
 
@@ -288,7 +288,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     deployment.stop()
 
 
-def test_library_that_is_missing_is_one_paragraph(tiny: Deployment) -> None:
+def test_missing_library_is_an_error_of_one_paragraph(tiny: Deployment) -> None:
     whole, tiny.environment = tiny.environment, {}
     done = tiny.snakemake("serve_agg", check=False)
     tiny.environment = whole
@@ -300,26 +300,26 @@ def test_library_that_is_missing_is_one_paragraph(tiny: Deployment) -> None:
     )
 
 
-def test_worker_that_runs_out_of_memory_is_one_paragraph(tiny: Deployment) -> None:
+def test_worker_out_of_memory_is_an_error_of_one_paragraph(tiny: Deployment) -> None:
     """From inside the library, through the worker's log, to the terminal."""
     tiny.environment["STANDIN_TRTLLM_FAIL"] = "oom"
     done = tiny.snakemake("serve_agg", check=False)
     assert done.returncode != 0
-    said, remedy = last_paragraph(done.stdout)
-    assert said.startswith("worker-agg-0 could not start: TensorRT-LLM could not be started: ")
-    assert "the GPU's memory does not hold the weights, the KV blocks and one batch" in said
+    error, remedy = last_paragraph(done.stdout)
+    assert error.startswith("worker-agg-0 could not start: TensorRT-LLM could not be started: ")
+    assert "the GPU's memory does not hold the weights, the KV blocks and one batch" in error
     assert "lower `engine.max_batch_size`" in remedy
 
 
-def test_no_gpu_is_one_paragraph_before_anything_starts(tiny: Deployment) -> None:
+def test_missing_gpu_is_an_error_before_anything_starts(tiny: Deployment) -> None:
     tiny.config["engine"]["device"] = "cuda"
     tiny.environment["CUDA_VISIBLE_DEVICES"] = ""
     done = tiny.snakemake("serve_agg", check=False)
     tiny.config["engine"]["device"] = "cpu"
     del tiny.environment["CUDA_VISIBLE_DEVICES"]
     assert done.returncode != 0
-    said, remedy = last_paragraph(done.stdout)
-    assert "TensorRT-LLM runs on NVIDIA GPUs, and there is no GPU to use" in said
+    error, remedy = last_paragraph(done.stdout)
+    assert "TensorRT-LLM runs on NVIDIA GPUs, and there is no GPU to use" in error
     assert "`engine.backend: torch`" in remedy
 
 

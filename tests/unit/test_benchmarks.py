@@ -1,4 +1,4 @@
-"""How benchmarks read clocks and judge: the parts that can be wrong without anybody noticing."""
+"""How benchmarks read clocks and judge results: errors here would go unnoticed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def measurement(setup: str, itl_p99: float, ttft_p90: float, when: int = 0) -> M
     return Measurement(setup, "machine", LOAD, values, {}, when)
 
 
-def test_best_aggregated_is_the_smoothest_that_is_as_fast_to_the_first_token() -> None:
+def test_best_aggregated_setup_has_the_lowest_itl_at_equal_ttft() -> None:
     ours = measurement("disagg", 10, 100)
     others = [
         measurement("agg-256", 12, 300),
@@ -70,7 +70,7 @@ def test_verdict_compares_the_newest_measurements_under_one_load() -> None:
     }
 
 
-async def test_events_are_counted_however_the_bytes_are_cut() -> None:
+async def test_client_counts_events_however_the_bytes_are_cut() -> None:
     event = b'e4\r\ndata: {"id":"x","choices":[{"index":0,"text":"\\n\\n"}],"usage":null}\n\n\r\n'
     usage = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4}}}\n\n'
     stream = b"HTTP/1.1 200 OK\r\ncontent-type: x\r\n\r\n" + event * 3 + usage + b"data: [DONE]\n\n"
@@ -164,7 +164,7 @@ def trace_of(*requests: tuple[float, int, list[int]]) -> Trace:
     return Trace([TraceRequest(at, tokens, 9, hashes) for at, tokens, hashes in requests], 512)
 
 
-def test_live_slice_is_as_long_as_asked_and_keeps_blocks() -> None:
+def test_live_slice_has_the_chosen_length_and_keeps_shared_blocks() -> None:
     trace = trace_of((0, 1100, [5, 6]), (9.5, 512, [5]), (10, 3, []))
     part = Pace(first_s=10, speedup=4, shrink=4).of(trace)
     assert [each.arrival_s for each in part.requests] == [0, 9.5 / 4]
@@ -180,7 +180,7 @@ def test_prompt_is_never_empty() -> None:
 
 
 @pytest.mark.parametrize("shrink", [1, 4])
-def test_prompts_share_the_blocks_that_the_trace_says_and_no_more(shrink: int) -> None:
+def test_prompts_share_exactly_the_blocks_of_the_trace(shrink: int) -> None:
     trace = trace_of((0, 1400, [5, 6]), (1, 1400, [5, 7]), (2, 1400, [5, 6]))
     part = Pace(first_s=9, speedup=1, shrink=shrink).of(trace)
 

@@ -45,9 +45,15 @@ SHARED_CLASS_NAMES = {
 """Names that still mean more than one thing."""
 
 LEFT_BEHIND = {
+    r"\bcarriers?\b": "transport",
     r"\bsent_log\b": "decision_log",
     r"\bretired?\b": "stop programs that no longer belong",
+    r"\bsay\(": "report(",
     r"\bwho has none\b": "the name of what is missing",
+    r"\bpatience\b": "stream deadline, or expire",
+    r"\blean.layers?\b|\bfusion\b": "layer rewrite",
+    r"\btelling\b": "reporting",
+    r"\bwhat is told\b": "the name of what is reported",
 }
 """What was once written (a regular expression, in any case), and what is written now."""
 

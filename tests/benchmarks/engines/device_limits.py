@@ -1,4 +1,4 @@
-"""What a device can do, measured: copy bandwidth, matmul rate, and how busy it was."""
+"""The measured limits of a device: copy bandwidth and matmul rate, and how busy it was."""
 
 from __future__ import annotations
 

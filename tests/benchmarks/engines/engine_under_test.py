@@ -1,4 +1,4 @@
-"""Which engine the benchmarks measure: the newest that was built here, or else the default one."""
+"""Finds the engine that the benchmarks measure: the newest in `results/`, or the default one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def find_engine(chosen: Path | None, dtype: str = "float32") -> Path:
 
 
 def find_gguf() -> Path | None:
-    """The bundled model as it was downloaded, for peers that read GGUF files."""
+    """The downloaded GGUF file of the bundled model, for peers that read such files."""
     found = sorted((ROOT / "results" / "models").glob("*/files/*.gguf"))
     return found[0] if found else None
 

@@ -1,4 +1,4 @@
-"""What a dense transformer must read and compute, counted from its modules without memory for it."""
+"""Bytes and FLOPs that a dense transformer needs, counted from its modules without their memory."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ LAYOUT = KvLayout(num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dt
 PROMPTS = {"1k": 1024, "8k": 8192, "32k": 32768}
 
 
-def tell(row: dict[str, Any]) -> None:
+def write_row(row: dict[str, Any]) -> None:
     print(json.dumps(row), flush=True)
 
 
@@ -123,7 +123,7 @@ def set_plan(chunk_mib: int, depth: int) -> None:
 
 
 def nixl_agent(name: str) -> Any:
-    """With the library's defaults, its progress thread included."""
+    """An agent with the library's defaults, including its progress thread."""
     import importlib
 
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.kv_cuda.ends import LAYOUT, PROMPTS, End, nixl_agent, note, region, set_plan, tell
+from benchmarks.kv_cuda.ends import (
+    LAYOUT,
+    PROMPTS,
+    End,
+    nixl_agent,
+    note,
+    region,
+    set_plan,
+    write_row,
+)
 from kv_ends import params
 from serving.kv_transfer import staging
 
@@ -105,12 +114,12 @@ class Bench:
         self.doubts: list[str] = []
 
     async def attempt(self, name: str, work: Callable[[], Any]) -> None:
-        """One row; what goes wrong with it is told and does not end the others."""
+        """One row. A failure is reported and does not end the other rows."""
         started = time.monotonic()
         try:
             await asyncio.wait_for(work(), 40)
         except Exception as exc:
-            tell({"name": name, "error": f"{type(exc).__name__}: {exc}"[:2000]})
+            write_row({"name": name, "error": f"{type(exc).__name__}: {exc}"[:2000]})
             note(traceback.format_exc())
             self.doubts.append(name)
         note(f"{name}: {time.monotonic() - started:.1f} s in all")
@@ -158,7 +167,7 @@ class Bench:
 
                 async def one(size: str = size, name: str = name) -> None:
                     row = await self.measure(puller, opened["address"], size)
-                    tell({"name": name, **row, "route": puller.route})
+                    write_row({"name": name, **row, "route": puller.route})
                     if "in place" not in puller.route:
                         self.doubts.append(f"{name} went over {puller.route}")
 
@@ -177,7 +186,7 @@ class Bench:
 
                 async def one(size: str = size, name: str = name) -> None:
                     row = await self.measure(puller, opened["address"], size)
-                    tell({"name": name, **row, "route": puller.route})
+                    write_row({"name": name, **row, "route": puller.route})
                     if puller.route != "cuda_ipc":
                         self.doubts.append(f"{name} went over {puller.route}")
                     elif size != "1k" and row.get("ratio", 1) < 0.5:
@@ -198,7 +207,7 @@ class Bench:
         ended = time.monotonic()
         spans = [*(await self.child.ask({"spans": True}))["spans"], *self.end.spans]
         in_ms = lambda t: round(1e3 * (t - started), 3)  # noqa: E731, one clock for all processes
-        tell(
+        write_row(
             {
                 "name": "timeline 8k",
                 "unit": "ms",
@@ -224,7 +233,7 @@ class Bench:
                 try:
                     for size in ("1k", "8k", "32k"):
                         row = await self.measure(puller, opened["address"], size, **plan)
-                        tell({"name": f"sweep {size}", **row, "route": puller.route})
+                        write_row({"name": f"sweep {size}", **row, "route": puller.route})
                 finally:
                     await puller.close()
                     await self.child.ask({"close": "s"})
@@ -239,18 +248,18 @@ class Bench:
         puller = self.end.transfer("nixl")
         try:
             row = await self.measure(puller, opened["address"], "8k")
-            tell({"name": "nixl packed 8k", **row, "route": puller.route})
+            write_row({"name": "nixl packed 8k", **row, "route": puller.route})
         finally:
             await puller.close()
             await self.child.ask({"close": "nixl"})
 
     async def nixl_per_block(self) -> None:
         """Descriptors of the library, straight from pool to pool."""
-        told = await self.child.ask({"nixl": True})
+        remote = await self.child.ask({"nixl": True})
         agent = nixl_agent("puller")
         kind, whole = region(self.end.flat())
         agent.register_memory([(*whole, "")], kind)
-        peer = agent.add_remote_agent(base64.b64decode(told["agent"]))
+        peer = agent.add_remote_agent(base64.b64decode(remote["agent"]))
         num_blocks = self.end.blocks_of(PROMPTS["8k"])
         for name, parts in (("per block", LAYOUT.num_layers), ("per whole block", 1)):
             size = LAYOUT.block_bytes // parts
@@ -263,7 +272,10 @@ class Bench:
                 ]
                 return agent.get_xfer_descs(found, kind)
 
-            mine, theirs = pieces(whole[0], self.end.order), pieces(told["address"], told["order"])
+            mine, theirs = (
+                pieces(whole[0], self.end.order),
+                pieces(remote["address"], remote["order"]),
+            )
             self.end.clear()
             taken = []
             for _ in range(2 + 5):
@@ -281,4 +293,4 @@ class Bench:
             if wrong := self.end.wrong_blocks(num_blocks):
                 raise Failed(f"{wrong} of {num_blocks} blocks have other contents than were sent")
             row = self.row("8k", statistics.median(taken[2:]), best_s=min(taken[2:]))
-            tell({"name": f"nixl {name} 8k", **row, "piece_bytes": size})
+            write_row({"name": f"nixl {name} 8k", **row, "piece_bytes": size})

@@ -14,8 +14,8 @@ until every block is where it belongs. Contents are compared afterwards. Rows:
 - `sweep 8k`: other chunk sizes and depths (with `--sweep`).
 - `transfer 8k cuda isolated`: each process sees its own GPU only (with `--sweep`).
 
-Where something fails or travels through the host, what UCX says about itself is printed to stderr.
-`--dry` runs all of it on a CPU, in miniature, with a stand-in for the GPU: for working on this file.
+Where a transfer fails or goes through the host, UCX's own log is printed to stderr.
+`--dry` runs a miniature of everything on a CPU with a stand-in for the GPU, to try these files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.kv_cuda.ends import PROMPTS, note, tell
+from benchmarks.kv_cuda.ends import PROMPTS, note, write_row
 from benchmarks.kv_cuda.puller import SCRIPT, Bench, source
 from benchmarks.kv_cuda.source import serve
 from serving.kv_transfer.transports.nixl import nixl_module
@@ -60,7 +60,7 @@ def about(dry: bool) -> dict[str, Any]:
 
 
 def diagnose(options: argparse.Namespace, seconds_left: float) -> None:
-    """A short run again, with UCX saying how it decides, and once with other transports."""
+    """Short runs with UCX's log: with the same transports, and with fewer."""
     variants = {
         "as it is": {},
         "UCX_TLS=tcp,self,cuda_copy,cuda_ipc": {"UCX_TLS": "tcp,self,cuda_copy,cuda_ipc"},
@@ -107,7 +107,7 @@ async def run(options: argparse.Namespace) -> list[str]:
                     await bench.attempt("nixl packed 8k", bench.nixl_packed)
                     await bench.attempt("nixl per block 8k", bench.nixl_per_block)
                 else:
-                    tell({"name": "nixl packed 8k", "skipped": "NIXL is not installed"})
+                    write_row({"name": "nixl packed 8k", "skipped": "NIXL is not installed"})
                 if options.sweep:
                     await bench.sweep()
             return bench.doubts
@@ -120,7 +120,7 @@ async def run(options: argparse.Namespace) -> list[str]:
 
 
 def isolated(seconds_left: float) -> None:
-    """Both processes again, blind for each other's GPU."""
+    """Both processes again, each seeing only its own GPU."""
     visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1").split(",")
     command = [sys.executable, str(SCRIPT), "--device", "cuda"]
     command += ["--only", "8k", "--no-diagnosis", "--no-limit", "--source-visible", visible[1]]
@@ -155,7 +155,7 @@ def main() -> None:
     if options.source:
         loops.run(serve(options))
         return
-    tell({**about(options.dry), "loop": loops.__name__})
+    write_row({**about(options.dry), "loop": loops.__name__})
     try:
         doubts = loops.run(run(options))
     except Exception:

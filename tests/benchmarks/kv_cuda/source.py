@@ -10,7 +10,7 @@ import sys
 import traceback
 from typing import Any
 
-from benchmarks.kv_cuda.ends import End, Source, nixl_agent, region, set_plan, tell
+from benchmarks.kv_cuda.ends import End, Source, nixl_agent, region, set_plan, write_row
 
 
 async def serve(options: argparse.Namespace) -> None:
@@ -19,7 +19,7 @@ async def serve(options: argparse.Namespace) -> None:
     end.fill()
     open_transfers: dict[str, Any] = {}
     agent: Any = None
-    tell({"ready": True})
+    write_row({"ready": True})
     while line := await asyncio.to_thread(sys.stdin.readline):
         request = json.loads(line)
         try:
@@ -29,20 +29,20 @@ async def serve(options: argparse.Namespace) -> None:
                         set_plan(plan["chunk_mib"], plan["depth"])
                     open_transfers[key] = end.transfer(name, in_place="in_place" in plan)
                     await open_transfers[key].serve(Source(end))
-                    tell({"address": open_transfers[key].address})
+                    write_row({"address": open_transfers[key].address})
                 case {"close": key}:
                     await open_transfers.pop(key).close()
-                    tell({})
+                    write_row({})
                 case {"spans": _}:
-                    tell({"spans": end.spans})
+                    write_row({"spans": end.spans})
                     end.spans.clear()
                 case {"nixl": _}:
                     agent = nixl_agent("source")
                     kind, whole = region(end.flat())
                     agent.register_memory([(*whole, "")], kind)
                     described = base64.b64encode(agent.get_agent_metadata()).decode()
-                    tell({"agent": described, "address": whole[0], "order": end.order})
+                    write_row({"agent": described, "address": whole[0], "order": end.order})
         except Exception:
-            tell({"error": traceback.format_exc()})
+            write_row({"error": traceback.format_exc()})
     for opened in open_transfers.values():
         await opened.close()

@@ -1,4 +1,4 @@
-"""A load of chat completions that costs its client little, so that the server is what is measured.
+"""A load of chat completions whose client costs little, so that the server is the limit.
 
 HTTP/1.1 over kept connections; requests are bytes made before the clock starts, events are counted
 by their separators and not decoded. A plain client: it asks its kernel for no quick
@@ -35,7 +35,7 @@ _numbers = itertools.count()
 
 
 class Shape(Struct, frozen=True):
-    """What is asked for: `num_tokens` new ones after a prompt of `num_words` that nobody had."""
+    """One request: `num_tokens` new tokens after a fresh prompt of `num_words` words."""
 
     num_tokens: int
     num_words: int = 40

@@ -16,7 +16,7 @@ from benchmarks.load.streaming_client import Client, Completion
 from msgspec import Struct
 
 SETTLE_S = 20.0
-"""How long prompts of the window are waited for after it, with the load going on."""
+"""How long the load goes on after the window until its prompts are answered."""
 
 
 class Load(Struct, frozen=True, kw_only=True):

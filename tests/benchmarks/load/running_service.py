@@ -1,6 +1,6 @@
 """A deployment's programs, started for a benchmark without Snakemake or a supervisor.
 
-What each program is told comes from `topology.plan`, as in a deployment; etcd and NATS are the
+Each program gets its settings from `topology.plan`, as in a deployment; etcd and NATS are the
 tests' own. All of them end with this process, however it ends.
 """
 
@@ -97,7 +97,7 @@ class RunningService:
         return content
 
     def check_alive(self) -> None:
-        """Raises RuntimeError with the last words of a program that ended."""
+        """Raises RuntimeError with the last log lines of a program that ended."""
         for name, process in self._processes.items():
             if process.poll() is not None:
                 raise RuntimeError(f"{name} ended with {process.returncode}: {self._tail(name)}")
@@ -107,7 +107,7 @@ class RunningService:
     def _start(self) -> None:
         for part in ("run/secrets", "logs", "results/engines"):
             (self._folder / part).mkdir(parents=True)
-        with contextlib.redirect_stdout(sys.stderr):  # they tell where their binaries come from
+        with contextlib.redirect_stdout(sys.stderr):  # they print where their binaries come from
             etcd = self._stack.enter_context(Etcd(self._folder / "etcd"))
             nats = self._stack.enter_context(Nats(self._folder / "nats"))
         assert isinstance(etcd, Etcd)

@@ -1,6 +1,6 @@
-"""Streamed completions as cheaply as they can be had, so that the client does not become the limit.
+"""Streamed completions by a client that costs little, so that the server is the limit.
 
-HTTP/1.1 on a socket per request; events are told apart by their separators and not decoded. A
+HTTP/1.1 on a socket per request; events are recognised by their separators and not decoded. A
 token's time is when the bytes of its event were read.
 """
 
@@ -66,8 +66,8 @@ class Completion(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def _fail(self, said: bytes) -> None:
-        self.error = said[-300:].decode(errors="replace").strip()
+    def _fail(self, body: bytes) -> None:
+        self.error = body[-300:].decode(errors="replace").strip()
 
 
 class Client:

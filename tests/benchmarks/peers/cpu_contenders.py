@@ -1,4 +1,4 @@
-"""What `engine_cpu` compares: the torch engine, `transformers` `generate`, and llama.cpp.
+"""The engines that `engine_cpu` compares: torch, `transformers` `generate` and llama.cpp.
 
 Each takes a batch of prompts and generates the same number of tokens for all of them, greedily and
 without regard to stop tokens, and says how long each step took in which all of them got a token.
@@ -65,27 +65,27 @@ class Contender:
 
     async def start(self) -> None:
         """Wait until it is ready. Raises ImportError where its library is not installed."""
-        told = await self._answer(START_S)
-        if "missing" in told:
-            raise ImportError(told["missing"])
-        self.name = told["name"]
+        answer = await self._answer(START_S)
+        if "missing" in answer:
+            raise ImportError(answer["missing"])
+        self.name = answer["name"]
 
     async def run(self, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[float]]:
         """Seconds until all is generated, and those of each step."""
         assert self._process.stdin
         self._process.stdin.write(json.dumps([prompts, num_tokens]) + "\n")
         self._process.stdin.flush()
-        told = await self._answer(RUN_S)
-        self.cached_tokens = told["cached_tokens"]
-        return told["seconds"], told["steps"]
+        answer = await self._answer(RUN_S)
+        self.cached_tokens = answer["cached_tokens"]
+        return answer["seconds"], answer["steps"]
 
     async def _answer(self, within_s: float) -> dict[str, Any]:
         assert self._process.stdout
         async with asyncio.timeout(within_s):
             while line := await asyncio.to_thread(self._process.stdout.readline):
                 if line.startswith("{"):
-                    told: dict[str, Any] = json.loads(line)
-                    return told
+                    answer: dict[str, Any] = json.loads(line)
+                    return answer
         raise RuntimeError(f"it ended with {self._process.wait(5)}")
 
 
@@ -249,7 +249,7 @@ class LlamaCpp:
 
 
 async def serve(kind: str, path: Path, threads: int, max_model_len: int) -> None:
-    """Run what the lines of the standard input ask for, until it ends."""
+    """Serve the requests on the standard input until it ends."""
     torch.set_num_threads(threads)
     contender: Ours | Generate | LlamaCpp
     if kind == "llama.cpp":
@@ -268,8 +268,8 @@ async def serve(kind: str, path: Path, threads: int, max_model_len: int) -> None
         prompts, num_tokens = json.loads(line)
         started = time.perf_counter()
         steps = await contender.run(prompts, num_tokens)
-        told = {"seconds": time.perf_counter() - started, "steps": steps}
-        print(json.dumps({**told, "cached_tokens": contender.cached_tokens}), flush=True)
+        answer = {"seconds": time.perf_counter() - started, "steps": steps}
+        print(json.dumps({**answer, "cached_tokens": contender.cached_tokens}), flush=True)
     if isinstance(contender, Ours):
         await contender.close()
 

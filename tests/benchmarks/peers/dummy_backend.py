@@ -1,4 +1,4 @@
-"""A chat server that computes nothing, for routers to stand in front of: `dummy_backend.py PORT`.
+"""A chat server that computes nothing, behind the routers under test: `dummy_backend.py PORT`.
 
 Every POST gets the same completion of one token at once; every GET says that all is well, with a
 model list that is what routers ask for when they register a worker.

@@ -1,4 +1,4 @@
-"""Frontends and routers of others, started as their documentation says, each in its environment.
+"""Other projects' frontends and routers, started as documented, each in its own environment.
 
 `envs/dynamo.txt` and `envs/routers.txt` say how those are made. All processes end with this one.
 """
@@ -47,7 +47,7 @@ def dynamo(python: Path, model: Path, folder: Path, num_workers: int) -> Iterato
     folder.mkdir(parents=True)
     port = free_port()
     with contextlib.ExitStack() as stack:
-        with contextlib.redirect_stdout(sys.stderr):  # they tell where their binaries come from
+        with contextlib.redirect_stdout(sys.stderr):  # they print where their binaries come from
             etcd = stack.enter_context(Etcd(folder / "etcd"))
             nats = stack.enter_context(Nats(folder / "nats"))
         assert isinstance(etcd, Etcd)

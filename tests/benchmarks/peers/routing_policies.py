@@ -1,7 +1,7 @@
-"""How others choose a worker, in the terms of our router, to be compared with ours.
+"""The routing policies of other projects, in the terms of our router, for comparison.
 
 Round robin; the cost function of NVIDIA Dynamo's router; and the rules of SGLang's cache-aware
-router with its approximate tree (told of a prompt when it is routed, evicted like a worker's cache).
+router with its approximate tree (it learns of a prompt when it is routed, and evicts like a worker's cache).
 """
 
 from __future__ import annotations

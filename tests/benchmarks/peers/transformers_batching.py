@@ -1,4 +1,4 @@
-"""The peer of a throughput row: `transformers` continuous batching, as good as it can be had."""
+"""The peer of a throughput row: the best configuration of `transformers` continuous batching."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def best_rate(
     dtype: str,
     prompts: list[list[int]],
     num_tokens: int,
-    tell: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> tuple[float, str, dict[str, Any]]:
     """Output tokens/s of its best configuration, what that is, and what came of each.
 
@@ -42,7 +42,7 @@ def best_rate(
             tried[name] = round(_measure(model, settings, prompts, num_tokens), 1)
         except Exception as exc:
             tried[name] = f"{type(exc).__name__}: {str(exc)[:200]}"
-        tell(f"transformers continuous batching, {name}: {tried[name]}")
+        note(f"transformers continuous batching, {name}: {tried[name]}")
         if hasattr(model, "destroy_cached_continuous_batching_manager"):
             model.destroy_cached_continuous_batching_manager()
         _free(device)

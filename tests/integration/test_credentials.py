@@ -27,7 +27,7 @@ def listening_on(deployment: Deployment) -> set[tuple[str, int]]:
     }
 
 
-def test_strangers_at_every_port_get_nothing_and_break_nothing(tmp_path: Path) -> None:
+def test_clients_without_credentials_get_nothing_from_any_port(tmp_path: Path) -> None:
     host = outside_address()
     deployment = Deployment(
         tmp_path / "outside",

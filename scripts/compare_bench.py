@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import msgspec
-from serving.deploy.bench.run import Summary, table
+from serving.deploy.bench.summary import Summary, comparison_table
 from serving.deploy.rule_script import rule_script
 
 with rule_script(snakemake) as (_, report):
@@ -11,8 +11,7 @@ with rule_script(snakemake) as (_, report):
         msgspec.json.decode(Path(path).read_bytes(), type=Summary)
         for path in snakemake.input.summaries
     ]
-    report("")
-    for line in table(summaries):
+    lines = comparison_table(summaries)
+    for line in ("", *lines, ""):
         report(line)
-    report("")
-    Path(snakemake.output[0]).write_text("\n".join(table(summaries)) + "\n", encoding="utf-8")
+    Path(snakemake.output[0]).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -11,4 +11,4 @@ with rule_script(snakemake) as (config, report):
     if resolve_source(config.model) != "hub":
         os.environ["HF_HUB_OFFLINE"] = "1"
     out_dir = Path(snakemake.output[0]).parent
-    fetch_model(config.model, out_dir, weights=config.engine.weights, progress=report)
+    fetch_model(config.model, out_dir, weights=config.engine.weights, report=report)

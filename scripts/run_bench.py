@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 import msgspec
-from serving.deploy.bench import run as bench
+from serving.deploy.bench.aiperf import aiperf_command, run_aiperf, tokenizer_home
 from serving.deploy.bench.samples import Sampler
+from serving.deploy.bench.summary import summarise
+from serving.deploy.bench.target import find_target
+from serving.deploy.bench.trace import cut_trace
 from serving.deploy.report.service_spec import read_service_spec, tokenizer_dir
 from serving.deploy.rule_script import rule_script
 
@@ -14,7 +17,7 @@ with rule_script(snakemake) as (config, report):
     seed = secrets.randbelow(2**31) if config.bench.seed is None else config.bench.seed
     load = msgspec.structs.replace(config.bench, seed=seed)
     service = read_service_spec(Path("run"), config)
-    target = bench.find_target(
+    target = find_target(
         service.url, service.headers, tokenizer_dir(Path("run")), service.max_model_len
     )
     summary_file = Path(snakemake.output.summary)
@@ -24,15 +27,17 @@ with rule_script(snakemake) as (config, report):
     trace = None
     if load.trace is not None:
         trace = summary_file.parent / "trace.jsonl"
-        count, too_long = bench.cut_trace(load, target.max_model_len, trace)
-        report(f"{count} requests of {load.trace}; {too_long} were too long for the model")
+        count, too_long = cut_trace(load, target.max_model_len, trace)
+        report(
+            f"{count} requests of {load.trace}; {too_long} are too long for the model and left out"
+        )
     report(f"aiperf against {target.topology} ({target.policy}) at {target.url}")
     python = Path(load.python or "results/bench/env/bin/python")
     sampler = Sampler(target.url, service.headers)
     try:
-        bench.run(
-            bench.command(python, target, load, folder, trace, service.headers),
-            bench.offline_home(Path(target.tokenizer_dir), (folder / "huggingface").resolve()),
+        run_aiperf(
+            aiperf_command(python, target, load, folder, trace, service.headers),
+            tokenizer_home(Path(target.tokenizer_dir), (folder / "huggingface").resolve()),
             summary_file.parent / "aiperf.log",
             sampler,
             load.timeout_s,
@@ -40,7 +45,7 @@ with rule_script(snakemake) as (config, report):
         )
     finally:
         sampler.close()
-    summary, requests = bench.summarise(folder, target, load, sampler.samples)
+    summary, requests = summarise(folder, target, load, sampler.samples)
     Path(snakemake.output.requests).write_bytes(msgspec.json.encode(requests))
     Path(snakemake.output.samples).write_bytes(msgspec.json.encode(sampler.samples))
     summary_file.write_bytes(msgspec.json.format(msgspec.json.encode(summary)))

@@ -29,6 +29,10 @@ class ModelNotFound(InvalidRequest):
     """No such model is served here (HTTP 404)."""
 
 
+class NotFound(InvalidRequest):
+    """The request names something that is not here (HTTP 404)."""
+
+
 class RequestTooLarge(InvalidRequest):
     """The body exceeds `frontend.max_body_bytes` (HTTP 413)."""
 

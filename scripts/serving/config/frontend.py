@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
 from serving.config.base import Port, Positive, Seconds, Section
 from serving.errors import ConfigError
+
+ToolParser = Literal[
+    "auto",
+    "deepseek_v32",
+    "minimax_m2",
+    "seed_oss",
+    "glm",
+    "qwen3_coder",
+    "harmony",
+    "gemma4",
+    "function_gemma",
+    "mistral",
+    "mistral_v3",
+    "deepseek_v3",
+    "deepseek_v31",
+    "kimi_k2",
+    "llama_function_tag",
+    "lfm2",
+    "llama4_pythonic",
+    "olmo3",
+    "pythonic",
+    "hermes",
+    "phi4_mini",
+    "granite",
+    "nemotron",
+    "minimax_m1",
+    "cohere",
+    "llama3_json",
+    "json",
+]
+ReasoningParser = Literal[
+    "auto", "none", "mistral", "seed_oss", "gemma4", "cohere", "kimi_vl", "think"
+]
 
 
 class FrontendConfig(Section, frozen=True):
@@ -48,6 +81,39 @@ class FrontendConfig(Section, frozen=True):
     max_inflight: Annotated[
         Positive, Meta(description="Requests in flight in each process; more get 429.")
     ] = 512
+    tool_parser: Annotated[
+        ToolParser,
+        Meta(
+            description="Format of the model's tool calls. `auto`: decided from its chat template; `/v1/models` names the format and the reason."
+        ),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        ReasoningParser,
+        Meta(
+            description="Format of the model's reasoning. `auto`: decided from its chat template; `none`: reasoning stays in the text."
+        ),
+    ] = "auto"
+    special_tokens_in_text: Annotated[
+        bool,
+        Meta(
+            description="Let special tokens in a message's text act as special tokens. Off: `<|im_end|>` in a message is text and cannot end a turn."
+        ),
+    ] = False
+    cors_origins: Annotated[
+        list[str],
+        Meta(
+            description="Origins whose pages may call the API from a browser; `*` for all. Pages of this machine (loopback) always may."
+        ),
+    ] = []
+    responses_store_bytes: Annotated[
+        Annotated[int, Meta(ge=0)],
+        Meta(
+            description="Room for responses that `/v1/responses` keeps for `previous_response_id`, in `run/responses.sqlite`; the oldest go first. 0: none are kept."
+        ),
+    ] = 256 * 1024 * 1024
+    responses_store_s: Annotated[
+        Seconds, Meta(description="Time that `/v1/responses` keeps a response.")
+    ] = 86_400.0
     drain_s: Annotated[
         Seconds, Meta(description="Time that running requests get when the service stops.")
     ] = 10.0

@@ -35,6 +35,9 @@ class ModelConfig(Section, frozen=True):
     name: Annotated[
         str | None, Meta(description="Name of the model in the API. Default: `model.id`.")
     ] = None
+    aliases: Annotated[
+        list[str], Meta(description="Further names under which requests may ask for the model.")
+    ] = []
     allow_pickle: Annotated[
         bool,
         Meta(

@@ -87,6 +87,7 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     topology: str
     disaggregated: bool
     model_name: str
+    aliases: list[str] = []
     frontend: FrontendConfig
     router: RouterConfig
     deadlines: DeadlinesConfig

@@ -11,20 +11,24 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 import msgspec
 import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
+from serving.config import FrontendConfig
 from serving.config.process import FrontendSettings, announce_ready, collect_rarely, read_settings
 from serving.errors import OperatorError
+from serving.frontend.api.responses.store import ResponseStore
 from serving.frontend.api.state import AppState
 from serving.frontend.app import create_app, lifespan
 from serving.frontend.http.api_keys import ApiKeys, read_keys
 from serving.frontend.http.limits import InFlight
 from serving.frontend.log import set_up
 from serving.frontend.metrics.registry import Metrics
+from serving.frontend.model import ModelLoader
 from serving.frontend.process_group import STARTED, ProcessSlot, run_group
 
 log = logging.getLogger("serving.frontend")
@@ -40,6 +44,9 @@ async def run(settings: FrontendSettings, slot: ProcessSlot | None) -> None:
             in_flight=InFlight(settings.frontend.max_inflight, metrics.in_flight),
             model_name=settings.model_name,
             max_body_bytes=settings.frontend.max_body_bytes,
+            aliases=tuple(settings.aliases),
+            models=ModelLoader(settings.frontend),
+            responses=_response_store(settings.frontend),
             launch_id=os.environ.get("LAUNCH_ID", ""),
             slot=slot,
         )
@@ -49,6 +56,12 @@ async def run(settings: FrontendSettings, slot: ProcessSlot | None) -> None:
             app = ApiKeys(app, keys, settings.frontend.requests_per_minute)
         await _listen(app, settings, slot)
     log.info("stopped")
+
+
+def _response_store(config: FrontendConfig) -> ResponseStore:
+    return ResponseStore(
+        Path("run/responses.sqlite"), config.responses_store_bytes, config.responses_store_s
+    )
 
 
 async def _listen(app: ASGIApp, settings: FrontendSettings, slot: ProcessSlot | None) -> None:

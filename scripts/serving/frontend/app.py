@@ -25,8 +25,11 @@ from serving.discovery import Discovery
 from serving.events import EventPlane
 from serving.frontend.api import chat, completions
 from serving.frontend.api.errors import routing_error, to_api_error
+from serving.frontend.api.messages import api as messages
+from serving.frontend.api.messages.api import messages_routes
 from serving.frontend.api.models import model_routes
 from serving.frontend.api.operations import operations_routes
+from serving.frontend.api.responses.api import responses_api, responses_routes
 from serving.frontend.api.state import AppState
 from serving.frontend.decision_log import DecisionLog
 from serving.frontend.http.call import CompletionRoute
@@ -45,12 +48,16 @@ def create_app(state: AppState) -> Starlette:
     completion_routes: dict[str, ASGIApp] = {
         "/v1/chat/completions": CompletionRoute(chat.API, state),
         "/v1/completions": CompletionRoute(completions.API, state),
+        "/v1/responses": CompletionRoute(responses_api(state.responses), state),
+        "/v1/messages": CompletionRoute(messages.API, state),
     }
     return _App(
         completion_routes,
         routes=[
             *(Route(path, route, methods=["POST"]) for path, route in completion_routes.items()),
             *model_routes(state),
+            *responses_routes(state.responses),
+            *messages_routes(state),
             *operations_routes(state),
         ],
         exception_handlers={HTTPException: _on_routing_error, Exception: _on_failure},

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec import Struct
 
+from serving.config import FrontendConfig
 from serving.errors import ModelNotFound, NoInstances
 from serving.grammar import Grammars
 from serving.protocol import Guide, ModelCard
-from serving.text.detokenize import TokenText
 from serving.text.preprocess import Preprocessor
+from serving.text.token_text import TokenText
+
+log = logging.getLogger(__name__)
 
 
 class LoadedModel(Struct, frozen=True):
@@ -33,7 +38,9 @@ class LoadedModel(Struct, frozen=True):
 class ModelLoader:
     """Holds the loaded model. A different card, from newly deployed workers, replaces it."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: FrontendConfig | None = None) -> None:
+        """`config` has the parsers of answers."""
+        self._config = config or FrontendConfig()
         self._lock = asyncio.Lock()
         self._loaded: LoadedModel | None = None
 
@@ -45,7 +52,16 @@ class ModelLoader:
             return loaded
         async with self._lock:
             if self._loaded is None or self._loaded.card != card:
-                preprocessor = await Preprocessor.load(card)
+                preprocessor = await Preprocessor.load(
+                    card,
+                    tool_parser=self._config.tool_parser,
+                    reasoning_parser=self._config.reasoning_parser,
+                    special_tokens_in_text=self._config.special_tokens_in_text,
+                )
+                found = preprocessor.answer_format.describe()
+                log.info(
+                    "%s: tool calls by %s (%s), reasoning by %s (%s)", card.name, *found.values()
+                )
                 self._loaded = LoadedModel(
                     preprocessor,
                     TokenText(preprocessor.tokenizer),
@@ -54,11 +70,11 @@ class ModelLoader:
             return self._loaded
 
 
-def check_model(requested: str, served: str) -> None:
-    """Raises ModelNotFound."""
-    if requested != served:
+def check_model(requested: str, served: Sequence[str]) -> None:
+    """`served` are the model's name and its aliases. Raises ModelNotFound."""
+    if requested not in served:
         raise ModelNotFound(
-            f"The model `{requested[:200]}` is not served here; `{served}` is",
+            f"The model `{requested[:200]}` is not served here; `{served[0]}` is",
             param="model",
             code="model_not_found",
         )

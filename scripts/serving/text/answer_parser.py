@@ -35,6 +35,11 @@ class AnswerParser:
         """Calls that have begun."""
         return self._collector.num_calls
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the latest text was reasoning that goes on."""
+        return self._collector.is_reasoning
+
     def feed(self, text: str) -> list[Part]:
         """The parts that `text` completes or continues."""
         self._scanner.feed(text)

@@ -36,13 +36,16 @@ _TEMPLATE_FAILURES = (
 
 
 class ChatTemplate:
-    """One compiled template."""
+    """One compiled template, and the variant for conversations with tools if the model has one."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None
+    ) -> None:
+        """`tool_source` replaces `source` where there are tools."""
+        self.source = source if tool_source is None else tool_source
         self._special_tokens = dict(special_tokens)
-        self._template = _environment().from_string(source)
-        # Jinja copies its own chain of maps for each rendering, which costs more than rendering.
-        self._template.globals = dict(self._template.globals)
+        self._template = _compiled(source)
+        self._tool_template = self._template if tool_source is None else _compiled(tool_source)
 
     def render(
         self,
@@ -60,8 +63,9 @@ class ChatTemplate:
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
         }
+        template = self._tool_template if variables["tools"] else self._template
         try:
-            return self._template.render(variables)
+            return template.render(variables)
         except _TEMPLATE_FAILURES as exc:
             raise InvalidRequest(
                 f"The model's chat template cannot render these messages: {exc}", param="messages"
@@ -69,8 +73,8 @@ class ChatTemplate:
 
 
 def load_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
-    """Load it from `chat_template.jinja` or `tokenizer_config.json`. None for a base model."""
-    source = _source(folder, tokenizer_config)
+    """From `chat_template.jinja`, else `tokenizer_config.json`; None for a base model."""
+    source, tool_source = _sources(folder, tokenizer_config)
     if source is None:
         return None
     special_tokens = {}
@@ -79,18 +83,30 @@ def load_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> Cha
         text = token.get("content") if isinstance(token, Mapping) else token
         if isinstance(text, str):
             special_tokens[name] = text
-    return ChatTemplate(source, special_tokens)
+    return ChatTemplate(source, special_tokens, tool_source)
 
 
-def _source(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text()
+def _sources(folder: Path, tokenizer_config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The default template and the one named `tool_use`."""
+    named: dict[str, Any] = {}
     found = tokenizer_config.get("chat_template")
-    if isinstance(found, list):  # several named templates
+    if isinstance(found, list):
         named = {entry["name"]: entry["template"] for entry in found}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    elif isinstance(found, str):
+        named["default"] = found
+    files = {"default": folder / "chat_template.jinja"}
+    files["tool_use"] = folder / "additional_chat_templates" / "tool_use.jinja"
+    for name, file in files.items():
+        if file.is_file():
+            named[name] = file.read_text()
+    return named.get("default"), named.get("tool_use")
+
+
+def _compiled(source: str) -> jinja2.Template:
+    template = _environment().from_string(source)
+    # A chain of maps otherwise, copied at each rendering for more than that takes by itself.
+    template.globals = dict(template.globals)
+    return template
 
 
 class _GenerationMarker(Extension):

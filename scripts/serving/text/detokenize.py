@@ -7,32 +7,36 @@ the beginning of a stop string.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from msgspec import Struct
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from serving.protocol import EngineOutput, FinishReason, TokenLogprob
+from serving.text.parts import Part, Text
 from serving.text.preprocess import PreparedRequest
-
-SEED_TOKENS = 8
-"""Prompt tokens that give the first new token its context: a leading space, a split character."""
-
-MAX_UNDECODED_TOKENS = 16
-"""A character has at most four bytes. More tokens than this without text are not UTF-8."""
-
-REPLACEMENT = "\ufffd"
+from serving.text.token_text import TokenText, token_decoder
 
 
 class Delta(Struct):
-    """New text of one sample. Only the last delta has a `finish_reason`."""
+    """What is new of one sequence. `finish_reason` set means: the last one.
+
+    `parts` replace `text` where the answer is parsed. `stop_string` is the one that ended it.
+    """
 
     text: str = ""
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
     logprobs: list[TokenLogprob] | None = None
+    parts: list[Part] | None = None
+    stop_string: str | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.logprobs or self.finish_reason)
+        return bool(self.text or self.logprobs or self.finish_reason or self.parts)
+
+    def as_parts(self) -> Sequence[Part]:
+        """The parts; text that was not parsed is one."""
+        if self.parts is not None:
+            return self.parts
+        return [Text(self.text)] if self.text else []
 
     @classmethod
     def merged(cls, deltas: Sequence[Delta]) -> Delta:
@@ -41,14 +45,23 @@ class Delta(Struct):
             return deltas[0]
         logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
         text = "".join([delta.text for delta in deltas])
-        return cls(text, deltas[-1].finish_reason, logprobs or None)
+        parts = None
+        if any(delta.parts is not None for delta in deltas):
+            parts = [part for delta in deltas for part in delta.as_parts()]
+        last = deltas[-1]
+        return cls(text, last.finish_reason, logprobs or None, parts, last.stop_string)
 
 
 class Detokenizer:
     """The text of one sample. Once `finish_reason` is set, perhaps by a stop string, it is over."""
 
-    def __init__(self, tokenizer: Tokenizer, prepared: PreparedRequest) -> None:
-        self._decoder = _Decoder(tokenizer, prepared.token_ids, prepared.skip_special_tokens)
+    def __init__(self, tokens: TokenText, prepared: PreparedRequest) -> None:
+        self._decoder = token_decoder(
+            tokens,
+            prepared.token_ids,
+            skip_special_tokens=prepared.skip_special_tokens,
+            kept=prepared.answer.kept_special_tokens if prepared.answer is not None else (),
+        )
         self._stops = prepared.stop
         self._min_tokens = prepared.sampling.min_tokens
         self._held = ""
@@ -57,6 +70,7 @@ class Detokenizer:
         self._held_logprobs: list[tuple[int, TokenLogprob]] = []
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self._stop_string: str | None = None
 
     def feed_each(self, output: EngineOutput) -> list[Delta]:
         """One delta for each token of `output` that releases text."""
@@ -113,11 +127,13 @@ class Detokenizer:
         else:
             self._held = ""
             self.finish_reason = "stop"
+            self._stop_string = next(stop for stop in self._stops if text.startswith(stop, end))
         self._released_chars += end
         return text[:end]
 
     def _delta(self, parts: list[str]) -> Delta:
-        return Delta("".join(parts), self.finish_reason, self._take_logprobs())
+        text = "".join(parts)
+        return Delta(text, self.finish_reason, self._take_logprobs(), stop_string=self._stop_string)
 
     def _take_logprobs(self) -> list[TokenLogprob] | None:
         """Those whose text begins in the released text. At a natural end, all of them."""
@@ -166,101 +182,3 @@ def _held_chars(text: str, stops: Sequence[str]) -> int:
                 break
             start += 1
     return longest
-
-
-class _Decoder:
-    """`DecodeStream` with a context, a flush at the end, and tolerance of invalid bytes."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool
-    ) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._context = list(prompt_token_ids[-SEED_TOKENS:])
-        # A prompt of token ids may end inside a character. That character belongs to the new text.
-        clean = len(self._context)
-        while clean and self._decode(self._context[:clean]).endswith(REPLACEMENT):
-            clean -= 1
-        self._pending = self._context[clean:]
-        del self._context[clean:]
-        self._stream = self._new_stream(self._context)
-        for token_id in self._pending:
-            self._stream.step(tokenizer, token_id)
-
-    def step(self, token_id: int) -> str:
-        """The text that this token completes."""
-        self._pending.append(token_id)
-        try:
-            text = self._stream.step(self._tokenizer, token_id)
-        except Exception as exc:  # the Rust library raises nothing narrower
-            if "nvalid prefix" not in str(exc):
-                raise
-            return self._resume()
-        if text is None:
-            return self._resume() if len(self._pending) > MAX_UNDECODED_TOKENS else ""
-        self._context, self._pending = self._pending, []
-        return text
-
-    def flush(self) -> str:
-        """The remaining text, without an incomplete last character."""
-        return self._undecoded().rstrip(REPLACEMENT) if self._pending else ""
-
-    def _resume(self) -> str:
-        """Stop waiting for whole characters: release the text with invalid bytes replaced."""
-        text = self._undecoded()
-        if text:  # Without text, all were skipped special tokens, and the context remains.
-            self._context = [] if text.endswith(REPLACEMENT) else self._pending
-        self._pending = []
-        self._stream = self._new_stream(self._context)
-        return text
-
-    def _undecoded(self) -> str:
-        context = self._decode(self._context)
-        text = self._decode(self._context + self._pending)
-        return text[len(context) :] if text.startswith(context) else self._decode(self._pending)
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=self._skip)
-        return text
-
-    def _new_stream(self, seed: Sequence[int]) -> DecodeStream:
-        return DecodeStream(ids=list(seed), skip_special_tokens=self._skip)
-
-
-class TokenText:
-    """The text and bytes of single tokens, for logprobs."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._added = {i: t.content for i, t in tokenizer.get_added_tokens_decoder().items()}
-        self._byte_alphabet = _byte_alphabet() if "ByteLevel" in repr(tokenizer.decoder) else None
-        self._known: dict[int, tuple[str, bytes]] = {}
-
-    def __call__(self, token_id: int) -> tuple[str, bytes]:
-        """A token inside a character has replacement characters for text, and its true bytes."""
-        known = self._known.get(token_id)
-        if known is None:
-            data = self._token_bytes(token_id)
-            known = self._known[token_id] = data.decode("utf-8", "replace"), data
-        return known
-
-    def _token_bytes(self, token_id: int) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id].encode()
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None:  # an id of the padded embedding
-            return b""
-        if self._byte_alphabet is not None and all(char in self._byte_alphabet for char in token):
-            return bytes(self._byte_alphabet[char] for char in token)
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes.fromhex(token[3:5])
-        text: str = token.replace("\u2581", " ")
-        return text.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE's printable stand-ins: character to byte (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet.update({chr(256 + index): byte for index, byte in enumerate(others)})
-    return alphabet

@@ -7,9 +7,9 @@ importing `transformers` costs seconds at start-up. It knows nothing about HTTP 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from msgspec import Struct, field
 from tokenizers import Tokenizer
@@ -17,10 +17,35 @@ from tokenizers import Tokenizer
 from serving.errors import InvalidRequest, ModelError
 from serving.model_folder import eos_token_ids, json_object, model_vocab_size
 from serving.protocol import ModelCard, SamplingParams
-from serving.text.chat_template import load_chat_template
+from serving.text.answer_format import answer_format
+from serving.text.chat_template import ChatTemplate, load_chat_template
+from serving.text.conversation import (
+    AnswerPlan,
+    Conversation,
+    messages_for,
+    plan_answer,
+    template_tools,
+)
+from serving.text.special_tokens import (
+    QUOTE_BEGIN,
+    quote_special_tokens,
+    special_token_pattern,
+    split_quoted,
+)
 
 THREAD_CHARS = 8192
 """Longer texts are tokenized on a thread; at a few million characters a second that is ~1 ms."""
+
+
+PROMPT_END_CHARS = 400
+"""The end of a prompt that shows whether the template opened the model's reasoning."""
+
+
+class Prompt(NamedTuple):
+    """A conversation's token ids, and how its answer is guided and parsed."""
+
+    token_ids: list[int]
+    answer: AnswerPlan
 
 
 class RequestTrace(Struct):
@@ -42,9 +67,10 @@ class SampleGroup(Struct):
 class PreparedRequest(Struct, frozen=True):
     """One sample to generate: what the pipeline sends and what the detokenizer needs.
 
-    `stop` holds the stop strings, which the detokenizer finds. Token ids that stop are in
-    `sampling`. `session` names the conversation or user of the request, if the caller gave one.
-    With `prompt_only`, the one token that must be generated is dropped.
+    `stop` holds strings, found by the detokenizer; token ids that stop are in `sampling`.
+    `session` names what the request belongs to, if the caller said.
+    `prompt_only`: the one token that has to be generated is not wanted. `answer` says how the
+    answer is parsed; None: it is text.
     """
 
     request_id: str
@@ -56,14 +82,25 @@ class PreparedRequest(Struct, frozen=True):
     prompt_only: bool = False
     sample_group: SampleGroup | None = None
     trace: RequestTrace = field(default_factory=RequestTrace)
+    answer: AnswerPlan | None = None
 
 
 class Preprocessor:
     """The tokenizer and chat template of one model. Its constructor blocks; `load` does not."""
 
-    def __init__(self, card: ModelCard, thread_chars: int = THREAD_CHARS) -> None:
-        """Raises ModelError if the folder has no usable tokenizer."""
-        self.card, self._thread_chars = card, thread_chars
+    def __init__(
+        self,
+        card: ModelCard,
+        *,
+        tool_parser: str = "auto",
+        reasoning_parser: str = "auto",
+        special_tokens_in_text: bool = False,
+    ) -> None:
+        """`special_tokens_in_text`: a message's text may contain special tokens, else it cannot.
+
+        Raises ModelError when the folder does not hold a usable tokenizer.
+        """
+        self.card = card
         folder = Path(card.tokenizer_dir)
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -82,44 +119,78 @@ class Preprocessor:
         # The embedding may be padded beyond the tokenizer's vocabulary, and the padding is valid.
         self.vocab_size = max(1 + max(vocabulary.values()), model_vocab_size(folder))
         self._longest_token_chars = max(map(len, vocabulary))
+        self.answer_format = answer_format(
+            self.tokenizer,
+            self.chat_template.source if self.chat_template is not None else "",
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
+        )
+        self._special_tokens_in_text = special_tokens_in_text
+        self._special_pattern = special_token_pattern(self.answer_format.special_tokens)
+        self._plain: Tokenizer | None = None
 
     @classmethod
-    async def load(cls, card: ModelCard) -> Preprocessor:
-        """Load on a thread. Takes 0.1 s for 50k tokens and a second for the largest vocabularies."""
-        return await asyncio.to_thread(cls, card)
+    async def load(
+        cls,
+        card: ModelCard,
+        *,
+        tool_parser: str = "auto",
+        reasoning_parser: str = "auto",
+        special_tokens_in_text: bool = False,
+    ) -> Preprocessor:
+        """On a thread: takes 0.1 s for 50k tokens, a second for the largest vocabularies."""
+        return await asyncio.to_thread(
+            cls,
+            card,
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
+            special_tokens_in_text=special_tokens_in_text,
+        )
 
     # --- prompts -------------------------------------------------------------------------------
 
-    async def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        template_variables: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Render the chat template and tokenize the text.
+    async def encode_conversation(self, conversation: Conversation) -> Prompt:
+        """The prompt, and how its answer is guided and parsed.
 
-        Raises InvalidRequest: no chat template, an error in it, or a prompt beyond the context.
+        Raises InvalidRequest: no chat template, a template error, longer than the context.
         """
-        template = self.chat_template
+        template, param = self.chat_template, conversation.param
         if template is None:
             raise InvalidRequest(
-                f"{self.card.name} has no chat template; use /v1/completions", param="messages"
+                f"{self.card.name} has no chat template; use /v1/completions", param=param
             )
-        num_chars = sum(len(message.get("content") or "") for message in messages)
-        self._refuse_too_long(num_chars, "messages")
+        num_chars = sum(len(message.get("content") or "") for message in conversation.messages)
+        self._refuse_too_long(num_chars, param)
 
-        def render_and_encode() -> list[int]:
-            text = template.render(
-                messages, add_generation_prompt=add_generation_prompt, extra=template_variables
-            )
-            self._refuse_too_long(len(text), "messages")
+        def render_and_encode() -> Prompt:
+            text = self._render(template, conversation)
+            self._refuse_too_long(len(text), param)
+            answer = plan_answer(conversation, self.answer_format, text[-PROMPT_END_CHARS:])
             # The template writes the special tokens itself.
-            return self._encode(text, add_special_tokens=False)
+            return Prompt(self._encode_quoted(text), answer)
 
-        if num_chars > self._thread_chars:
+        if num_chars > THREAD_CHARS or conversation.tools:
             return await asyncio.to_thread(render_and_encode)
         return render_and_encode()
+
+    def _render(self, template: ChatTemplate, conversation: Conversation) -> str:
+        messages = messages_for(conversation, self.answer_format)
+        if not self._special_tokens_in_text:
+            messages = quote_special_tokens(messages, self._special_pattern)
+        variables = dict(conversation.template_variables)
+        if conversation.tools and self.answer_format.tools.template_knows_tools:
+            variables["tools"] = template_tools(conversation.callable_tools()) or None
+        last = messages[-1]["content"] if conversation.continue_final_message else None
+        text = template.render(
+            messages,
+            add_generation_prompt=conversation.add_generation_prompt and last is None,
+            extra=variables,
+        )
+        if last is None:
+            return text
+        # The answer goes on where the last message ends, before what closes it.
+        last = last.strip()
+        return text[: text.rindex(last) + len(last)] if last in text else text
 
     async def encode_text(self, text: str, *, param: str = "prompt") -> list[int]:
         """Tokenize, with the special tokens that the tokenizer adds itself. Raises InvalidRequest."""
@@ -165,6 +236,26 @@ class Preprocessor:
                 code="context_length_exceeded",
             )
         return requested
+
+    def _encode_quoted(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt in which some special tokens are quoted as plain text."""
+        if QUOTE_BEGIN not in text:
+            return self._encode(text, add_special_tokens=False)
+        plain = self._plain_tokenizer()
+        ids: list[int] = []
+        for piece, is_quoted in split_quoted(text):
+            if is_quoted:
+                ids += plain.encode(piece, add_special_tokens=False).ids
+            else:
+                ids += self._encode(piece, add_special_tokens=False)
+        return ids
+
+    def _plain_tokenizer(self) -> Tokenizer:
+        """The tokenizer for text in which special tokens mean nothing. Made when first needed."""
+        if self._plain is None:
+            self._plain = Tokenizer.from_str(self.tokenizer.to_str())
+            self._plain.encode_special_tokens = True
+        return self._plain
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # A batch of one, because only batches can be encoded without offsets into the text.

@@ -17,6 +17,8 @@ from serving.text.scanner import Scanner, Steps
 class ReasoningSink(Protocol):
     """Takes what was recognised as reasoning or text."""
 
+    is_reasoning: bool
+
     def reasoning(self, text: str) -> None: ...
 
     def text(self, text: str) -> None: ...
@@ -41,10 +43,12 @@ class ReasoningFormat(Struct, frozen=True):
             if not (yield from scanner.accept(self.begin)):
                 sink.text(space)
                 return
+        sink.is_reasoning = True
         if self.header:
             yield from scanner.accept(self.header)
         yield from scanner.skip_space()
         yield from scanner.until([self.end], sink.reasoning)
+        sink.is_reasoning = False
         yield from scanner.skip_space()
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import httpx
 import msgspec
 import pytest
 import uvicorn
+from serving.frontend.api.responses.store import ResponseStore
 from serving.frontend.api.state import AppState
 from serving.frontend.app import create_app
 from serving.frontend.http.limits import InFlight
@@ -42,15 +42,25 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def state(pipeline: FakePipeline, metrics: Metrics) -> AppState:
+def responses(tmp_path: Path) -> Iterator[ResponseStore]:
+    store = ResponseStore(tmp_path / "responses.sqlite", 1024 * 1024, 3600.0)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def app(pipeline: FakePipeline, metrics: Metrics, responses: ResponseStore) -> Starlette:
     scripted: Any = pipeline
-    return AppState(
-        pipeline=scripted,
-        metrics=metrics,
-        in_flight=InFlight(8, metrics.in_flight),
-        model_name=MODEL,
-        max_body_bytes=64 * 1024,
-        launch_id="launch-1",
+    return create_app(
+        AppState(
+            pipeline=scripted,
+            metrics=metrics,
+            in_flight=InFlight(8, metrics.in_flight),
+            model_name=MODEL,
+            max_body_bytes=64 * 1024,
+            launch_id="launch-1",
+            responses=responses,
+        )
     )
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 from serving.protocol import EngineOutput, FinishReason, SamplingParams, TokenLogprob
-from serving.text.detokenize import Delta, Detokenizer, TokenText
+from serving.text.detokenize import Delta, Detokenizer
 from serving.text.preprocess import PreparedRequest
+from serving.text.token_text import TokenText
 from tokenizers import Tokenizer, decoders, models
 from unit.frontend.fakes import write_tokenizer
 
@@ -81,7 +82,7 @@ def test_deltas_add_up_to_the_text_and_never_split_a_character(
     tokenizer: Tokenizer, text: str, per_step: int
 ) -> None:
     ids = tokenizer.encode(text).ids
-    detokenizer = Detokenizer(tokenizer, prepare(tokenizer.encode("prompt: ").ids))
+    detokenizer = Detokenizer(TokenText(tokenizer), prepare(tokenizer.encode("prompt: ").ids))
     deltas = []
     for start in range(0, len(ids), per_step):
         last = start + per_step >= len(ids)
@@ -97,27 +98,30 @@ def test_deltas_add_up_to_the_text_and_never_split_a_character(
 def test_incomplete_last_character_is_dropped_at_the_end(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("ok 😀").ids
     for cut in (1, 2, 3):
-        deltas = feed_one_by_one(Detokenizer(tokenizer, prepare()), ids[:-cut])
+        deltas = feed_one_by_one(Detokenizer(TokenText(tokenizer), prepare()), ids[:-cut])
         assert text_of(deltas) == "ok "
 
 
 def test_character_begun_by_the_prompt_is_finished_by_the_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a😀b").ids
     for cut in range(2, len(ids) - 1):
-        deltas = feed_one_by_one(Detokenizer(tokenizer, prepare(ids[:cut])), ids[cut:])
+        deltas = feed_one_by_one(Detokenizer(TokenText(tokenizer), prepare(ids[:cut])), ids[cut:])
         assert text_of(deltas) == "😀b"
 
 
 def test_leading_space_is_kept_after_a_prompt(sentencepiece: Tokenizer) -> None:
-    assert text_of(feed_one_by_one(Detokenizer(sentencepiece, prepare([2])), [3, 3])) == (
-        " world world"
+    assert text_of(
+        feed_one_by_one(Detokenizer(TokenText(sentencepiece), prepare([2])), [3, 3])
+    ) == (" world world")
+    assert (
+        text_of(feed_one_by_one(Detokenizer(TokenText(sentencepiece), prepare()), [3, 3]))
+        == "world world"
     )
-    assert text_of(feed_one_by_one(Detokenizer(sentencepiece, prepare()), [3, 3])) == "world world"
 
 
 def test_byte_fallback_tokens_make_whole_characters(sentencepiece: Tokenizer) -> None:
     ids = [2, *(5 + byte for byte in "é日".encode()), 4]
-    deltas = feed_one_by_one(Detokenizer(sentencepiece, prepare([2])), ids)
+    deltas = feed_one_by_one(Detokenizer(TokenText(sentencepiece), prepare([2])), ids)
     assert text_of(deltas) == " helloé日lo"
     assert all("\ufffd" not in delta.text for delta in deltas)
 
@@ -130,18 +134,18 @@ def test_random_bytes_never_raise_and_never_stall(
     random_ids = random.Random(1)
     for _ in range(50):
         ids = [random_ids.randrange(tokenizer.get_vocab_size()) for _ in range(100)]
-        deltas = feed_one_by_one(Detokenizer(tokenizer, prepare(ids[:20])), ids)
+        deltas = feed_one_by_one(Detokenizer(TokenText(tokenizer), prepare(ids[:20])), ids)
         assert len(deltas) == 100
     continuation = [tokenizer.get_vocab()["<0x80>" if which == "sentencepiece" else "Ģ"]] * 60
-    deltas = feed_one_by_one(Detokenizer(tokenizer, prepare()), continuation)
+    deltas = feed_one_by_one(Detokenizer(TokenText(tokenizer), prepare()), continuation)
     assert text_of(deltas[:50])  # shown as replacement characters while it goes on
 
 
 def test_special_tokens_are_silent_unless_asked_for(tokenizer: Tokenizer) -> None:
     ids = [0, *tokenizer.encode("hi").ids, *[1] * 40, *tokenizer.encode(" you").ids]
-    assert text_of(feed_one_by_one(Detokenizer(tokenizer, prepare()), ids)) == "hi you"
+    assert text_of(feed_one_by_one(Detokenizer(TokenText(tokenizer), prepare()), ids)) == "hi you"
     shown = PreparedRequest("r", [], SamplingParams(max_tokens=9), skip_special_tokens=False)
-    text = text_of(feed_one_by_one(Detokenizer(tokenizer, shown), ids[:3]))
+    text = text_of(feed_one_by_one(Detokenizer(TokenText(tokenizer), shown), ids[:3]))
     assert text.startswith("<|im_start|>")
 
 
@@ -165,7 +169,7 @@ def test_text_ends_before_the_stop_string(
     tokenizer: Tokenizer, text: str, stop: list[str], expected: str, at_once: bool
 ) -> None:
     ids = tokenizer.encode(text).ids
-    detokenizer = Detokenizer(tokenizer, prepare(stop=stop))
+    detokenizer = Detokenizer(TokenText(tokenizer), prepare(stop=stop))
     deltas = (
         [detokenizer.feed(output(ids, "length"))] if at_once else feed_one_by_one(detokenizer, ids)
     )
@@ -176,7 +180,7 @@ def test_text_ends_before_the_stop_string(
 
 def test_no_delta_shows_what_may_become_a_stop_string(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.encode(char).ids[0] for char in "say stop!"]
-    detokenizer = Detokenizer(tokenizer, prepare(stop=["stop now"]))
+    detokenizer = Detokenizer(TokenText(tokenizer), prepare(stop=["stop now"]))
     texts = [delta.text for delta in feed_one_by_one(detokenizer, ids)]
     assert texts[:8] == ["", "sa", "y", " ", "", "", "", ""]  # each "s" waits for what follows
     assert texts[8] == "stop!"
@@ -184,20 +188,20 @@ def test_no_delta_shows_what_may_become_a_stop_string(tokenizer: Tokenizer) -> N
 
 def test_tokens_after_a_stop_string_do_not_count(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.encode(char).ids[0] for char in "abcdef"]
-    detokenizer = Detokenizer(tokenizer, prepare(stop=["c"]))
+    detokenizer = Detokenizer(TokenText(tokenizer), prepare(stop=["c"]))
     assert detokenizer.feed(output(ids)).text == "ab"
     assert detokenizer.num_tokens == 3
 
 
 def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.encode(char).ids[0] for char in "xaxaxa"]
-    detokenizer = Detokenizer(tokenizer, prepare(stop=["a"], min_tokens=3))
+    detokenizer = Detokenizer(TokenText(tokenizer), prepare(stop=["a"], min_tokens=3))
     assert text_of(feed_one_by_one(detokenizer, ids)) == "xax"
 
 
 def test_logprobs_come_with_the_text_they_belong_to(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.encode(char).ids[0] for char in "abcdef"]
-    detokenizer = Detokenizer(tokenizer, prepare(stop=["cdx", "ef"]))
+    detokenizer = Detokenizer(TokenText(tokenizer), prepare(stop=["cdx", "ef"]))
     seen = []
     for token_id in ids:
         delta = detokenizer.feed(output([token_id], logprobs=True))
@@ -210,7 +214,7 @@ def test_logprobs_come_with_the_text_they_belong_to(tokenizer: Tokenizer) -> Non
 
 def test_logprobs_of_incomplete_characters_are_all_told_at_the_end(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("é").ids[:1]
-    delta = Detokenizer(tokenizer, prepare()).feed(output(ids, "length", logprobs=True))
+    delta = Detokenizer(TokenText(tokenizer), prepare()).feed(output(ids, "length", logprobs=True))
     assert delta.text == ""
     assert delta.logprobs is not None
     assert len(delta.logprobs) == 1
@@ -233,8 +237,8 @@ def test_tokens_of_one_output_are_told_one_by_one(
     tokenizer: Tokenizer, stop: tuple[str, ...], logprobs: bool
 ) -> None:
     ids = tokenizer.encode("hello wörld, the fox jumps 日本", add_special_tokens=False).ids
-    whole = Detokenizer(tokenizer, prepare(stop=stop))
-    alone = Detokenizer(tokenizer, prepare(stop=stop))
+    whole = Detokenizer(TokenText(tokenizer), prepare(stop=stop))
+    alone = Detokenizer(TokenText(tokenizer), prepare(stop=stop))
     each = whole.feed_each(output(ids[:5], None, logprobs))
     if whole.finish_reason is None:
         each += whole.feed_each(output(ids[5:], "length", logprobs))

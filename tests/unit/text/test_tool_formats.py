@@ -2,8 +2,10 @@
 
 import json
 import random
+from typing import get_args
 
 import pytest
+from serving.config.frontend import ReasoningParser, ToolParser
 from serving.text.answer_parser import AnswerParser
 from serving.text.parts import Answer, assemble
 from serving.text.reasoning import BY_NAME as REASONING
@@ -313,3 +315,8 @@ def test_text_without_reasoning_stays_as_it_is() -> None:
     parser = AnswerParser(None, {}, REASONING["think"])
     parts = [part for char in " \n2 < 3 <think> " for part in parser.feed(char)]
     assert assemble([*parts, *parser.finish()]).text == " \n2 < 3 <think> "
+
+
+def test_configuration_names_every_format() -> None:
+    assert get_args(ToolParser) == ("auto", *BY_NAME)
+    assert get_args(ReasoningParser) == ("auto", "none", *REASONING)

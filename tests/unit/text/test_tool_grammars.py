@@ -168,3 +168,22 @@ def test_model_may_think_before_a_required_call(name: str) -> None:
         ids = guided.tokenizer.encode(text, add_special_tokens=False).ids
         assert guided.matcher.consume_tokens(ids), guided.matcher.get_error()
         assert guided.matcher.is_accepting()
+
+
+@pytest.mark.parametrize("name", [name for name, each in BY_NAME.items() if not each.trigger])
+def test_answer_is_calls_or_text_where_calls_have_no_opening(name: str) -> None:
+    format = BY_NAME[name]
+    guided = Guided(
+        format.special_tokens, lambda ids: triggered_calls(format, TOOLS, ids, parallel=True)
+    )
+    text = "Hello {there}."
+    if name == "harmony":
+        text = f"<|channel|>final<|message|>{text}"
+    matcher = guided.matcher.deep_copy()
+    assert matcher.consume_tokens(guided.ids(text))
+    assert matcher.is_accepting()
+    for seed in range(5):
+        sample = guided.sample(seed, [guided.ids(each) for each in CLOSINGS])
+        parser = AnswerParser(format, BY_TOOL)
+        for call in assemble([*parser.feed(sample), *parser.finish()]).tool_calls:
+            check(call.arguments, BY_TOOL[call.name])

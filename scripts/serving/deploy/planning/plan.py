@@ -110,6 +110,7 @@ def _frontend_program(
         topology=config.topology,
         disaggregated="prefill" in topology_roles(config.topology),
         model_name=config.model_name,
+        aliases=config.model.aliases,
         engine_dir=config.engine_dir,
         frontend=config.frontend,
         router=config.router,

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import msgspec
 import orjson
 from msgspec import Meta, Struct
 
 from serving.errors import InvalidRequest
+from serving.frontend.api.answer import prepare_answer
 from serving.frontend.api.fields import (
     GenerationFields,
+    RequestDecoder,
     Tokens,
     check_text,
-    decode_request,
     refuse_unsupported,
-    sample_seed,
 )
 from serving.frontend.api.logprobs import chat_logprobs
 from serving.frontend.api.plan import CompletionApi, CompletionPlan
-from serving.frontend.api.writer import Identity, Writer
+from serving.frontend.api.tools import MAX_TOOLS, read_tool
+from serving.frontend.api.writer import ChoicesWriter, Identity
 from serving.frontend.model import LoadedModel
-from serving.text.detokenize import Delta, TokenText
-from serving.text.preprocess import PreparedRequest, SampleGroup
+from serving.text.conversation import (
+    Conversation,
+    Message,
+    ToolChoice,
+    arguments_for_template,
+    name_results,
+)
+from serving.text.detokenize import Delta
+from serving.text.parts import Answer, Arguments, Part, Reasoning, Text, ToolCall, assemble
+from serving.text.token_text import TokenText
+from serving.text.tool_calls.base import Tool
 
 
 class ContentPart(Struct):
@@ -30,109 +39,196 @@ class ContentPart(Struct):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class FunctionCall(Struct):
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] = "{}"
 
 
 class MessageToolCall(Struct):
     """A call from an earlier answer. Chat templates that support tools render it."""
 
-    id: str
-    type: Literal["function"]
     function: FunctionCall
+    id: str = ""
+    type: Literal["function"] = "function"
+
+    def for_template(self) -> dict[str, Any]:
+        arguments = self.function.arguments
+        if isinstance(arguments, str):
+            arguments = arguments_for_template(arguments)
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
-class Message(Struct, forbid_unknown_fields=True):
-    """One message. It may have fields that clients copy from an earlier answer."""
+class ChatMessage(Struct):
+    """One message, including what clients echo from an earlier answer."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
-    annotations: Any = None
-    audio: Any = None
-    function_call: Any = None
+    function_call: FunctionCall | None = None
+    reasoning_content: str | None = None
+    reasoning: Any = None
 
-    def for_template(self, index: int) -> dict[str, Any]:
-        """The form that chat templates read. `index` is the message's. Raises InvalidRequest."""
+    def for_template(self, index: int) -> Message:
+        """As chat templates read it. Raises InvalidRequest. `index`: of this message."""
         where = f"messages[{index}]"
         content = self._text(where)
         check_text(content, f"{where}.content")
-        # Templates know `system`; `developer` is its newer name.
-        role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": content}
+        # Templates know `system` and `tool`; `developer` is a newer name, `function` an older one.
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        message: Message = {"role": role, "content": content}
         if self.name is not None:
             check_text(self.name, f"{where}.name")
             message["name"] = self.name
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
-        if self.tool_calls:
-            message["tool_calls"] = msgspec.to_builtins(self.tool_calls)
+        if calls := self._calls():
+            message["tool_calls"] = [call.for_template() for call in calls]
+        thought = self.reasoning_content or self.reasoning
+        if self.role == "assistant" and isinstance(thought, str) and thought:
+            check_text(thought, f"{where}.reasoning_content")
+            message["reasoning_content"] = thought
         return message
+
+    def _calls(self) -> list[MessageToolCall]:
+        if self.function_call is not None:
+            return [MessageToolCall(self.function_call)]
+        return self.tool_calls or []
 
     def _text(self, where: str) -> str:
         """Parts are joined by newlines, so that a document and a question stay apart."""
         if isinstance(self.content, str):
             return self.content
         if self.content is None:
-            if self.role == "assistant" and (self.tool_calls or self.refusal):
+            if self.role in ("assistant", "tool", "function"):
                 return self.refusal or ""
             raise InvalidRequest(f"`{where}.content` is required", param=f"{where}.content")
         texts = []
         for position, part in enumerate(self.content):
-            if part.type != "text" or part.text is None:
+            text = part.refusal if part.type == "refusal" else part.text
+            if part.type not in ("text", "refusal") or text is None:
                 raise InvalidRequest(
                     f"Content parts of type `{part.type[:50]}` are not supported, only `text`",
                     param=f"{where}.content[{position}]",
                 )
-            texts.append(part.text)
-        if not texts:
+            texts.append(text)
+        if not texts and self.role != "assistant":
             raise InvalidRequest(f"`{where}.content` has no parts", param=f"{where}.content")
         return "\n".join(texts)
 
 
-class ChatRequest(GenerationFields, kw_only=True):
-    """The body. Fields from `store` on have no effect; those from `tools` on see NEUTRAL."""
+class FunctionTool(Struct):
+    """A tool of a request: a function that the client runs."""
 
-    messages: list[Message]
+    function: dict[str, Any]
+    type: Literal["function"] = "function"
+
+
+class ChatRequest(GenerationFields, kw_only=True):
+    """The body. From `store` on: fields without effect here; from `modalities` on, see NEUTRAL."""
+
+    messages: list[ChatMessage]
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
+    function_call: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    reasoning: Any = None
 
     store: bool | None = None
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
-    reasoning_effort: str | None = None
     verbosity: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
 
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
     moderation: Any = None
     web_search_options: Any = None
 
+    def conversation(self) -> Conversation:
+        """Raises InvalidRequest. Whether the guide compiles is seen later."""
+        named = self.guide()
+        variables = dict(self.chat_template_kwargs or {})
+        effort = self.reasoning_effort
+        if effort is None and isinstance(self.reasoning, dict):
+            effort = self.reasoning.get("effort")
+        if effort is not None:
+            variables.setdefault("reasoning_effort", effort)
+            if effort == "none":
+                variables.setdefault("enable_thinking", False)
+        messages = [message.for_template(index) for index, message in enumerate(self.messages)]
+        name_results(messages)
+        return Conversation(
+            messages=messages,
+            tools=self._tools(),
+            tool_choice=self._choice(),
+            parallel_tool_calls=self.parallel_tool_calls is not False,
+            answer_guide=named.guide if named is not None else None,
+            guide_param=named.param if named is not None else "response_format",
+            template_variables=variables,
+            add_generation_prompt=self.add_generation_prompt is not False,
+            continue_final_message=self.continue_final_message is True,
+        )
+
+    def _tools(self) -> list[Tool]:
+        functions = [
+            (tool.function, f"tools[{i}].function") for i, tool in enumerate(self.tools or [])
+        ]
+        functions += [(each, f"functions[{i}]") for i, each in enumerate(self.functions or [])]
+        return [read_tool(function, where) for function, where in functions]
+
+    def _choice(self) -> ToolChoice:
+        choice = self.tool_choice if self.tool_choice is not None else self.function_call
+        match choice:
+            case None | "auto":
+                return ToolChoice("auto")
+            case "none":
+                return ToolChoice("none")
+            case "required":
+                return ToolChoice("required")
+            case {"type": "function", "function": {"name": str(name)}}:
+                return ToolChoice("required", (name,))
+            case {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(tools)},
+            }:
+                return ToolChoice(mode, tuple(_allowed_name(tool) for tool in tools))
+            case {"name": str(name)} if self.tool_choice is None:  # `function_call`
+                return ToolChoice("required", (name,))
+        raise InvalidRequest(
+            "`tool_choice` must be `none`, `auto`, `required`, a function by its name, or "
+            "`allowed_tools`",
+            param="tool_choice",
+        )
+
+
+def _allowed_name(tool: Any) -> str:
+    match tool:
+        case {"function": {"name": str(name)}} | {"name": str(name)}:
+            return name
+    raise InvalidRequest("`allowed_tools.tools` must name functions", param="tool_choice")
+
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -140,54 +236,32 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 
-_decoder = msgspec.json.Decoder(ChatRequest)
+_decoder = RequestDecoder(ChatRequest)
 
 
 def parse(body: bytes) -> ChatRequest:
-    """Decode the body and check what needs no model. Raises InvalidRequest."""
-    request = decode_request(body, _decoder)
+    """Everything that can be checked without the model. Raises InvalidRequest."""
+    request = _decoder.decode(body)
     if not request.messages:
         raise InvalidRequest("`messages` is empty", param="messages")
     refuse_unsupported(request, NEUTRAL)
-    request.check_stream_options()
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
     return request
 
 
 async def prepare(request: ChatRequest, model: LoadedModel, request_id: str) -> CompletionPlan:
     """Raises InvalidRequest."""
-    preprocessor = model.preprocessor
-    stop = request.stop_strings()
-    guide = await request.checked_guide(model)
-    token_ids = await preprocessor.encode_chat(
-        [message.for_template(index) for index, message in enumerate(request.messages)],
-        add_generation_prompt=request.add_generation_prompt is not False,
-        template_variables=request.chat_template_kwargs,
-    )
-    requested = request.max_completion_tokens or request.max_tokens
-    sampling = request.sampling(
-        preprocessor,
-        max_tokens=preprocessor.resolve_max_tokens(
-            len(token_ids), requested, default=None, param="messages"
-        ),
+    asked = request.max_completion_tokens or request.max_tokens
+    samples = await prepare_answer(
+        request,
+        request.conversation(),
+        model,
+        request_id,
+        max_tokens=asked,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        guide=guide,
+        session=request.prompt_cache_key or request.user,
     )
-    num_samples = request.n or 1
-    sample_group = SampleGroup() if num_samples > 1 else None
-    samples = [
-        PreparedRequest(
-            request_id=request_id if num_samples == 1 else f"{request_id}-{sample}",
-            token_ids=token_ids,
-            sampling=sample_seed(sampling, sample),
-            stop=stop,
-            skip_special_tokens=request.skip_special_tokens is not False,
-            session=request.prompt_cache_key or request.user,
-            sample_group=sample_group,
-        )
-        for sample in range(num_samples)
-    ]
     fingerprint = model.card.engine_fingerprint
     writer = ChatWriter(
         Identity.new(request_id, "chat.completion.chunk", request.model, fingerprint),
@@ -199,12 +273,11 @@ async def prepare(request: ChatRequest, model: LoadedModel, request_id: str) -> 
         samples=samples,
         writer=writer,
         stream=bool(request.stream),
-        include_usage=request.include_usage,
-        samples_per_prompt=num_samples,
+        samples_per_prompt=len(samples),
     )
 
 
-class ChatWriter(Writer):
+class ChatWriter(ChoicesWriter):
     """Each choice of a stream begins with its role and ends with its finish_reason."""
 
     def __init__(
@@ -227,11 +300,16 @@ class ChatWriter(Writer):
                 b'{"index":%d,"delta":{"role":"assistant","content":"","refusal":null},'
                 b'"logprobs":null,"finish_reason":null}' % index
             )
-        if delta.text or delta.logprobs:
-            choices.append(
-                b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}'
-                % (index, orjson.dumps(delta.text), self._logprobs(delta))
-            )
+        logprobs = self._logprobs(delta)
+        if delta.parts is not None:
+            for part in delta.parts:
+                choices.append(_choice_delta(index, _part_delta(part), logprobs))
+                logprobs = b"null"
+            if not delta.parts and delta.logprobs:
+                choices.append(_choice_delta(index, b'{"content":""}', logprobs))
+        elif delta.text or delta.logprobs:
+            content = b'{"content":%b}' % orjson.dumps(delta.text)
+            choices.append(_choice_delta(index, content, logprobs))
         if delta.finish_reason is not None:
             choices.append(
                 b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%b"}'
@@ -240,12 +318,13 @@ class ChatWriter(Writer):
         return choices
 
     def _choice(self, index: int, delta: Delta) -> bytes:
-        return (
-            b'{"index":%d,"message":{"role":"assistant","content":%b,"refusal":null},'
-            b'"logprobs":%b,"finish_reason":%b}'
-        ) % (
+        if delta.parts is None:
+            message = b'{"role":"assistant","content":%b,"refusal":null}' % orjson.dumps(delta.text)
+        else:
+            message = orjson.dumps(_message(assemble(delta.parts)))
+        return b'{"index":%d,"message":%b,"logprobs":%b,"finish_reason":%b}' % (
             index,
-            orjson.dumps(delta.text),
+            message,
             self._logprobs(delta),
             orjson.dumps(delta.finish_reason),
         )
@@ -254,6 +333,54 @@ class ChatWriter(Writer):
         if self._token_text is None:
             return b"null"
         return orjson.dumps(chat_logprobs(delta.logprobs or (), self._token_text))
+
+
+def _choice_delta(index: int, content: bytes, logprobs: bytes) -> bytes:
+    return b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null}' % (
+        index,
+        content,
+        logprobs,
+    )
+
+
+def _part_delta(part: Part) -> bytes:
+    """Reasoning goes by both names that clients read."""
+    match part:
+        case Text(text):
+            return b'{"content":%b}' % orjson.dumps(text)
+        case Reasoning(text):
+            encoded = orjson.dumps(text)
+            return b'{"reasoning_content":%b,"reasoning":%b}' % (encoded, encoded)
+        case ToolCall(number, call_id, name):
+            return (
+                b'{"tool_calls":[{"index":%d,"id":%b,"type":"function",'
+                b'"function":{"name":%b,"arguments":""}}]}'
+            ) % (number, orjson.dumps(call_id), orjson.dumps(name))
+        case Arguments(number, text):
+            return b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % (
+                number,
+                orjson.dumps(text),
+            )
+
+
+def _message(answer: Answer) -> dict[str, Any]:
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": answer.text if answer.text or not answer.tool_calls else None,
+        "refusal": None,
+    }
+    if answer.reasoning:
+        message["reasoning_content"] = message["reasoning"] = answer.reasoning
+    if answer.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in answer.tool_calls
+        ]
+    return message
 
 
 API = CompletionApi("chat.completions", "chatcmpl-", parse, prepare)

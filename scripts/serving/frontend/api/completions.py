@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any, cast
 
-import msgspec
 import orjson
 from msgspec import Meta
 
@@ -13,17 +12,18 @@ from serving.errors import InvalidRequest
 from serving.frontend.api.fields import (
     INT32_MAX,
     GenerationFields,
+    RequestDecoder,
     check_text,
-    decode_request,
     refuse_unsupported,
     sample_seed,
 )
 from serving.frontend.api.logprobs import completion_logprobs
 from serving.frontend.api.plan import CompletionApi, CompletionPlan
-from serving.frontend.api.writer import Identity, Writer
+from serving.frontend.api.writer import ChoicesWriter, Identity
 from serving.frontend.model import LoadedModel
-from serving.text.detokenize import Delta, TokenText
+from serving.text.detokenize import Delta
 from serving.text.preprocess import PreparedRequest, Preprocessor, SampleGroup
+from serving.text.token_text import TokenText
 
 DEFAULT_MAX_TOKENS = 16
 MAX_CHOICES = 128
@@ -57,19 +57,18 @@ class CompletionRequest(GenerationFields, kw_only=True):
         return [item for item in self.prompt if not isinstance(item, int)]
 
 
-_decoder = msgspec.json.Decoder(CompletionRequest)
+_decoder = RequestDecoder(CompletionRequest)
 
 
 def parse(body: bytes) -> CompletionRequest:
-    """Decode the body and check what needs no model. Raises InvalidRequest."""
-    request = decode_request(body, _decoder)
+    """Everything that can be checked without the model. Raises InvalidRequest."""
+    request = _decoder.decode(body)
     num_samples = request.n or 1
     neutral: dict[str, tuple[Any, ...]] = {
         "best_of": (None, num_samples),
         "suffix": (None, ""),
     }
     refuse_unsupported(request, neutral)
-    request.check_stream_options()
     num_choices = len(request.prompts()) * num_samples
     if num_choices > MAX_CHOICES:
         raise InvalidRequest(
@@ -138,7 +137,6 @@ async def prepare(
         samples=samples,
         writer=writer,
         stream=bool(request.stream),
-        include_usage=request.include_usage,
         samples_per_prompt=num_samples,
         preludes=tuple(preludes),
     )
@@ -156,8 +154,8 @@ async def _encode(prompt: Prompt, preprocessor: Preprocessor) -> list[int]:
     return token_ids
 
 
-class CompletionWriter(Writer):
-    """Chunks and the whole body have the same shape."""
+class CompletionWriter(ChoicesWriter):
+    """Chunks and the whole have the same shape."""
 
     def __init__(
         self, identity: Identity, *, stream_usage: bool, token_text: TokenText | None

@@ -15,6 +15,7 @@ from serving.errors import (
     InvalidRequest,
     ModelNotFound,
     NoInstances,
+    NotFound,
     Overloaded,
     RequestTooLarge,
 )
@@ -87,7 +88,7 @@ def to_api_error(exc: Exception) -> ApiError:
 def _client_error(exc: InvalidRequest) -> ApiError:
     status = 400
     match exc:
-        case ModelNotFound():
+        case ModelNotFound() | NotFound():
             status = 404
         case RequestTooLarge():
             status = 413

@@ -1,14 +1,15 @@
 """The fields that chat and completion requests share: their ranges and their meaning.
 
-msgspec checks types and ranges while it decodes the JSON. Unknown fields are refused. So are known
-fields that ask for an effect that this server does not have.
+Types and ranges are checked by msgspec while the JSON is decoded. A known
+field that would change the answer in a way this server cannot is refused.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -19,6 +20,8 @@ from serving.frontend.model import LoadedModel
 from serving.protocol import Guide, SamplingParams
 from serving.text.preprocess import Preprocessor
 
+log = logging.getLogger("serving.frontend")
+
 INT32_MAX = 2**31 - 1
 GREEDY_BELOW = 1e-4
 """Logits divided by a smaller temperature overflow. Such sampling is greedy anyway."""
@@ -27,18 +30,19 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=512)]
 Tokens = Annotated[int, Meta(ge=1, le=INT32_MAX)]
 
-Request = TypeVar("Request", bound="GenerationFields")
+Request = TypeVar("Request", bound=Struct)
 
 
-class StreamOptions(Struct, forbid_unknown_fields=True):
-    """`include_obfuscation` is accepted without effect."""
+class StreamOptions(Struct):
+    """`include_obfuscation` is accepted: there is none."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class GenerationFields(GuideFields, kw_only=True, forbid_unknown_fields=True):
-    """OpenAI's fields, where null means the default, then the usual extensions."""
+class GenerationFields(GuideFields, kw_only=True):
+    """As in OpenAI's specification, where null means the default; then the usual extensions."""
 
     model: str
     stream: bool | None = None
@@ -46,7 +50,7 @@ class GenerationFields(GuideFields, kw_only=True, forbid_unknown_fields=True):
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     max_tokens: Tokens | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
@@ -77,13 +81,6 @@ class GenerationFields(GuideFields, kw_only=True, forbid_unknown_fields=True):
             check_text(stop, "stop")
         return tuple(stops)
 
-    def check_stream_options(self) -> None:
-        """Raises InvalidRequest for stream options without `stream`."""
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest(
-                "`stream_options` needs `stream` to be true", param="stream_options"
-            )
-
     async def checked_guide(self, model: LoadedModel) -> Guide | None:
         """The form that constrains the answer. Raises InvalidRequest if it does not compile."""
         named = self.guide()
@@ -113,8 +110,8 @@ class GenerationFields(GuideFields, kw_only=True, forbid_unknown_fields=True):
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
-            temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-            top_p=_default(self.top_p, 1.0),
+            temperature=0.0 if temperature < GREEDY_BELOW or self.top_p == 0 else temperature,
+            top_p=_default(self.top_p, 1.0) or 1.0,
             top_k=max(0, self.top_k or 0),
             min_p=self.min_p or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
@@ -132,7 +129,9 @@ class GenerationFields(GuideFields, kw_only=True, forbid_unknown_fields=True):
         biases: dict[int, float] = {}
         for key, bias in (self.logit_bias or {}).items():
             # Digits only: `int` also takes signs, spaces and digits of other scripts.
-            if not (key.isascii() and key.isdigit() and int(key[:12]) < preprocessor.vocab_size):
+            # Longer numbers are no ids either, and cost time to read.
+            is_number = key.isascii() and key.isdigit() and len(key) <= 12
+            if not (is_number and int(key) < preprocessor.vocab_size):
                 raise InvalidRequest(
                     f"`logit_bias` maps token ids to biases; {key[:40]!r} is not a token id from 0 "
                     f"to {preprocessor.vocab_size - 1}",
@@ -180,10 +179,59 @@ _UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>.*)`", re.DOTALL)
 
 
-def decode_request(body: bytes, decoder: msgspec.json.Decoder[Request]) -> Request:
-    """Raises InvalidRequest that names the field."""
+class RequestDecoder(Generic[Request]):
+    """Decodes bodies of one type.
+
+    Unknown fields are dropped, counted and logged once for each name: clients send fields of their
+    own, and a request that means what it says without them is served.
+    """
+
+    def __init__(self, type: type[Request]) -> None:
+        self._strict = msgspec.json.Decoder(type)
+        # Takes `1.0` for an integer, as JSON Schema does.
+        self._lax = msgspec.json.Decoder(type, strict=False)
+        self._known = frozenset(field.encode_name for field in msgspec.structs.fields(type))
+
+    def decode(self, body: bytes) -> Request:
+        """Raises InvalidRequest that names the field."""
+        request = _decoded(self._strict, body, self._lax)
+        unknown = _top_level.decode(body).keys() - self._known
+        for name in unknown:
+            ignored_fields.note(name)
+        return request
+
+
+class IgnoredFields:
+    """Names of request fields that were dropped, with how often. Bounded."""
+
+    MAX_NAMES = 200
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def note(self, name: str) -> None:
+        name = name[:60]
+        if name not in self.counts:
+            if len(self.counts) >= self.MAX_NAMES:
+                return
+            log.info("requests have the unknown field %r, which is ignored", name)
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+
+ignored_fields = IgnoredFields()
+_top_level = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def _decoded(
+    strict: msgspec.json.Decoder[Request], body: bytes, lax: msgspec.json.Decoder[Request]
+) -> Request:
     try:
-        return decoder.decode(body)
+        try:
+            return strict.decode(body)
+        except msgspec.ValidationError as exc:
+            if "got `float`" not in str(exc):
+                raise
+            return lax.decode(body)
     except msgspec.ValidationError as exc:
         raise _explain(str(exc)) from None
     except UnicodeDecodeError:

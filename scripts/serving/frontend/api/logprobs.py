@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from serving.protocol import TokenLogprob
-from serving.text.detokenize import TokenText
+from serving.text.token_text import TokenText
 
 FLOOR = -9999.0
 """OpenAI's value for minus infinity, which JSON cannot express."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -17,20 +19,40 @@ from serving.protocol import ModelCard
 
 
 def model_routes(state: AppState) -> list[Route]:
-    def describe() -> dict[str, Any]:
-        return describe_model(state.model_name, state.card, state.started)
+    async def describe(name: str) -> dict[str, Any]:
+        model = describe_model(name, state.card, state.started)
+        if name != state.model_name:
+            model["root"] = state.model_name
+        if state.card is not None:
+            with suppress(ServingError):  # without a tokenizer, nothing is known of its answers
+                loaded = await state.models.load(state.card)
+                model.update(loaded.preprocessor.answer_format.describe())
+        return model
 
     async def list_models(request: Request) -> Response:
-        return json_response({"object": "list", "data": [describe()]})
+        data = [await describe(name) for name in state.model_names]
+        return json_response(
+            {
+                "object": "list",
+                "data": data,
+                "has_more": False,
+                "first_id": data[0]["id"],
+                "last_id": data[-1]["id"],
+            }
+        )
 
     async def get_model(request: Request) -> Response:
         try:
-            check_model(request.path_params["id"], state.model_name)
+            check_model(request.path_params["id"], state.model_names)
         except ServingError as exc:
             return error_response(to_api_error(exc))
-        return json_response(describe())
+        return json_response(await describe(request.path_params["id"]))
 
     return [Route("/v1/models", list_models), Route("/v1/models/{id:path}", get_model)]
+
+
+def _iso_time(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def describe_model(name: str, card: ModelCard | None, started: int) -> dict[str, Any]:
@@ -38,11 +60,15 @@ def describe_model(name: str, card: ModelCard | None, started: int) -> dict[str,
     model: dict[str, Any] = {
         "id": name,
         "object": "model",
+        "type": "model",  # from here to `created_at`: Anthropic's
+        "display_name": name,
+        "created_at": _iso_time(card.created if card else started),
         "created": card.created if card else started,
         "owned_by": "serving",
     }
     if card:
         model["max_model_len"] = card.max_model_len
+        model["max_input_tokens"] = card.max_model_len
         if card.dummy_weights:
             model["dummy_weights"] = True  # answers are noise
     return model

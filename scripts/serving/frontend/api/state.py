@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from msgspec import Struct, field
 
-from serving.frontend.http.limits import BODY_TIMEOUT_S, InFlight
-from serving.frontend.http.sse import STALL_S
+from serving.frontend.api.responses.store import ResponseStore
+from serving.frontend.http.limits import InFlight
 from serving.frontend.metrics.registry import Metrics
 from serving.frontend.model import ModelLoader
 from serving.frontend.pipeline import Pipeline
@@ -29,7 +30,15 @@ class AppState(Struct, frozen=True, kw_only=True):
     launch_id: str = ""
     slot: ProcessSlot | None = None
     models: ModelLoader = field(default_factory=ModelLoader)
+    responses: ResponseStore = field(default_factory=lambda: ResponseStore(Path(), 0, 0.0))
     started: int = field(default_factory=lambda: int(time.time()))
+
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that requests may use for the model."""
+        return (self.model_name, *self.aliases)
 
     @property
     def card(self) -> ModelCard | None:

@@ -25,17 +25,19 @@ class Usage(Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
     def json(self) -> bytes:
         return (
             b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,'
             b'"prompt_tokens_details":{"cached_tokens":%d},'
-            b'"completion_tokens_details":{"reasoning_tokens":0}}'
+            b'"completion_tokens_details":{"reasoning_tokens":%d}}'
         ) % (
             self.prompt_tokens,
             self.completion_tokens,
             self.prompt_tokens + self.completion_tokens,
             self.cached_tokens,
+            self.reasoning_tokens,
         )
 
 
@@ -65,13 +67,38 @@ class Identity(Struct, frozen=True):
         )
 
 
-class Writer(ABC):
-    """Writes one response: the events of a stream, or the whole body.
+class ResponseWriter(ABC):
+    """Writes one response in the format of one API: the events of a stream, or the whole body."""
+
+    def opening(self) -> bytes:
+        """The events that precede the first delta."""
+        return b""
+
+    @abstractmethod
+    def chunks(self, index: int, deltas: Sequence[Delta]) -> bytes:
+        """The events of `deltas` of choice `index`."""
+
+    @abstractmethod
+    def closing(self, usage: Usage) -> bytes:
+        """The events that end a complete stream."""
+
+    @abstractmethod
+    def failure(self, error: ApiError) -> bytes:
+        """The events that end a stream with an error. No client may take it for complete."""
+
+    @abstractmethod
+    def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
+        """The body of a response that is not streamed. Each delta is all of a choice."""
+
+
+class ChoicesWriter(ResponseWriter):
+    """Writes chat completions and completions, which consist of choices.
 
     With `stream_usage`, every chunk has a `usage` field, which is null except in the last one.
     """
 
     def __init__(self, chunk: Identity, whole: Identity, *, stream_usage: bool) -> None:
+        self._stream_usage = stream_usage
         self._chunk_opening = b"data: " + chunk.opening()
         self._chunk_closing = b'],"usage":null}\n\n' if stream_usage else b"]}\n\n"
         self._whole_opening = whole.opening()
@@ -85,26 +112,19 @@ class Writer(ABC):
         """A finished choice as JSON. `delta` is all of its text."""
 
     def chunks(self, index: int, deltas: Sequence[Delta]) -> bytes:
-        """The events of `deltas`, one or more for each."""
         opening, closing = self._chunk_opening, self._chunk_closing
         between = closing + opening
         choices = [choice for delta in deltas for choice in self._chunk_choices(index, delta)]
         return opening + between.join(choices) + closing
 
-    def end(self, usage: Usage | None) -> bytes:
-        """The events that end a complete stream. Pass `usage` if the client asked for it."""
-        if usage is None:
+    def closing(self, usage: Usage) -> bytes:
+        if not self._stream_usage:
             return DONE
         return self._chunk_opening + b'],"usage":' + usage.json() + b"}\n\n" + DONE
 
     def failure(self, error: ApiError) -> bytes:
-        """The event that ends a stream with an error.
-
-        It has no `[DONE]`, so that no client takes the answer for complete.
-        """
         return b"data: " + error.body() + b"\n\n"
 
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
-        """The body of a response that is not streamed."""
         choices = b",".join(self._choice(index, delta) for index, delta in enumerate(deltas))
         return self._whole_opening + choices + b'],"usage":' + usage.json() + b"}"

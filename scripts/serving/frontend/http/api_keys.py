@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.errors import OperatorError
 from serving.frontend.api.errors import ApiError
+from serving.frontend.api.messages.errors import error_body
 
 OPEN_PATHS = {"/health"}
 _SCHEME = b"bearer "
@@ -59,13 +60,13 @@ class ApiKeys:
         if error is None:
             await self._app(scope, receive, send)
         else:
-            await _answer(error, send)
+            await _answer(error, send, scope["path"])
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        header = next((v for name, v in scope["headers"] if name == b"authorization"), b"")
-        if header[: len(_SCHEME)].lower() != _SCHEME:
+        key = _key(scope)
+        if key is None:
             return _unauthorized("There is no API key: send it as `Authorization: Bearer KEY`")
-        allowance = self._find(header[len(_SCHEME) :].strip())
+        allowance = self._find(key)
         if allowance is None:
             return _unauthorized("This service does not know the API key")
         wait_s = allowance.take() if scope["method"] == "POST" else 0.0
@@ -109,6 +110,16 @@ class Allowance:
         return 0.0
 
 
+def _key(scope: Scope) -> bytes | None:
+    """From `Authorization`, or from `x-api-key`, which Anthropic's clients send."""
+    for name, value in scope["headers"]:
+        if name == b"authorization" and value[: len(_SCHEME)].lower() == _SCHEME:
+            return bytes(value[len(_SCHEME) :].strip())
+        if name == b"x-api-key":
+            return bytes(value.strip())
+    return None
+
+
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
@@ -117,8 +128,8 @@ def _unauthorized(message: str) -> ApiError:
     return ApiError(401, message, "invalid_request_error", code="invalid_api_key")
 
 
-async def _answer(error: ApiError, send: Send) -> None:
-    body = error.body()
+async def _answer(error: ApiError, send: Send, path: str) -> None:
+    body = error_body(error) if path.startswith("/v1/messages") else error.body()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

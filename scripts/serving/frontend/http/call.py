@@ -19,7 +19,7 @@ from serving.frontend.api.plan import CompletionApi
 from serving.frontend.api.state import AppState
 from serving.frontend.http.generation import Generation
 from serving.frontend.http.limits import ClientGone, cancelled_on_disconnect, read_body
-from serving.frontend.http.replies import send_error, send_json
+from serving.frontend.http.replies import Headers, send_error, send_json
 from serving.frontend.http.sse import end_stream, send_deltas
 from serving.frontend.model import check_model
 
@@ -48,7 +48,7 @@ class CompletionCall:
         self._api, self._state, self._send = api, state, send
         self._request_id = f"{api.id_prefix}{_random.getrandbits(128):032x}"
         self._arrived = perf_counter()
-        self._headers = ((b"x-request-id", self._request_id.encode()),)
+        self._headers: Headers = ((b"x-request-id", self._request_id.encode()),)
         self._generation: Generation | None = None
 
     async def serve(self, scope: Scope, receive: Receive) -> None:
@@ -73,7 +73,7 @@ class CompletionCall:
                 exc.retry_after_s = max(exc.retry_after_s, in_flight.retry_after_s())
             error = to_api_error(exc)
             status = error.status
-            await send_error(self._send, error, self._headers)
+            await send_error(self._send, error, self._headers, self._api.error_body(error))
         finally:
             self._record(status, error)
 
@@ -85,11 +85,13 @@ class CompletionCall:
         state = self._state
         body = await read_body(scope, receive, state.max_body_bytes, state.body_timeout_s)
         request = self._api.parse(body)
-        check_model(request.model, state.model_name)
+        check_model(request.model, state.model_names)
         model = await state.models.load(state.card)
         plan = await self._api.prepare(request, model, self._request_id)
-        tokenizer = model.preprocessor.tokenizer
-        return Generation(plan, state.pipeline, tokenizer, state.metrics, self._arrived)
+        if plan.ignored:
+            names = ", ".join(dict.fromkeys(plan.ignored)).encode("ascii", "replace")
+            self._headers += ((b"x-ignored", names[:500]),)
+        return Generation(plan, state.pipeline, model.token_text, state.metrics, self._arrived)
 
     async def _whole(self, generation: Generation, receive: Receive) -> None:
         """Raises ServingError, ClientGone."""

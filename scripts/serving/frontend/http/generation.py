@@ -10,7 +10,6 @@ from contextlib import aclosing
 from time import perf_counter
 
 from msgspec import Struct
-from tokenizers import Tokenizer
 
 from serving.errors import EngineFailed
 from serving.frontend.api.plan import CompletionPlan
@@ -19,8 +18,10 @@ from serving.frontend.http.delta_buffer import DeltaBuffer
 from serving.frontend.metrics.registry import Metrics
 from serving.frontend.pipeline import Pipeline
 from serving.protocol import EngineOutput, TokenLogprob
+from serving.text.answer_parser import AnswerParser
 from serving.text.detokenize import Delta, Detokenizer
 from serving.text.preprocess import PreparedRequest
+from serving.text.token_text import TokenText
 
 
 class SampleProgress(Struct):
@@ -29,6 +30,7 @@ class SampleProgress(Struct):
     prepared: PreparedRequest
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
     ttft_s: float | None = None
     finish_reason: str | None = None
 
@@ -40,13 +42,13 @@ class Generation:
         self,
         plan: CompletionPlan,
         pipeline: Pipeline,
-        tokenizer: Tokenizer,
+        tokens: TokenText,
         metrics: Metrics,
         arrived: float,
     ) -> None:
         self.plan, self.deltas = plan, DeltaBuffer(is_whole=not plan.stream)
         self.samples = [SampleProgress(prepared) for prepared in plan.samples]
-        self._pipeline, self._tokenizer = pipeline, tokenizer
+        self._pipeline, self._tokens = pipeline, tokens
         self._metrics, self._arrived = metrics, arrived
 
     async def run(self) -> None:
@@ -79,7 +81,9 @@ class Generation:
     async def _run_sample(self, index: int) -> None:
         sample = self.samples[index]
         prepared, metrics = sample.prepared, self._metrics
-        detokenizer = Detokenizer(self._tokenizer, prepared)
+        detokenizer = Detokenizer(self._tokens, prepared)
+        answer = prepared.answer
+        parser = answer.parser() if answer is not None and answer.needs_parser else None
         previous = 0.0
         metrics.queued.value += 1
         try:
@@ -98,7 +102,7 @@ class Generation:
                         gap_s = (now - previous) / len(output.token_ids)
                         metrics.inter_token_latency.observe(gap_s)
                     previous = now
-                    self._take(index, detokenizer, output)
+                    self._take(index, detokenizer, parser, output)
                     if sample.finish_reason is not None:
                         return
             raise EngineFailed(f"{prepared.request_id} ended without a finish_reason")
@@ -109,7 +113,13 @@ class Generation:
             metrics.completion_tokens.add(sample.completion_tokens)
             metrics.cached_tokens.add(sample.cached_tokens)
 
-    def _take(self, index: int, detokenizer: Detokenizer, output: EngineOutput) -> None:
+    def _take(
+        self,
+        index: int,
+        detokenizer: Detokenizer,
+        parser: AnswerParser | None,
+        output: EngineOutput,
+    ) -> None:
         sample = self.samples[index]
         if output.finish_reason in ("error", "cancelled"):
             why = output.error.message if output.error else f"it was {output.finish_reason}"
@@ -123,6 +133,11 @@ class Generation:
         deltas = detokenizer.feed_each(output)
         sample.completion_tokens = detokenizer.num_tokens
         sample.finish_reason = detokenizer.finish_reason
+        if parser is not None:
+            was_reasoning = parser.is_reasoning
+            deltas = _parsed(deltas, parser)
+            if was_reasoning or parser.is_reasoning:
+                sample.reasoning_tokens += len(output.token_ids)
         if deltas:
             self.deltas.put(index, *deltas)
 
@@ -135,6 +150,7 @@ class Generation:
             prompt_tokens=sum(len(sample.prepared.token_ids) for sample in prompts),
             completion_tokens=sum(sample.completion_tokens for sample in self.samples),
             cached_tokens=sum(sample.cached_tokens for sample in prompts),
+            reasoning_tokens=sum(sample.reasoning_tokens for sample in self.samples),
         )
 
     def ttft_s(self) -> float | None:
@@ -149,6 +165,21 @@ class Generation:
         """The ids of all instances that worked on it, in order."""
         visited = (name for s in self.samples for name in s.prepared.trace.instances)
         return list(dict.fromkeys(visited))
+
+
+def _parsed(deltas: list[Delta], parser: AnswerParser) -> list[Delta]:
+    """The deltas with parts in place of their texts, without deltas that hold nothing yet."""
+    parsed = []
+    for delta in deltas:
+        delta.parts = parser.feed(delta.text) if delta.text else []
+        delta.text = ""
+        if delta.finish_reason is not None:
+            delta.parts += parser.finish()
+            if parser.num_calls and delta.finish_reason == "stop":
+                delta.finish_reason = "tool_calls"
+        if delta:
+            parsed.append(delta)
+    return parsed
 
 
 def _prompt_entries(prepared: PreparedRequest, output: EngineOutput) -> list[TokenLogprob] | None:

@@ -28,6 +28,9 @@ async def send_json(send: Send, status: int, body: bytes, headers: Headers = ())
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_error(send: Send, error: ApiError, headers: Headers = ()) -> None:
-    """An error, before anything else was sent."""
-    await send_json(send, error.status, error.body(), (*headers, *error.headers()))
+async def send_error(
+    send: Send, error: ApiError, headers: Headers = (), body: bytes | None = None
+) -> None:
+    """An error, before anything else was sent. `body`: instead of OpenAI's."""
+    own = error.body() if body is None else body
+    await send_json(send, error.status, own, (*headers, *error.headers()))

@@ -83,8 +83,11 @@ async def send_deltas(
     output = _ClientOutput(send, stall_s)
     async with output.guarded():
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *headers]})
+        opening = generation.plan.writer.opening()
         while ready:
-            await output.write(b"".join([chunks(index, deltas) for index, deltas in ready.items()]))
+            events = [chunks(index, deltas) for index, deltas in ready.items()]
+            await output.write(b"".join([opening, *events]) if opening else b"".join(events))
+            opening = b""
             try:
                 ready = await take()
             except Exception as exc:
@@ -96,11 +99,8 @@ async def end_stream(
     generation: Generation, error: ApiError | None, send: Send, stall_s: float
 ) -> None:
     """Write the end, which is `error` if there is one. Raises ClientGone on a stall."""
-    plan = generation.plan
-    if error is not None:
-        body = plan.writer.failure(error)
-    else:
-        body = plan.writer.end(generation.usage() if plan.include_usage else None)
+    writer = generation.plan.writer
+    body = writer.closing(generation.usage()) if error is None else writer.failure(error)
     output = _ClientOutput(send, stall_s)
     async with output.guarded():
         await output.write(body, more=False)

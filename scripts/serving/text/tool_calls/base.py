@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from msgspec import Struct
 
 from serving.text.parts import Arguments, Part, Reasoning, Text, ToolCall
+from serving.text.reasoning import ReasoningFormat
 from serving.text.scanner import SPACE, Scanner, Steps
 from serving.text.tool_calls.call_grammar import CallGrammar
 
@@ -37,6 +38,8 @@ class PartCollector:
         self._space = self._thought_space = ""
         self._parts: list[Part] = []
         self.num_calls = 0
+        self.is_reasoning = False
+        """Set by formats: whether the text that is read is reasoning."""
 
     def text(self, text: str) -> None:
         """Text of the answer."""
@@ -83,8 +86,8 @@ class ToolFormat(ABC):
     """One way to write calls. Stateless: a parser is made for each answer."""
 
     name: ClassVar[str]
-    reads_reasoning: ClassVar[bool] = False
-    """Whether it parses reasoning, too."""
+    reasoning: ClassVar[ReasoningFormat | None] = None
+    """Set by a format that parses reasoning, too: how a thought begins and ends before a call."""
     special_tokens: ClassVar[tuple[str, ...]] = ()
     """Markers that the tokenizer may hold as special tokens; detokenizing must keep them."""
 
@@ -106,6 +109,10 @@ class ToolFormat(ABC):
     """What stands between two calls."""
     trigger: ClassVar[str] = ""
     """The text with which calls begin in the middle of an answer; "": calls are the whole answer."""
+
+    def plain_answer(self, grammar: CallGrammar) -> str:
+        """An expression for an answer without calls, for a format without `trigger`."""
+        return grammar.rule(r"/([^\s\[{`<](?s:.*))?/")
 
     def new_id(self, index: int, name: str) -> str:
         """An id for a call that the model gave none."""

@@ -36,19 +36,26 @@ def triggered_calls(
     special_tokens: Mapping[str, int],
     *,
     parallel: bool,
+    reasoning: ReasoningFormat | None = None,
+    inside_reasoning: bool = False,
 ) -> str:
     """Text in which every call is one of `tools`, with arguments of its schema.
 
-    From where the model opens a call, the grammar holds it. Raises ValueError for a format whose
-    calls begin with nothing that text could not begin with.
+    From where the model opens a call, the grammar holds it. Where calls have no opening of their
+    own, an answer is either calls or text.
     """
-    if not format.trigger:
-        raise ValueError(f"calls of the format {format.name} cannot be told from text")
     grammar = CallGrammar(special_tokens)
+    thinking = _thinking(grammar, reasoning, inside_reasoning)
+    if not format.trigger:
+        calls = _calls(grammar, format, tools, parallel=parallel)
+        return grammar.lark(_join(thinking, f"({calls} | {format.plain_answer(grammar)})"))
     section = _calls(grammar, format, tools, parallel=parallel, after=format.trigger)
     opened = grammar.text_until_opened(format.trigger)
     repeat = "*" if parallel else "?"
-    return grammar.lark(f"({opened} {section}){repeat} TEXT") + f"TEXT: /{ANY_TEXT}/\n"
+    return (
+        grammar.lark(_join(thinking, f"({opened} {section}){repeat} TEXT"))
+        + f"TEXT: /{ANY_TEXT}/\n"
+    )
 
 
 def after_reasoning(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from serving.text.reasoning import ReasoningFormat
 from serving.text.scanner import Scanner, Steps
 from serving.text.tool_calls.base import PartCollector, Tool, ToolFormat
 from serving.text.tool_calls.call_grammar import CallGrammar
@@ -21,7 +22,9 @@ class Harmony(ToolFormat):
     """Reads reasoning, too: the channels make no difference between the two."""
 
     name = "harmony"
-    reads_reasoning = True
+    reasoning = ReasoningFormat(
+        "harmony", "<|channel|>analysis<|message|>", "<|end|><|start|>assistant"
+    )
     special_tokens = (
         *("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"),
         *("<|end|>", "<|call|>", "<|return|>"),
@@ -61,9 +64,14 @@ class Harmony(ToolFormat):
             if not any_text:
                 out.arguments("{}")
         elif "analysis" in header:
+            out.is_reasoning = True
             yield from scanner.until(_ENDS, out.reasoning)
+            out.is_reasoning = False
         else:  # `final`, and a preamble on `commentary`, are for the reader
             yield from scanner.until(_ENDS, out.text)
+
+    def plain_answer(self, grammar: CallGrammar) -> str:
+        return f"{grammar.literal('<|channel|>final<|message|>')} {grammar.rule('/(?s:.*)/')}"
 
     def describe(self, grammar: CallGrammar, tool: Tool) -> str:
         opening = f"<|channel|>commentary to=functions.{tool.name} <|constrain|>json<|message|>"

@@ -78,7 +78,6 @@ async def test_malformed_json_is_refused(client: httpx.AsyncClient, path: str, b
         ("temperature", 2.1),
         ("temperature", "hot"),
         ("temperature", 10**400),
-        ("top_p", 0),
         ("top_p", 1.1),
         ("top_k", -2),
         ("min_p", 1.1),
@@ -97,7 +96,6 @@ async def test_malformed_json_is_refused(client: httpx.AsyncClient, path: str, b
         ("min_tokens", 200),
         ("ignore_eos", "yes"),
         ("stream", "yes"),
-        ("stream_options", {"include_usage": True}),  # without stream
         ("logit_bias", {"5": 101}),
         ("logit_bias", {"5": "x"}),
         ("logit_bias", {"x": 1}),
@@ -149,18 +147,19 @@ async def test_value_out_of_range_or_of_the_wrong_type_names_its_field(
         ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "x", "foo": 1}]}, "messages[0].foo"),
         ({"messages": [{"role": "user", "name": "\0", "content": "x"}]}, "messages[0].name"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages[0].content[0]",
         ),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),  # the template's opinion
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 3}, "logprobs"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "no spaces"}}]},
+            "tools[0].function.name",
+        ),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         (
@@ -184,8 +183,6 @@ async def test_value_out_of_range_or_of_the_wrong_type_names_its_field(
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
         ({"chat_template_kwargs": 1}, "chat_template_kwargs"),
-        ({"foo": 1}, "foo"),
-        ({"prompt": "hello"}, "prompt"),
     ],
 )
 async def test_bad_chat_field_is_named(
@@ -218,8 +215,6 @@ async def test_bad_chat_field_is_named(
         ({"max_tokens": -1, "echo": True}, "max_tokens"),
         ({"best_of": 3}, "best_of"),
         ({"suffix": "end"}, "suffix"),
-        ({"foo": 1}, "foo"),
-        ({"messages": []}, "messages"),
     ],
 )
 async def test_bad_completion_field_is_named(
@@ -250,11 +245,10 @@ async def test_missing_fields_are_named(client: httpx.AsyncClient) -> None:
     await refuse(client, "/v1/completions", {"model": MODEL}, "prompt", required)
 
 
-async def test_unknown_field_is_refused_by_name(client: httpx.AsyncClient) -> None:
-    response = await client.post("/v1/chat/completions", json={**CHAT, "temprature": 1})
-    error = check_error(response)
-    assert error["code"] == "unknown_parameter"
-    assert "temprature" in error["message"]
+async def test_unknown_field_is_ignored(client: httpx.AsyncClient, pipeline: FakePipeline) -> None:
+    body = {**CHAT, "cache_salt": 1, "messages": [{"role": "user", "content": "x", "foo": 1}]}
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    assert len(pipeline.seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -315,7 +309,7 @@ async def test_bad_input_reaches_no_worker_and_leaves_nothing(
     client: httpx.AsyncClient, pipeline: FakePipeline
 ) -> None:
     for path in PATHS:
-        for body in (b"{", b'{"model":1}', json.dumps({**CHAT, "foo": 1}).encode()):
+        for body in (b"{", b'{"model":1}', json.dumps({**CHAT, "n": 0}).encode()):
             check_error(await client.post(path, content=body))
     assert not pipeline.seen
     assert "serving_requests_in_flight 0.0" in (await client.get("/metrics")).text

@@ -351,13 +351,15 @@ async def test_text_parts_and_all_roles_are_rendered(
             "tool_calls": [
                 {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
             ],
+            "reasoning_content": "Hm.",
         },
         {"role": "tool", "content": "42", "tool_call_id": "1"},
     ]
     await post(client, "chat/completions", messages=messages)
     assert pipeline.tokenizer.decode(pipeline.seen[0].token_ids, skip_special_tokens=False) == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\na\nb<|im_end|>\n"
-        "<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n42<|im_end|>\n"
+        '<|im_start|>assistant\n{"name": "f", "arguments": {}}<|im_end|>\n'
+        "<|im_start|>user\nResult of f:\n42<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 
@@ -372,7 +374,16 @@ async def test_models_are_listed_and_found_by_name(client: httpx.AsyncClient) ->
         "created": 1_700_000_000,
         "owned_by": "serving",
         "max_model_len": 256,
+        "max_input_tokens": 256,
+        "type": "model",
+        "display_name": MODEL,
+        "created_at": "2023-11-14T22:13:20Z",
+        "tool_parser": "json",
+        "tool_parser_reason": "the chat template renders no tools",
+        "reasoning_parser": "none",
+        "reasoning_parser_reason": "the chat template has no markers for reasoning",
     }
+    assert (listed["first_id"], listed["last_id"], listed["has_more"]) == (MODEL, MODEL, False)
     assert (await client.get(f"/v1/models/{MODEL}")).json() == model
     assert (await client.get("/v1/models/org%2Ftiny")).json() == model
 

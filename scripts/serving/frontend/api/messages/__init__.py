@@ -1,0 +1,1 @@
+"""Anthropic's `/v1/messages`: how its requests are read and its responses written."""

@@ -95,12 +95,13 @@ class Preprocessor:
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
         special_tokens_in_text: bool = False,
+        thread_chars: int = THREAD_CHARS,
     ) -> None:
         """`special_tokens_in_text`: a message's text may contain special tokens, else it cannot.
 
         Raises ModelError when the folder does not hold a usable tokenizer.
         """
-        self.card = card
+        self.card, self._thread_chars = card, thread_chars
         folder = Path(card.tokenizer_dir)
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -169,7 +170,7 @@ class Preprocessor:
             # The template writes the special tokens itself.
             return Prompt(self._encode_quoted(text), answer)
 
-        if num_chars > THREAD_CHARS or conversation.tools:
+        if num_chars > self._thread_chars or conversation.tools:
             return await asyncio.to_thread(render_and_encode)
         return render_and_encode()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,16 @@ def responses(tmp_path: Path) -> Iterator[ResponseStore]:
 
 
 @pytest.fixture
-def app(pipeline: FakePipeline, metrics: Metrics, responses: ResponseStore) -> Starlette:
+def state(pipeline: FakePipeline, metrics: Metrics, responses: ResponseStore) -> AppState:
     scripted: Any = pipeline
-    return create_app(
-        AppState(
-            pipeline=scripted,
-            metrics=metrics,
-            in_flight=InFlight(8, metrics.in_flight),
-            model_name=MODEL,
-            max_body_bytes=64 * 1024,
-            launch_id="launch-1",
-            responses=responses,
-        )
+    return AppState(
+        pipeline=scripted,
+        metrics=metrics,
+        in_flight=InFlight(8, metrics.in_flight),
+        model_name=MODEL,
+        max_body_bytes=64 * 1024,
+        launch_id="launch-1",
+        responses=responses,
     )
 
 

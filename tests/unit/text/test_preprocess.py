@@ -48,14 +48,14 @@ async def test_long_texts_are_tokenized_on_a_thread_to_the_same_ids(
     card = make_card(folder, max_model_len=100_000)
     text = "the quick brown fox " * 1000
     message = [{"role": "user", "content": text}]
+    default, unthreaded = Preprocessor(card), Preprocessor(card, thread_chars=10**9)
     on_thread = (
-        await preprocessor.encode_text(text),
-        (await preprocessor.encode_conversation(said(*message))).token_ids,
+        await default.encode_text(text),
+        (await default.encode_conversation(said(*message))).token_ids,
     )
-    monkeypatch.setattr(preprocess, "THREAD_CHARS", 10**9)
     inline = (
-        await preprocessor.encode_text(text),
-        (await preprocessor.encode_conversation(said(*message))).token_ids,
+        await unthreaded.encode_text(text),
+        (await unthreaded.encode_conversation(said(*message))).token_ids,
     )
     assert on_thread == inline
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from msgspec import Struct, field
 
 from serving.frontend.api.responses.store import ResponseStore
-from serving.frontend.http.limits import InFlight
+from serving.frontend.http.limits import BODY_TIMEOUT_S, InFlight
+from serving.frontend.http.sse import STALL_S
 from serving.frontend.metrics.registry import Metrics
 from serving.frontend.model import ModelLoader
 from serving.frontend.pipeline import Pipeline

@@ -55,7 +55,9 @@ API = CompletionApi("messages", "msg_", parse, prepare, error_body)
 def messages_routes(state: AppState) -> list[Route]:
     async def count_tokens(request: Request) -> Response:
         try:
-            body = await read_body(request.scope, request.receive, state.max_body_bytes)
+            body = await read_body(
+                request.scope, request.receive, state.max_body_bytes, timeout_s=state.body_timeout_s
+            )
             message = parse_count(body)
             check_model(message.model, state.model_names)
             model = await state.models.load(state.card)

@@ -23,7 +23,7 @@ from serving.deploy.containers.removal import remove_container
 from serving.deploy.containers.runtime import ASK_S, INSTALL, ask, complaint, run
 from serving.deploy.containers.worker_command import contain
 from serving.deploy.planning.source_digest import SCRIPTS
-from serving.deploy.processes.supervisor_conf import RUN
+from serving.deploy.processes.launchers import RUN
 from serving.engine.trtllm.versions import parse_version
 from serving.errors import ConfigError, OperatorError
 from serving.progress import Report

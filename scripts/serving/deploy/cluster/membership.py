@@ -33,8 +33,8 @@ from serving.deploy.processes.credentials import (
     ensure,
     put,
 )
+from serving.deploy.processes.launchers import RUN
 from serving.deploy.processes.markers import write_joined
-from serving.deploy.processes.supervisor import RUN
 from serving.discovery import Discovery
 from serving.engine.manifest import EngineManifest
 from serving.errors import ConfigError, OperatorError

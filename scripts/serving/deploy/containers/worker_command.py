@@ -26,16 +26,16 @@ from serving.deploy.containers.run_command import (
     removal_command,
 )
 from serving.deploy.planning.source_digest import SCRIPTS
-from serving.deploy.processes import processes
-from serving.deploy.processes.supervisor_conf import RUN
+from serving.deploy.processes import tags
+from serving.deploy.processes.launchers import RUN
 
 CACHE = Path("results/cache")
 """Home folder inside. Libraries compile and tune into it, and the next start finds the results."""
 MODELS = Path("results/models")
 _INFINIBAND = Path("/dev/infiniband")
 _TAGS = (
-    *(processes.DEPLOYMENT, processes.PROGRAM, processes.FINGERPRINT),
-    *(processes.ENGINE, processes.LAUNCH),
+    *(tags.DEPLOYMENT, tags.PROGRAM, tags.FINGERPRINT),
+    *(tags.ENGINE, tags.LAUNCH),
 )
 _FORWARDED = ("UCX_", "NCCL_", "NIXL_", "TRTLLM_", "TLLM_", "MOONCAKE_")
 """Settings of libraries, taken from the environment of whoever runs the workflow."""

@@ -27,8 +27,9 @@ from serving.deploy.planning.resolve import resolve
 from serving.deploy.planning.run_state import config_of_main_process, keep_for_subprocesses
 from serving.deploy.planning.source_digest import SCRIPTS, source_digest
 from serving.deploy.processes import ports
+from serving.deploy.processes.launchers import RUN
 from serving.deploy.processes.markers import Record, read_record, record_of, sweep
-from serving.deploy.processes.supervisor import RUN, Supervisor
+from serving.deploy.processes.supervisor import Supervisor
 from serving.deploy.report.announcement import announce_joined, announce_service
 from serving.errors import ConfigError, OperatorError
 from serving.gpus import Links, nvlink_pairs

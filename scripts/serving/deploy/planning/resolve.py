@@ -20,8 +20,8 @@ from serving.deploy.planning.fingerprint import engine_fingerprint, model_key
 from serving.deploy.planning.invocation import Invocation
 from serving.deploy.planning.machine import this_machine
 from serving.deploy.processes.credentials import api_keys_file, with_certificate
+from serving.deploy.processes.launchers import RUN
 from serving.deploy.processes.markers import JOINED, Record, read_joined
-from serving.deploy.processes.supervisor import RUN
 
 
 def resolve(

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from serving.config import Topology
 from serving.deploy.planning.program import DeploymentPlan
-from serving.deploy.processes.supervisor import ProcessInfo
+from serving.deploy.processes.launchers import ProcessInfo
 
 RECORD = "topology.json"
 JOINED = "joined.json"

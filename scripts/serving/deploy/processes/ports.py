@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from serving.deploy.processes.processes import tag_of_pid
+from serving.deploy.processes.tags import tag_of_pid
 from serving.errors import ConfigError, OperatorError
 
 

@@ -1,8 +1,8 @@
-"""Is it ready, and is it really ours? One probe per kind of program.
+"""Is a program ready, and is it really ours? One probe for each kind of program.
 
-A probe returns an empty string when the program is ready, or else what is missing. An answer
-counts only from the process that was started: programs of this project name their launch id,
-and for the others the listening process must carry it.
+A probe returns an empty string when the program is ready, and else what is missing. Only an answer
+of the process that was started counts. Programs of this project report their launch id; for etcd
+and NATS, the listening process must have it in its environment.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from serving.deploy.processes.credentials import (
     trust,
 )
 from serving.deploy.processes.ports import listeners
-from serving.deploy.processes.processes import tag_of_pid
+from serving.deploy.processes.tags import tag_of_pid
 from serving.errors import OperatorError
 
 Probe = Callable[[Program, str], str]
@@ -37,10 +37,10 @@ FIRST_REQUEST_S = 120.0
 
 
 def probe_for(name: str) -> Probe:
-    return _PROBES.get(name.split("-")[0], worker)
+    return _PROBES.get(name.split("-")[0], probe_worker)
 
 
-def etcd(program: Program, launch_id: str) -> str:
+def probe_etcd(program: Program, launch_id: str) -> str:
     port = program.ports["etcd.port"]
     where = connect_address(program.host, port)
     try:
@@ -52,7 +52,7 @@ def etcd(program: Program, launch_id: str) -> str:
     return _held_by_launch(port, launch_id)
 
 
-def nats(program: Program, launch_id: str) -> str:
+def probe_nats(program: Program, launch_id: str) -> str:
     """Connects with the token and gets a PONG."""
     port = program.ports["nats.port"]
     token = Path(NATS_TOKEN_FILE).read_text().strip()
@@ -69,15 +69,15 @@ def nats(program: Program, launch_id: str) -> str:
     except OSError as exc:
         return f"no answer on port {port}: {exc}"
     if answer != "PONG":
-        return f"refuses us: {answer}"
+        return f"NATS refuses the connection: {answer}"
     return _held_by_launch(port, launch_id)
 
 
-def worker(program: Program, launch_id: str) -> str:
+def probe_worker(program: Program, launch_id: str) -> str:
     return _announced(program, launch_id)
 
 
-def frontend(program: Program, launch_id: str) -> str:
+def probe_frontend(program: Program, launch_id: str) -> str:
     if missing := _announced(program, launch_id):
         return missing
     where = connect_address(program.host, program.ports["frontend.port"])
@@ -89,24 +89,24 @@ def frontend(program: Program, launch_id: str) -> str:
         status, body = _http("GET", where, "/ready", None, ANSWER_S, _headers(program), tls)
     except (OSError, http.client.HTTPException) as exc:
         return f"no answer on {where}: {exc}"
-    if status == 200 or _serves_what_is_here(program, body):
+    if status == 200 or _has_own_workers(program, body):
         return ""
     return str(body.get("reason") or f"/ready says {status}")
 
 
-def _serves_what_is_here(program: Program, body: Mapping[str, Any]) -> bool:
-    """A head is ready with its own workers: those of other nodes join when they like."""
+def _has_own_workers(program: Program, body: Mapping[str, Any]) -> bool:
+    """A head is ready with its own workers; workers of other nodes may join at any time."""
     process = msgspec.json.decode(program.settings, type=FrontendSettings)
     seen = {row["instance_id"] for row in body.get("instances") or []}
     return process.own_instances is not None and seen.issuperset(process.own_instances)
 
 
-def first_answer(program: Program) -> None:
-    """One token through the whole path. Raises OperatorError with the service's own words."""
+def require_first_answer(program: Program) -> None:
+    """One token through the whole path. Raises OperatorError that quotes the service."""
     where = connect_address(program.host, program.ports["frontend.port"])
     process = msgspec.json.decode(program.settings, type=FrontendSettings)
     if process.own_instances == []:
-        return  # there is nobody to answer before other nodes join
+        return  # no worker can answer before other nodes join
     headers, model = authorization(process.frontend), process.model_name
     request = {"model": model, "prompt": "Hello", "max_tokens": 1}
     try:
@@ -164,7 +164,7 @@ def _http(
     headers: Mapping[str, str] | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """Status and JSON object (empty for any other body). Ignores proxies: we talk to ourselves."""
+    """Status and JSON object (empty for any other body). Ignores proxies: the service is ours."""
     connection: http.client.HTTPConnection
     if tls is None:
         connection = http.client.HTTPConnection(where, timeout=timeout_s)
@@ -185,4 +185,9 @@ def _http(
     return response.status, answer if isinstance(answer, dict) else {}
 
 
-_PROBES: dict[str, Probe] = {"etcd": etcd, "nats": nats, "worker": worker, "frontend": frontend}
+_PROBES: dict[str, Probe] = {
+    "etcd": probe_etcd,
+    "nats": probe_nats,
+    "worker": probe_worker,
+    "frontend": probe_frontend,
+}

@@ -10,9 +10,11 @@ from serving.config import Config
 from serving.config.resolve import is_joining_node
 from serving.deploy.cluster.slurm import SlurmJobs
 from serving.deploy.planning.program import stop_tiers
-from serving.deploy.processes import ports, processes
+from serving.deploy.processes import ports
+from serving.deploy.processes.launchers import RUN
 from serving.deploy.processes.markers import RECORD, Record, no_longer_wanted, write_record
-from serving.deploy.processes.supervisor import RUN, Supervisor
+from serving.deploy.processes.supervisor import Supervisor
+from serving.deploy.processes.tags import deployed_processes
 from serving.errors import ConfigError, OperatorError
 from serving.progress import Report
 
@@ -54,7 +56,7 @@ def stop_all(config: Config, report: Report) -> None:
     if strays:
         report(f"stopping {', '.join(strays)}, which no supervisor looks after")
     supervisor.shutdown()
-    left = [f"pid {process.pid} ({tag.program})" for process, tag in processes.deployed(RUN)]
+    left = [f"pid {process.pid} ({tag.program})" for process, tag in deployed_processes(RUN)]
     if left:
         raise OperatorError(
             f"still running: {', '.join(left)}", remedy="end them with `kill -9`, and look at dmesg"

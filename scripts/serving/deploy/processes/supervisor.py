@@ -1,15 +1,14 @@
 """One supervisord per deployment, and its programs.
 
-Everything is relative to the working directory, which is the deployment's: a unix socket's path
-must be short, and a deployment may lie deep. This module knows processes and their
-configuration files; it does not know what the programs are or when they are ready.
+Everything is relative to the working directory, which is the deployment's. This module knows
+processes and their configuration files. It does not know what the programs do or when they are
+ready.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import http.client
 import json
 import os
 import secrets
@@ -22,23 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from msgspec import Struct
 from msgspec.structs import replace
 
 from serving.deploy.containers.removal import remove_container
-from serving.deploy.processes import processes
+from serving.deploy.processes import tags
+from serving.deploy.processes.launchers import LOGS, RUN, ProcessInfo, ProgramSpec
 from serving.deploy.processes.supervisor_conf import (
     CONF,
     LOG,
-    LOGS,
     PROGRAMS,
-    RUN,
     SOCKET,
-    ProgramSpec,
-    expressible,
+    is_expressible,
     program_conf,
     supervisord_conf,
 )
+from serving.deploy.processes.supervisord_rpc import SupervisordRpc
+from serving.deploy.processes.tags import deployed_processes, end_processes, is_alive, tag_of_pid
 from serving.errors import OperatorError
 
 __all__ = ["LOGS", "RUN", "ProcessInfo", "ProgramSpec", "Supervisor"]
@@ -52,78 +50,61 @@ ORPHAN_GRACE_S = 10.0
 _POLL_S = 0.05
 _LIVE = {"STARTING", "RUNNING", "BACKOFF", "STOPPING"}
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-"""Needed to download a model, by nothing that runs afterwards."""
-
-
-class ProcessInfo(Struct, frozen=True, kw_only=True):
-    """A program as supervisord sees it; what it carries is read from the process itself.
-
-    `pid` is 0 and the tags are empty when no process runs. `started` is a Unix time.
-    """
-
-    name: str
-    state: str
-    pid: int
-    started: float
-    exit_status: int
-    spawn_error: str
-    fingerprint: str = ""
-    engine: str = ""
-    launch_id: str = ""
-    place: str = ""  # where, when not a process of this machine
-
-    @property
-    def running(self) -> bool:
-        """Its process lives and was not told to stop."""
-        return self.state in {"STARTING", "RUNNING"} and self.pid > 0
+"""Needed to download a model; nothing that runs afterwards may see them."""
 
 
 class Supervisor:
-    """The supervisord of the deployment in the working directory.
+    """A Launcher: the supervisord of the deployment in the working directory.
 
     It counts as not answering when a call takes longer than `answer_s`.
     """
 
+    poll_s = 0.1
+
     def __init__(self, *, answer_s: float = ANSWER_S) -> None:
         self.deployment = str(RUN.resolve())
-        self._answer_s = answer_s
+        self._rpc = SupervisordRpc(SOCKET, answer_s)
 
     # --- looking -------------------------------------------------------------------------------
 
     def answers(self) -> bool:
         """Whether a supervisord of this deployment is there."""
         try:
-            return bool(self._call("getIdentification") == "serving")
+            return bool(self._rpc.call("getIdentification") == "serving")
         except OSError:
             return False
 
     def state(self) -> dict[str, ProcessInfo]:
         """Every program supervisord knows; empty when it does not answer."""
         try:
-            rows = self._call("getAllProcessInfo")
+            rows = self._rpc.call("getAllProcessInfo")
         except OSError:
             return {}
         return {row["name"]: _info(row) for row in rows}
 
-    def orphans(self) -> list[tuple[psutil.Process, processes.Tag]]:
-        """Processes of this deployment that no supervisord of it looks after.
+    def orphans(self) -> list[tuple[psutil.Process, tags.Tag]]:
+        """Processes of this deployment that its supervisord does not look after.
 
-        A process in a container is no child of its client, but carries the same launch.
+        A process in a container is not a child of its client, but it has the same launch id.
         """
-        keeper = self._call("getPID") if self.answers() else None
+        keeper = self._rpc.call("getPID") if self.answers() else None
         kept = set()
         if keeper is not None:
             with contextlib.suppress(psutil.Error):
                 root = psutil.Process(keeper)
                 kept = {keeper, *(child.pid for child in root.children(recursive=True))}
-        found = list(processes.deployed(RUN))
+        found = list(deployed_processes(RUN))
         launches = {tag.launch_id for p, tag in found if p.pid in kept} - {""}
         return [(p, t) for p, t in found if p.pid not in kept and t.launch_id not in launches]
+
+    def pending_reason(self, name: str) -> str:
+        """Programs on this machine never wait for resources."""
+        return ""
 
     # --- changing ------------------------------------------------------------------------------
 
     def ensure(self) -> None:
-        """Have a supervisord run. What an earlier one left behind is stopped first, whole."""
+        """Have a supervisord run. Everything that an earlier one left behind is stopped first."""
         with self._lock():
             if self.answers():
                 return
@@ -136,13 +117,13 @@ class Supervisor:
             self._boot()
 
     def start(self, spec: ProgramSpec) -> ProcessInfo:
-        """Start a program in place of any that has its name; returns at once, not when ready.
+        """Start a program in place of any of that name. Returns at once, not when it is ready.
 
-        Raises OperatorError when it cannot be executed.
+        Raises OperatorError when it cannot be executed; then nothing of it stays behind.
         """
         self.stop([spec.name])
         if spec.removal:
-            remove_container(spec.removal)  # of a deployment whose `run` folder was deleted
+            remove_container(spec.removal)  # left by a deployment whose `run` folder was deleted
             self._removal(spec.name).write_text(json.dumps(list(spec.removal)))
         launch_id = secrets.token_hex(16)
         conf = PROGRAMS / f"{spec.name}.conf"
@@ -152,10 +133,12 @@ class Supervisor:
         with self._lock():
             temporary.replace(conf)
             try:
-                self._call("reloadConfig")
-                self._call("addProcessGroup", spec.name)
-                self._call("startProcess", spec.name, False)
+                self._rpc.call("reloadConfig")
+                self._rpc.call("addProcessGroup", spec.name)
+                self._rpc.call("startProcess", spec.name, False)
             except xmlrpc.client.Fault as fault:
+                self._tolerant("removeProcessGroup", spec.name)
+                conf.unlink()
                 raise OperatorError(
                     f"{spec.name} cannot be started: {fault.faultString}",
                     remedy=f"check that {spec.command[0]} exists and can be executed; see {LOG}",
@@ -164,12 +147,11 @@ class Supervisor:
         # The process may not have executed the program yet, so its environment is no evidence.
         return replace(info, fingerprint=spec.fingerprint, engine=spec.engine, launch_id=launch_id)
 
-    def stop(self, names: Sequence[str], deadline_s: float | None = None) -> None:
+    def stop(self, names: Sequence[str]) -> None:
         """Stop these programs at the same time, whole process groups, and forget them.
 
-        Each gets its own `stop_s` to drain; `deadline_s` bounds the wait (default: supervisord
-        keeps its word, plus a grace). What still lives then is killed. Unknown names are ignored.
-        Raises OperatorError when a container is left that cannot be removed.
+        Each has its own `stop_s` to drain; what still lives after that is killed. Unknown names are
+        ignored. Raises OperatorError for a container that cannot be removed.
         """
         if not RUN.is_dir():
             return
@@ -178,10 +160,10 @@ class Supervisor:
         for name in mine:
             if known[name].state in _LIVE:
                 self._tolerant("stopProcess", name, False)
-        self._wait_stopped(mine, deadline_s)
+        self._wait_stopped(mine)
         # Whatever left its process group, or outlived its leader, is found by its tag.
-        left = [p for p, tag in processes.deployed(RUN) if tag.program and tag.program in names]
-        processes.end(left, grace_s=KILL_GRACE_S)
+        left = [p for p, tag in deployed_processes(RUN) if tag.program and tag.program in names]
+        end_processes(left, grace_s=KILL_GRACE_S)
         with self._lock():
             for name in mine:
                 self._tolerant("removeProcessGroup", name)
@@ -192,10 +174,10 @@ class Supervisor:
     def shutdown(self) -> None:
         """End supervisord and everything that is left of the deployment."""
         if self.answers():
-            keeper = psutil.Process(self._call("getPID"))
+            keeper = psutil.Process(self._rpc.call("getPID"))
             self._tolerant("shutdown")
             ends = time.monotonic() + END_S
-            while processes.alive(keeper) and time.monotonic() < ends:
+            while is_alive(keeper) and time.monotonic() < ends:
                 time.sleep(_POLL_S)
         self._stop_orphans()
         self._remove_leftovers([path.stem for path in PROGRAMS.glob("*.removal")])
@@ -203,14 +185,14 @@ class Supervisor:
     # --- inside --------------------------------------------------------------------------------
 
     def _stop_orphans(self) -> None:
-        """Those who take requests first, so that they can drain; a stray supervisord last."""
-        orphans = list(processes.deployed(RUN))
+        """Programs that serve requests first, so that they can drain; a stray supervisord last."""
+        orphans = list(deployed_processes(RUN))
         control = {"nats", "etcd", ""}
-        processes.end([p for p, tag in orphans if tag.program not in control], ORPHAN_GRACE_S)
-        processes.end([p for p, tag in orphans if tag.program in control], ORPHAN_GRACE_S)
+        end_processes([p for p, tag in orphans if tag.program not in control], ORPHAN_GRACE_S)
+        end_processes([p for p, tag in orphans if tag.program in control], ORPHAN_GRACE_S)
 
     def _removal(self, name: str) -> Path:
-        """Where it is written down how to remove what a program may leave; the config may change."""
+        """The file with the command that removes a program's container: the config may change."""
         return PROGRAMS / f"{name}.removal"
 
     def _remove_leftovers(self, names: Sequence[str]) -> None:
@@ -220,21 +202,21 @@ class Supervisor:
                 path.unlink(missing_ok=True)
 
     def _environment_since_boot(self) -> dict[str, str]:
-        """What is set here and was not, or otherwise, when supervisord began.
+        """Variables that are set here and were unset, or different, when supervisord began.
 
-        A program inherits from supervisord, which an earlier command may have started; what a
-        person exports before this one must reach it too.
+        A program inherits from supervisord, which an earlier command may have started. Variables
+        that a person exports before this command must reach the program, too.
         """
         try:
-            booted = psutil.Process(self._call("getPID")).environ()
+            booted = psutil.Process(self._rpc.call("getPID")).environ()
         except (OSError, psutil.Error):
             return {}
         now = {k: v for k, v in _environment().items() if booted.get(k) != v}
-        return {key: value for key, value in now.items() if expressible(key, value)}
+        return {key: value for key, value in now.items() if is_expressible(key, value)}
 
     def _boot(self) -> None:
         environment = _environment()
-        environment[processes.DEPLOYMENT] = self.deployment
+        environment[tags.DEPLOYMENT] = self.deployment
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(CONF)]
         done = subprocess.run(
             command,
@@ -250,17 +232,16 @@ class Supervisor:
             if self.answers():
                 return
             time.sleep(_POLL_S)
-        said = (done.stderr or done.stdout).strip()[-500:] or "it does not answer"
-        raise OperatorError(f"supervisord cannot be started: {said}", remedy=f"see {LOG}")
+        output = (done.stderr or done.stdout).strip()[-500:] or "it does not answer"
+        raise OperatorError(f"supervisord cannot be started: {output}", remedy=f"see {LOG}")
 
-    def _wait_stopped(self, names: Sequence[str], deadline_s: float | None) -> None:
-        if deadline_s is None and names:
-            promised: list[float] = []
-            with contextlib.suppress(OSError):
-                rows = self._call("getAllConfigInfo")
-                promised = [row["stopwaitsecs"] for row in rows if row["name"] in names]
-            deadline_s = max(promised, default=0.0) + KILL_GRACE_S
-        ends = time.monotonic() + (deadline_s or 0.0)
+    def _wait_stopped(self, names: Sequence[str]) -> None:
+        """For as long as supervisord gives these programs to stop, and a grace."""
+        promised: list[float] = []
+        with contextlib.suppress(OSError):
+            rows = self._rpc.call("getAllConfigInfo") if names else []
+            promised = [row["stopwaitsecs"] for row in rows if row["name"] in names]
+        ends = time.monotonic() + max(promised, default=0.0) + KILL_GRACE_S
         while time.monotonic() < ends:
             state = self.state()
             if not any(name in state and state[name].state in _LIVE for name in names):
@@ -278,48 +259,18 @@ class Supervisor:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        """Raises OSError when supervisord does not answer, Fault when it refuses."""
-        transport = _transport(self._answer_s)
-        with xmlrpc.client.ServerProxy("http://supervisor", transport=transport) as proxy:
-            try:
-                return getattr(proxy.supervisor, method)(*arguments)
-            except (http.client.HTTPException, xmlrpc.client.ProtocolError) as exc:
-                raise OSError(str(exc)) from exc
-
     def _tolerant(self, method: str, *arguments: Any) -> None:
-        """For calls whose refusal means that it is so already."""
+        """For calls that are refused only when their effect is there already."""
         with contextlib.suppress(OSError, xmlrpc.client.Fault):
-            self._call(method, *arguments)
+            self._rpc.call(method, *arguments)
 
 
 def _environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in _SECRETS}
 
 
-def _transport(answer_s: float) -> Any:
-    """supervisor's own transport, bounded: by itself it would wait for an answer without end."""
-    from supervisor.xmlrpc import SupervisorTransport  # slow to load
-
-    transport = SupervisorTransport(serverurl=f"unix://{SOCKET}")
-    unconnected = transport._get_connection
-
-    def connect() -> http.client.HTTPConnection:
-        connection: http.client.HTTPConnection = unconnected()
-        try:
-            connection.connect()
-        except OSError:
-            connection.close()
-            raise
-        connection.sock.settimeout(answer_s)
-        return connection
-
-    transport._get_connection = connect
-    return transport
-
-
 def _info(row: Mapping[str, Any]) -> ProcessInfo:
-    tag = processes.tag_of_pid(row["pid"]) if row["pid"] else None
+    tag = tag_of_pid(row["pid"]) if row["pid"] else None
     return ProcessInfo(
         name=row["name"],
         state=row["statename"],

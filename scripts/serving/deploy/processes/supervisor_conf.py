@@ -1,7 +1,7 @@
-"""What supervisord is told: its own configuration and that of one program.
+"""supervisord's configuration files: its own, and one for each program.
 
-Paths are relative to the working directory, which is the deployment's: a unix socket's path must
-be short, and a deployment may lie deep.
+Paths are relative to the working directory, which is the deployment's. The path of a UNIX socket
+must be short, and a deployment may lie deep.
 """
 
 from __future__ import annotations
@@ -9,16 +9,12 @@ from __future__ import annotations
 import math
 import resource
 import shlex
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from msgspec import Struct
-
-from serving.deploy.processes import processes
+from serving.deploy.processes import tags
+from serving.deploy.processes.launchers import LOGS, RUN, ProgramSpec
 from serving.errors import OperatorError
 
-RUN = Path("run")
-LOGS = Path("logs")
 PROGRAMS = RUN / "programs"
 SOCKET = RUN / "supervisor.sock"
 CONF = RUN / "supervisord.conf"
@@ -29,26 +25,8 @@ _LOG_BACKUPS = 3
 _OPEN_FILES = 8192
 
 
-class ProgramSpec(Struct, frozen=True, kw_only=True):
-    """What to run. Durations in seconds; `env` adds to the supervisor's own environment.
-
-    `owns_log`: the program writes its log by itself and not through supervisord. A Go program
-    dies of its next log line when the supervisor that read it has died; Python shrugs.
-    `removal` is a command that removes what may outlive the process: its container.
-    """
-
-    name: str
-    command: Sequence[str]
-    env: Mapping[str, str]
-    fingerprint: str
-    stop_s: float
-    engine: str = ""
-    owns_log: bool = False
-    removal: Sequence[str] = ()
-
-
 def supervisord_conf() -> str:
-    """One that answers on `SOCKET` only, and to this user only."""
+    """The configuration of a supervisord that answers only this user, on `SOCKET`."""
     # supervisord makes paths absolute, and an absolute socket path may be too long to bind.
     here = Path("/proc/self/cwd")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -76,7 +54,7 @@ files = programs/*.conf
 
 
 def program_conf(spec: ProgramSpec, deployment: str, launch_id: str) -> str:
-    """Raises OperatorError for what this format cannot express."""
+    """The configuration of one program. Raises OperatorError for a value that it cannot express."""
     log = LOGS / f"{spec.name}.log"
     command, logfile = list(spec.command), str(log)
     if spec.owns_log:
@@ -84,18 +62,19 @@ def program_conf(spec: ProgramSpec, deployment: str, launch_id: str) -> str:
         logfile = "NONE"
         if log.exists() and log.stat().st_size > _LOG_BYTES:
             log.replace(log.with_suffix(".log.1"))
-    tags = {
-        processes.DEPLOYMENT: deployment,
-        processes.PROGRAM: spec.name,
-        processes.FINGERPRINT: spec.fingerprint,
-        processes.ENGINE: spec.engine,
-        processes.LAUNCH: launch_id,
+    environment = {
+        **spec.env,
+        tags.DEPLOYMENT: deployment,
+        tags.PROGRAM: spec.name,
+        tags.FINGERPRINT: spec.fingerprint,
+        tags.ENGINE: spec.engine,
+        tags.LAUNCH: launch_id,
     }
-    environment = ",".join(f"{k}={_quoted(k, v)}" for k, v in {**spec.env, **tags}.items())
+    settings = ",".join(f"{key}={_quoted(key, value)}" for key, value in environment.items())
     return f"""\
 [program:{spec.name}]
-command = {_plain("command", shlex.join(command))}
-environment = {environment}
+command = {_escaped("command", shlex.join(command))}
+environment = {settings}
 autostart = false
 autorestart = false
 startretries = 0
@@ -111,8 +90,8 @@ stdout_logfile_backups = {_LOG_BACKUPS}
 """
 
 
-def expressible(key: str, value: str) -> bool:
-    """Whether a variable can be given to a program: exported shell functions cannot."""
+def is_expressible(key: str, value: str) -> bool:
+    """Whether a variable can be passed to a program. Exported shell functions cannot."""
     try:
         _quoted(key, value)
     except OperatorError:
@@ -121,21 +100,21 @@ def expressible(key: str, value: str) -> bool:
 
 
 def _quoted(key: str, value: str) -> str:
-    """supervisord takes values between quotes, and strips all quotes from both ends of them."""
+    """supervisord reads a value between quotes, and strips every quote from both of its ends."""
     quote = "'" if '"' in value else '"'
     if quote in value or value != value.strip("'\""):
         raise OperatorError(
-            f"{key} has quotes where supervisord cannot be told of them",
+            f"{key} has quotes that supervisord's configuration cannot express",
             remedy=f"change {key}, or the path in it: {value!r}",
         )
-    return quote + _plain(key, value) + quote
+    return quote + _escaped(key, value) + quote
 
 
-def _plain(key: str, value: str) -> str:
-    """supervisord expands `%` and ends a value at a line's end and at ` ;`."""
+def _escaped(key: str, value: str) -> str:
+    """supervisord expands `%`, and ends a value at a line break and at ` ;`."""
     if "\n" in value or " ;" in value:
         raise OperatorError(
-            f"{key} has a line break or a semicolon in it, which supervisord cannot be told",
+            f"{key} has a line break or a semicolon, which supervisord's configuration cannot express",
             remedy=f"change {key}, or the path in it: {value!r}",
         )
     return value.replace("%", "%%")

@@ -13,7 +13,7 @@ from serving.config import Config
 from serving.console import table_lines
 from serving.deploy.checks.findings import Finding
 from serving.deploy.checks.ports import judge_ports
-from serving.deploy.processes.supervisor import RUN
+from serving.deploy.processes.launchers import RUN
 from serving.deploy.report.diagnosis import diagnose, judge_routing
 from serving.deploy.report.evidence import cluster_position, collect_evidence
 from serving.deploy.report.service_client import ServiceClient, ServiceFailed

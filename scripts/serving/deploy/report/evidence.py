@@ -17,7 +17,8 @@ from serving.config.process import ControlServices
 from serving.config.resolve import is_joining_node
 from serving.deploy.cluster.slurm import SlurmJobs
 from serving.deploy.processes.certificates import client_context
-from serving.deploy.processes.supervisor import LOGS, RUN, Supervisor
+from serving.deploy.processes.launchers import LOGS, RUN
+from serving.deploy.processes.supervisor import Supervisor
 from serving.deploy.report.diagnosis import Evidence, Position
 from serving.deploy.report.service_client import ServiceClient, ServiceFailed
 from serving.deploy.report.service_spec import ServiceSpec, read_running_settings

@@ -15,10 +15,11 @@ from serving.config.resolve import is_joining_node
 from serving.console import coloured, table_lines
 from serving.deploy.cluster.slurm import SlurmJobs
 from serving.deploy.planning.program import stop_tiers
-from serving.deploy.processes import processes
 from serving.deploy.processes.credentials import scheme
+from serving.deploy.processes.launchers import LOGS, RUN, ProcessInfo
 from serving.deploy.processes.markers import read_marker, read_record
-from serving.deploy.processes.supervisor import LOGS, RUN, ProcessInfo, Supervisor
+from serving.deploy.processes.supervisor import Supervisor
+from serving.deploy.processes.tags import deployed_processes
 from serving.deploy.report.service_answers import (
     ANSWER_S,
     ServiceAnswers,
@@ -38,7 +39,7 @@ def report_status(config: Config, report: Report) -> None:
 
 def status_lines(config: Config) -> list[str]:
     programs = {**Supervisor().state(), **SlurmJobs().state()} if RUN.is_dir() else {}
-    strays = {tag.program for _, tag in processes.deployed(RUN)} - {""} if not programs else set()
+    strays = {tag.program for _, tag in deployed_processes(RUN)} - {""} if not programs else set()
     if not programs and not strays:
         return ["", "Nothing runs here. Start it with: snakemake serve_disagg", ""]
     listen = _frontend_config(config)
@@ -159,9 +160,9 @@ def _program_row(
     marker = read_marker(RUN / f"{info.name}.up")
     proven = marker is not None and marker.launch_id == info.launch_id
     health = _health(info.name, control, answers) if proven else "starting"
-    pid = info.place or str(info.pid)
-    if info.state != "RUNNING" and info.place:
-        return (info.name, "waiting", pid, "-", SlurmJobs().obstacle(info.name))
+    pid = info.location or str(info.pid)
+    if info.state != "RUNNING" and info.location:
+        return (info.name, "waiting", pid, "-", SlurmJobs().pending_reason(info.name))
     return (info.name, "running", pid, duration(time.time() - info.started), health)
 
 

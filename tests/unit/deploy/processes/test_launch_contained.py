@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from serving.config import Config, parse
-from serving.deploy.planning.program import Program
-from serving.deploy.processes import processes
+from serving.config import Config
 from serving.deploy.processes.launch import launch
+from serving.deploy.processes.launchers import RUN
 from serving.deploy.processes.stop import stop_all
-from serving.deploy.processes.supervisor import RUN, Supervisor
+from serving.deploy.processes.supervisor import Supervisor
+from serving.deploy.processes.tags import deployed_processes, is_alive
 from serving.errors import OperatorError
-from unit.deploy.resolved import plan_for_test
+from unit.deploy.processes.contained_worker import config, worker
+from waiting import wait_until
 
 Script = Callable[[str, str], Path]
 # What runs "inside" is no child of the client, as with a daemon; a signal to the client is one to it.
@@ -44,16 +44,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Script) -> Ite
     yield tmp_path
     (tmp_path / "calls.refuse").unlink(missing_ok=True)
     Supervisor().shutdown()
-    assert not list(processes.deployed(RUN))
-
-
-def config() -> Config:
-    raw = {"runtime": "docker", "image": "h/x:1"}
-    return parse({"container": raw, "deployment": {"topology": "agg", "stop_s": 3}})
-
-
-def worker() -> Program:
-    return plan_for_test(config(), engine_fingerprint="e1")["worker-agg-0"]
+    assert not list(deployed_processes(RUN))
 
 
 def calls(here: Path) -> list[str]:
@@ -72,7 +63,7 @@ def test_worker_is_started_by_the_client_and_stopped_through_it(here: Path) -> N
     process = inside(here)
     assert Supervisor().orphans() == [], "what runs inside is not taken for a stray"
     Supervisor().stop(["worker-agg-0"])
-    assert not processes.alive(process)
+    assert not is_alive(process)
     name = started.split("--name=")[1].split()[0]
     assert calls(here)[-1] == f"docker rm --force {name}"
 
@@ -88,12 +79,11 @@ def test_killed_client_leaves_nothing_after_stop(here: Path) -> None:
     process = inside(here)
     client = psutil.Process(Supervisor().state()["worker-agg-0"].pid)
     client.kill()
-    while processes.alive(client):
-        time.sleep(0.01)
-    assert processes.alive(process), "as with a daemon, it goes on without its client"
+    wait_until(lambda: not is_alive(client))
+    assert is_alive(process), "as with a daemon, it goes on without its client"
     assert {tag.program for _, tag in Supervisor().orphans()} == {"worker-agg-0"}
     stop_all(config(), print)
-    assert not processes.alive(process)
+    assert not is_alive(process)
     assert calls(here)[-1].startswith("docker rm --force serving-")
 
 

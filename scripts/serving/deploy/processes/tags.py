@@ -1,6 +1,6 @@
-"""Processes of a deployment, found by what they carry in their environment.
+"""Processes of a deployment, found by tags in their environment.
 
-Every program gets these variables and hands them to its children, whatever their parent or
+Every program gets these variables and passes them on to its children, whatever their parent or
 session becomes. So processes are still recognised after their supervisor was killed.
 """
 
@@ -24,7 +24,7 @@ _POLL_S = 0.05
 
 
 class Tag(Struct, frozen=True):
-    """What a process carries. `program` is empty for the supervisor."""
+    """The tags of a process. `program` is empty for the supervisor."""
 
     deployment: str
     program: str
@@ -34,7 +34,7 @@ class Tag(Struct, frozen=True):
 
 
 def tag_of(process: psutil.Process) -> Tag | None:
-    """None for a process that is no deployment's, is gone, or is not ours to look at."""
+    """None for a process without tags, or one that has ended or may not be inspected."""
     try:
         environ = process.environ()
     except (psutil.Error, OSError):
@@ -57,16 +57,16 @@ def tag_of_pid(pid: int) -> Tag | None:
         return None
 
 
-def deployed(run_dir: Path) -> Iterator[tuple[psutil.Process, Tag]]:
+def deployed_processes(run_dir: Path) -> Iterator[tuple[psutil.Process, Tag]]:
     """All live processes of the deployment in `run_dir`, the supervisor included."""
     mine = str(run_dir.resolve())
     for process in psutil.process_iter():
         tag = tag_of(process)
-        if tag and tag.deployment == mine and process.pid != os.getpid() and alive(process):
+        if tag and tag.deployment == mine and process.pid != os.getpid() and is_alive(process):
             yield process, tag
 
 
-def alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     """A zombie has ended, even when nobody collects it."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -74,18 +74,18 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
+def end_processes(processes: Iterable[psutil.Process], grace_s: float) -> None:
     """SIGTERM, and after `grace_s` SIGKILL; returns when all have ended or cannot be ended."""
-    left = [process for process in processes if alive(process)]
+    left = [process for process in processes if is_alive(process)]
     for signal_all, wait_s in ((psutil.Process.terminate, grace_s), (psutil.Process.kill, 5.0)):
         for process in left:
             try:
                 signal_all(process)
             except psutil.Error:
-                continue  # gone by itself; `alive` below decides
+                continue  # it has ended by itself
         ends = time.monotonic() + wait_s
         while left and time.monotonic() < ends:
-            left = [process for process in left if alive(process)]
+            left = [process for process in left if is_alive(process)]
             if left:
                 time.sleep(_POLL_S)
         if not left:

@@ -8,15 +8,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from serving.deploy.processes import processes
-from serving.deploy.processes.supervisor import RUN, ProcessInfo, ProgramSpec, Supervisor
+from serving.deploy.processes.launchers import RUN, ProcessInfo, ProgramSpec
+from serving.deploy.processes.supervisor import Supervisor
+from serving.deploy.processes.tags import deployed_processes, is_alive, tag_of_pid
 from serving.errors import OperatorError
+from waiting import wait_until
 
 LOOP = "import logging, time\nwhile True: logging.error('tick'); time.sleep(0.05)"
 STUBBORN = (
@@ -38,7 +40,7 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supe
     made = Supervisor()
     yield made
     made.shutdown()
-    assert [p for p, _ in processes.deployed(RUN)] == []
+    assert [p for p, _ in deployed_processes(RUN)] == []
 
 
 def spec(name: str = "loop", program: str = LOOP, **changes: Any) -> ProgramSpec:
@@ -48,33 +50,24 @@ def spec(name: str = "loop", program: str = LOOP, **changes: Any) -> ProgramSpec
     return ProgramSpec(name=name, command=[sys.executable, "-u", f"{name}.py"], **facts)
 
 
-def eventually(condition: Callable[[], Any], deadline_s: float = 10.0) -> Any:
-    ends = time.monotonic() + deadline_s
-    while time.monotonic() < ends:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")
-
-
 def started(supervisor: Supervisor, wanted: ProgramSpec) -> ProcessInfo:
     supervisor.ensure()
     info = supervisor.start(wanted)
-    eventually(lambda: supervisor.state()[wanted.name].launch_id == info.launch_id)
+    wait_until(lambda: supervisor.state()[wanted.name].launch_id == info.launch_id)
     return info
 
 
 def keepers() -> list[psutil.Process]:
     """Supervisors of this deployment, and for a moment children that execute no program yet."""
-    return [process for process, tag in processes.deployed(RUN) if not tag.program]
+    return [process for process, tag in deployed_processes(RUN) if not tag.program]
 
 
 @pytest.mark.parametrize("value", ["'both\"", "two\nlines", "'ends with one'", "a ;b"])
-def test_environment_that_supervisord_cannot_be_told_is_refused(
+def test_environment_that_supervisord_cannot_express_is_refused(
     supervisor: Supervisor, value: str
 ) -> None:
     supervisor.ensure()
-    with pytest.raises(OperatorError, match="cannot be told") as caught:
+    with pytest.raises(OperatorError, match="cannot express") as caught:
         supervisor.start(spec(env={"UCX_ODD": value}))
     assert "UCX_ODD" in caught.value.remedy
 
@@ -103,7 +96,7 @@ def test_started_program_runs_with_its_tags_and_environment(supervisor: Supervis
     assert seen.running
     assert (seen.pid, seen.fingerprint, seen.engine) == (info.pid, "abc", "e1")
     assert psutil.Process(info.pid).environ()["ODD"] == odd
-    eventually(lambda: "tick" in Path("logs/loop.log").read_text())
+    wait_until(lambda: "tick" in Path("logs/loop.log").read_text())
 
 
 def test_what_is_exported_after_the_supervisor_began_reaches_programs(
@@ -166,18 +159,18 @@ def test_parallel_jobs_make_one_supervisor(supervisor: Supervisor) -> None:
         thread.join()
     assert failures == []
     assert sorted(supervisor.state()) == [f"loop-{i}" for i in range(4)]
-    assert eventually(lambda: len(keepers()) == 1)
+    wait_until(lambda: len(keepers()) == 1)
 
 
 def test_killed_program_is_seen_and_not_restarted_by_itself(supervisor: Supervisor) -> None:
     info = started(supervisor, spec())
     os.kill(info.pid, signal.SIGKILL)
-    eventually(lambda: not supervisor.state()["loop"].running)
+    wait_until(lambda: not supervisor.state()["loop"].running)
     time.sleep(0.3)
     assert not supervisor.state()["loop"].running
     again = supervisor.start(spec(fingerprint="g"))
     assert again.pid != info.pid
-    eventually(lambda: supervisor.state()["loop"].fingerprint == "g")
+    wait_until(lambda: supervisor.state()["loop"].fingerprint == "g")
 
 
 def test_start_replaces_the_program_of_that_name(supervisor: Supervisor) -> None:
@@ -207,18 +200,17 @@ def test_missing_executable_is_explained(supervisor: Supervisor) -> None:
 
 def test_stop_ends_children_even_in_sessions_of_their_own(supervisor: Supervisor) -> None:
     info = started(supervisor, spec("parent", PARENT))
-    children = eventually(lambda: len(psutil.Process(info.pid).children()) == 2) and [
-        child.pid for child in psutil.Process(info.pid).children()
-    ]
+    wait_until(lambda: len(psutil.Process(info.pid).children()) == 2)
+    children = [child.pid for child in psutil.Process(info.pid).children()]
     supervisor.stop(["parent"])
-    assert not any(processes.tag_of_pid(pid) for pid in [info.pid, *children])
+    assert not any(tag_of_pid(pid) for pid in [info.pid, *children])
 
 
 def test_program_that_ignores_sigterm_is_killed(supervisor: Supervisor) -> None:
     info = started(supervisor, spec("stubborn", STUBBORN, stop_s=1.0))
-    eventually(lambda: "up" in Path("logs/stubborn.log").read_text())
+    wait_until(lambda: "up" in Path("logs/stubborn.log").read_text())
     supervisor.stop(["stubborn"])
-    assert processes.tag_of_pid(info.pid) is None
+    assert tag_of_pid(info.pid) is None
 
 
 @pytest.mark.parametrize("owns_log", [False, True])
@@ -229,11 +221,11 @@ def test_programs_survive_their_supervisor_until_the_next_one_replaces_them(
     keeper = psutil.Process(info.pid).parent()
     assert keeper is not None
     keeper.kill()
-    eventually(lambda: not processes.alive(keeper))
+    wait_until(lambda: not is_alive(keeper))
     assert supervisor.state() == {}
-    assert processes.tag_of_pid(info.pid) is not None
+    assert tag_of_pid(info.pid) is not None
     supervisor.ensure()
-    assert processes.tag_of_pid(info.pid) is None
+    assert tag_of_pid(info.pid) is None
     assert supervisor.state() == {}
     assert supervisor.answers()
 
@@ -245,10 +237,10 @@ def test_program_that_writes_its_own_log_logs_on_without_supervisor(
     keeper = psutil.Process(info.pid).parent()
     assert keeper is not None
     log = Path("logs/loop.log")
-    eventually(log.exists)
+    wait_until(log.exists)
     keeper.kill()
     size = log.stat().st_size
-    eventually(lambda: log.stat().st_size > size)
+    wait_until(lambda: log.stat().st_size > size)
 
 
 def test_after_a_reboot_stale_files_do_not_hinder(supervisor: Supervisor) -> None:
@@ -267,7 +259,7 @@ def test_supervisor_whose_socket_was_deleted_is_replaced(supervisor: Supervisor)
     info = started(supervisor, spec())
     (RUN / "supervisor.sock").unlink()
     supervisor.ensure()
-    assert processes.tag_of_pid(info.pid) is None
+    assert tag_of_pid(info.pid) is None
     assert len(keepers()) == 1
 
 
@@ -275,4 +267,4 @@ def test_shutdown_stops_programs_and_supervisor(supervisor: Supervisor) -> None:
     info = started(supervisor, spec())
     supervisor.shutdown()
     assert not supervisor.answers()
-    assert processes.tag_of_pid(info.pid) is None
+    assert tag_of_pid(info.pid) is None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving.deploy.processes import ports, processes
+from serving.deploy.processes import ports, tags
 from serving.errors import ConfigError, OperatorError
 
 
@@ -48,7 +48,7 @@ def test_port_held_by_this_deployment_passes_and_by_another_does_not(tmp_path: P
     )
     with subprocess.Popen(
         [sys.executable, "-c", program],
-        env={**os.environ, processes.DEPLOYMENT: str(run)},
+        env={**os.environ, tags.DEPLOYMENT: str(run)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

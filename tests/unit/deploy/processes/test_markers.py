@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from serving.deploy.planning.program import DeploymentPlan
+from serving.deploy.processes.launchers import ProcessInfo
 from serving.deploy.processes.markers import (
     Record,
     no_longer_wanted,
@@ -17,7 +18,6 @@ from serving.deploy.processes.markers import (
     write_marker,
     write_record,
 )
-from serving.deploy.processes.supervisor import ProcessInfo
 from unit.deploy.resolved import plan_for_test
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from serving.config import Config
 from serving.deploy.planning.program import Program
-from serving.deploy.processes import processes
 from serving.deploy.processes.launch import launch
+from serving.deploy.processes.launchers import RUN
 from serving.deploy.processes.markers import read_marker
-from serving.deploy.processes.supervisor import RUN, Supervisor
+from serving.deploy.processes.supervisor import Supervisor
+from serving.deploy.processes.tags import deployed_processes
 from serving.errors import OperatorError
 
 READY = (
@@ -29,7 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     Supervisor().shutdown()
-    assert not list(processes.deployed(RUN))
+    assert not list(deployed_processes(RUN))
 
 
 def program(source: str, **changes: Any) -> Program:

@@ -60,7 +60,7 @@ async def prefill_worker(engine_dir: Path, threads: int, prompt_tokens: int) -> 
     current = False
 
     def on_output(output: EngineOutput) -> None:
-        told = endpoints[current].finish(output)
+        told = endpoints[current].on_output(output)
         if told is not None:
             held = told.kv_transfer_params
             answer(

@@ -1,8 +1,8 @@
 """The decode endpoint: fetches a prompt's KV, then lets the engine go on from it.
 
-A transfer that fails is never the caller's problem: the prompt is prefilled here instead, and
-counted. One that began while the prompt was being computed is given back to the frontend instead,
-which has the first token or gets it, and asks again with it.
+A failed transfer never fails the request: the prompt is prefilled here instead, and counted. When
+the fetch began while the prompt was still being computed, the request goes back to the frontend
+with the error. The frontend has the first token or gets it, and asks again with it.
 """
 
 from __future__ import annotations
@@ -39,21 +39,26 @@ class DecodeEndpoint:
         self.transfers = KvTransferTotals()
 
     def submit(self, request: EngineRequest) -> None:
-        """Start fetching; decoding follows by itself. Errors arrive as the request's last output."""
+        """Start fetching; the engine decodes afterwards. Errors arrive as the last output."""
         task = self._tasks.create_task(self._run(request), name=f"fetch-{request.request_id}")
         self._fetching[request.request_id] = task
         task.add_done_callback(lambda _: self._fetching.pop(request.request_id, None))
 
     def abort(self, request_id: str) -> None:
-        """Stop fetching; what the engine has of the request is the engine's to abort."""
+        """Stop fetching. The worker aborts the request in the engine."""
         task = self._fetching.get(request_id)
         if task is not None:
             task.cancel()
 
     def close(self) -> None:
-        """Give up on everything that is still fetching."""
+        """Cancel all fetches."""
         for task in list(self._fetching.values()):
             task.cancel()
+
+    @property
+    def num_fetching(self) -> int:
+        """Requests whose KV is on its way."""
+        return len(self._fetching)
 
     async def _run(self, request: EngineRequest) -> None:
         try:
@@ -83,7 +88,7 @@ class DecodeEndpoint:
         async with self._engine.kv.reserve(request) as reservation:
             end = reservation.first_block + reservation.num_blocks
             if request.follows_prefill:
-                token, first = await self._follow(request, params, reservation)
+                token, first = await self._pull_while_computed(request, params, reservation)
             else:
                 token, first = None, reservation.first_block
             await self._pull(params, first, end - first, reservation, more_follows=False)
@@ -91,11 +96,11 @@ class DecodeEndpoint:
         self.transfers.kv_transfers += 1
         self.transfers.kv_route = self._transfer.route
 
-    async def _follow(
+    async def _pull_while_computed(
         self, request: EngineRequest, params: KvTransferParams, reservation: KvReservation
     ) -> tuple[int, int]:
-        """Fetch blocks as they are computed. Returns when the prefill is over: its token, and the
-        first block that is still to be fetched."""
+        """Fetch blocks while the prefill computes them. Returns its token and the first block that
+        is not fetched yet, when the prefill is over."""
         first = reservation.first_block
         end = first + reservation.num_blocks
         while True:

@@ -1,7 +1,7 @@
 """How a prompt's KV gets from a prefill worker to a decode worker: by us, or by the engine.
 
 A worker has one handover. `BlockHandover` moves the blocks of a `BlockEngine` over a KV
-transport; `EngineHandover` only lets the requests through to an engine that moves KV by itself.
+transport; `EngineHandover` passes the requests to an engine that moves KV by itself.
 """
 
 from __future__ import annotations
@@ -20,28 +20,49 @@ from serving.worker.prefill import PrefillEndpoint
 
 
 class Handover(ABC):
-    """Stands between the worker and its engine for requests of the phases prefill and decode."""
+    """Stands between the worker and its engine for requests of the phases prefill and decode.
+
+    `address` is where decode workers fetch KV; empty: the engine has its own. `num_held` counts
+    requests whose KV waits to be fetched.
+    """
 
     address = ""
     transfers: KvTransferTotals
     num_held = 0
 
+    async def serve(self) -> None:  # noqa: B027, an engine listens by itself
+        """Let decode workers fetch. Raises OperatorError when the transport is not available."""
+
     @abstractmethod
     def submit(self, request: EngineRequest) -> None:
         """Raises what `Engine.submit` raises."""
 
-    def finish(self, output: EngineOutput) -> EngineOutput | None:
-        """Every output of the engine passes here on its way to the frontend, or ends here."""
+    def on_output(self, output: EngineOutput) -> EngineOutput | None:
+        """Sees every output of the engine. Returns what the frontend gets; None: nothing."""
         return output
 
-    def abort(self, request_id: str) -> None:  # noqa: B027, nothing to forget is an answer
-        """Forget the request; the engine is told by the worker."""
+    def abort(self, request_id: str) -> None:  # noqa: B027, an engine aborts by itself
+        """Forget the request. The worker aborts it in the engine."""
 
     def release(self, request_id: str) -> None:  # noqa: B027
-        """Nobody will fetch what a finished prefill holds."""
+        """No decode worker will fetch the KV of a finished prefill: free it."""
 
     async def close(self) -> None:  # noqa: B027
-        """Give up what is under way."""
+        """Stop listening, and cancel running fetches."""
+
+
+def make_handover(
+    settings: WorkerSettings,
+    epoch: int,
+    engine: BlockEngine | TransferringEngine,
+    tasks: asyncio.TaskGroup,
+    send: Callable[[EngineOutput], None],
+) -> Handover:
+    """The handover that fits the engine, which has started. `send` delivers outputs that no
+    engine step produced; `tasks` own the fetches."""
+    if isinstance(engine, BlockEngine):
+        return BlockHandover(settings, epoch, engine, tasks, send)
+    return EngineHandover(engine)
 
 
 class BlockHandover(Handover):
@@ -49,7 +70,7 @@ class BlockHandover(Handover):
 
     def __init__(
         self,
-        process: WorkerSettings,
+        settings: WorkerSettings,
         epoch: int,
         engine: BlockEngine,
         tasks: asyncio.TaskGroup,
@@ -57,31 +78,35 @@ class BlockHandover(Handover):
     ) -> None:
         layout = engine.spec.kv_layout
         assert layout is not None, "a block engine has a layout"
-        settings = process.kv_transfer
+        config = settings.kv_transfer
         self._engine = engine
         self._transfer = KvTransfer(
-            settings, layout, host=process.kv_host, device=engine.spec.device
+            config, layout, host=settings.kv_host, device=engine.spec.device
         )
         self._prefill = PrefillEndpoint(
             engine,
-            instance_id=process.instance_id,
+            instance_id=settings.instance_id,
             epoch=epoch,
-            hold_s=settings.hold_s,
-            overlap=settings.overlap,
+            hold_s=config.hold_s,
+            overlap=config.overlap,
             address=lambda: self._transfer.address,
         )
         self._decode = DecodeEndpoint(engine, self._transfer, tasks, send)
         self.transfers = self._decode.transfers
-        self.transfers.kv_transport = settings.transport
+        self.transfers.kv_transport = config.transport
 
     async def serve(self) -> None:
-        """Let peers fetch. Raises OperatorError when the transport cannot be had."""
         await self._transfer.serve(self._prefill)
         self.address = self._transfer.address
 
     @property
     def num_held(self) -> int:  # type: ignore[override]
         return self._prefill.num_held
+
+    @property
+    def num_fetching(self) -> int:
+        """Requests whose KV is on its way to this worker."""
+        return self._decode.num_fetching
 
     def submit(self, request: EngineRequest) -> None:
         if request.phase == "prefill":
@@ -91,8 +116,8 @@ class BlockHandover(Handover):
         else:
             self._engine.submit(request)
 
-    def finish(self, output: EngineOutput) -> EngineOutput | None:
-        return self._prefill.finish(output)
+    def on_output(self, output: EngineOutput) -> EngineOutput | None:
+        return self._prefill.on_output(output)
 
     def abort(self, request_id: str) -> None:
         self._prefill.abort(request_id)
@@ -107,7 +132,7 @@ class BlockHandover(Handover):
 
 
 class EngineHandover(Handover):
-    """The engine does it all; `TransferringEngine` says on what terms."""
+    """The engine moves KV by itself; `TransferringEngine` says on what terms."""
 
     def __init__(self, engine: TransferringEngine) -> None:
         self._engine = engine

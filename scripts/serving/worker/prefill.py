@@ -1,9 +1,9 @@
 """The prefill endpoint: hands computed prompts over to decode workers.
 
-The engine holds the blocks of a finished prefill; this module knows who may fetch them (a nonce
-per request) and for how long. A prompt of several chunks is offered after its first one, so that
-its blocks travel while the rest is computed. Every offer ends here exactly once: fetched, aborted,
-over with its prefill, or expired `hold_s` after it.
+The engine holds the blocks of a finished prefill. This module knows who may fetch them (a nonce
+per request) and for how long. A prompt of several chunks is offered after its first chunk, so that
+its blocks travel while the rest is computed. Every offer ends exactly once: its blocks are fetched,
+its request is aborted, its prefill ends without KV, or it expires `hold_s` after the prefill.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Offer:
-    """A prompt that may be fetched. `token` is the first one after it, once that is known."""
+    """A prompt whose KV may be fetched. `token` is the first one after it, once that is known."""
 
     params: KvTransferParams
     token: int | None = None
     expiry: asyncio.TimerHandle | None = None
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    progressed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def tell(self) -> None:
-        """Wake everybody who waits for the prefill to get further."""
-        self.news.set()
-        self.news = asyncio.Event()
+    def notify(self) -> None:
+        """Wake the decode workers that wait for progress of the prefill."""
+        self.progressed.set()
+        self.progressed = asyncio.Event()
 
 
 class PrefillEndpoint:
@@ -72,14 +72,14 @@ class PrefillEndpoint:
         self._engine.submit(request)
         self._running[request.request_id] = request
 
-    def finish(self, output: EngineOutput) -> EngineOutput | None:
-        """Called with every output of the engine: adds the transfer params to a prefill that is
-        finished or has got to its second chunk. None: nobody has to be told."""
+    def on_output(self, output: EngineOutput) -> EngineOutput | None:
+        """Sees every output of the engine, and adds the transfer params when a prefill has
+        finished or computed its first chunk. None: the frontend needs no output."""
         request = self._running.get(output.request_id)
         if request is None:
             return output
         if output.finish_reason is None:
-            return output if output.token_ids else self._got_further(request)
+            return output if output.token_ids else self._on_progress(request)
         del self._running[output.request_id]
         if output.finish_reason != "length" or not self._decode_follows(request):
             self._withdraw(output.request_id)
@@ -89,14 +89,14 @@ class PrefillEndpoint:
         [offer.token] = output.token_ids
         loop = asyncio.get_running_loop()
         offer.expiry = loop.call_later(self._hold_s, self._expire, request.request_id)
-        offer.tell()
+        offer.notify()
         return msgspec.structs.replace(output, kv_transfer_params=offer.params)
 
-    def _got_further(self, request: EngineRequest) -> EngineOutput | None:
+    def _on_progress(self, request: EngineRequest) -> EngineOutput | None:
         if offer := self._offers.get(request.request_id):
-            offer.tell()
+            offer.notify()
             return None
-        # A guide is followed from the first token on, which a decode that starts now does not have.
+        # A guide needs the first token, which a decode that starts now does not have.
         is_guided = request.sampling.guide is not None
         if not self._overlap or is_guided or not self._decode_follows(request):
             return None
@@ -128,12 +128,12 @@ class PrefillEndpoint:
         return offer
 
     def _expire(self, request_id: str) -> None:
-        log.warning("%s: nobody fetched its KV within %g s; freed", request_id, self._hold_s)
+        log.warning("%s: its KV was not fetched within %g s and is freed", request_id, self._hold_s)
         self.num_expired += 1
         self.done(request_id)
 
     def abort(self, request_id: str) -> None:
-        """The caller is gone, before, during or after the prefill."""
+        """The caller has gone, before, during or after the prefill."""
         self._running.pop(request_id, None)
         self.done(request_id)
 
@@ -143,24 +143,24 @@ class PrefillEndpoint:
             return False
         if offer.expiry is not None:
             offer.expiry.cancel()
-        offer.tell()
+        offer.notify()
         return True
 
     # --- BlockSource ---------------------------------------------------------------------------
 
     def open(self, request_id: str, nonce: str) -> int:
-        return self._entitled(request_id, nonce).params.num_blocks
+        return self._authorised(request_id, nonce).params.num_blocks
 
     async def progress(self, request_id: str, nonce: str, beyond: int) -> PrefillProgress:
         while True:
-            offer = self._entitled(request_id, nonce)
+            offer = self._authorised(request_id, nonce)
             if offer.token is not None:
                 return PrefillProgress(offer.params.num_blocks, offer.token)
             if (computed := self._engine.kv.computed(request_id)) > beyond:
                 return PrefillProgress(computed)
-            await offer.news.wait()
+            await offer.progressed.wait()
 
-    def _entitled(self, request_id: str, nonce: str) -> Offer:
+    def _authorised(self, request_id: str, nonce: str) -> Offer:
         offer = self._offers.get(request_id)
         if offer is None:
             raise KeyError(request_id)

@@ -1,7 +1,7 @@
-"""One worker: joins engine, endpoints, direct connections and event plane.
+"""One worker: joins the engine, the KV handover, the frontends' connections and the event plane.
 
-This is the only place that sees all of them. Once per engine step it turns what the step
-produced into one frame per frontend, one event batch and one load report.
+This is the only place that sees all of them. Once per engine step it sends one frame per frontend,
+one event batch and one load report.
 """
 
 from __future__ import annotations
@@ -9,63 +9,76 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
 
 from serving.config.process import WorkerSettings
-from serving.engine.base import Engine
+from serving.engine.base import BlockEngine, TransferringEngine
 from serving.errors import Overloaded
 from serving.events import EventPlane
 from serving.load_report import LoadReport
 from serving.protocol import EngineOutput, EngineRequest, KvEvent
 from serving.rpc import RpcServer
 from serving.rpc.handshake import read_secret
-from serving.worker.handover import Handover
+from serving.worker.handover import make_handover
 
 log = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 0.5
-"""An idle worker says that it is idle this often; a busy one reports with its steps."""
+"""How often an idle worker reports its load; a busy one reports with its steps."""
 
 
 class Worker:
-    """Implements `rpc.RpcHandler`; `on_step` is the engine's sink."""
+    """Implements `rpc.RpcHandler`; `on_step` is the sink of the engine, which has started."""
 
     def __init__(
         self,
-        process: WorkerSettings,
+        settings: WorkerSettings,
         epoch: int,
-        engine: Engine,
+        engine: BlockEngine | TransferringEngine,
         events: EventPlane,
+        tasks: asyncio.TaskGroup,
     ) -> None:
-        self.engine, self._events = engine, events
-        self._instance_id, self._epoch = process.instance_id, epoch
+        self._settings, self._epoch = settings, epoch
+        self._engine, self._events = engine, events
         self.rpc = RpcServer(
             self,
-            process.instance_id,
+            settings.instance_id,
             epoch,
-            secret=read_secret(process.control.rpc_secret_file),
+            secret=read_secret(settings.control.rpc_secret_file),
         )
-        self.handover: Handover
+        self.handover = make_handover(settings, epoch, engine, tasks, self._send)
         self._draining = False
 
-    def send(self, output: EngineOutput) -> None:
-        """For outputs that come from elsewhere than the engine's steps."""
-        self.rpc.send([output])
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[list[str]]:
+        """Let decode workers fetch KV and frontends connect, until the context ends.
+
+        Yields the addresses for frontends. Raises OperatorError.
+        """
+        async with AsyncExitStack() as stack:
+            await self.handover.serve()
+            stack.push_async_callback(self.handover.close)
+            addresses = await self.rpc.start(self._settings.host, self._settings.unix_socket)
+            stack.push_async_callback(self.rpc.close)
+            yield addresses
 
     # --- from frontends ------------------------------------------------------------------------
 
     def on_generate(self, request: EngineRequest) -> None:
+        """Raises what `Engine.submit` raises."""
         if self._draining:
-            raise Overloaded(f"{self._instance_id} is draining")
+            raise Overloaded(f"{self._settings.instance_id} is draining")
         if request.phase == "agg":
-            self.engine.submit(request)
+            self._engine.submit(request)
         else:
             self.handover.submit(request)
 
     def on_abort(self, request_id: str) -> None:
         self.handover.abort(request_id)
-        self.engine.abort(request_id)
+        self._engine.abort(request_id)
 
     def on_release(self, request_id: str) -> None:
         self.handover.release(request_id)
@@ -73,19 +86,24 @@ class Worker:
     # --- from the engine -----------------------------------------------------------------------
 
     def on_step(self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport) -> None:
+        """Pass on what one engine step produced."""
         if outputs:
-            finished = map(self.handover.finish, outputs)
-            self.rpc.send([output for output in finished if output is not None])
+            passed = map(self.handover.on_output, outputs)
+            self.rpc.send([output for output in passed if output is not None])
         if events:
             self._events.publish_kv(events, self._report(load))
         else:
             self._events.publish_load(self._report(load))
 
+    def _send(self, output: EngineOutput) -> None:
+        """Send an output that no engine step produced."""
+        self.rpc.send([output])
+
     def _report(self, load: LoadReport) -> LoadReport:
         """The engine's own figures, with this worker's name and KV transfers."""
         return msgspec.structs.replace(
             load,
-            instance_id=self._instance_id,
+            instance_id=self._settings.instance_id,
             epoch=self._epoch,
             **msgspec.structs.asdict(self.handover.transfers),
         )
@@ -93,22 +111,26 @@ class Worker:
     # --- life ----------------------------------------------------------------------------------
 
     async def report_forever(self) -> None:
-        """Keep frontends informed while no step does; also a new frontend's first news."""
+        """Report the load while no step does; a new frontend learns it this way too."""
         while True:
-            self._events.publish_load(self._report(self.engine.load()))
+            self._events.publish_load(self._report(self._engine.load()))
             await asyncio.sleep(REPORT_INTERVAL_S)
 
     def start_draining(self) -> None:
-        """Accept nothing more, and let all frontends know."""
+        """Accept no more requests, and let all frontends know."""
         self._draining = True
         self.rpc.announce_drain()
 
     async def drain(self, drain_s: float) -> None:
-        """Wait for running requests to finish and for held KV to be fetched."""
+        """Wait until running requests are finished and held KV is fetched."""
         deadline = time.monotonic() + drain_s
         while self.rpc.num_live or self.handover.num_held:
             if time.monotonic() > deadline:
-                left = self.rpc.num_live, self.handover.num_held
-                log.warning("%g s of draining leave %d requests, and KV of %d", drain_s, *left)
+                log.warning(
+                    "%d requests still run after %g s of draining, and the KV of %d is not fetched",
+                    self.rpc.num_live,
+                    drain_s,
+                    self.handover.num_held,
+                )
                 return
             await asyncio.sleep(0.05)

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from serving.config import (
@@ -58,12 +59,16 @@ class RunningWorker:
 
     engine: TorchEngine
     worker: Worker
-    handover: BlockHandover
     client: RpcClient
 
     def __init__(self) -> None:
         self.told: list[EngineOutput] = []  # by the engine, before the worker made anything of it
         self.asked: list[EngineRequest] = []
+
+    @property
+    def handover(self) -> BlockHandover:
+        assert isinstance(self.worker.handover, BlockHandover)
+        return self.worker.handover
 
     @property
     def pulled(self) -> int:
@@ -75,8 +80,9 @@ SIZES: dict[str, Any] = {"max_model_len": 256, "max_num_batched_tokens": 16}
 
 @asynccontextmanager
 async def running_worker(
-    role: Role, folder: Path, kv_transfer: KvTransferConfig, **options: Any
+    role: Role, folder: Path, kv_transfer: KvTransferConfig, sockets: str, **options: Any
 ) -> AsyncIterator[RunningWorker]:
+    """`sockets` is a folder with a short name."""
     instance_id = f"{role}-0"
     process = WorkerSettings(
         instance_id=instance_id,
@@ -90,7 +96,7 @@ async def running_worker(
         gpus=[],
         host="127.0.0.1",
         kv_host="127.0.0.1",
-        unix_socket="",
+        unix_socket=f"{sockets}/{role}",
         ready_file="",
         control=CONTROL,
         kv_transfer=kv_transfer,
@@ -110,17 +116,12 @@ async def running_worker(
             this.asked.append(request)
             super().on_generate(request)
 
-    this.worker = Remembering(process, 1, this.engine, silent)
     async with AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         await this.engine.start(sink)
         stack.push_async_callback(this.engine.close)
-        this.handover = BlockHandover(process, 1, this.engine, tasks, this.worker.send)
-        this.worker.handover = this.handover
-        await this.handover.serve()
-        stack.push_async_callback(this.handover.close)
-        addresses = await this.worker.rpc.start(process.host)
-        stack.push_async_callback(this.worker.rpc.close)
+        this.worker = Remembering(process, 1, this.engine, silent, tasks)
+        addresses = await stack.enter_async_context(this.worker.listening())
         info = InstanceInfo(
             instance_id, 1, role, addresses, this.handover.address, CARD, 64, 8, 1, "h"
         )
@@ -169,7 +170,7 @@ class Pair:
             worker.engine.check_integrity()
             assert worker.handover.num_held == 0
             assert worker.worker.rpc.num_live == 0
-        assert not self.decode.handover._decode._fetching
+        assert self.decode.handover.num_fetching == 0
 
 
 @asynccontextmanager
@@ -184,10 +185,11 @@ async def running_pair(
     names = ("overlap", "transfer_s", "hold_s", "chunk_bytes")
     chosen: Any = {key: options.pop(key) for key in names if key in options}
     settings = KvTransferConfig(transport="tcp", **chosen)
-    async with (
-        running_worker("prefill", folder, settings, **options) as source,
-        running_worker("decode", folder, settings, **(decode or {})) as target,
-    ):
-        pair = Pair(source, target, deadlines or DeadlinesConfig())
-        yield pair
-        await pair.check_nothing_is_left()
+    with TemporaryDirectory() as sockets:
+        async with (
+            running_worker("prefill", folder, settings, sockets, **options) as source,
+            running_worker("decode", folder, settings, sockets, **(decode or {})) as target,
+        ):
+            pair = Pair(source, target, deadlines or DeadlinesConfig())
+            yield pair
+            await pair.check_nothing_is_left()

@@ -17,6 +17,7 @@ from serving.protocol import EngineRequest
 from serving.text.preprocess import PreparedRequest
 from unit.engine.torch_rig import generate, greedy, random_prompts, save_model
 from unit.worker.pair import running_pair
+from waiting import until
 
 NUM_TOKENS = 8
 LENGTH = 90  # six chunks of 16 tokens, twelve blocks
@@ -45,12 +46,6 @@ def step_gate(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[int], None]]:
 def slow_prefill(pause_s: float = 0.03) -> Callable[[int], None]:
     """Steps with prompt tokens take so much longer, so that what overlaps has the time to."""
     return lambda num_tokens: time.sleep(pause_s) if num_tokens >= 8 else None
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110, what is waited for knows no event
-            await asyncio.sleep(0.002)
 
 
 @pytest.mark.parametrize("length", [33, 80, 90, 96])
@@ -86,7 +81,7 @@ async def test_tokens_are_the_same_and_most_blocks_come_before_the_first_one(
         )
 
 
-async def test_without_overlap_and_for_short_prompts_nothing_is_fetched_early(model: Path) -> None:
+async def test_short_prompts_and_switched_off_overlap_fetch_nothing_early(model: Path) -> None:
     short, long = random_prompts([14, LENGTH])
     for prompt, options in [(short, {}), (long, {"overlap": False})]:
         async with running_pair(model, **options) as pair:
@@ -115,7 +110,7 @@ async def test_many_at_once_with_hits_on_both_sides(
         assert pair.decode.handover.transfers.local_prefill_fallbacks == 0
 
 
-async def test_prefill_that_is_preempted_in_between_starts_over(
+async def test_a_prefill_preempted_while_it_is_fetched_starts_over(
     model: Path, step_gate: list[Callable[[int], None]]
 ) -> None:
     """An older request of the prefill worker grows, and takes the blocks that are being fetched."""
@@ -133,7 +128,7 @@ async def test_prefill_that_is_preempted_in_between_starts_over(
         assert pair.prefill.engine.load().preemptions > 0
 
 
-async def test_first_token_that_is_the_last_leaves_nothing_behind(
+async def test_an_answer_of_one_token_leaves_no_offer_or_fetch_behind(
     model: Path, step_gate: list[Callable[[int], None]]
 ) -> None:
     [prompt] = random_prompts([LENGTH])
@@ -142,12 +137,12 @@ async def test_first_token_that_is_the_last_leaves_nothing_behind(
     async with running_pair(model) as pair:
         assert await pair.answer("a", prompt, greedy(NUM_TOKENS, stop_token_ids=[first])) == []
         assert await pair.answer("b", prompt, greedy(1)) == [first]
-        await until(lambda: not pair.decode.handover._decode._fetching)
+        await until(lambda: pair.decode.handover.num_fetching == 0)
         assert pair.decode.handover.transfers.kv_transfers == 0
 
 
 @pytest.mark.parametrize("num_outputs", [0, 1, 3])
-async def test_caller_who_leaves_at_any_time_leaves_nothing_behind(
+async def test_a_disconnect_at_any_time_leaves_no_offer_or_fetch_behind(
     model: Path, step_gate: list[Callable[[int], None]], num_outputs: int
 ) -> None:
     [prompt] = random_prompts([LENGTH])
@@ -169,7 +164,7 @@ async def test_caller_who_leaves_at_any_time_leaves_nothing_behind(
         assert await pair.answer("b", prompt, greedy(NUM_TOKENS)) == expected
 
 
-async def test_transfer_that_breaks_midway_is_done_again_with_the_first_token(
+async def test_a_transfer_that_breaks_midway_is_repeated_once_the_first_token_is_known(
     model: Path, step_gate: list[Callable[[int], None]]
 ) -> None:
     [prompt] = random_prompts([LENGTH])
@@ -196,7 +191,7 @@ async def test_transfer_that_breaks_midway_is_done_again_with_the_first_token(
 
 
 @pytest.mark.parametrize("error", [Overloaded("full"), EngineFailed("a hiccup")])
-async def test_decode_that_cannot_follow_costs_no_request(
+async def test_a_decode_that_cannot_start_early_costs_no_request(
     model: Path, step_gate: list[Callable[[int], None]], error: ServingError
 ) -> None:
     [prompt] = random_prompts([LENGTH])
@@ -217,7 +212,7 @@ async def test_decode_that_cannot_follow_costs_no_request(
         assert refused.is_set()
 
 
-async def test_prefill_that_fails_ends_the_decode_that_follows_it(
+async def test_a_failed_prefill_ends_its_early_decode(
     model: Path, step_gate: list[Callable[[int], None]]
 ) -> None:
     [prompt] = random_prompts([LENGTH])

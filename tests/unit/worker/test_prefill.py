@@ -11,6 +11,7 @@ from serving.kv_layout import KvLayout
 from serving.kv_transfer import PrefillProgress
 from serving.protocol import EngineOutput, EngineRequest, Guide, KvTransferParams, SamplingParams
 from serving.worker.prefill import PrefillEndpoint
+from waiting import until
 
 LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32")
 REQUEST = EngineRequest("a", list(range(18)), 18, SamplingParams(max_tokens=4), phase="prefill")
@@ -50,13 +51,13 @@ def params_of(output: EngineOutput | None) -> KvTransferParams:
     return output.kv_transfer_params
 
 
-async def test_offer_is_told_once_and_is_the_same_in_the_end() -> None:
+async def test_an_early_offer_is_sent_once_and_equals_the_final_one() -> None:
     endpoint, engine = make()
-    early = endpoint.finish(FURTHER)
+    early = endpoint.on_output(FURTHER)
     assert early is not None
     assert (early.token_ids, early.finish_reason) == ([], None)
-    assert endpoint.finish(FURTHER) is None
-    last = endpoint.finish(FINISHED)
+    assert endpoint.on_output(FURTHER) is None
+    last = endpoint.on_output(FINISHED)
     assert params_of(last) == params_of(early)
     assert params_of(early).num_blocks == 5
     assert endpoint.num_held == 1
@@ -77,26 +78,26 @@ async def test_offer_is_told_once_and_is_the_same_in_the_end() -> None:
 async def test_some_prefills_are_not_offered_early(sampling: SamplingParams, overlap: bool) -> None:
     request = msgspec.structs.replace(REQUEST, sampling=sampling)
     endpoint, _ = make(request, overlap=overlap)
-    assert endpoint.finish(FURTHER) is None
+    assert endpoint.on_output(FURTHER) is None
     assert endpoint.num_held == 0
 
 
 async def test_progress_comes_with_the_blocks_and_the_token_with_the_end() -> None:
     endpoint, engine = make()
-    nonce = params_of(endpoint.finish(FURTHER)).nonce
+    nonce = params_of(endpoint.on_output(FURTHER)).nonce
     waiting = asyncio.create_task(endpoint.progress("a", nonce, 0))
     await asyncio.sleep(0)
-    endpoint.finish(FURTHER)
+    endpoint.on_output(FURTHER)
     await asyncio.sleep(0)
     assert not waiting.done(), "nothing was computed"
     engine.num_computed = 2
-    endpoint.finish(FURTHER)
+    endpoint.on_output(FURTHER)
     assert await waiting == PrefillProgress(2)
     assert await endpoint.progress("a", nonce, 1) == PrefillProgress(2)
     engine.num_computed = 0  # preempted
     waiting = asyncio.create_task(endpoint.progress("a", nonce, 2))
     await asyncio.sleep(0)
-    endpoint.finish(FINISHED)
+    endpoint.on_output(FINISHED)
     assert await waiting == PrefillProgress(5, 9)
     with pytest.raises(PermissionError):
         await endpoint.progress("a", "guess", 0)
@@ -104,15 +105,15 @@ async def test_progress_comes_with_the_blocks_and_the_token_with_the_end() -> No
 
 
 @pytest.mark.parametrize("reason", ["stop", "error", "cancelled", "abort"])
-async def test_who_follows_a_prefill_that_nothing_follows_is_told(reason: Any) -> None:
+async def test_an_early_decode_gets_an_error_when_its_prefill_ends_without_kv(reason: Any) -> None:
     endpoint, engine = make()
-    nonce = params_of(endpoint.finish(FURTHER)).nonce
+    nonce = params_of(endpoint.on_output(FURTHER)).nonce
     waiting = asyncio.create_task(endpoint.progress("a", nonce, 0))
     await asyncio.sleep(0)
     if reason == "abort":
         endpoint.abort("a")
     else:
-        ended = endpoint.finish(EngineOutput("a", [], reason))
+        ended = endpoint.on_output(EngineOutput("a", [], reason))
         assert ended is not None
         assert ended.kv_transfer_params is None
     with pytest.raises(KeyError):
@@ -121,12 +122,12 @@ async def test_who_follows_a_prefill_that_nothing_follows_is_told(reason: Any) -
     assert engine.released == ["a"]
 
 
-async def test_what_nobody_fetches_expires_after_the_prefill_not_during_it() -> None:
+async def test_an_unfetched_offer_expires_after_its_prefill_but_not_during_it() -> None:
     endpoint, engine = make(hold_s=0.05)
-    endpoint.finish(FURTHER)
+    endpoint.on_output(FURTHER)
     await asyncio.sleep(0.1)
     assert endpoint.num_held == 1
-    endpoint.finish(FINISHED)
-    await asyncio.sleep(0.1)
-    assert (endpoint.num_held, endpoint.num_expired) == (0, 1)
+    endpoint.on_output(FINISHED)
+    await until(lambda: not endpoint.num_held)
+    assert endpoint.num_expired == 1
     assert engine.released == ["a"]

@@ -33,7 +33,7 @@ async def fill(worker: RunningWorker) -> None:
     assert last.finish_reason == "length"
 
 
-async def test_prompt_goes_to_the_decode_instance_when_its_time_in_the_queue_is_over(
+async def test_prompt_goes_to_the_decode_instance_when_its_queue_deadline_expires(
     model: Path,
 ) -> None:
     [prompt] = random_prompts([90])
@@ -45,7 +45,7 @@ async def test_prompt_goes_to_the_decode_instance_when_its_time_in_the_queue_is_
         pair.prefill.handover.release("full")
 
 
-async def test_caller_is_told_when_both_instances_are_busy(model: Path) -> None:
+async def test_caller_gets_queued_too_long_when_both_instances_are_busy(model: Path) -> None:
     [prompt] = random_prompts([90])
     deadlines = DeadlinesConfig(queue_s=0.5)
     async with running_pair(model, deadlines=deadlines, decode=ROOM, **ROOM) as pair:

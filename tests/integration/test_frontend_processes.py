@@ -7,47 +7,15 @@ import os
 import signal
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
-from benchmarks.load.running_service import RunningService
-from integration.tiny_model import save_tiny_model
+from integration.mock_service import make_service
 from prometheus_client.parser import text_string_to_metric_families
-from serving.config import EngineConfig, ModelConfig
-from serving.deploy.model.prepare import fetch_model
-from serving.engine.torch.build import build_engine
 from waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
-
-
-def make_service(folder: Path, num_instances: int | None = None, **more: Any) -> RunningService:
-    model = save_tiny_model(folder / "tiny")
-    fetched = fetch_model(
-        ModelConfig(id=str(model)), folder / "model", weights="dummy", report=print
-    )
-    engine = EngineConfig(backend="mock", device="cpu", dtype="float32", weights="dummy")
-    build_engine(fetched, folder / "engine", engine=engine, fingerprint="test", progress=print)
-    sections: dict[str, Any] = {
-        "model": {"id": str(model), "name": "tiny"},
-        "engine": {"backend": "mock", "max_model_len": 1024, "kv_cache_tokens": 8192},
-        "mock": {"zero_delay": True},
-        "frontend": {"processes": 2},
-        "workers": {"agg": 1, "instances_per_process": num_instances or 1},
-        **more,
-    }
-    return RunningService(
-        folder / "service",
-        folder / "engine",
-        "agg_router",
-        sections,
-        device="cpu",
-        dtype="float32",
-        gpus=[],
-        num_instances=num_instances,
-    )
 
 
 def test_four_frontend_processes_spread_a_burst_over_all_workers(tmp_path: Path) -> None:

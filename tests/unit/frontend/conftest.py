@@ -21,7 +21,7 @@ from serving.frontend.metrics.registry import Metrics
 from starlette.applications import Starlette
 from tokenizers import Tokenizer
 from unit.frontend.fakes import MODEL, FakePipeline, make_card, write_tokenizer
-from unit.frontend.waiting import until
+from waiting import until
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Workers that answer over real RPC what their script says, and a frontend's pipeline over them.
 
-Only etcd and NATS are missing: a test says itself who registers, and nobody publishes.
+Only etcd and NATS are missing: tests register workers themselves, and there are no events.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from serving.kv_router.router import KvRouter
 from serving.protocol import EngineOutput, EngineRequest, ErrorInfo, InstanceInfo, Role
 from serving.rpc import RpcServer
 from unit.frontend.fake_instances import CARD, collect, request
-from unit.frontend.waiting import until
+from waiting import until
 
 Script = list[tuple[float, EngineOutput]]
 

@@ -70,8 +70,8 @@ async def test_silent_worker_ends_the_request_at_the_deadline(
         await asyncio.wait_for(worker.aborted.wait(), 1)
         assert bool(connected.distrusted()) is is_distrusted
         phases = ("queue", "prefill", "first_token", "token", "total")
-        assert {one: connected.num_expired(one) for one in phases} == {
-            one: int(one == phase) for one in phases
+        assert {name: connected.num_expired(name) for name in phases} == {
+            name: int(name == phase) for name in phases
         }
 
 
@@ -124,7 +124,7 @@ async def test_answer_continued_elsewhere_has_no_first_token_deadline(tmp_path: 
 
 @pytest.mark.parametrize("is_early", [False, True])
 async def test_decode_has_no_first_token_deadline(tmp_path: Path, is_early: bool) -> None:
-    """Neither one that follows the first token nor one that is started before it."""
+    """Neither a decode after the first token nor an early decode."""
     params = KvTransferParams("prefill-0", 1, "", "r", "", 3, 1, "")
     offers: Script = [(0.0, EngineOutput("r", [], kv_transfer_params=params))] if is_early else []
     last = token(7, finish_reason="length", kv_transfer_params=params)

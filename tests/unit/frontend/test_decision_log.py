@@ -1,4 +1,4 @@
-"""Frontend processes see at once what the others send where, and nothing that is not so."""
+"""Processes of a frontend see each other's routing decisions at once, and no false ones."""
 
 from __future__ import annotations
 
@@ -33,68 +33,68 @@ def logs(memory: int) -> list[DecisionLog]:
 
 
 def test_peers_read_each_decision_once_and_its_writer_never(memory: int) -> None:
-    one, other, third = logs(memory)
-    one.publish(decision(1))
-    assert other.updates() == third.updates() == [decision(1)]
-    assert other.updates() == one.updates() == []
-    one.publish(decision(2))
-    one.publish(decision(3))
-    assert other.updates() == [decision(2), decision(3)]
+    writer, reader, third = logs(memory)
+    writer.publish(decision(1))
+    assert reader.updates() == third.updates() == [decision(1)]
+    assert reader.updates() == writer.updates() == []
+    writer.publish(decision(2))
+    writer.publish(decision(3))
+    assert reader.updates() == [decision(2), decision(3)]
 
 
 def test_decisions_of_several_processes_are_read_in_the_order_they_were_made(memory: int) -> None:
-    one, other, third = logs(memory)
-    one.publish(decision(1, at_s=5.0))
+    writer, reader, third = logs(memory)
+    writer.publish(decision(1, at_s=5.0))
     third.publish(decision(2, at_s=4.0))
-    one.publish(decision(3, at_s=6.0))
-    assert [each.queued_tokens for each in other.updates()] == [2, 1, 3]
+    writer.publish(decision(3, at_s=6.0))
+    assert [decision.queued_tokens for decision in reader.updates()] == [2, 1, 3]
 
 
 def test_new_process_skips_earlier_decisions_and_continues_the_numbers_of_its_slot(
     memory: int,
 ) -> None:
-    one, other, _ = logs(memory)
+    writer, reader, _ = logs(memory)
     for number in range(1, 6):
-        one.publish(decision(number))
+        writer.publish(decision(number))
     successor = DecisionLog(memory, 0, 3)
     late = DecisionLog(memory, 2, 3)
     assert late.updates() == []
     successor.publish(decision(9))
     assert late.updates() == [decision(9)]
-    assert other.updates() == [*map(decision, range(1, 6)), decision(9)]
+    assert reader.updates() == [*map(decision, range(1, 6)), decision(9)]
 
 
 @pytest.mark.parametrize("torn", range(0, 40, 3))
 def test_half_written_entry_is_ignored_and_then_overwritten(memory: int, torn: int) -> None:
-    one, other, _ = logs(memory)
-    one.publish(decision(1))
-    one.publish(decision(2))
+    writer, reader, _ = logs(memory)
+    writer.publish(decision(1))
+    writer.publish(decision(2))
     at = 2 * decision_log._ENTRY + torn
     os.pwrite(memory, bytes(byte ^ 255 for byte in os.pread(memory, 1, at)), at)
-    assert other.updates() == [decision(1)]
-    assert other.updates() == []
+    assert reader.updates() == [decision(1)]
+    assert reader.updates() == []
     successor = DecisionLog(memory, 0, 3)
     successor.publish(decision(3))
-    assert other.updates() == [decision(3)]
+    assert reader.updates() == [decision(3)]
 
 
 @pytest.mark.parametrize("missed", [0, 1, CAPACITY // 2, CAPACITY - 1, CAPACITY, 5 * CAPACITY + 3])
 def test_reader_more_than_a_round_behind_misses_only_the_oldest(memory: int, missed: int) -> None:
-    one, other, _ = logs(memory)
-    one.publish(decision(0))
-    other.updates()
+    writer, reader, _ = logs(memory)
+    writer.publish(decision(0))
+    reader.updates()
     total = CAPACITY + missed
     for number in range(1, total + 1):
-        one.publish(decision(number))
-    assert other.updates() == [decision(number) for number in range(missed + 1, total + 1)]
-    one.publish(decision(7))
-    assert other.updates() == [decision(7)]
+        writer.publish(decision(number))
+    assert reader.updates() == [decision(number) for number in range(missed + 1, total + 1)]
+    writer.publish(decision(7))
+    assert reader.updates() == [decision(7)]
 
 
 def test_numbers_that_are_too_large_are_clamped(memory: int) -> None:
-    one, other, _ = logs(memory)
-    one.publish(RoutingDecision(1, 0.0, 2**40, 2**33))
-    assert other.updates() == [RoutingDecision(1, 0.0, 2**32 - 1, 2**32 - 1)]
+    writer, reader, _ = logs(memory)
+    writer.publish(RoutingDecision(1, 0.0, 2**40, 2**33))
+    assert reader.updates() == [RoutingDecision(1, 0.0, 2**32 - 1, 2**32 - 1)]
 
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
@@ -112,7 +112,7 @@ for each in range(count):
 
 
 def test_no_decision_is_lost_or_invented_between_processes(memory: int) -> None:
-    """Two write as fast as they can while this one reads."""
+    """Two write as fast as they can while this writer reads."""
     count, reader = 3000, DecisionLog(memory, 2, 3)
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from serving.errors import NoInstances
 from unit.frontend.scripted_workers import ScriptedWorker, pipeline_over, token
-from unit.frontend.waiting import until
+from waiting import until
 
 LAST = {"finish_reason": "stop"}
 

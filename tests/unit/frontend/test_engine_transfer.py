@@ -75,7 +75,7 @@ async def test_decode_that_has_started_is_not_started_again() -> None:
         await caller
     await settle()
     assert len(decode.requests) == 1
-    assert decode.left_early == ["r"], "it is told, and aborts when it has fetched"
+    assert decode.left_early == ["r"], "it gets an abort, which takes effect after the fetch"
 
 
 async def test_failed_prefill_of_a_caller_that_left_starts_no_decode() -> None:

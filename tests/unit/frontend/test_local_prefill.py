@@ -39,7 +39,7 @@ async def test_local_prefill_moves_on_when_its_decode_instance_is_lost() -> None
 
 
 async def test_each_attempt_has_its_own_id() -> None:
-    """Or an instance's last word about the one that was given up would end the next one."""
+    """A late output of an abandoned attempt must not end the next one."""
     prefill, decode = FakeClient("prefill-0"), FakeClient("decode-0")
     prefill.broken = True
     pipeline = make_pipeline(prefill, decode, router=RouterConfig())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from serving.frontend.log import LaterHandler, LineFormatter
-from unit.frontend.waiting import until
+from waiting import until
 
 
 @pytest.fixture

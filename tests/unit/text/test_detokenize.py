@@ -156,7 +156,7 @@ def test_special_tokens_are_silent_unless_asked_for(tokenizer: Tokenizer) -> Non
         ("hello world", ["hello"], ""),
         ("hello world", ["d"], "hello worl"),
         ("aaab", ["aab"], "a"),
-        ("abcd", ["abcd", "bc"], "a"),  # the one that is complete first
+        ("abcd", ["abcd", "bc"], "a"),  # complete first
         ("日本語です", ["語で"], "日本"),
         ("x😀y", ["😀"], "x"),
         ("the end", ["never"], "the end"),
@@ -247,5 +247,5 @@ def test_tokens_of_one_output_are_told_one_by_one(
     assert len([delta for delta in each if delta.text]) == len(single)
     assert (each[-1].finish_reason, whole.num_tokens) == (alone.finish_reason, alone.num_tokens)
     if logprobs:
-        told = [entry.token_id for delta in each for entry in delta.logprobs or ()]
-        assert told == ids
+        token_ids = [entry.token_id for delta in each for entry in delta.logprobs or ()]
+        assert token_ids == ids

@@ -1,4 +1,4 @@
-"""API keys: who gets in, how often, and what the others are told."""
+"""API keys: which requests are admitted, how often, and the errors for the others."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

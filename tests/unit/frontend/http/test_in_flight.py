@@ -1,4 +1,4 @@
-"""When somebody who is refused should come back."""
+"""When a refused client should try again."""
 
 from __future__ import annotations
 

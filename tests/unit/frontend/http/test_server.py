@@ -16,8 +16,9 @@ from serving.errors import Overloaded
 from serving.frontend.metrics.registry import Metrics
 from starlette.applications import Starlette
 from unit.frontend.fakes import MODEL, FakePipeline
-from unit.frontend.waiting import DEADLINE_S, until
+from waiting import until
 
+DEADLINE_S = 5.0
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -260,7 +261,7 @@ async def test_official_client_raises_its_own_errors(
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_requests_leave_nothing_to_the_garbage_collector(url: str, stream: bool) -> None:
-    """What is in cycles waits for a collection, which then stalls every stream."""
+    """Objects in cycles wait for a collection, which then stalls every stream."""
     loop = asyncio.get_running_loop()
     content = json.dumps({**CHAT, "stream": stream}).encode()
     request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b"

@@ -1,4 +1,4 @@
-"""What is counted is what the page shows."""
+"""The page shows what was counted."""
 
 from __future__ import annotations
 

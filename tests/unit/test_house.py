@@ -20,7 +20,6 @@ LONG_MODULES = {
     "tests/unit/engine/trtllm/test_adapter.py": 710,
     "tests/unit/engine/trtllm/requests/test_open_requests.py": 530,
     "tests/unit/engine/trtllm/test_standin.py": 730,
-    "tests/unit/frontend/api/test_responses.py": 480,
     "tests/unit/kv_router/test_router.py": 590,
 }
 """Modules that may be longer, and how long."""

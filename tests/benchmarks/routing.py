@@ -37,7 +37,7 @@ from serving.config import RouterConfig  # noqa: E402
 from serving.kv_router.router import KvRouter  # noqa: E402
 from serving.simulate.clock import Clock  # noqa: E402
 from serving.simulate.cluster import ClusterShape, MakeRouter, make_router, simulate  # noqa: E402
-from serving.simulate.outcome import Outcome  # noqa: E402
+from serving.simulate.outcome import SimulationOutcome  # noqa: E402
 from serving.simulate.trace import Trace, load_trace  # noqa: E402
 
 WORKERS, BLOCKS = 8, 2000
@@ -74,7 +74,7 @@ POLICIES: dict[str, MakeRouter] = {
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def figures(outcome: Outcome) -> dict[str, float]:
+def figures(outcome: SimulationOutcome) -> dict[str, float]:
     times = {f"ttft_p{p}": round(outcome.ttft_s(p / 100), 3) for p in (50, 90, 99)}
     return {**times, "hit": round(outcome.hit_rate, 4)}
 

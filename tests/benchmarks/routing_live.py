@@ -36,9 +36,9 @@ from benchmarks.load.streaming_client import Client, Completion
 from integration.deployment import Deployment
 from integration.tiny_model import save_tiny_model
 from msgspec import Struct
-from serving.simulate.outcome import Outcome, RequestOutcome
+from serving.engine.core.speed import WorkerSpeed
+from serving.simulate.outcome import RequestOutcome, SimulationOutcome
 from serving.simulate.trace import HASH_TOKENS, Trace, TraceRequest
-from serving.simulate.worker import EngineSpeed
 
 MODEL = "tiny"
 WORKERS, BLOCKS = 8, 2000
@@ -77,10 +77,10 @@ class Pace(Struct, frozen=True):
     def block_tokens(self) -> int:
         return HASH_TOKENS // self.shrink
 
-    def engine_speed(self) -> EngineSpeed:
+    def engine_speed(self) -> WorkerSpeed:
         """20,000 tokens of the trace in a second, and 20 ms a token."""
-        tokens_per_s = EngineSpeed().prefill_tokens_per_s / self.shrink * self.speedup
-        return EngineSpeed(prefill_tokens_per_s=tokens_per_s, itl_s=STEP_S / self.speedup)
+        tokens_per_s = WorkerSpeed().prefill_tokens_per_s / self.shrink * self.speedup
+        return WorkerSpeed(prefill_tokens_per_s=tokens_per_s, step_s=STEP_S / self.speedup)
 
     def of(self, trace: Trace) -> Trace:
         """That part of it, in that scale."""
@@ -231,7 +231,7 @@ def cpu_s(process: psutil.Process) -> float:
 class Replay(Struct):
     """What came of it, in time of the trace; CPU as shares of one core, of the machine's: of all."""
 
-    outcome: Outcome
+    outcome: SimulationOutcome
     cpu_frontend: float
     cpu_workers: float
     cpu_client: float
@@ -287,7 +287,7 @@ async def replay(live: Live, trace: Trace, salt: int, speedup: float) -> Replay:
     ]
     shares = [(new - old) / wall_s for new, old in zip(after, before, strict=True)]
     late = sorted(late_s)[int(len(late_s) * 0.99)]
-    return Replay(Outcome(outcomes, {}), *shares, machine, late * 1000)
+    return Replay(SimulationOutcome(outcomes, {}), *shares, machine, late * 1000)
 
 
 def median_of(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from benchmarks.load.streaming_client import Completion
 from benchmarks.routing_live import Pace, Prompts
 from serving.block_hash import chain
 from serving.config import MockConfig
-from serving.engine.mock.timing import Work, step_seconds
+from serving.engine.core.speed import Work, WorkerSpeed
 from serving.protocol import EngineOutput
 from serving.simulate.trace import Trace, TraceRequest
 
@@ -207,7 +207,9 @@ def test_live_engine_computes_a_block_of_the_trace_as_fast_as_the_simulated_one(
     sections, speed = pace.engine_sections(), pace.engine_speed()
     timing = msgspec.convert(sections["mock"], MockConfig)
     chunk = sections["engine"]["max_num_batched_tokens"]
-    assert step_seconds(timing, Work(num_decodes=5)) == pytest.approx(speed.itl_s)
-    took_s = step_seconds(timing, Work(prefill_tokens=chunk, num_decodes=5))
+    mock = WorkerSpeed.from_mock(timing, kv_token_bytes=1)
+    decodes = Work(num_decodes=5)
+    assert mock.step_time_s(decodes) == pytest.approx(speed.step_time_s(decodes))
+    took_s = mock.step_time_s(Work(prefill_tokens=chunk, num_decodes=5))
     assert chunk / took_s == pytest.approx(speed.prefill_tokens_per_s)
     assert speed.prefill_tokens_per_s * shrink == 3 * 20_000

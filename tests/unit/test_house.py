@@ -38,8 +38,7 @@ SHARING_TEST_MODULES = {
 """Test modules that still import from another test module."""
 
 SHARED_CLASS_NAMES = {
-    *("Job",),
-    *("Outcome", "Report", "Sampler"),
+    *("Report", "Sampler"),
 }
 """Names that still mean more than one thing."""
 

@@ -9,14 +9,15 @@ from random import Random
 from msgspec import Struct
 
 from serving.config import RouterConfig
+from serving.engine.core.speed import WorkerSpeed
 from serving.kv_router.peers import RoutingDecision
 from serving.kv_router.router import KvRouter, PromptHashes, Route
 from serving.load_report import LoadReport
 from serving.protocol import KvEventBatch, ModelCard, Role
 from serving.simulate.clock import Clock
-from serving.simulate.outcome import Outcome, RequestOutcome
+from serving.simulate.outcome import RequestOutcome, SimulationOutcome
 from serving.simulate.trace import Trace, TraceRequest
-from serving.simulate.worker import EngineSpeed, Job, SimulatedWorker
+from serving.simulate.worker import SimulatedWorker, WorkerRequest
 
 SALT = "simulated"
 
@@ -34,7 +35,7 @@ class ClusterShape(Struct, frozen=True):
     prefill: int = 0
     decode: int = 0
     frontends: int = 1
-    speed: EngineSpeed = EngineSpeed()
+    speed: WorkerSpeed = WorkerSpeed()
     event_delay_s: float = 0.002
     rpc_delay_s: float = 0.0005
     share: bool = True
@@ -56,7 +57,7 @@ def simulate(
     *,
     make_router: MakeRouter = make_router,
     on_time: Callable[[float], None] | None = None,
-) -> Outcome:
+) -> SimulationOutcome:
     """Run a trace to its end. `on_time` is called with each arrival."""
     return _Cluster(trace, shape, config, make_router).run(on_time)
 
@@ -102,14 +103,14 @@ class _Cluster:
             if shape.frontends > 1 and shape.share:
                 router.peers = _PeerRouters(self._decisions, number)
 
-    def run(self, on_time: Callable[[float], None] | None) -> Outcome:
+    def run(self, on_time: Callable[[float], None] | None) -> SimulationOutcome:
         for number, request in enumerate(self._trace.requests):
             router = self._routers[self._rng.randrange(len(self._routers))]
             arrive = partial(self._arrive, router, request, f"r{number}", on_time)
             self._clock.at(request.arrival_s, arrive)
         self._clock.run()
         busy_s = {name: worker.busy_s for name, worker in self._workers.items()}
-        outcome = Outcome(self._outcomes, busy_s)
+        outcome = SimulationOutcome(self._outcomes, busy_s)
         for router in self._routers:
             outcome.evicted_blocks += router.evicted_blocks
             for name, worker in self._workers.items() if router.uses_index else ():
@@ -138,16 +139,15 @@ class _Cluster:
         else:
             route = router.route(prompt, "prefill", request_id=request_id)
         outcome.predicted_tokens = route.overlap_tokens
-        decodes = route.role != "prefill"
         worker = self._workers[route.instance_id]
 
         def prefilled() -> None:
             outcome.ttft_s = self._clock.now_s + self._shape.rpc_delay_s - request.arrival_s
-            outcome.cached_tokens = job.cached_tokens
+            outcome.cached_tokens = computed.cached_tokens
             self._later(route.first_output)
-            if not decodes:
+            if computed.phase == "prefill":
                 self._later(
-                    lambda: self._hand_over(router, request, request_id, outcome, worker, job)
+                    lambda: self._hand_over(router, request, request_id, outcome, worker, computed)
                 )
                 self._later(lambda: _leave(route))
 
@@ -155,8 +155,14 @@ class _Cluster:
             self._finish(outcome, request)
             self._later(lambda: _leave(route))
 
-        job = Job(request, computes=True, decodes=decodes, on_prefilled=prefilled, on_done=done)
-        self._later(lambda: worker.submit(job))
+        computed = WorkerRequest(
+            request_id,
+            request,
+            "prefill" if route.role == "prefill" else "agg",
+            on_prefilled=prefilled,
+            on_done=done,
+        )
+        self._later(lambda: worker.submit(computed))
 
     def _hand_over(
         self,
@@ -165,7 +171,7 @@ class _Cluster:
         request_id: str,
         outcome: RequestOutcome,
         source: SimulatedWorker,
-        prefilled: Job,
+        prefilled: WorkerRequest,
     ) -> None:
         if request.completion_tokens == 1:
             source.release(prefilled)
@@ -178,14 +184,14 @@ class _Cluster:
             self._finish(outcome, request)
             self._later(lambda: _leave(route))
 
-        job = Job(
+        fetched = WorkerRequest(
+            request_id,
             request,
-            computes=False,
-            decodes=True,
+            "decode",
             on_prefilled=lambda: source.release(prefilled),
             on_done=done,
         )
-        self._later(lambda: self._workers[route.instance_id].submit(job))
+        self._later(lambda: self._workers[route.instance_id].submit(fetched))
 
     def _finish(self, outcome: RequestOutcome, request: TraceRequest) -> None:
         took_s = self._clock.now_s + self._shape.rpc_delay_s - request.arrival_s - outcome.ttft_s

@@ -1,4 +1,4 @@
-"""What came of a simulated workload."""
+"""The results of a simulated workload: latencies and hit rates."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class RequestOutcome(Struct):
     was_local: bool = False
 
 
-class Outcome(Struct):
-    """All of them, and how the indexes stand at the end, when everything that was said has arrived.
+class SimulationOutcome(Struct):
+    """All requests, and the state of the indexes at the end, when every message has arrived.
 
-    `busy_s`: time each instance spent on prompts. `claimed_blocks`: blocks that an index thinks an
-    instance holds, and it does not. `missing_blocks`: those it does not know of, which must have
-    been evicted.
+    `busy_s`: time each instance spent on prompts. `claimed_blocks`: blocks that an index wrongly
+    takes an instance to hold. `missing_blocks`: held blocks that an index does not know; it must
+    have evicted them.
     """
 
     requests: list[RequestOutcome]

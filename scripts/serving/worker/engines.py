@@ -73,8 +73,8 @@ def _mock(process: WorkerSettings, manifest: EngineManifest) -> TransferringEngi
     return MockEngine(
         Path(process.engine_dir),
         manifest,
+        process.engine,
         role=process.role,
         instance_id=process.instance_id,
-        engine=process.engine,
         timing=process.mock,
     )

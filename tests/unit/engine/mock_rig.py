@@ -105,9 +105,9 @@ class Rig:
         self.engine = MockEngine(
             folder,
             save_engine(folder),
+            EngineConfig(backend="mock", **sizes),
             role=role,
             instance_id=f"{role}-0",
-            engine=EngineConfig(backend="mock", **sizes),
             timing=timing or MockConfig(zero_delay=True),
         )
         self.outputs: dict[str, list[EngineOutput]] = {}

@@ -5,8 +5,8 @@ from random import Random
 import pytest
 from serving.config import PlanConfig, RouterConfig
 from serving.errors import OperatorError
+from serving.simulate.capacity import CapacityPlanner, propose
 from serving.simulate.cluster import ClusterShape, simulate
-from serving.simulate.plan import Planner, propose
 from serving.simulate.trace import Trace, TraceRequest
 
 
@@ -116,7 +116,7 @@ PLAN = PlanConfig(
 def test_a_plan_meets_its_targets_and_fewer_workers_do_not() -> None:
     trace = conversations(50, every_s=0.2)
     lines: list[str] = []
-    planner = Planner(trace, PLAN, RouterConfig(), lines.append)
+    planner = CapacityPlanner(trace, PLAN, RouterConfig(), lines.append)
     found = planner.fewest()
     assert found.ttft_s <= PLAN.ttft_s
     assert found.itl_s <= PLAN.itl_s
@@ -132,7 +132,7 @@ def test_a_plan_meets_its_targets_and_fewer_workers_do_not() -> None:
 def test_a_target_that_no_number_meets_is_named(change, named) -> None:
     plan = PlanConfig(max_workers=4, **change)
     with pytest.raises(OperatorError, match=named):
-        Planner(conversations(10), plan, RouterConfig(), lambda line: None).fewest()
+        CapacityPlanner(conversations(10), plan, RouterConfig(), lambda line: None).fewest()
 
 
 def test_a_plan_needs_a_trace(tmp_path) -> None:

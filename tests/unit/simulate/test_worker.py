@@ -1,16 +1,17 @@
 """A simulated worker takes the time its figures say, and keeps its blocks in order."""
 
 import pytest
+from serving.engine.core.speed import WorkerSpeed
 from serving.load_report import LoadReport
-from serving.protocol import BlocksRemoved, BlocksStored, KvEventBatch, ModelCard
+from serving.protocol import BlocksRemoved, BlocksStored, KvEventBatch, ModelCard, Phase
 from serving.simulate.clock import Clock
 from serving.simulate.trace import TraceRequest
-from serving.simulate.worker import EngineSpeed, Job, SimulatedWorker
+from serving.simulate.worker import SimulatedWorker, WorkerRequest
 
 BLOCK = 100
 CARD = ModelCard("m", "", 1 << 30, BLOCK, "salt", "", 0)
-SPEED = EngineSpeed(
-    prefill_tokens_per_s=1000, itl_s=0.01, itl_per_sequence_s=0.002, transfer_tokens_per_s=10_000
+SPEED = WorkerSpeed(
+    prefill_tokens_per_s=1000, step_s=0.008, step_sequence_s=0.002, transfer_tokens_per_s=10_000
 )
 
 
@@ -30,10 +31,16 @@ class Bench:
             publish_load=self.reports.append,
         )
         self.times: list[tuple[float, float]] = []
-        self.jobs: list[Job] = []
+        self.requests: list[WorkerRequest] = []
 
     def send(
-        self, at_s: float, prompt: int, completion: int = 1, *, first_hash: int = 1, **kind: bool
+        self,
+        at_s: float,
+        prompt: int,
+        completion: int = 1,
+        *,
+        first_hash: int = 1,
+        phase: Phase = "agg",
     ) -> None:
         """One request; `times` gets its first token and its end."""
         hashes = [first_hash + n for n in range(prompt // BLOCK)]
@@ -46,16 +53,16 @@ class Bench:
         def done() -> None:
             self.times.append((times[0], self.clock.now_s))
 
-        kind = {"computes": True, "decodes": True, **kind}
-        job = Job(request, on_prefilled=prefilled, on_done=done, **kind)
-        self.jobs.append(job)
-        self.clock.at(at_s, lambda: self.worker.submit(job))
+        name = f"r{len(self.requests)}"
+        sent = WorkerRequest(name, request, phase, on_prefilled=prefilled, on_done=done)
+        self.requests.append(sent)
+        self.clock.at(at_s, lambda: self.worker.submit(sent))
 
     def run(self) -> None:
         self.clock.run(1000.0)
         self.worker.stop()
         self.clock.run()
-        self.worker.pool.check_integrity(job.blocks for job in self.jobs)
+        self.worker.check_integrity()
 
 
 def close(*times: float) -> tuple[float, ...]:
@@ -83,7 +90,7 @@ def test_a_cached_prefix_is_not_computed_again_but_the_last_token_is() -> None:
     bench.send(1.0, 800)
     bench.send(3.0, 800)
     bench.run()
-    assert [job.cached_tokens for job in bench.jobs] == [0, 500, 700]
+    assert [each.cached_tokens for each in bench.requests] == [0, 500, 700]
     assert tuple(first for first, _ in bench.times) == close(0.5, 1.3, 3.1)
     stored = [event for batch in bench.batches for event in batch.events]
     assert stored == [BlocksStored(None, [1, 2, 3, 4, 5]), BlocksStored(5, [6, 7, 8])]
@@ -122,12 +129,12 @@ def test_held_blocks_are_not_evicted_and_cached_ones_are_leaves_first() -> None:
     bench.send(3.0, 600, first_hash=1)
     bench.run()
     assert bench.batches[1].events[0] == BlocksRemoved([6, 5, 4, 3])
-    assert bench.jobs[2].cached_tokens == 200
+    assert bench.requests[2].cached_tokens == 200
 
 
 def test_a_fetched_prompt_takes_the_time_of_its_transfer_and_prefills_nothing() -> None:
     bench = Bench()
-    bench.send(0.0, 1000, 11, computes=False)
+    bench.send(0.0, 1000, 11, phase="decode")
     bench.run()
     arrived = SPEED.transfer_latency_s + 0.1
     assert bench.times == [close(arrived, arrived + 0.1)]

@@ -53,6 +53,8 @@ class Admission:
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival
         self.reserved: dict[str, Sequence] = {}
+        self.queued_tokens = 0
+        """Tokens that the queue will have to compute."""
         self._limits, self._holds_answers = limits, holds_answers
 
     # --- the queue -----------------------------------------------------------------------------
@@ -62,11 +64,13 @@ class Admission:
         if len(self.waiting) >= self._limits.max_waiting:
             raise Overloaded(f"{len(self.waiting)} requests are waiting in this worker")
         sequence.num_uncached = self.blocks.num_uncached(sequence)
+        self.queued_tokens += sequence.num_uncached
         self.waiting.append(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """A preempted sequence waits again, in order of arrival."""
         sequence.state = State.WAITING
+        self.queued_tokens += sequence.num_uncached
         bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
 
     def expired(self, now: float) -> list[Sequence]:
@@ -78,11 +82,6 @@ class Admission:
         return min(
             (s.queued_until for s in self.waiting if s.queued_until is not None), default=None
         )
-
-    @property
-    def queued_tokens(self) -> int:
-        """Tokens that the queue will have to compute."""
-        return sum(sequence.num_uncached for sequence in self.waiting)
 
     # --- into the batch ------------------------------------------------------------------------
 
@@ -113,7 +112,7 @@ class Admission:
         num_spare = 0 if self._holds_answers else len(self.running)
         if not self.blocks.claim(sequence, self._num_tokens(sequence), num_spare):
             return False
-        self.waiting.remove(sequence)
+        self._leave_queue(sequence)
         sequence.queued_until = None
         if sequence.on_settled is not None:
             sequence.state = State.RESERVED
@@ -136,7 +135,7 @@ class Admission:
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out of its collection. Its blocks and its state stay as they are."""
         if sequence.state is State.WAITING:
-            self.waiting.remove(sequence)
+            self._leave_queue(sequence)
         elif sequence.state is State.RESERVED:
             del self.reserved[sequence.request_id]
         else:
@@ -155,6 +154,8 @@ class Admission:
             arrivals = [sequence.arrival for sequence in members]
             assert arrivals == sorted(arrivals), "a collection is out of order"
         assert all(not s.blocks for s in self.waiting), "a waiting request holds blocks"
+        queued = sum(sequence.num_uncached for sequence in self.waiting)
+        assert self.queued_tokens == queued, "queued tokens do not add up"
         self.blocks.check_integrity(self.running)
 
     def _num_tokens(self, sequence: Sequence) -> int:
@@ -165,6 +166,10 @@ class Admission:
         if sequence.request.phase != "prefill":
             num_tokens = sequence.num_prompt + sequence.sampling.max_tokens
         return min(num_tokens, self._limits.max_model_len)
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self.queued_tokens -= sequence.num_uncached
 
     def _run(self, sequence: Sequence) -> None:
         sequence.state = State.RUNNING

@@ -1,10 +1,10 @@
 """An engine that computes nothing: real queues, blocks and events, modelled time, made-up text.
 
-Scheduler and block pool are those of the torch engine, which know no tensors. What a step or a
-transfer would take is `mock_timing`'s to say; meanwhile the event loop is free, so that hundreds of
-instances fit in a process and on a core or two. Steps that take no time follow each other by
-`call_soon`. KV moves in name only: a prefill holds its blocks for as long as fetching them takes,
-and a decode waits that long, one transfer of an instance after the other.
+Scheduler and block pool are the core that the torch engine uses. `WorkerSpeed` says how long a step
+or a transfer takes; meanwhile the event loop is free, so that hundreds of instances fit in a
+process and on a core or two. Steps that take no time follow each other by `call_soon`. No KV
+moves: a prefill holds its blocks for as long as fetching them takes, and a decode waits that long,
+one transfer of an instance after the other.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from serving.engine.core.host_tier import HostTier
 from serving.engine.core.queue_timer import QueueTimer
 from serving.engine.core.scheduler import Scheduler
 from serving.engine.core.sequence import Sequence, State
+from serving.engine.core.speed import WorkerSpeed, work_of
 from serving.engine.core.step import Chunk, StepPlan
 from serving.engine.manifest import EngineManifest
 from serving.engine.mock.text import MockText, printable_ids
-from serving.engine.mock.timing import step_seconds, transfer_seconds, work_of
 from serving.errors import EngineFailed, InvalidRequest, OperatorError
 from serving.load_report import KvTransferTotals, LoadReport
 from serving.protocol import (
@@ -55,35 +55,35 @@ class MockEngine(TransferringEngine):
         self,
         engine_dir: Path,
         manifest: EngineManifest,
+        config: EngineConfig,
         *,
         role: Role,
         instance_id: str,
-        engine: EngineConfig,
         timing: MockConfig,
     ) -> None:
         assert manifest.kv_layout is not None, "it was built as for the torch engine"
         self._manifest, self._layout = manifest, manifest.kv_layout
         self._engine_dir, self._instance_id = engine_dir, instance_id
-        self._timing = timing
-        self._limits = SchedulerLimits.from_config(engine, engine.step_tokens(role=role))
-        num_tokens = engine.kv_cache_tokens or engine.max_batch_size * engine.max_model_len
-        if num_tokens < engine.max_model_len:
+        self._speed = WorkerSpeed.from_mock(timing, self._layout.token_bytes)
+        self._limits = SchedulerLimits.from_config(config, config.step_tokens(role=role))
+        num_tokens = config.kv_cache_tokens or config.max_batch_size * config.max_model_len
+        if num_tokens < config.max_model_len:
             raise OperatorError(
                 f"`engine.kv_cache_tokens` {num_tokens} cannot hold one request of "
-                f"`engine.max_model_len` {engine.max_model_len}",
+                f"`engine.max_model_len` {config.max_model_len}",
                 remedy="raise the one or lower the other",
             )
         self.spec = EngineSpec(
-            max_model_len=engine.max_model_len,
-            block_size=engine.block_size,
-            num_blocks=-(-num_tokens // engine.block_size),
-            max_batch_size=engine.max_batch_size,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+            num_blocks=-(-num_tokens // config.block_size),
+            max_batch_size=config.max_batch_size,
             hash_salt=manifest.hash_salt,
             fingerprint=manifest.fingerprint,
             kv_layout=None,
             device="cpu",
         )
-        tier = HostTier(engine.host_cache_bytes // self._layout.block_bytes)
+        tier = HostTier(config.host_cache_bytes // self._layout.block_bytes)
         self._scheduler = Scheduler(BlockPool(self.spec.num_blocks, tier), self._limits)
         self._root = block_hash.root_hash(manifest.hash_salt)
         self._arrivals = itertools.count()
@@ -94,8 +94,8 @@ class MockEngine(TransferringEngine):
         self._link_free = 0.0  # when the transfers so far are over
         self._fetches: dict[str, asyncio.Handle] = {}
         self._holds: dict[str, asyncio.Handle] = {}
-        self._is_telling = self._is_closed = False
-        # Hashes, as the sink has been told.
+        self._is_delivering = self._is_closed = False
+        # Hashes that the sink knows from events.
         self._delivered: dict[Tier, set[int]] = {"device": set(), "host": set()}
         self._loop: asyncio.AbstractEventLoop
         self._sink: StepSink
@@ -153,7 +153,7 @@ class MockEngine(TransferringEngine):
         """See `Scheduler.expire`."""
         due = self._scheduler.expire(now)
         self._wake()
-        self._tell_soon()
+        self._deliver_soon()
         return due
 
     def abort(self, request_id: str) -> None:
@@ -179,7 +179,7 @@ class MockEngine(TransferringEngine):
         if (handle := self._holds.pop(request_id, None)) is not None:
             handle.cancel()
         self._wake()
-        self._tell_soon()
+        self._deliver_soon()
 
     # --- steps ---------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class MockEngine(TransferringEngine):
     def _resume(self) -> None:
         self._begin()
         if self._step is None:  # nothing to compute, yet evictions or admissions may have happened
-            self._tell_soon()
+            self._deliver_soon()
 
     def _begin(self) -> None:
         self._next = None
@@ -200,8 +200,8 @@ class MockEngine(TransferringEngine):
         plan = self._scheduler.plan_step()
         if not plan:
             return
-        host_bytes = len(plan.copies.onloads) * self._layout.block_bytes
-        seconds = step_seconds(self._timing, work_of(plan.chunks), host_bytes)
+        host_tokens = len(plan.copies.onloads) * self._layout.block_size
+        seconds = self._speed.step_time_s(work_of(plan.chunks), host_tokens)
         self._scheduler.launched(plan.chunks)
         self._step = plan
         if seconds == 0.0:
@@ -256,9 +256,10 @@ class MockEngine(TransferringEngine):
             if (handle := self._fetches.pop(request_id, None)) is not None:
                 handle.cancel()
             return
-        num_bytes = (len(sequence.blocks) - sequence.num_stored) * self._layout.block_bytes
+        num_blocks = len(sequence.blocks) - sequence.num_stored
+        num_bytes = num_blocks * self._layout.block_bytes
         began = self._loop.time()
-        seconds = transfer_seconds(self._timing, num_bytes)
+        seconds = self._speed.transfer_time_s(num_blocks * self._layout.block_size)
 
         def arrived() -> None:
             del self._fetches[request_id]
@@ -279,8 +280,8 @@ class MockEngine(TransferringEngine):
             return output
         request, num_blocks = sequence.request, len(sequence.blocks)
         goes_on = self._goes_on(request, output)
-        num_bytes = num_blocks * self._layout.block_bytes if goes_on else 0
-        seconds = transfer_seconds(self._timing, num_bytes)
+        num_tokens = num_blocks * self._layout.block_size if goes_on else 0
+        seconds = self._speed.transfer_time_s(num_tokens)
         until = self._loop.time() + seconds
         release = self._call_at(until, lambda: self.release(request.request_id), is_now=not seconds)
         self._holds[request.request_id] = release
@@ -311,14 +312,14 @@ class MockEngine(TransferringEngine):
 
     # --- delivery ------------------------------------------------------------------------------
 
-    def _tell_soon(self) -> None:
+    def _deliver_soon(self) -> None:
         """Not from here: a sink may be what called us."""
-        if not self._is_telling and not self._is_closed:
-            self._is_telling = True
-            self._loop.call_soon(self._tell)
+        if not self._is_delivering and not self._is_closed:
+            self._is_delivering = True
+            self._loop.call_soon(self._deliver_now)
 
-    def _tell(self) -> None:
-        self._is_telling = False
+    def _deliver_now(self) -> None:
+        self._is_delivering = False
         if not self._is_closed:
             self._deliver()
 

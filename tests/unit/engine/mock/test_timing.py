@@ -1,61 +1,12 @@
-"""How long the mock engine takes: the functions themselves, and the engine on a virtual clock."""
+"""The mock engine takes the time of its speed, on a virtual clock."""
 
 import asyncio
 from pathlib import Path
 
 import pytest
 from serving.config import MockConfig
-from serving.engine.core.sequence import Sequence
-from serving.engine.core.step import Chunk
-from serving.engine.mock.timing import Work, step_seconds, transfer_seconds, work_of
-from serving.protocol import EngineRequest, KvTransferParams, SamplingParams
+from serving.protocol import KvTransferParams
 from unit.engine.mock_rig import LAYOUT, Rig, on_virtual_time, prompt
-
-TIMING = MockConfig(
-    prefill_tokens_per_s=1000,
-    prefill_pair_s=1e-6,
-    step_s=0.01,
-    step_sequence_s=0.001,
-    step_context_token_s=1e-5,
-    transfer_bytes_per_s=1e6,
-    transfer_latency_s=0.5,
-    host_bytes_per_s=1e6,
-)
-
-
-def test_step_time_is_the_sum_of_its_parts() -> None:
-    work = Work(prefill_tokens=100, prefill_pairs=2000, num_decodes=4, context_tokens=300)
-    assert step_seconds(TIMING, work) == pytest.approx(0.01 + 0.1 + 0.002 + 0.004 + 0.003)
-    assert step_seconds(TIMING, Work(num_decodes=1)) == pytest.approx(0.011)
-    assert step_seconds(TIMING, Work(), host_bytes=1000) == pytest.approx(0.001)
-    assert step_seconds(TIMING, Work()) == 0.0
-
-
-def test_transfer_time_is_latency_and_bytes() -> None:
-    assert transfer_seconds(TIMING, 250_000) == pytest.approx(0.75)
-    assert transfer_seconds(TIMING, 0) == 0.0
-
-
-def test_speedup_divides_all_times() -> None:
-    fast = MockConfig(step_s=0.01, transfer_bytes_per_s=1e6, speedup=10)
-    assert step_seconds(fast, Work(num_decodes=10)) == pytest.approx(0.0011)
-    assert transfer_seconds(fast, 1000) == pytest.approx(1e-4)
-
-
-def test_zero_rates_and_zero_delay_take_exactly_nothing() -> None:
-    work = Work(10**6, 10**9, 100, 10**6)
-    free = MockConfig(prefill_tokens_per_s=0, step_s=0, step_sequence_s=0, transfer_bytes_per_s=0)
-    assert step_seconds(free, work, 10**9) == 10**9 / free.host_bytes_per_s
-    assert transfer_seconds(free, 10**9) == 0.0
-    assert step_seconds(MockConfig(zero_delay=True, step_s=9), work, 10**9) == 0.0
-    assert transfer_seconds(MockConfig(zero_delay=True, transfer_latency_s=9), 10**9) == 0.0
-
-
-def test_work_tells_prefill_from_decode() -> None:
-    sequence = Sequence(EngineRequest("r", [5] * 20, 20, SamplingParams(max_tokens=9)), 0, 0, 8)
-    last_of_prompt = Chunk(sequence, 19, 1, samples=True)
-    chunks = [Chunk(sequence, 4, 3, samples=False), last_of_prompt, Chunk(sequence, 20, 1, True)]
-    assert work_of(chunks) == Work(4, (4 + 5 + 6) + 19, 1, 20)
 
 
 def test_engine_takes_the_time_of_its_steps(tmp_path: Path) -> None:

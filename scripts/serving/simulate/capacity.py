@@ -15,15 +15,15 @@ import msgspec
 from msgspec import Struct
 
 from serving.config import PlanConfig, RouterConfig
+from serving.engine.core.speed import WorkerSpeed
 from serving.errors import OperatorError
 from serving.progress import Report
 from serving.simulate.cluster import ClusterShape, simulate
-from serving.simulate.outcome import Outcome
+from serving.simulate.outcome import SimulationOutcome
 from serving.simulate.trace import Trace, load_trace
-from serving.simulate.worker import EngineSpeed
 
 
-class Tried(Struct, frozen=True):
+class CapacityPlan(Struct, frozen=True):
     """One pair of numbers, and what came of it: seconds, at the quantile of the targets."""
 
     prefill: int
@@ -44,16 +44,16 @@ class Tried(Struct, frozen=True):
 HEADING = "prefill  decode  TTFT (s) ITL (ms)  hit %  busy %  local %"
 
 
-class Planner:
+class CapacityPlanner:
     """Simulates pairs, each once."""
 
     def __init__(
         self, trace: Trace, plan: PlanConfig, router: RouterConfig, report: Report
     ) -> None:
         self._trace, self._plan, self._router, self._report = trace, plan, router, report
-        self._tried: dict[tuple[int, int, bool], Tried] = {}
+        self._tried: dict[tuple[int, int, bool], CapacityPlan] = {}
 
-    def fewest(self) -> Tried:
+    def fewest(self) -> CapacityPlan:
         """The pair to use. Raises OperatorError when the targets cannot be met."""
         self._report(HEADING)
         plenty = self._plan.max_workers
@@ -73,7 +73,7 @@ class Planner:
             if self.try_out(prefill, decode) == tried:
                 raise self._unattainable("itl_s" if self._ttft_is_met(tried) else "ttft_s")
 
-    def try_out(self, prefill: int, decode: int, *, helps: bool = True) -> Tried:
+    def try_out(self, prefill: int, decode: int, *, helps: bool = True) -> CapacityPlan:
         """`helps`: idle decode workers prefill, if the configuration says so."""
         key = prefill, decode, helps
         if key not in self._tried:
@@ -97,23 +97,18 @@ class Planner:
             low, high = (low, middle) if suffices(middle) else (middle, high)
         return high
 
-    def _measure(self, prefill: int, decode: int, helps: bool) -> Tried:
+    def _measure(self, prefill: int, decode: int, helps: bool) -> CapacityPlan:
         plan = self._plan
         shape = ClusterShape(
             num_blocks=max(1, plan.kv_cache_tokens // self._trace.block_size),
             prefill=prefill,
             decode=decode,
-            speed=EngineSpeed(
-                plan.prefill_tokens_per_s,
-                plan.step_s,
-                plan.step_per_sequence_s,
-                plan.transfer_tokens_per_s,
-            ),
+            speed=WorkerSpeed.from_plan(plan),
         )
         helps = helps and self._router.local_prefill_when_idle
         router = msgspec.structs.replace(self._router, local_prefill_when_idle=helps)
         outcome = simulate(self._trace, shape, router)
-        return Tried(
+        return CapacityPlan(
             prefill,
             decode,
             outcome.ttft_s(plan.quantile),
@@ -123,10 +118,10 @@ class Planner:
             sum(each.was_local for each in outcome.requests) / len(outcome.requests),
         )
 
-    def _ttft_is_met(self, tried: Tried) -> bool:
+    def _ttft_is_met(self, tried: CapacityPlan) -> bool:
         return tried.ttft_s <= self._plan.ttft_s
 
-    def _itl_is_met(self, tried: Tried) -> bool:
+    def _itl_is_met(self, tried: CapacityPlan) -> bool:
         return tried.itl_s <= self._plan.itl_s
 
     def _unattainable(self, target: str) -> OperatorError:
@@ -138,13 +133,13 @@ class Planner:
         )
 
 
-def _busy(outcome: Outcome, duration_s: float, prefill: int) -> float:
+def _busy(outcome: SimulationOutcome, duration_s: float, prefill: int) -> float:
     """Share of time that prefill workers computed."""
     busy_s = sum(each for name, each in outcome.busy_s.items() if name.startswith("prefill"))
     return busy_s / prefill / max(duration_s, 1e-9)
 
 
-def propose(plan: PlanConfig, router: RouterConfig, *, report: Report) -> Tried:
+def propose(plan: PlanConfig, router: RouterConfig, *, report: Report) -> CapacityPlan:
     """Tell what was tried and what to configure. Raises OperatorError without a usable trace."""
     if plan.trace is None:
         raise OperatorError(
@@ -157,6 +152,6 @@ def propose(plan: PlanConfig, router: RouterConfig, *, report: Report) -> Tried:
         f"{len(trace.requests)} requests in {trace.duration_s:.0f} s ({rate:.2f}/s); targets at the "
         f"{100 * plan.quantile:g}th percentile: TTFT {plan.ttft_s:g} s, ITL {1000 * plan.itl_s:g} ms"
     )
-    found = Planner(trace, plan, router, report).fewest()
+    found = CapacityPlanner(trace, plan, router, report).fewest()
     report(f"\nworkers:\n  prefill: {found.prefill}\n  decode: {found.decode}")
     return found

@@ -27,7 +27,7 @@ from serving.protocol import TokenLogprob
 class Pending:
     """Tokens that were chosen on the device. `tokens` is int64 `[B]`, usable there at once."""
 
-    def __init__(self, tokens: torch.Tensor, report: Report | None) -> None:
+    def __init__(self, tokens: torch.Tensor, report: LogprobReport | None) -> None:
         self.tokens, self._report = tokens, report
         outcome = tokens if report is None else report.packed(tokens)
         self._event: torch.cuda.Event | None = None
@@ -75,7 +75,7 @@ class Sampler:
         report = None
         if batch.reported is not None:
             rows, widths = batch.reported, batch.widths
-            report = Report(rows.take(raw), rows.take(tokens), rows.host, widths)
+            report = LogprobReport(rows.take(raw), rows.take(tokens), rows.host, widths)
         return Pending(tokens, report)
 
     def _adjusted(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
@@ -133,10 +133,10 @@ def _filter(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
 def report_tokens(logits: torch.Tensor, tokens: list[int], widths: list[int]) -> Pending:
     """Log-probabilities of `tokens` that are there already, a row of `logits` for each."""
     (given,) = upload([np.array(tokens, dtype=np.int64)], logits.device)
-    return Pending(given, Report(logits, given, list(range(len(tokens))), widths))
+    return Pending(given, LogprobReport(logits, given, list(range(len(tokens))), widths))
 
 
-class Report:
+class LogprobReport:
     """Log-probabilities of chosen tokens and of the likeliest ones, for some rows of a batch.
 
     `rows` are their places in the batch, `widths` how many alternatives each of them wants.

@@ -1,4 +1,4 @@
-"""Token ids to text, as they come."""
+"""Token ids to text, as they arrive."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_random_bytes_never_raise_and_never_stall(
     assert text_of(deltas[:50])  # shown as replacement characters while it goes on
 
 
-def test_special_tokens_are_silent_unless_asked_for(tokenizer: Tokenizer) -> None:
+def test_special_tokens_have_no_text_unless_requested(tokenizer: Tokenizer) -> None:
     ids = [0, *tokenizer.encode("hi").ids, *[1] * 40, *tokenizer.encode(" you").ids]
     assert text_of(feed_one_by_one(Detokenizer(TokenText(tokenizer), prepare()), ids)) == "hi you"
     shown = PreparedRequest("r", [], SamplingParams(max_tokens=9), skip_special_tokens=False)
@@ -178,7 +178,7 @@ def test_text_ends_before_the_stop_string(
     assert deltas[-1].finish_reason == detokenizer.finish_reason
 
 
-def test_no_delta_shows_what_may_become_a_stop_string(tokenizer: Tokenizer) -> None:
+def test_no_delta_shows_the_beginning_of_a_possible_stop_string(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.encode(char).ids[0] for char in "say stop!"]
     detokenizer = Detokenizer(TokenText(tokenizer), prepare(stop=["stop now"]))
     texts = [delta.text for delta in feed_one_by_one(detokenizer, ids)]
@@ -199,7 +199,7 @@ def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer) -> None:
     assert text_of(feed_one_by_one(detokenizer, ids)) == "xax"
 
 
-def test_logprobs_come_with_the_text_they_belong_to(tokenizer: Tokenizer) -> None:
+def test_logprobs_come_with_the_text_of_their_tokens(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.encode(char).ids[0] for char in "abcdef"]
     detokenizer = Detokenizer(TokenText(tokenizer), prepare(stop=["cdx", "ef"]))
     seen = []
@@ -212,7 +212,7 @@ def test_logprobs_come_with_the_text_they_belong_to(tokenizer: Tokenizer) -> Non
     assert seen == [("a", [a]), ("b", [b]), ("", []), ("", []), ("cd", [c, d]), ("", [])]
 
 
-def test_logprobs_of_incomplete_characters_are_all_told_at_the_end(tokenizer: Tokenizer) -> None:
+def test_logprobs_of_incomplete_characters_all_come_at_the_end(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("é").ids[:1]
     delta = Detokenizer(TokenText(tokenizer), prepare()).feed(output(ids, "length", logprobs=True))
     assert delta.text == ""
@@ -220,7 +220,7 @@ def test_logprobs_of_incomplete_characters_are_all_told_at_the_end(tokenizer: To
     assert len(delta.logprobs) == 1
 
 
-def test_token_text_has_true_bytes_for_parts_of_characters(
+def test_token_inside_a_character_has_its_true_bytes(
     tokenizer: Tokenizer, sentencepiece: Tokenizer
 ) -> None:
     text = TokenText(tokenizer)
@@ -233,7 +233,7 @@ def test_token_text_has_true_bytes_for_parts_of_characters(
 
 
 @pytest.mark.parametrize(("stop", "logprobs"), [((), False), (("fox",), False), ((), True)])
-def test_tokens_of_one_output_are_told_one_by_one(
+def test_each_token_of_an_output_has_its_own_delta(
     tokenizer: Tokenizer, stop: tuple[str, ...], logprobs: bool
 ) -> None:
     ids = tokenizer.encode("hello wörld, the fox jumps 日本", add_special_tokens=False).ids

@@ -60,7 +60,9 @@ async def test_long_texts_are_tokenized_on_a_thread_to_the_same_ids(
     assert on_thread == inline
 
 
-async def test_ids_are_those_of_the_library_s_slower_way(preprocessor: Preprocessor) -> None:
+async def test_token_ids_equal_those_of_the_library_s_slower_encoding(
+    preprocessor: Preprocessor,
+) -> None:
     for text in ("", " ", "hello  world", "zażółć 🙂\n\t", "<|im_end|> in the middle", "a" * 3000):
         assert await preprocessor.encode_text(text) == preprocessor.tokenizer.encode(text).ids
 
@@ -113,7 +115,7 @@ async def test_template_may_live_in_tokenizer_config_alone_or_named(folder: Path
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     ],
 )
-def test_template_failure_is_the_requests_fault(source: str) -> None:
+def test_template_failure_is_an_invalid_request(source: str) -> None:
     with pytest.raises(InvalidRequest) as failed:
         ChatTemplate(source, {}).render(USER)
     assert failed.value.param == "messages"
@@ -133,16 +135,16 @@ def test_template_failure_is_the_requests_fault(source: str) -> None:
         ("{{ missing is defined }}", "False"),
     ],
 )  # fmt: skip
-def test_templates_have_what_they_use_elsewhere(source: str, expected: str) -> None:
+def test_templates_have_the_same_tools_as_in_transformers(source: str, expected: str) -> None:
     template = ChatTemplate(source, {"eos_token": "</s>"})
     assert template.render(USER, extra={"thinking": "on"}) == expected
 
 
-async def test_absurdly_long_text_is_refused_without_tokenizing(
+async def test_text_that_cannot_fit_is_refused_without_tokenizing(
     preprocessor: Preprocessor,
 ) -> None:
     class Untouchable:
-        """A tokenizer that nobody may use."""
+        """Stands for a tokenizer. Any use of it raises."""
 
     forbidden: Any = Untouchable()
     preprocessor.tokenizer = forbidden
@@ -156,7 +158,7 @@ async def test_absurdly_long_text_is_refused_without_tokenizing(
         assert refused.value.code == "context_length_exceeded"
 
 
-async def test_longest_text_that_could_fit_is_not_called_absurd(folder: Path) -> None:
+async def test_longest_text_that_could_fit_is_tokenized(folder: Path) -> None:
     preprocessor = Preprocessor(make_card(folder, max_model_len=8))
     longest = max(preprocessor.tokenizer.get_vocab(), key=len)
     assert len(await preprocessor.encode_text(longest * 8)) >= 8
@@ -205,7 +207,7 @@ def test_ids_of_the_padded_embedding_are_valid_and_others_are_not(folder: Path) 
             preprocessor.check_token_ids(bad)
 
 
-def test_unusable_folder_is_the_operators_problem(folder: Path) -> None:
+def test_folder_without_a_usable_tokenizer_raises_a_model_error(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json"):
         Preprocessor(make_card(folder))

@@ -41,7 +41,7 @@ class Metrics:
         )
         self.inter_token_latency = Histogram(
             "serving_inter_token_latency_seconds",
-            "Gap between two outputs of a sequence, divided by the tokens of the later one.",
+            "Gap between two outputs of a sample, divided by the tokens in the later output.",
             ITL_BUCKETS_S,
         )
         self.e2e_request_latency = Histogram(
@@ -54,13 +54,9 @@ class Metrics:
             "HTTP requests for completions that ended.",
             ["endpoint", "status", "finish_reason"],
         )
-        self.in_flight = Gauge("serving_requests_in_flight", "Sequences being generated.")
-        self.queued = Gauge(
-            "serving_requests_queued", "Sequences in flight that have no token yet."
-        )
-        self.prompt_tokens = Counter(
-            "serving_prompt_tokens", "Prompt tokens of finished sequences."
-        )
+        self.in_flight = Gauge("serving_requests_in_flight", "Samples being generated.")
+        self.queued = Gauge("serving_requests_queued", "Samples in flight that have no token yet.")
+        self.prompt_tokens = Counter("serving_prompt_tokens", "Prompt tokens of finished samples.")
         self.completion_tokens = Counter("serving_completion_tokens", "Tokens generated.")
         self.cached_tokens = Counter(
             "serving_cached_tokens", "Prompt tokens whose KV was cached or fetched."

@@ -23,7 +23,7 @@ with rule_script(snakemake) as (config, report):
     out_dir = Path(snakemake.output[0]).parent
     fingerprint = snakemake.params.fingerprint
     if engine.backend != "tensorrt_llm":
-        build_engine(model, out_dir, engine=engine, fingerprint=fingerprint, progress=report)
+        build_engine(model, out_dir, engine=engine, fingerprint=fingerprint, report=report)
     else:
         gpus, host = [], Host()
         if config.device == "cuda":
@@ -40,5 +40,5 @@ with rule_script(snakemake) as (config, report):
                 config, gpus=gpus, writable=[out_dir.parent], readable=[Path(model.path)]
             ),
             host=host,
-            progress=report,
+            report=report,
         )

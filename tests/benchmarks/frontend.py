@@ -102,7 +102,7 @@ def ours(model: Path, folder: Path, num_workers: int) -> Iterator[Serving]:
     )
     engine = EngineConfig(backend="mock", device="cpu", dtype="float32", weights="dummy")
     build_engine(
-        manifest, folder / "engine", engine=engine, fingerprint="benchmark", progress=lambda _: None
+        manifest, folder / "engine", engine=engine, fingerprint="benchmark", report=lambda _: None
     )
     sections = {
         "model": {"id": str(model), "name": MODEL},

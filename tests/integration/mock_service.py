@@ -18,7 +18,7 @@ def make_service(folder: Path, num_instances: int | None = None, **sections: Any
         ModelConfig(id=str(model)), folder / "model", weights="dummy", report=print
     )
     engine = EngineConfig(backend="mock", device="cpu", dtype="float32", weights="dummy")
-    build_engine(fetched, folder / "engine", engine=engine, fingerprint="test", progress=print)
+    build_engine(fetched, folder / "engine", engine=engine, fingerprint="test", report=print)
     defaults: dict[str, Any] = {
         "model": {"id": str(model), "name": "tiny"},
         "engine": {"backend": "mock", "max_model_len": 1024, "kv_cache_tokens": 8192},

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from serving.errors import ModelError
-
-Progress = Callable[[str], None]
-"""Receives one line for a person, now and then."""
 
 DISK_MARGIN_BYTES = 256 * 1024 * 1024
 

@@ -48,7 +48,7 @@ def make_engine(folder: Path, *, device: str, dtype: str, tiny: bool = False) ->
     model = fetch_model(ModelConfig(id=str(shape)), folder / "model", weights="dummy", report=_tell)
     engine = EngineConfig(device=device, dtype=dtype, weights="dummy")  # type: ignore[arg-type]
     return build_engine(
-        model, folder / "engine", engine=engine, fingerprint="benchmark", progress=_tell
+        model, folder / "engine", engine=engine, fingerprint="benchmark", report=_tell
     )
 
 

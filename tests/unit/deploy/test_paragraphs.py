@@ -65,7 +65,7 @@ def built(said: str) -> None:
         config(flow="trtllm-build"),
         [Parallelism()],
         run=FakeRun(answer=lambda argv: (1, said)),
-        progress=print,
+        report=print,
     )
 
 

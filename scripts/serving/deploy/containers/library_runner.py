@@ -19,9 +19,9 @@ from serving.deploy.containers.run_command import runs_in_container
 from serving.deploy.containers.worker_command import MODELS, contain
 from serving.deploy.planning.gpu_assignment import visible_order
 from serving.deploy.planning.source_digest import SCRIPTS
-from serving.engine.files import Progress
 from serving.engine.trtllm.build.installed import PYTHON
 from serving.errors import OperatorError
+from serving.progress import Report
 
 PROGRAM = "build-engine"
 
@@ -56,7 +56,7 @@ class LibraryRunner:
         self._writable, self._readable = writable, [MODELS, *readable]
 
     def __call__(
-        self, argv: list[str], *, progress: Progress | None = None
+        self, argv: list[str], *, report: Report | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Raises OperatorError when the program cannot be started, or an earlier one not removed."""
         python = self._container.python if self._inside else sys.executable
@@ -88,8 +88,8 @@ class LibraryRunner:
                 try:
                     for line in process.stdout:
                         lines.append(line)
-                        if progress is not None:
-                            progress(line.rstrip("\n"))
+                        if report is not None:
+                            report(line.rstrip("\n"))
                 except BaseException:
                     process.kill()
                     remove_container(removal)  # what runs inside goes on without its client

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.config import EngineConfig
-from serving.engine.files import Progress, sha256_of
+from serving.engine.files import sha256_of
 from serving.engine.manifest import (
     ENGINE_FORMAT,
     EngineManifest,
@@ -33,6 +33,7 @@ from serving.engine.torch.weights.source import Source
 from serving.engine.torch.weights.supported import model_class_of, require_supported
 from serving.errors import ModelError
 from serving.kv_layout import KvLayout, kv_dtype
+from serving.progress import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,7 +45,7 @@ def build_engine(
     *,
     engine: EngineConfig,
     fingerprint: str,
-    progress: Progress,
+    report: Report,
 ) -> EngineManifest:
     """Build into `out_dir`, replacing what is there. `engine.device` and `.dtype` are not `auto`.
 
@@ -57,14 +58,14 @@ def build_engine(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        built = _build(manifest, staging, engine, fingerprint, progress)
+        built = _build(manifest, staging, engine, fingerprint, report)
         write_json(staging / "engine.json", built)
         if out_dir.exists():
             shutil.rmtree(out_dir)
         staging.rename(out_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    progress(f"built {out_dir}: {built.architecture} in {built.dtype}")
+    report(f"built {out_dir}: {built.architecture} in {built.dtype}")
     return built
 
 
@@ -73,10 +74,10 @@ def _build(
     staging: Path,
     engine: EngineConfig,
     fingerprint: str,
-    progress: Progress,
+    report: Report,
 ) -> EngineManifest:
     require_unchanged(manifest)
-    progress(f"reading {manifest.id}")
+    report(f"reading {manifest.id}")
     source = Source(manifest)
     config = source.config
     require_supported(config)
@@ -92,9 +93,9 @@ def _build(
     check, dummy = UNCHECKED, None
     if engine.weights == "dummy":
         source.save_config(staging)
-        dummy = describe_dummy(config, staging, layout, progress)
+        dummy = describe_dummy(config, staging, layout, report)
     else:
-        check = pack_weights(source, staging, engine.dtype, layout, progress)
+        check = pack_weights(source, staging, engine.dtype, layout, report)
     eos_token_ids = write_generation_config(source, staging)
     weights = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
     identity = f"{dummy} {sha256_of(staging / 'config.json')}" if dummy else json.dumps(weights)

@@ -21,7 +21,7 @@ def run(tmp_path: Path, gpus: tuple[int, ...] = (), **container: Any) -> Library
 def test_both_streams_are_one_text_and_go_to_progress(tmp_path: Path) -> None:
     lines: list[str] = []
     script = "import sys; print('one', flush=True); print('two', file=sys.stderr); sys.exit(3)"
-    done = run(tmp_path)([PYTHON, "-c", script], progress=lines.append)
+    done = run(tmp_path)([PYTHON, "-c", script], report=lines.append)
     assert (done.returncode, done.stdout, lines) == (3, "one\ntwo\n", ["one", "two"])
 
 
@@ -71,7 +71,7 @@ def test_container_of_a_killed_build_is_removed_before_the_next_one_starts(
 
     script("podman", "[ $1 = rm ] || { echo working; exec sleep 60; }")
     with pytest.raises(KeyboardInterrupt):
-        inside(["tool"], progress=interrupt)
+        inside(["tool"], report=interrupt)
     used = [line.split()[1] for line in calls.read_text().splitlines()]
     assert used == ["rm", "run", "rm", "run", "rm"]
 

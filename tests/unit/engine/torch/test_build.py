@@ -42,7 +42,7 @@ def built(
     lines: list[str] = []
     engine = EngineConfig(device="cpu", dtype=dtype)  # type: ignore[arg-type]
     source = msgspec.structs.replace(described(model), **manifest)
-    result = build_engine(source, out, engine=engine, fingerprint="f00d", progress=lines.append)
+    result = build_engine(source, out, engine=engine, fingerprint="f00d", report=lines.append)
     return result, lines
 
 
@@ -111,7 +111,7 @@ def test_pickled_weights_become_safetensors(model: Path, tmp_path: Path) -> None
     (model / "model.safetensors").unlink()
     manifest = described(model, allow_pickle=True)
     engine = EngineConfig(device="cpu", dtype="float32")
-    build_engine(manifest, tmp_path / "e", engine=engine, fingerprint="f", progress=[].append)
+    build_engine(manifest, tmp_path / "e", engine=engine, fingerprint="f", report=[].append)
     packed = load_file(tmp_path / "e" / "model.safetensors")
     assert all(torch.equal(packed[name], weights[name]) for name in packed)
     assert not (tmp_path / "e" / "pytorch_model.bin").exists()
@@ -167,7 +167,7 @@ def test_files_that_changed_since_the_download_are_refused(model: Path, tmp_path
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")
     engine = EngineConfig(device="cpu", dtype="float32")
     with pytest.raises(ModelError, match="has changed since download_model"):
-        build_engine(manifest, tmp_path / "e", engine=engine, fingerprint="f", progress=[].append)
+        build_engine(manifest, tmp_path / "e", engine=engine, fingerprint="f", report=[].append)
 
 
 def test_context_longer_than_the_models_is_refused(model: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from serving.engine.files import Progress
+from serving.progress import Report
 
 log = logging.getLogger(__name__)
 
@@ -149,13 +149,13 @@ def largest_activation(depth: int) -> float:
     return float(min(_INT16, _INT32 // (127 * products)))
 
 
-def build(folder: Path, progress: Progress) -> None:
+def build(folder: Path, report: Report) -> None:
     """Compile the kernels into an engine folder, or tell why the engine does without."""
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if not _is_suitable():
-        progress("no compiled kernels: they are for x86-64 CPUs with AVX2; decode is slower")
+        report("no compiled kernels: they are for x86-64 CPUs with AVX2; decode is slower")
     elif compiler is None:
-        progress(
+        report(
             "no compiled kernels, decode is slower: no C compiler (apt install gcc, then build again)"
         )
     else:
@@ -167,9 +167,9 @@ def build(folder: Path, progress: Progress) -> None:
         except (OSError, ValueError, subprocess.SubprocessError) as exc:
             target.unlink(missing_ok=True)
             said = (getattr(exc, "stderr", None) or str(exc)).strip().splitlines()
-            progress(f"no compiled kernels, decode is slower: {said[0] if said else exc}")
+            report(f"no compiled kernels, decode is slower: {said[0] if said else exc}")
         else:
-            progress(f"compiled the CPU kernels with {compiler}")
+            report(f"compiled the CPU kernels with {compiler}")
 
 
 def load(folder: Path) -> CpuKernels | None:

@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving.engine.files import Progress, human
+from serving.engine.files import human
 from serving.engine.manifest import BuildCheck, DummyWeights, load_manifest
 from serving.engine.torch.weights.logits_check import require_layout
 from serving.errors import ModelError, OperatorError
 from serving.kv_layout import DTYPE_BYTES, KvLayout
+from serving.progress import Report
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ UNCHECKED = BuildCheck(
 
 
 def describe_dummy(
-    config: PreTrainedConfig, staging: Path, layout: KvLayout, progress: Progress
+    config: PreTrainedConfig, staging: Path, layout: KvLayout, report: Report
 ) -> DummyWeights:
     """Prove that the model can be made, without memory for it, and fit the tokenizer to it.
 
@@ -46,9 +47,9 @@ def describe_dummy(
         model = auto.from_config(config)
         require_layout(model, layout)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
-    _fit_tokenizer(staging / "tokenizer.json", config.vocab_size, progress)
+    _fit_tokenizer(staging / "tokenizer.json", config.vocab_size, report)
     size = human(num_weights * DTYPE_BYTES[layout.dtype])
-    progress(
+    report(
         f"dummy weights: every worker makes {num_weights / 1e6:.0f} million random ones, {size}; "
         "no logits are compared, and answers are noise"
     )
@@ -96,7 +97,7 @@ def make_model(
     return model
 
 
-def _fit_tokenizer(path: Path, vocab_size: int, progress: Progress) -> None:
+def _fit_tokenizer(path: Path, vocab_size: int, report: Report) -> None:
     """Give every token id of the model a text: clients count tokens by the text they bring.
 
     Prompts are encoded as before. Raises ModelError for a tokenizer larger than the model.
@@ -117,4 +118,4 @@ def _fit_tokenizer(path: Path, vocab_size: int, progress: Progress) -> None:
     space = "Ġ" if "ByteLevel" in json.dumps(content.get("decoder")) else "▁"
     vocabulary.update({f"{space}~{index}": index for index in range(num_tokens, vocab_size)})
     path.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
-    progress(f"the tokenizer's {num_tokens} tokens are extended to the model's {vocab_size}")
+    report(f"the tokenizer's {num_tokens} tokens are extended to the model's {vocab_size}")

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from serving.engine.files import Progress, human, require_space
+from serving.engine.files import human, require_space
 from serving.engine.manifest import BuildCheck, ModelManifest
 from serving.engine.torch.weights.logits_check import compare, require_layout, run_prompts
 from serving.engine.torch.weights.source import Source, load_model
 from serving.errors import ModelError
 from serving.kv_layout import DTYPE_BYTES, WEIGHT_ONLY_DTYPES, KvLayout, kv_dtype
+from serving.progress import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,15 +29,15 @@ _INTEGER_DTYPES = {"BOOL", "U8", "I8", "I16", "I32", "I64"}
 
 
 def pack_weights(
-    source: Source, staging: Path, dtype: str, layout: KvLayout, progress: Progress
+    source: Source, staging: Path, dtype: str, layout: KvLayout, report: Report
 ) -> BuildCheck:
     """Write config.json and the weights in `dtype` beside the tokenizer in `staging`.
 
     Raises ModelError: damaged or missing weights, no room, or a result unlike its source.
     """
     if stored_dtypes(source.manifest) == {_SAFETENSORS_DTYPES.get(dtype)}:
-        return _reuse_weights(source, staging, layout, progress)
-    return _convert_weights(source, staging, dtype, layout, progress)
+        return _reuse_weights(source, staging, layout, report)
+    return _convert_weights(source, staging, dtype, layout, report)
 
 
 def stored_dtypes(manifest: ModelManifest) -> set[str]:
@@ -58,13 +59,11 @@ def stored_dtypes(manifest: ModelManifest) -> set[str]:
     return dtypes - _INTEGER_DTYPES
 
 
-def _reuse_weights(
-    source: Source, staging: Path, layout: KvLayout, progress: Progress
-) -> BuildCheck:
+def _reuse_weights(source: Source, staging: Path, layout: KvLayout, report: Report) -> BuildCheck:
     """The source's files as they are: linked when they are ours, copied when they are a person's."""
     import torch
 
-    progress(f"the weights are {layout.dtype} already; using them as they are")
+    report(f"the weights are {layout.dtype} already; using them as they are")
     names = [file.path for file in source.manifest.files if "safetensors" in file.path]
     size = sum((source.folder / name).stat().st_size for name in names)
     _require_memory(size, "checking")
@@ -95,7 +94,7 @@ def _place(source: Path, target: Path, *, link: bool) -> None:
 
 
 def _convert_weights(
-    source: Source, staging: Path, dtype: str, layout: KvLayout, progress: Progress
+    source: Source, staging: Path, dtype: str, layout: KvLayout, report: Report
 ) -> BuildCheck:
     """Load in float32, save in `dtype`, load again and compare; never two models in memory."""
     import torch
@@ -103,17 +102,17 @@ def _convert_weights(
     num_weights = _count_weights(source.config)
     _require_memory(4 * num_weights, "converting")
     require_space(staging, DTYPE_BYTES[kv_dtype(dtype)] * num_weights, "the engine")
-    progress(f"converting {num_weights / 1e6:.0f} million weights to {dtype}")
+    report(f"converting {num_weights / 1e6:.0f} million weights to {dtype}")
     model = source.load(torch.float32)
     require_layout(model, layout)
     expected = run_prompts(model, staging)
-    _save(model, staging, dtype, progress)
+    _save(model, staging, dtype, report)
     del model
     gc.collect()
-    progress("comparing the packed model with its source")
+    report("comparing the packed model with its source")
     packed = _load_packed(source, staging, dtype)
     check = compare(expected, run_prompts(packed, staging), dtype)
-    progress(
+    report(
         f"logits at {check.num_positions} positions: largest difference {check.max_abs_diff:.3g}, "
         f"same best token at {check.argmax_agreement:.0%}"
     )
@@ -136,7 +135,7 @@ def _load_packed(source: Source, staging: Path, dtype: str) -> PreTrainedModel:
     return packed
 
 
-def _save(model: PreTrainedModel, staging: Path, dtype: str, progress: Progress) -> None:
+def _save(model: PreTrainedModel, staging: Path, dtype: str, report: Report) -> None:
     import torch
     from transformers import GenerationConfig
 
@@ -153,9 +152,9 @@ def _save(model: PreTrainedModel, staging: Path, dtype: str, progress: Progress)
         from serving.engine.torch.cpu import kernels as cpu_kernels
 
         share = int8_weights.quantize(model)
-        progress(f"{share:.0%} of the weights are in linear layers and now {dtype}")
+        report(f"{share:.0%} of the weights are in linear layers and now {dtype}")
         int8_weights.save(model, staging)
-        cpu_kernels.build(staging, progress)
+        cpu_kernels.build(staging, report)
     else:
         loaded.to(getattr(torch, dtype)).save_pretrained(staging)
 

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from serving.engine.files import Progress
 from serving.engine.trtllm.versions import Version, parse_version
 from serving.errors import OperatorError
+from serving.progress import Report
 
 PYTHON = "{python}"
 """In an argv for `RunProgram`: the interpreter that has the library, on the host or in an image."""
@@ -28,12 +28,12 @@ print("{_MARK}" + json.dumps([tensorrt_llm.__version__, cuda]))
 class RunProgram(Protocol):
     """Runs a program where the library is, and waits for it.
 
-    Its output, both streams as one text, is in `stdout`; each line also goes to `progress` as it
+    Its output, both streams as one text, is in `stdout`; each line also goes to `report` as it
     comes. Raises OperatorError when the program cannot be started at all.
     """
 
     def __call__(
-        self, argv: list[str], *, progress: Progress | None = None
+        self, argv: list[str], *, report: Report | None = None
     ) -> subprocess.CompletedProcess[str]: ...
 
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serving.config import Config
-from serving.engine.files import Progress
 from serving.engine.trtllm.build.checkpoint import CONVERTERS, Checkpoint
 from serving.engine.trtllm.build.installed import PYTHON, RunProgram
 from serving.engine.trtllm.build.target import Parallelism
 from serving.errors import ModelError, OperatorError
+from serving.progress import Report
 
 _COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -38,7 +38,7 @@ def build_engines(
     spreads: Sequence[Parallelism],
     *,
     run: RunProgram,
-    progress: Progress,
+    report: Report,
 ) -> None:
     """One folder for each of `spreads` in `staging`, which holds the Hugging Face checkpoint.
 
@@ -52,10 +52,10 @@ def build_engines(
         )
     for spread in spreads:
         converted, target = staging / f".converted-{spread}", staging / folder(spread)
-        progress(f"converting the checkpoint for {spread}")
-        _require(convert_command(staging, converted, checkpoint, config, spread), run, progress)
-        progress(f"compiling TensorRT engines for {spread}: this takes minutes")
-        _require(build_command(converted, target, config, spread), run, progress)
+        report(f"converting the checkpoint for {spread}")
+        _require(convert_command(staging, converted, checkpoint, config, spread), run, report)
+        report(f"compiling TensorRT engines for {spread}: this takes minutes")
+        _require(build_command(converted, target, config, spread), run, report)
         shutil.rmtree(converted)
         built = sorted(target.glob("rank*.engine"))
         if not (target / "config.json").exists() or len(built) != spread.num_gpus:
@@ -111,8 +111,8 @@ def build_command(
     ]
 
 
-def _require(command: list[str], run: RunProgram, progress: Progress) -> None:
-    done = run(command, progress=progress)
+def _require(command: list[str], run: RunProgram, report: Report) -> None:
+    done = run(command, report=report)
     if done.returncode == 0:
         return
     tool = Path(command[1] if command[0] == PYTHON else command[0]).name

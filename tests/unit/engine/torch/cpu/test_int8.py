@@ -259,7 +259,7 @@ def built(model: Path, out: Path, dtype: str = "int8") -> tuple[EngineManifest, 
     manifest = fetch_model(ModelConfig(id=str(model)), out.parent / "described", report=[].append)
     engine = EngineConfig(device="cpu", dtype=dtype)  # type: ignore[arg-type]
     return build_engine(
-        manifest, out, engine=engine, fingerprint="f00d", progress=lines.append
+        manifest, out, engine=engine, fingerprint="f00d", report=lines.append
     ), lines
 
 
@@ -305,7 +305,7 @@ def test_transformers_does_not_take_the_numbers_for_weights(int8_engine: Path) -
 def test_model_that_int8_cannot_hold_is_refused(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_kernels, "build", lambda folder, progress: None)
+    monkeypatch.setattr(cpu_kernels, "build", lambda folder, report: None)
     model = Path(shutil.copytree(original, tmp_path / "model"))
     weights = load_file(model / "model.safetensors")
     for name, weight in weights.items():

@@ -59,9 +59,7 @@ def build(
     config = ModelConfig(id=str(model), tokenizer=None if tokenizer is None else str(tokenizer))
     fetched = fetch_model(config, out / "model", weights="dummy", report=said.append)
     engine = EngineConfig(device="cpu", dtype="float32", weights="dummy")
-    return build_engine(
-        fetched, out / "engine", engine=engine, fingerprint="f", progress=said.append
-    )
+    return build_engine(fetched, out / "engine", engine=engine, fingerprint="f", report=said.append)
 
 
 async def tokens_of(engine_dir: Path, dtype: str = "float32") -> list[int]:

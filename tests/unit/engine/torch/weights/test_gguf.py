@@ -19,9 +19,7 @@ from unit.engine.gguf_file import KV_HEADS, TEMPLATE, write_gguf
 def build(path: Path, out: Path) -> EngineManifest:
     manifest = fetch_model(ModelConfig(id=str(path)), out / "model", report=[].append)
     engine = EngineConfig(device="cpu", dtype="float32")
-    return build_engine(
-        manifest, out / "engine", engine=engine, fingerprint="f", progress=[].append
-    )
+    return build_engine(manifest, out / "engine", engine=engine, fingerprint="f", report=[].append)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from serving.engine.files import Progress
 from serving.engine.trtllm.build.installed import _MARK
+from serving.progress import Report
 
 Answer = Callable[[list[str]], tuple[int, str]]
 
@@ -21,7 +21,7 @@ class FakeRun:
         self.commands: list[list[str]] = []
 
     def __call__(
-        self, argv: list[str], *, progress: Progress | None = None
+        self, argv: list[str], *, report: Report | None = None
     ) -> subprocess.CompletedProcess[str]:
         if argv[1] == "-c":
             said = f"a banner\n{_MARK}{json.dumps([self.version, '13.0'])}\n"
@@ -29,8 +29,8 @@ class FakeRun:
         self.commands.append(argv)
         code, said = self.answer(argv)
         for line in said.splitlines():
-            if progress is not None:
-                progress(line)
+            if report is not None:
+                report(line)
         return subprocess.CompletedProcess(argv, code, said, "")
 
 

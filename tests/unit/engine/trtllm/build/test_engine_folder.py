@@ -60,7 +60,7 @@ def built(
         fingerprint="f00d",
         run=run or FakeRun(),
         host=host,
-        progress=lines.append,
+        report=lines.append,
     )
     return result, lines
 
@@ -157,7 +157,7 @@ def test_other_formats_are_converted_and_compared(model: Path, tmp_path: Path) -
         fingerprint="f00d",
         run=FakeRun(),
         host=Host(),
-        progress=print,
+        report=print,
     )
     assert engine.check.kind == "logits"
     assert engine.kv_layout is not None
@@ -177,28 +177,28 @@ def test_linked_config_has_the_names_of_older_transformers_too(model: Path, tmp_
 
 
 def test_config_with_the_older_names_keeps_them(tmp_path: Path) -> None:
-    from serving.engine.trtllm.build.engine_folder import _add_older_names
+    from serving.engine.trtllm.build.staging import add_older_names
 
     path = tmp_path / "config.json"
     old = {"rope_theta": 10.0, "rope_scaling": {"rope_type": "yarn"}, "torch_dtype": "float16"}
     path.write_text(json.dumps(old))
-    _add_older_names(path)
+    add_older_names(path)
     assert json.loads(path.read_text()) == old
 
 
 def test_converted_config_has_the_names_of_older_transformers(model: Path, tmp_path: Path) -> None:
-    from serving.engine.trtllm.build.engine_folder import _add_older_names
+    from serving.engine.trtllm.build.staging import add_older_names
 
     path = tmp_path / "config.json"
     plain = {"rope_type": "default", "rope_theta": 100000.0}
     path.write_text(json.dumps({"dtype": "bfloat16", "rope_parameters": plain}))
-    _add_older_names(path)
+    add_older_names(path)
     content = json.loads(path.read_text())
     assert (content["rope_theta"], content["rope_scaling"]) == (100000.0, None)
     assert content["torch_dtype"] == content["dtype"] == "bfloat16"
     llama3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0}
     path.write_text(json.dumps({"rope_parameters": llama3}))
-    _add_older_names(path)
+    add_older_names(path)
     content = json.loads(path.read_text())
     assert content["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
     assert content["rope_parameters"] == llama3
@@ -269,5 +269,5 @@ def test_changed_files_are_noticed(model: Path, tmp_path: Path) -> None:
             fingerprint="f00d",
             run=FakeRun(),
             host=Host(),
-            progress=print,
+            report=print,
         )

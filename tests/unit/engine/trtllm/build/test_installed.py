@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from serving.engine.files import Progress
 from serving.engine.trtllm.build.installed import PYTHON, probe_library
 from serving.errors import OperatorError
+from serving.progress import Report
 from unit.engine.trtllm.build.library_fakes import FakeRun
 
 
@@ -16,7 +16,7 @@ class Failing:
         self.said = said
 
     def __call__(
-        self, argv: list[str], *, progress: Progress | None = None
+        self, argv: list[str], *, report: Report | None = None
     ) -> subprocess.CompletedProcess[str]:
         assert argv[0] == PYTHON
         return subprocess.CompletedProcess(argv, 1, self.said, "")

@@ -42,7 +42,7 @@ def build(
     run = FakeRun(answer=answer)
     checkpoint = msgspec.structs.replace(read_checkpoint(staging), **changed)
     config = parse({"engine": ENGINE, "tensorrt_llm": {"examples_dir": "/x"}})
-    build_engines(staging, checkpoint, config, spreads, run=run, progress=[].append)
+    build_engines(staging, checkpoint, config, spreads, run=run, report=[].append)
     return run
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -55,7 +55,12 @@ def install_commands(reasons: Iterable[str]) -> str:
     return "; ".join([*apt, *sorted(wheels)])
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter,
+) -> Generator[None, None, None]:
+    """Below the list of skipped tests: what to install to run them."""
+    yield
     skipped = terminalreporter.stats.get("skipped", [])
     if commands := install_commands(str(report.longrepr) for report in skipped):
         terminalreporter.write_line(f"To run the skipped tests as well: {commands}", yellow=True)

@@ -5,95 +5,44 @@ Skipped, with podman's own words, where it is not installed or may not run conta
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import psutil
 import pytest
 from integration.deployment import Deployment, running
+from integration.podman import (
+    IMAGE,
+    containers,
+    limits,
+    python_mounts,
+    root_of,
+    usable_podman,
+    worker_inside,
+)
 from integration.tiny_model import save_tiny_model
-from missing_tools import PODMAN, skip_without
 from serving.config import parse
-from serving.deploy.containers import image_recipes
-from serving.deploy.containers.image_build import build_serving, read_base
 from serving.deploy.containers.library_runner import PROGRAM, LibraryRunner
-from serving.deploy.containers.run_command import container_name
 from serving.deploy.containers.worker_command import contain
-from serving.deploy.planning.source_digest import PACKAGE, SCRIPTS
+from serving.deploy.planning.source_digest import SCRIPTS
 from serving.engine.trtllm.build.installed import PYTHON
 from standin.install import install
 from waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-TAG = os.getpid()  # another run of these tests shares the store, and removes its images by force
-IMAGE, BASE = f"localhost/serving-test:{TAG}", f"localhost/serving-test-base:{TAG}"
 PROMPT = "One two three"
-SYSTEM = ("/lib", "/lib64", "/usr")
-
-
-def podman(*arguments: str, check: bool = True, data: bytes | None = None) -> str:
-    done = subprocess.run(["podman", *arguments], input=data, capture_output=True, check=False)
-    if check:
-        assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode()
-
-
-def python_mounts() -> dict[str, str]:
-    """This interpreter and what it is linked with, instead of a gigabyte in an image."""
-    folders = [sys.prefix, sys.base_prefix, *(folder for folder in SYSTEM if Path(folder).exists())]
-    return {folder: folder for folder in dict.fromkeys(folders)}
-
-
-def limits() -> dict[str, str]:
-    """Below what this machine has: podman's own defaults take a capability that it may lack."""
-    return {"nofile": "4096:4096", "nproc": "4096:4096"}
-
-
-def empty_root() -> bytes:
-    """A root filesystem with the folders that programs expect, and nothing in them."""
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as tar:
-        for name in ("etc", "tmp", "root", "bin"):
-            folder = tarfile.TarInfo(name)
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(folder)
-    return archive.getvalue()
 
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """podman that runs containers here, with `IMAGE` in its store."""
-    skip_without(PODMAN)
-    with pytest.MonkeyPatch.context() as patch:
-        if shutil.which("runc"):
-            conf = tmp_path_factory.mktemp("podman") / "containers.conf"
-            conf.write_text('[engine]\nruntime = "runc"\n')  # crun refuses hybrid cgroups
-            patch.setenv("CONTAINERS_CONF", str(conf))
-        made = subprocess.run(
-            ["podman", "import", "-", IMAGE], input=empty_root(), capture_output=True, check=False
-        )
-        if made.returncode != 0:
-            pytest.skip(f"podman says: {made.stderr.decode().strip()}")
-        flags = [f"--ulimit={name}={value}" for name, value in limits().items()]
-        flags += [f"--mount=type=bind,src={m},dst={m},ro" for m in python_mounts()]
-        command = ["podman", "run", "--rm", "--network=host", *flags, IMAGE, sys.executable]
-        tried = subprocess.run([*command, "-c", "pass"], capture_output=True, check=False)
-        if tried.returncode != 0:
-            podman("rmi", "--force", IMAGE, check=False)
-            pytest.skip(f"podman says: {tried.stderr.decode().strip()}")
+    with usable_podman(tmp_path_factory.mktemp("podman")):
         yield
-        podman("rmi", "--force", IMAGE, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -118,30 +67,6 @@ def service(deployment: Deployment) -> Iterator[Deployment]:
     with running(deployment, "serve_disagg"):
         yield deployment
     assert containers(deployment.directory) == []
-
-
-def containers(directory: Path) -> list[str]:
-    """Programs of the deployment in `directory` that have a container, running or not."""
-    prefix = container_name(str((directory / "run").resolve()), "")
-    names = podman("ps", "--all", "--format", "{{.Names}}").split()
-    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-
-
-def worker_inside(deployment: Deployment, program: str) -> psutil.Process:
-    """The worker itself, and not the client that started it."""
-    [found] = [
-        process
-        for process in deployment.processes()
-        if process.environ().get("SERVING_PROGRAM") == program
-        and "run/" in process.cmdline()[-1]
-        and "podman" not in process.name()
-    ]
-    return found
-
-
-def root_of(process: psutil.Process) -> tuple[int, int]:
-    stat = os.stat(f"/proc/{process.pid}/root/")
-    return stat.st_dev, stat.st_ino
 
 
 def test_check_passes_and_says_which_image_it_is(service: Deployment) -> None:
@@ -327,94 +252,3 @@ def test_library_moves_kv_between_a_container_and_the_host(standin: Deployment) 
     standin.complete(PROMPT * 20)
     standin.wait("the report of the bytes", lambda ready: kv_bytes(ready) > 0)
     assert containers(standin.directory) == ["worker-decode-0"]
-
-
-# --- building ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def base(runtime: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An image with this machine's Python and pip in it."""
-    root = tmp_path_factory.mktemp("root") / "base.tar"
-    python = Path(os.path.realpath(sys.executable))
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    pip = pytest.importorskip("pip")
-    dynamic = [*stdlib.glob("lib-dynload/*.so"), python, Path("/bin/sh")]
-    linked = subprocess.run(["ldd", *map(str, dynamic)], capture_output=True, text=True, check=True)
-    libraries = {w for w in linked.stdout.split() if w.startswith("/") and not w.endswith(":")}
-    # What the wheels of others are linked with.
-    runtime_libraries = ("librt.so.1", "libpthread.so.0", "libdl.so.2", "libutil.so.1")
-    runtime_libraries += ("libresolv.so.2", "libgcc_s.so.1", "libstdc++.so.6", "libnss_dns.so.2")
-    [libc] = (Path(library) for library in libraries if library.endswith("/libc.so.6"))
-    libraries |= {str(libc.parent / name) for name in runtime_libraries}
-    certificates = os.environ.get("PIP_CERT", "/etc/ssl/certs/ca-certificates.crt")
-    with tarfile.open(root, "w", dereference=True) as tar:
-        for file in (python, "/bin/sh", certificates, *sorted(libraries)):
-            if Path(file).exists():
-                tar.add(file)
-        tar.add(stdlib, filter=without("site-packages", "dist-packages", "test", "__pycache__"))
-        tar.add(Path(pip.__file__).parent, "/opt/pip/pip", filter=without("__pycache__"))
-        for name in ("tmp", "etc", "root"):
-            folder = tarfile.TarInfo(name)
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o777
-            tar.addfile(folder)
-    settings = {
-        "PATH": f"{python.parent}:/usr/bin:/bin",
-        "PYTHONPATH": "/opt/pip",
-        "PIP_CERT": certificates,
-        "LD_LIBRARY_PATH": str(stdlib.parent),
-    }
-    if index := os.environ.get("PIP_INDEX_URL"):
-        settings["PIP_INDEX_URL"] = index
-    changes = [f"--change=ENV {key}={value}" for key, value in settings.items()]
-    podman("import", *changes, str(root), BASE)
-    yield python.name
-    podman("rmi", "--force", BASE, check=False)
-
-
-def without(*names: str) -> Any:
-    return lambda member: None if Path(member.name).name in names else member
-
-
-def test_code_change_rebuilds_only_the_code_layer_of_an_image(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {
-        "runtime": "podman",
-        "base_image": BASE.partition(":")[0],
-        "base_tag": str(TAG),
-        "python": base,
-        "ulimits": limits(),
-    }
-    # The small set of packages: what TensorRT-LLM's image does not bring. Its engine needs no GPU
-    # to be planned on the CPU.
-    engine = {"backend": "tensorrt_llm", "device": "cpu"}
-    deployment = Deployment(tmp_path / "built", container=settings, engine=engine)
-    deployment.snakemake("build_image")
-    folder = deployment.directory / "results" / "images"
-    record = json.loads((folder / image_recipes.SERVING_RECORD).read_text())
-    try:
-        flags = [f"--ulimit={name}={value}" for name, value in limits().items()]
-        program = "import serving.worker.__main__; print('imported')"
-        output = podman(
-            "run", "--rm", *flags, "--network=host", record["image"], base, "-c", program
-        )
-        assert "imported" in output
-        assert "Nothing to be done" in deployment.snakemake("build_image").stdout
-
-        package = tmp_path / "package"
-        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-        with (package / "errors.py").open("a") as file:
-            file.write("# changed\n")
-        lines: list[str] = []
-        config = parse({"container": settings, "engine": engine})
-        base_image = read_base(folder / image_recipes.BASE_RECORD)
-        changed = build_serving(config, base_image, folder, lines.append, package=package)
-        assert changed.image != record["image"]
-        text = "\n".join(lines)
-        assert text.count("Using cache") == 2, text  # the packages' list, and their installation
-        assert "Collecting" not in text
-        podman("rmi", "--force", changed.image)
-    finally:
-        podman("rmi", "--force", record["image"], check=False)
-    assert msgspec.convert(record, image_recipes.ServingImage).builder == "podman"

@@ -14,9 +14,6 @@ TESTS = ROOT / "tests"
 
 MAX_LINES = 400
 LONG_MODULES = {
-    "tests/benchmarks/index.py": 480,
-    "tests/integration/test_containers.py": 460,
-    "tests/integration/test_multinode.py": 480,
     "tests/unit/engine/trtllm/test_adapter.py": 710,
     "tests/unit/engine/trtllm/requests/test_open_requests.py": 530,
     "tests/unit/engine/trtllm/test_standin.py": 730,

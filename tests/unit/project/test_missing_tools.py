@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from missing_tools import IPROUTE2, PODMAN, SLURM, Tool, install_commands, skip_without
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_all_reasons_become_one_line_that_names_each_package_once() -> None:

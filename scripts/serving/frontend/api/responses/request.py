@@ -24,7 +24,7 @@ Item = dict[str, Any]
 TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 
-class TextFormat(Struct):
+class ResponsesTextFormat(Struct):
     """Of the answer: `text`, `json_object`, or `json_schema` with its schema."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -34,7 +34,7 @@ class TextFormat(Struct):
 
 
 class TextOptions(Struct):
-    format: TextFormat | None = None
+    format: ResponsesTextFormat | None = None
     verbosity: str | None = None
 
 
@@ -43,7 +43,7 @@ class ReasoningOptions(Struct):
     summary: str | None = None
 
 
-class StreamOptions(Struct):
+class ResponsesStreamOptions(Struct):
     include_obfuscation: bool | None = None
 
 
@@ -63,7 +63,7 @@ class ResponsesRequest(Struct, kw_only=True):
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponsesStreamOptions | None = None
     store: bool | None = None
     previous_response_id: str | None = None
     metadata: dict[str, str] | None = None

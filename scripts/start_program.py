@@ -15,7 +15,7 @@ from serving.engine.manifest import load_manifest
 with rule_script(snakemake) as (config, report):
     program = msgspec.json.decode(snakemake.params.program, type=Program)
     if is_joining_node(config):  # which runs workers alone
-        from serving.deploy.cluster.membership import require_same_engine
+        from serving.deploy.cluster.join import require_same_engine
 
         require_same_engine(load_manifest(Path(snakemake.input.engine).parent))
     launch(program, config, report)

@@ -28,8 +28,13 @@ from serving.deploy.planning.run_state import config_of_main_process, keep_for_s
 from serving.deploy.planning.source_digest import SCRIPTS, source_digest
 from serving.deploy.processes import ports
 from serving.deploy.processes.launchers import RUN
-from serving.deploy.processes.markers import Record, read_record, record_of, sweep
+from serving.deploy.processes.markers import remove_stale_markers
 from serving.deploy.processes.supervisor import Supervisor
+from serving.deploy.processes.topology_record import (
+    TopologyRecord,
+    read_record,
+    topology_record,
+)
 from serving.deploy.report.announcement import announce_joined, announce_service
 from serving.errors import ConfigError, OperatorError
 from serving.gpus import Links, nvlink_pairs
@@ -42,7 +47,7 @@ class Deployment(Struct, frozen=True, kw_only=True):
     config: ResolvedConfig
     plan: DeploymentPlan
     invocation: Invocation
-    recorded: Record | None
+    recorded: TopologyRecord | None
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -73,9 +78,9 @@ class Deployment(Struct, frozen=True, kw_only=True):
         return ["container"] if inside else []
 
     @property
-    def record(self) -> Record:
+    def record(self) -> TopologyRecord:
         """What to write down as deployed."""
-        return record_of(self.plan)
+        return topology_record(self.plan)
 
     @property
     def starts_for_smoke_test(self) -> bool:
@@ -124,7 +129,7 @@ def prepare(raw: Mapping[str, Any], *, main: bool) -> Deployment:
     return deployment
 
 
-def encode(parameter: Program | Record) -> str:
+def encode(parameter: Program | TopologyRecord) -> str:
     """A parameter of a rule as text, which Snakemake compares between runs."""
     return msgspec.json.encode(parameter).decode()
 
@@ -157,7 +162,7 @@ def _gpus_to_hand_out(config: ResolvedConfig) -> list[int]:
 def _remove_stale_markers(plan: DeploymentPlan) -> None:
     """Markers then agree with what runs."""
     if RUN.is_dir():
-        sweep(plan, {**Supervisor().state(), **SlurmJobs().state()}, RUN)
+        remove_stale_markers(plan, {**Supervisor().state(), **SlurmJobs().state()}, RUN)
 
 
 def _claim_ports(plan: DeploymentPlan) -> None:

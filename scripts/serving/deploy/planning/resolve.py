@@ -13,6 +13,8 @@ from msgspec.structs import replace
 
 from serving.config import MULTINODE, Config, ResolvedConfig, Topology, parse
 from serving.config.resolve import resolved_config, with_topology
+from serving.deploy.cluster.addresses import with_head_addresses
+from serving.deploy.cluster.joined import JOINED, read_joined
 from serving.deploy.cluster.network import listening
 from serving.deploy.containers.image_recipes import with_built_image
 from serving.deploy.planning.device import resolve_device, resolve_dtype
@@ -21,11 +23,11 @@ from serving.deploy.planning.invocation import Invocation
 from serving.deploy.planning.machine import this_machine
 from serving.deploy.processes.credentials import api_keys_file, with_certificate
 from serving.deploy.processes.launchers import RUN
-from serving.deploy.processes.markers import JOINED, Record, read_joined
+from serving.deploy.processes.topology_record import TopologyRecord
 
 
 def resolve(
-    raw: Mapping[str, Any], invocation: Invocation, recorded: Record | None
+    raw: Mapping[str, Any], invocation: Invocation, recorded: TopologyRecord | None
 ) -> ResolvedConfig:
     """The stages, in order. `raw` is the YAML's content, `recorded` what is deployed here.
 
@@ -55,9 +57,9 @@ def _keys_for_this_node(
     and True. Otherwise `raw` and False."""
     if invocation.joins:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # failures are reported in our words
-        from serving.deploy.cluster import membership  # its libraries are slow to load
+        from serving.deploy.cluster.join import join  # its libraries are slow to load
 
-        return membership.join(raw, write=invocation.executes), True
+        return join(raw, write=invocation.executes), True
     if invocation.serves:
         if invocation.executes:
             (RUN / JOINED).unlink(missing_ok=True)
@@ -66,7 +68,9 @@ def _keys_for_this_node(
     return (raw, False) if joined is None else (joined, True)
 
 
-def _choose_topology(config: Config, invocation: Invocation, recorded: Record | None) -> Topology:
+def _choose_topology(
+    config: Config, invocation: Invocation, recorded: TopologyRecord | None
+) -> Topology:
     """The one that a target names. Other commands are about what is deployed."""
     if invocation.topology is not None:
         return invocation.topology
@@ -78,9 +82,7 @@ def _choose_topology(config: Config, invocation: Invocation, recorded: Record | 
 def _with_addresses(config: Config, *, is_head: bool) -> Config:
     """Addresses to listen on, where the person wrote networks or interfaces, or a head's address."""
     if is_head:
-        from serving.deploy.cluster import membership  # its libraries are slow to load
-
-        config = membership.with_head_addresses(config)
+        config = with_head_addresses(config)
     return listening(config)
 
 

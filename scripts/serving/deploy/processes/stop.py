@@ -1,4 +1,7 @@
-"""Stopping: what no longer belongs, or everything. Requests drain before anything they need goes."""
+"""Stop programs that no longer belong to the deployment, or all of it.
+
+Requests drain before anything stops that they need.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,14 @@ from serving.deploy.cluster.slurm import SlurmJobs
 from serving.deploy.planning.program import stop_tiers
 from serving.deploy.processes import ports
 from serving.deploy.processes.launchers import RUN
-from serving.deploy.processes.markers import RECORD, Record, no_longer_wanted, write_record
 from serving.deploy.processes.supervisor import Supervisor
 from serving.deploy.processes.tags import deployed_processes
+from serving.deploy.processes.topology_record import (
+    TOPOLOGY_FILE,
+    TopologyRecord,
+    obsolete_programs,
+    write_record,
+)
 from serving.errors import ConfigError, OperatorError
 from serving.progress import Report
 
@@ -32,34 +40,35 @@ _LEFTOVERS = (
     "*.lock",
 )
 _FOLDERS = ("programs", "etcd", "slurm")
-"""Secrets stay: clients have the API keys by now, and other nodes the file they join with."""
+"""Secrets stay, since clients have the API keys, and other nodes have the join file."""
 
 
-def stop_obsolete(wanted: Record, report: Report) -> None:
-    """Stop what `wanted` has no place for, and record `wanted` as what is deployed."""
+def stop_obsolete(wanted: TopologyRecord, report: Report) -> None:
+    """Stop the programs that `wanted` does not have, and record `wanted` as deployed."""
     supervisor = Supervisor()
     supervisor.ensure()
     running = {**supervisor.state(), **SlurmJobs().state()}
-    _stop(supervisor, no_longer_wanted(wanted, running), report)
+    _stop(supervisor, obsolete_programs(wanted, running), report)
     write_record(wanted, RUN)
 
 
 def stop_all(config: Config, report: Report) -> None:
     """Stop the deployment in this directory, whatever state it is in.
 
-    Raises OperatorError when a process survives or a port stays taken by one of ours.
+    Raises OperatorError when a process survives. Ports that are still taken are reported.
     """
     supervisor = Supervisor()
     names = [*supervisor.state(), *SlurmJobs().state()]
     strays = sorted({tag.program for _, tag in supervisor.orphans()} - {""})
     _stop(supervisor, names, report)
     if strays:
-        report(f"stopping {', '.join(strays)}, which no supervisor looks after")
+        report(f"stopping {', '.join(strays)}, which run without their supervisor")
     supervisor.shutdown()
     left = [f"pid {process.pid} ({tag.program})" for process, tag in deployed_processes(RUN)]
     if left:
         raise OperatorError(
-            f"still running: {', '.join(left)}", remedy="end them with `kill -9`, and look at dmesg"
+            f"still running: {', '.join(left)}",
+            remedy="end them with `kill -9`; if they stay, see `dmesg`",
         )
     _tidy()
     _check_ports(config, report)
@@ -77,8 +86,8 @@ def _stop(supervisor: Supervisor, names: Sequence[str], report: Report) -> None:
 
 
 def _tidy() -> None:
-    """Remove what belonged to the running deployment, by name: the folder may hold other things."""
-    (RUN / RECORD).unlink(missing_ok=True)
+    """Remove the files of the deployment by name: the folder may have others, too."""
+    (RUN / TOPOLOGY_FILE).unlink(missing_ok=True)
     for pattern in _LEFTOVERS:
         for path in RUN.glob(pattern):
             path.unlink(missing_ok=True)
@@ -89,7 +98,7 @@ def _tidy() -> None:
 
 
 def _check_ports(config: Config, report: Report) -> None:
-    """A port that is still taken is somebody else's by now; say so, since the next start needs it."""
+    """Report ports that another process has taken by now, since the next start needs them."""
     if is_joining_node(config):
         return
     etcd_ports = {"etcd.port": config.etcd.port, "etcd.peer_port": config.etcd.peer_port}
@@ -102,6 +111,6 @@ def _check_ports(config: Config, report: Report) -> None:
         try:
             ports.claim(host, held, RUN)
         except ConfigError:
-            continue  # the config changed since; the start will say it
+            continue  # the config has changed; the next start reports it
         except OperatorError as exc:
             report(f"note: {exc.what}")

@@ -17,9 +17,10 @@ from serving.deploy.cluster.slurm import SlurmJobs
 from serving.deploy.planning.program import stop_tiers
 from serving.deploy.processes.credentials import scheme
 from serving.deploy.processes.launchers import LOGS, RUN, ProcessInfo
-from serving.deploy.processes.markers import read_marker, read_record
+from serving.deploy.processes.markers import read_marker
 from serving.deploy.processes.supervisor import Supervisor
 from serving.deploy.processes.tags import deployed_processes
+from serving.deploy.processes.topology_record import read_record
 from serving.deploy.report.service_answers import (
     ANSWER_S,
     ServiceAnswers,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from serving.config import parse
-from serving.deploy.cluster.membership import with_head_addresses
+from serving.deploy.cluster.addresses import with_head_addresses
 from serving.deploy.cluster.network import listen_address, listening
 from serving.errors import ConfigError
 

@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 from serving.deploy.planning.program import DeploymentPlan
 from serving.deploy.processes.launchers import ProcessInfo
-from serving.deploy.processes.markers import (
-    Record,
-    no_longer_wanted,
-    read_marker,
+from serving.deploy.processes.markers import read_marker, remove_stale_markers, write_marker
+from serving.deploy.processes.topology_record import (
+    TopologyRecord,
+    obsolete_programs,
     read_record,
-    record_of,
-    sweep,
-    write_marker,
+    topology_record,
     write_record,
 )
 from unit.deploy.resolved import plan_for_test
@@ -47,15 +45,15 @@ def deployed(tmp_path: Path) -> tuple[Path, dict[str, ProcessInfo]]:
     running = {name: process(name, wanted) for name in wanted.fingerprints}
     for info in running.values():
         write_marker(info, tmp_path)
-    write_record(record_of(wanted), tmp_path)
+    write_record(topology_record(wanted), tmp_path)
     return tmp_path, running
 
 
 def test_everything_true_stays(deployed: tuple[Path, dict[str, ProcessInfo]]) -> None:
     run, running = deployed
-    assert sweep(planned(), running, run) == []
+    assert remove_stale_markers(planned(), running, run) == []
     assert read_marker(run / "frontend.up") is not None
-    assert read_record(run) == record_of(planned())
+    assert read_record(run) == topology_record(planned())
 
 
 @pytest.mark.parametrize(
@@ -74,7 +72,7 @@ def test_marker_of_a_program_that_is_not_what_it_says_goes(
 ) -> None:
     run, running = deployed
     running["worker-decode-0"] = process("worker-decode-0", planned(), **changes)
-    assert sweep(planned(), running, run) == ["worker-decode-0.up"]
+    assert remove_stale_markers(planned(), running, run) == ["worker-decode-0.up"]
     assert not (run / "worker-decode-0.up").exists()
 
 
@@ -82,7 +80,7 @@ def test_without_supervisor_no_marker_stays(
     deployed: tuple[Path, dict[str, ProcessInfo]],
 ) -> None:
     run, _ = deployed
-    assert len(sweep(planned(), {}, run)) == 5
+    assert len(remove_stale_markers(planned(), {}, run)) == 5
     assert not list(run.glob("*.up"))
 
 
@@ -90,13 +88,15 @@ def test_changed_config_removes_the_markers_it_concerns(
     deployed: tuple[Path, dict[str, ProcessInfo]],
 ) -> None:
     run, running = deployed
-    assert sweep(planned(router={"policy": "random"}), running, run) == ["frontend.up"]
+    assert remove_stale_markers(planned(router={"policy": "random"}), running, run) == [
+        "frontend.up"
+    ]
 
 
 def test_garbage_marker_goes(deployed: tuple[Path, dict[str, ProcessInfo]]) -> None:
     run, running = deployed
     (run / "etcd.up").write_text("")
-    assert sweep(planned(), running, run) == ["etcd.up"]
+    assert remove_stale_markers(planned(), running, run) == ["etcd.up"]
 
 
 def test_another_topology_makes_stop_obsolete_run(
@@ -104,27 +104,30 @@ def test_another_topology_makes_stop_obsolete_run(
 ) -> None:
     run, running = deployed
     agg = planned(topology="agg")
-    assert "topology.json" in sweep(agg, running, run)
-    assert no_longer_wanted(record_of(agg), running) == ["worker-prefill-0", "worker-decode-0"]
+    assert "topology.json" in remove_stale_markers(agg, running, run)
+    assert obsolete_programs(topology_record(agg), running) == [
+        "worker-prefill-0",
+        "worker-decode-0",
+    ]
 
 
 def test_fewer_workers_make_stop_obsolete_run(tmp_path: Path) -> None:
     two = planned(workers={"decode": 2})
     running = {name: process(name, two) for name in two.fingerprints}
-    write_record(record_of(planned()), tmp_path)
-    assert sweep(planned(), running, tmp_path) == ["topology.json"]
-    assert no_longer_wanted(record_of(planned()), running) == ["worker-decode-1"]
+    write_record(topology_record(planned()), tmp_path)
+    assert remove_stale_markers(planned(), running, tmp_path) == ["topology.json"]
+    assert obsolete_programs(topology_record(planned()), running) == ["worker-decode-1"]
 
 
 def test_everything_that_serves_another_engine_must_go() -> None:
     old, new = planned("old"), planned("new")
     running = {name: process(name, old) for name in old.fingerprints}
-    assert no_longer_wanted(record_of(new), running) == [*old.workers, "frontend"]
+    assert obsolete_programs(topology_record(new), running) == [*old.workers, "frontend"]
 
 
 def test_record_of_another_version_counts_as_missing(tmp_path: Path) -> None:
     assert read_record(tmp_path) is None
     (tmp_path / "topology.json").write_text('{"topology": "ring"}')
     assert read_record(tmp_path) is None
-    write_record(Record(topology="agg", programs=[], engine_fingerprint=""), tmp_path)
+    write_record(TopologyRecord(topology="agg", programs=[], engine_fingerprint=""), tmp_path)
     assert read_record(tmp_path) is not None

@@ -105,6 +105,12 @@ class FrontendConfig(Section, frozen=True):
             description="Origins whose pages may call the API from a browser; `*` for all. Pages of this machine (loopback) always may."
         ),
     ] = []
+    allowed_hosts: Annotated[
+        list[str],
+        Meta(
+            description="Further host names by which clients reach an API on loopback without keys, such as that of a reverse proxy. Loopback's own always work; other names get 403, because a page of the web could use them."
+        ),
+    ] = []
     responses_store_bytes: Annotated[
         Annotated[int, Meta(ge=0)],
         Meta(

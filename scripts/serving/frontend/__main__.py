@@ -25,7 +25,9 @@ from serving.frontend.api.responses.store import ResponseStore
 from serving.frontend.api.state import AppState
 from serving.frontend.app import create_app, lifespan
 from serving.frontend.http.api_keys import ApiKeys, read_keys
+from serving.frontend.http.browsers import with_browser_rules
 from serving.frontend.http.limits import InFlight
+from serving.frontend.http.protocol import LimitedHttpProtocol
 from serving.frontend.log import set_up
 from serving.frontend.metrics.registry import Metrics
 from serving.frontend.model import ModelLoader
@@ -54,6 +56,11 @@ async def run(settings: FrontendSettings, slot: ProcessSlot | None) -> None:
         if settings.frontend.api_keys_file is not None:
             keys = read_keys(settings.frontend.api_keys_file)
             app = ApiKeys(app, keys, settings.frontend.requests_per_minute)
+        app = with_browser_rules(
+            app,
+            origins=settings.frontend.cors_origins,
+            allowed_hosts=_known_hosts(settings.frontend),
+        )
         await _listen(app, settings, slot)
     log.info("stopped")
 
@@ -64,6 +71,13 @@ def _response_store(config: FrontendConfig) -> ResponseStore:
     )
 
 
+def _known_hosts(config: FrontendConfig) -> list[str] | None:
+    """Host names that requests may use. Where there are API keys, they keep strangers out."""
+    if config.api_keys_file is not None:
+        return None
+    return [config.host, *config.allowed_hosts]
+
+
 async def _listen(app: ASGIApp, settings: FrontendSettings, slot: ProcessSlot | None) -> None:
     frontend = settings.frontend
     server = uvicorn.Server(
@@ -71,7 +85,7 @@ async def _listen(app: ASGIApp, settings: FrontendSettings, slot: ProcessSlot | 
             app,
             host=frontend.host,
             port=frontend.port,
-            http="httptools",
+            http=LimitedHttpProtocol,
             ws="none",
             access_log=False,
             log_config=None,

@@ -28,6 +28,7 @@ class Delta(Struct):
     logprobs: list[TokenLogprob] | None = None
     parts: list[Part] | None = None
     stop_string: str | None = None
+    token_ids: list[int] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.text or self.logprobs or self.finish_reason or self.parts)
@@ -49,7 +50,10 @@ class Delta(Struct):
         if any(delta.parts is not None for delta in deltas):
             parts = [part for delta in deltas for part in delta.as_parts()]
         last = deltas[-1]
-        return cls(text, last.finish_reason, logprobs or None, parts, last.stop_string)
+        token_ids = None
+        if any(delta.token_ids is not None for delta in deltas):
+            token_ids = [token_id for delta in deltas for token_id in delta.token_ids or ()]
+        return cls(text, last.finish_reason, logprobs or None, parts, last.stop_string, token_ids)
 
 
 class Detokenizer:
@@ -62,7 +66,7 @@ class Detokenizer:
             skip_special_tokens=prepared.skip_special_tokens,
             kept=prepared.answer.kept_special_tokens if prepared.answer is not None else (),
         )
-        self._stops = prepared.stop
+        self._stops, self._include_stop = prepared.stop, prepared.include_stop
         self._min_tokens = prepared.sampling.min_tokens
         self._held = ""
         self._released_chars = 0
@@ -128,6 +132,8 @@ class Detokenizer:
             self._held = ""
             self.finish_reason = "stop"
             self._stop_string = next(stop for stop in self._stops if text.startswith(stop, end))
+            if self._include_stop:
+                end += len(self._stop_string)
         self._released_chars += end
         return text[:end]
 

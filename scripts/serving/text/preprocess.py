@@ -7,7 +7,7 @@ importing `transformers` costs seconds at start-up. It knows nothing about HTTP 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +83,8 @@ class PreparedRequest(Struct, frozen=True):
     sample_group: SampleGroup | None = None
     trace: RequestTrace = field(default_factory=RequestTrace)
     answer: AnswerPlan | None = None
+    include_stop: bool = False
+    return_token_ids: bool = False
 
 
 class Preprocessor:
@@ -126,6 +128,7 @@ class Preprocessor:
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
         )
+        self.document_start_id = self._document_start(folder)
         self._special_tokens_in_text = special_tokens_in_text
         self._special_pattern = special_token_pattern(self.answer_format.special_tokens)
         self._plain: Tokenizer | None = None
@@ -147,6 +150,16 @@ class Preprocessor:
             reasoning_parser=reasoning_parser,
             special_tokens_in_text=special_tokens_in_text,
         )
+
+    def _document_start(self, folder: Path) -> int:
+        """The token that an empty prompt consists of: the model's first, or else one that ends."""
+        config = json_object(folder / "tokenizer_config.json")
+        token = config.get("bos_token")
+        text = token.get("content") if isinstance(token, Mapping) else token
+        start = self.tokenizer.token_to_id(text) if isinstance(text, str) else None
+        if start is not None:
+            return int(start)
+        return self.eos_token_ids[0] if self.eos_token_ids else 0
 
     # --- prompts -------------------------------------------------------------------------------
 
@@ -222,8 +235,9 @@ class Preprocessor:
         room = limit - num_prompt_tokens
         if room < 1:
             raise InvalidRequest(
-                f"The prompt has {num_prompt_tokens} tokens; with at least one more to generate "
-                f"it exceeds the context of {limit} tokens",
+                f"This model's maximum context length is {limit} tokens. The prompt has "
+                f"{num_prompt_tokens} tokens, and at least one more must be generated. Shorten the "
+                f"prompt, or raise `engine.max_model_len`",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -231,8 +245,10 @@ class Preprocessor:
             return room if default is None else min(default, room)
         if requested > room:
             raise InvalidRequest(
-                f"The prompt has {num_prompt_tokens} tokens and {requested} more are requested: "
-                f"{num_prompt_tokens + requested} exceed the context of {limit} tokens",
+                f"This model's maximum context length is {limit} tokens. The prompt has "
+                f"{num_prompt_tokens} tokens and {requested} more are requested, "
+                f"{num_prompt_tokens + requested} in all. Shorten the prompt, request fewer tokens, "
+                f"or raise `engine.max_model_len`",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -270,8 +286,9 @@ class Preprocessor:
         at_least = -(-num_chars // self._longest_token_chars)
         if at_least > limit:
             raise InvalidRequest(
-                f"The prompt has at least {at_least} tokens ({num_chars} characters) and exceeds "
-                f"the context of {limit} tokens",
+                f"This model's maximum context length is {limit} tokens. The prompt has at least "
+                f"{at_least} tokens ({num_chars} characters). Shorten the prompt, or raise "
+                f"`engine.max_model_len`",
                 param=param,
                 code="context_length_exceeded",
             )

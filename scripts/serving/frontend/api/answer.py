@@ -36,11 +36,12 @@ async def prepare_answer(
     if guide is not None:
         made_here = guide is not conversation.answer_guide and conversation.tools
         await model.check_guide(guide, "tools" if made_here else conversation.guide_param)
+    prompt_only = max_tokens == 0
     sampling = fields.sampling(
         preprocessor,
         max_tokens=preprocessor.resolve_max_tokens(
             len(prompt.token_ids),
-            None if cut_to_context else max_tokens,
+            None if cut_to_context else 1 if prompt_only else max_tokens,
             default=max_tokens if cut_to_context else None,
             param=conversation.param,
         ),
@@ -59,6 +60,9 @@ async def prepare_answer(
             session=session,
             sample_group=group,
             answer=prompt.answer,
+            prompt_only=prompt_only,
+            include_stop=fields.include_stop_str_in_output is True,
+            return_token_ids=fields.return_token_ids is True,
         )
         for sample in range(num_samples)
     ]

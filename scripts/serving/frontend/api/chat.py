@@ -12,6 +12,7 @@ from serving.frontend.api.answer import prepare_answer
 from serving.frontend.api.fields import (
     GenerationFields,
     RequestDecoder,
+    StreamOptions,
     Tokens,
     check_text,
     refuse_unsupported,
@@ -19,7 +20,7 @@ from serving.frontend.api.fields import (
 from serving.frontend.api.logprobs import chat_logprobs
 from serving.frontend.api.plan import CompletionApi, CompletionPlan
 from serving.frontend.api.tools import MAX_TOOLS, read_tool
-from serving.frontend.api.writer import ChoicesWriter, Identity
+from serving.frontend.api.writer import ChoicesWriter, Identity, json_text, token_ids_field
 from serving.frontend.model import LoadedModel
 from serving.text.conversation import (
     Conversation,
@@ -252,7 +253,9 @@ def parse(body: bytes) -> ChatRequest:
 
 async def prepare(request: ChatRequest, model: LoadedModel, request_id: str) -> CompletionPlan:
     """Raises InvalidRequest."""
-    asked = request.max_completion_tokens or request.max_tokens
+    asked = request.max_completion_tokens
+    if asked is None:
+        asked = request.max_tokens
     samples = await prepare_answer(
         request,
         request.conversation(),
@@ -266,7 +269,7 @@ async def prepare(request: ChatRequest, model: LoadedModel, request_id: str) -> 
     writer = ChatWriter(
         Identity.new(request_id, "chat.completion.chunk", request.model, fingerprint),
         Identity.new(request_id, "chat.completion", request.model, fingerprint),
-        stream_usage=request.include_usage,
+        request.stream_options,
         token_text=model.token_text if request.logprobs else None,
     )
     return CompletionPlan(
@@ -284,11 +287,11 @@ class ChatWriter(ChoicesWriter):
         self,
         chunk: Identity,
         whole: Identity,
+        stream_options: StreamOptions | None,
         *,
-        stream_usage: bool,
         token_text: TokenText | None,
     ) -> None:
-        super().__init__(chunk, whole, stream_usage=stream_usage)
+        super().__init__(chunk, whole, stream_options)
         self._token_text = token_text
         self._begun: set[int] = set()
 
@@ -301,6 +304,11 @@ class ChatWriter(ChoicesWriter):
                 b'"logprobs":null,"finish_reason":null}' % index
             )
         logprobs = self._logprobs(delta)
+        if delta.token_ids is not None:
+            choices.append(
+                b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":null%b}'
+                % (index, token_ids_field(delta))
+            )
         if delta.parts is not None:
             for part in delta.parts:
                 choices.append(_choice_delta(index, _part_delta(part), logprobs))
@@ -308,7 +316,7 @@ class ChatWriter(ChoicesWriter):
             if not delta.parts and delta.logprobs:
                 choices.append(_choice_delta(index, b'{"content":""}', logprobs))
         elif delta.text or delta.logprobs:
-            content = b'{"content":%b}' % orjson.dumps(delta.text)
+            content = b'{"content":%b}' % json_text(delta.text)
             choices.append(_choice_delta(index, content, logprobs))
         if delta.finish_reason is not None:
             choices.append(
@@ -319,14 +327,15 @@ class ChatWriter(ChoicesWriter):
 
     def _choice(self, index: int, delta: Delta) -> bytes:
         if delta.parts is None:
-            message = b'{"role":"assistant","content":%b,"refusal":null}' % orjson.dumps(delta.text)
+            message = b'{"role":"assistant","content":%b,"refusal":null}' % json_text(delta.text)
         else:
             message = orjson.dumps(_message(assemble(delta.parts)))
-        return b'{"index":%d,"message":%b,"logprobs":%b,"finish_reason":%b}' % (
+        return b'{"index":%d,"message":%b,"logprobs":%b,"finish_reason":%b%b}' % (
             index,
             message,
             self._logprobs(delta),
             orjson.dumps(delta.finish_reason),
+            token_ids_field(delta),
         )
 
     def _logprobs(self, delta: Delta) -> bytes:
@@ -347,9 +356,9 @@ def _part_delta(part: Part) -> bytes:
     """Reasoning goes by both names that clients read."""
     match part:
         case Text(text):
-            return b'{"content":%b}' % orjson.dumps(text)
+            return b'{"content":%b}' % json_text(text)
         case Reasoning(text):
-            encoded = orjson.dumps(text)
+            encoded = json_text(text)
             return b'{"reasoning_content":%b,"reasoning":%b}' % (encoded, encoded)
         case ToolCall(number, call_id, name):
             return (
@@ -359,7 +368,7 @@ def _part_delta(part: Part) -> bytes:
         case Arguments(number, text):
             return b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % (
                 number,
-                orjson.dumps(text),
+                json_text(text),
             )
 
 

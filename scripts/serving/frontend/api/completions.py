@@ -10,16 +10,16 @@ from msgspec import Meta
 
 from serving.errors import InvalidRequest
 from serving.frontend.api.fields import (
-    INT32_MAX,
     GenerationFields,
     RequestDecoder,
+    StreamOptions,
     check_text,
     refuse_unsupported,
     sample_seed,
 )
-from serving.frontend.api.logprobs import completion_logprobs
+from serving.frontend.api.logprobs import TextPlace, completion_logprobs
 from serving.frontend.api.plan import CompletionApi, CompletionPlan
-from serving.frontend.api.writer import ChoicesWriter, Identity
+from serving.frontend.api.writer import ChoicesWriter, Identity, json_text, token_ids_field
 from serving.frontend.model import LoadedModel
 from serving.text.detokenize import Delta
 from serving.text.preprocess import PreparedRequest, Preprocessor, SampleGroup
@@ -32,26 +32,25 @@ Prompt = str | list[int]
 
 
 class CompletionRequest(GenerationFields, kw_only=True):
-    """The body. `prompt` is one text, token ids, or a list of either.
-
-    `max_tokens` may be 0 with `echo`: then the answer is the prompt and nothing else.
+    """The body. `prompt` is one text, token ids, or a list of either; an empty one, or none, is
+    the beginning of a document. With `max_tokens` 0, nothing is generated (`echo` shows the prompt).
     """
 
-    prompt: str | list[str | int | list[int]]
-    max_tokens: Annotated[int, Meta(ge=0, le=INT32_MAX)] | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    prompt: str | list[str | int | list[int]] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
 
     def prompts(self) -> list[Prompt]:
-        """Raises InvalidRequest for an empty or mixed list."""
+        """Raises InvalidRequest for a mixed list."""
+        if not self.prompt:
+            return [""]
         if isinstance(self.prompt, str):
             return [self.prompt]
         kinds = set(map(type, self.prompt))
         if len(kinds) != 1:
-            what = "mixes strings and token ids" if kinds else "is empty"
-            raise InvalidRequest(f"`prompt` {what}", param="prompt")
+            raise InvalidRequest("`prompt` mixes strings and token ids", param="prompt")
         if kinds == {int}:  # Perhaps a hundred thousand of them: neither checked again nor copied.
             return [cast("list[int]", self.prompt)]
         return [item for item in self.prompt if not isinstance(item, int)]
@@ -75,8 +74,6 @@ def parse(body: bytes) -> CompletionRequest:
             f"The request is for {num_choices} completions; at most {MAX_CHOICES} are possible",
             param="prompt",
         )
-    if request.max_tokens == 0 and not request.echo:
-        raise InvalidRequest("`max_tokens` 0 needs `echo` to be true", param="max_tokens")
     return request
 
 
@@ -120,6 +117,8 @@ async def prepare(
                     skip_special_tokens=request.skip_special_tokens is not False,
                     session=request.user,
                     prompt_only=prompt_only,
+                    include_stop=request.include_stop_str_in_output is True,
+                    return_token_ids=request.return_token_ids is True,
                     sample_group=sample_group,
                 )
             )
@@ -128,10 +127,12 @@ async def prepare(
     identity = Identity.new(
         request_id, "text_completion", request.model, model.card.engine_fingerprint
     )
+    shows_special = request.echo or request.skip_special_tokens is False
     writer = CompletionWriter(
         identity,
-        stream_usage=request.include_usage,
+        stream_options=request.stream_options,
         token_text=model.token_text if request.logprobs is not None else None,
+        skipped=frozenset() if shows_special else model.token_text.special_ids,
     )
     return CompletionPlan(
         samples=samples,
@@ -149,40 +150,45 @@ async def _encode(prompt: Prompt, preprocessor: Preprocessor) -> list[int]:
     else:
         preprocessor.check_token_ids(prompt)
         token_ids = prompt
-    if not token_ids:
-        raise InvalidRequest("`prompt` has no tokens", param="prompt")
-    return token_ids
+    return token_ids or [preprocessor.document_start_id]
 
 
 class CompletionWriter(ChoicesWriter):
     """Chunks and the whole have the same shape."""
 
     def __init__(
-        self, identity: Identity, *, stream_usage: bool, token_text: TokenText | None
+        self,
+        identity: Identity,
+        *,
+        stream_options: StreamOptions | None,
+        token_text: TokenText | None,
+        skipped: frozenset[int] = frozenset(),
     ) -> None:
-        super().__init__(identity, identity, stream_usage=stream_usage)
-        self._token_text = token_text
-        self._offsets: dict[int, int] = {}
+        """`skipped` are tokens that the text does not show."""
+        super().__init__(identity, identity, stream_options)
+        self._token_text, self._skipped = token_text, skipped
+        self._places: dict[int, TextPlace] = {}
 
     def _chunk_choices(self, index: int, delta: Delta) -> list[bytes]:
         return [self._choice(index, delta)]
 
     def _choice(self, index: int, delta: Delta) -> bytes:
         finish_reason = b'"%b"' % delta.finish_reason.encode() if delta.finish_reason else b"null"
-        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b}' % (
             index,
-            orjson.dumps(delta.text),
+            json_text(delta.text),
             self._logprobs(index, delta),
             finish_reason,
+            token_ids_field(delta),
         )
 
     def _logprobs(self, index: int, delta: Delta) -> bytes:
         if self._token_text is None:
             return b"null"
-        logprobs, self._offsets[index] = completion_logprobs(
-            delta.logprobs or (), self._token_text, self._offsets.get(index, 0)
-        )
-        return orjson.dumps(logprobs)
+        if index not in self._places:
+            self._places[index] = TextPlace(self._token_text, self._skipped)
+        entries = delta.logprobs or ()
+        return orjson.dumps(completion_logprobs(entries, self._token_text, self._places[index]))
 
 
 API = CompletionApi("completions", "cmpl-", parse, prepare)

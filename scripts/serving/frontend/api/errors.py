@@ -19,6 +19,7 @@ from serving.errors import (
     Overloaded,
     RequestTooLarge,
 )
+from serving.frontend.http.body import UnsupportedMedia
 from serving.frontend.http.limits import BodyTimeout, TooManyInFlight
 
 log = logging.getLogger("serving.frontend")
@@ -92,6 +93,8 @@ def _client_error(exc: InvalidRequest) -> ApiError:
             status = 404
         case RequestTooLarge():
             status = 413
+        case UnsupportedMedia():
+            status = 415
         case BodyTimeout():
             status = 408
     return ApiError(status, exc.message, "invalid_request_error", exc.param, exc.code)

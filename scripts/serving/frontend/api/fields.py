@@ -28,7 +28,7 @@ GREEDY_BELOW = 1e-4
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=512)]
-Tokens = Annotated[int, Meta(ge=1, le=INT32_MAX)]
+Tokens = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 
 Request = TypeVar("Request", bound=Struct)
 
@@ -67,10 +67,8 @@ class GenerationFields(GuideFields, kw_only=True):
         Annotated[list[Annotated[int, Meta(ge=0, le=INT32_MAX)]], Meta(max_length=64)] | None
     ) = None
     skip_special_tokens: bool | None = None
-
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = None
 
     def stop_strings(self) -> tuple[str, ...]:
         """Raises InvalidRequest for more than 16."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,9 +35,9 @@ def chat_logprobs(entries: Sequence[TokenLogprob], token_text: TokenText) -> dic
 
 
 def completion_logprobs(
-    entries: Sequence[TokenLogprob], token_text: TokenText, first_offset: int
-) -> tuple[dict[str, Any], int]:
-    """The parallel lists, and the text offset (in characters) of the next token.
+    entries: Sequence[TokenLogprob], token_text: TokenText, place: TextPlace
+) -> dict[str, Any]:
+    """The parallel lists. `place` counts the characters of the choice's text.
 
     A prompt's first token has null for its log-probabilities.
     """
@@ -51,15 +52,48 @@ def completion_logprobs(
             token_logprobs.append(None)
             top_logprobs.append(None)
         else:
-            chosen = _finite(entry.logprob)
-            top = {token_text(token_id)[0]: _finite(value) for token_id, value in entry.top}
-            token_logprobs.append(chosen)
-            top_logprobs.append({**top, text: chosen})
-        offsets.append(first_offset)
-        first_offset += len(text)
+            token_logprobs.append(_finite(entry.logprob))
+            top_logprobs.append(_by_text(entry, token_text))
+        offsets.append(place.of_next(entry.token_id))
     return {
         "tokens": tokens,
         "token_logprobs": token_logprobs,
         "top_logprobs": top_logprobs,
         "text_offset": offsets,
-    }, first_offset
+    }
+
+
+def _by_text(entry: TokenLogprob, token_text: TokenText) -> dict[str, float]:
+    """Every token's log-probability by its text.
+
+    Different tokens can decode to the same text, parts of a character above all. The second and
+    later ones are keyed by `token_id:ID`; the chosen token has its text's key.
+    """
+    logprobs = {token_text(entry.token_id)[0]: _finite(entry.logprob)}
+    for token_id, logprob in entry.top:
+        if token_id == entry.token_id:
+            continue
+        text = token_text(token_id)[0]
+        key = f"token_id:{token_id}" if text in logprobs else text
+        logprobs[key] = _finite(logprob)
+    return logprobs
+
+
+class TextPlace:
+    """Where the next token begins in the text of one choice, in characters.
+
+    A token that begins inside a character begins where that character does.
+    """
+
+    def __init__(self, token_text: TokenText, skipped: frozenset[int] = frozenset()) -> None:
+        """`skipped` are tokens that the text does not show."""
+        self._token_text, self._skipped = token_text, skipped
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._num_chars = 0
+
+    def of_next(self, token_id: int) -> int:
+        """The place of this token; the one after it follows."""
+        place = self._num_chars
+        if token_id not in self._skipped:
+            self._num_chars += len(self._decode(self._token_text(token_id)[1]))
+        return place

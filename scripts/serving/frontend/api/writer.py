@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import orjson
 from msgspec import Struct
 
 from serving.frontend.api.errors import ApiError
+from serving.frontend.api.fields import StreamOptions
 from serving.text.detokenize import Delta
 
 DONE = b"data: [DONE]\n\n"
@@ -70,6 +72,10 @@ class Identity(Struct, frozen=True):
 class ResponseWriter(ABC):
     """Writes one response in the format of one API: the events of a stream, or the whole body."""
 
+    def follow(self, usage: Callable[[], Usage]) -> None:
+        """Called once, before anything is written, with a way to see the usage so far."""
+        del usage
+
     def opening(self) -> bytes:
         """The events that precede the first delta."""
         return b""
@@ -94,14 +100,24 @@ class ResponseWriter(ABC):
 class ChoicesWriter(ResponseWriter):
     """Writes chat completions and completions, which consist of choices.
 
-    With `stream_usage`, every chunk has a `usage` field, which is null except in the last one.
+    If the stream options ask for usage, every chunk has a `usage` field. It is null except in the
+    last chunk, or the usage so far if the options ask for that.
     """
 
-    def __init__(self, chunk: Identity, whole: Identity, *, stream_usage: bool) -> None:
-        self._stream_usage = stream_usage
+    def __init__(
+        self, chunk: Identity, whole: Identity, stream_options: StreamOptions | None
+    ) -> None:
+        options = stream_options or StreamOptions()
+        stream_usage = self._stream_usage = options.include_usage is True
+        self._is_continuous = stream_usage and options.continuous_usage_stats is True
+        self._usage: Callable[[], Usage] | None = None
         self._chunk_opening = b"data: " + chunk.opening()
         self._chunk_closing = b'],"usage":null}\n\n' if stream_usage else b"]}\n\n"
         self._whole_opening = whole.opening()
+
+    def follow(self, usage: Callable[[], Usage]) -> None:
+        if self._is_continuous:
+            self._usage = usage
 
     @abstractmethod
     def _chunk_choices(self, index: int, delta: Delta) -> list[bytes]:
@@ -113,6 +129,8 @@ class ChoicesWriter(ResponseWriter):
 
     def chunks(self, index: int, deltas: Sequence[Delta]) -> bytes:
         opening, closing = self._chunk_opening, self._chunk_closing
+        if self._usage is not None:
+            closing = b'],"usage":' + self._usage().json() + b"}\n\n"
         between = closing + opening
         choices = [choice for delta in deltas for choice in self._chunk_choices(index, delta)]
         return opening + between.join(choices) + closing
@@ -128,3 +146,34 @@ class ChoicesWriter(ResponseWriter):
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
         choices = b",".join(self._choice(index, delta) for index, delta in enumerate(deltas))
         return self._whole_opening + choices + b'],"usage":' + usage.json() + b"}"
+
+
+def json_text(text: str) -> bytes:
+    """A JSON string. Line separators are escaped: some clients split events at them."""
+    encoded = orjson.dumps(text)
+    if b"\xe2\x80" not in encoded and b"\xc2\x85" not in encoded:
+        return encoded
+    for raw, escaped in _LINE_ENDS:
+        encoded = encoded.replace(raw, escaped)
+    return encoded
+
+
+_LINE_ENDS = (
+    ("\u2028".encode(), b"\\u2028"),
+    ("\u2029".encode(), b"\\u2029"),
+    ("\x85".encode(), b"\\u0085"),
+)
+
+
+def json_event(content: Any) -> bytes:
+    """A JSON value for an event, with line separators escaped like `json_text`."""
+    encoded = orjson.dumps(content)
+    for raw, escaped in _LINE_ENDS:
+        if raw in encoded:
+            encoded = encoded.replace(raw, escaped)
+    return encoded
+
+
+def token_ids_field(delta: Delta) -> bytes:
+    """A field for a choice, if the request asks for token ids."""
+    return b"" if delta.token_ids is None else b',"token_ids":' + orjson.dumps(delta.token_ids)

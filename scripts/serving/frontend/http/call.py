@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from random import Random
 from time import perf_counter
 from typing import Any
@@ -17,8 +18,9 @@ from serving.errors import NoInstances, Overloaded
 from serving.frontend.api.errors import ApiError, to_api_error
 from serving.frontend.api.plan import CompletionApi
 from serving.frontend.api.state import AppState
+from serving.frontend.http.body import read_body
 from serving.frontend.http.generation import Generation
-from serving.frontend.http.limits import ClientGone, cancelled_on_disconnect, read_body
+from serving.frontend.http.limits import ClientGone, cancelled_on_disconnect
 from serving.frontend.http.replies import Headers, send_error, send_json
 from serving.frontend.http.sse import end_stream, send_deltas
 from serving.frontend.model import check_model
@@ -28,6 +30,7 @@ log = logging.getLogger("serving.frontend")
 CLIENT_CLOSED = 499
 """Logged and counted but never sent: the client left before the end."""
 
+_TRACE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _random = Random()  # Ids must be unique but are no secrets, so each may do without a system call.
 
 
@@ -48,12 +51,14 @@ class CompletionCall:
         self._api, self._state, self._send = api, state, send
         self._request_id = f"{api.id_prefix}{_random.getrandbits(128):032x}"
         self._arrived = perf_counter()
-        self._headers: Headers = ((b"x-request-id", self._request_id.encode()),)
+        self._headers: Headers = ()
         self._generation: Generation | None = None
 
     async def serve(self, scope: Scope, receive: Receive) -> None:
         """Answer in every case, and record the outcome."""
         status, error = CLIENT_CLOSED, None
+        self._trace_id = _trace_id(scope) or self._request_id
+        self._headers = ((b"x-request-id", self._trace_id.encode()),)
         in_flight = self._state.in_flight
         try:
             with in_flight.hold(1):
@@ -83,7 +88,7 @@ class CompletionCall:
         The body is not kept: only the tokens live on.
         """
         state = self._state
-        body = await read_body(scope, receive, state.max_body_bytes, state.body_timeout_s)
+        body = await read_body(scope, receive, state.max_body_bytes, timeout_s=state.body_timeout_s)
         request = self._api.parse(body)
         check_model(request.model, state.model_names)
         model = await state.models.load(state.card)
@@ -135,9 +140,10 @@ class CompletionCall:
         usage = generation.usage() if generation else None
         ttft_s = generation.ttft_s() if generation else None
         log.info(
-            "%s model=%s instances=%s overlap_blocks=%d prompt_tokens=%d cached_tokens=%d "
+            "%s%s model=%s instances=%s overlap_blocks=%d prompt_tokens=%d cached_tokens=%d "
             "completion_tokens=%d ttft_ms=%s duration_ms=%.1f finish_reason=%s status=%d%s",
             self._request_id,
+            f" x_request_id={self._trace_id}" if self._trace_id != self._request_id else "",
             self._state.model_name,
             ",".join(generation.instances()) if generation else "",
             generation.overlap_blocks() if generation else 0,
@@ -150,3 +156,11 @@ class CompletionCall:
             status,
             f" error={error.message!r}" if error else "",
         )
+
+
+def _trace_id(scope: Scope) -> str:
+    """The client's own id of the request, from `x-request-id`, if it is fit for a header and a log."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            return value.decode("ascii") if _TRACE_ID.fullmatch(value) else ""
+    return ""

@@ -50,6 +50,7 @@ class Generation:
         self.samples = [SampleProgress(prepared) for prepared in plan.samples]
         self._pipeline, self._tokens = pipeline, tokens
         self._metrics, self._arrived = metrics, arrived
+        plan.writer.follow(self.usage)
 
     async def run(self) -> None:
         """Generate everything. Cancelling it aborts the samples on their workers.
@@ -138,6 +139,8 @@ class Generation:
             deltas = _parsed(deltas, parser)
             if was_reasoning or parser.is_reasoning:
                 sample.reasoning_tokens += len(output.token_ids)
+        if sample.prepared.return_token_ids and output.token_ids:
+            deltas = [Delta(token_ids=list(output.token_ids)), *deltas]
         if deltas:
             self.deltas.put(index, *deltas)
 

@@ -1,4 +1,4 @@
-"""Limits on what a client may use: body size, time to send it, requests in flight.
+"""Limits on what a client may use: the time to send a request, requests in flight.
 
 Also here: noticing that a client has left.
 """
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from starlette.types import Receive, Scope
+from starlette.types import Receive
 
-from serving.errors import InvalidRequest, Overloaded, RequestTooLarge
+from serving.errors import InvalidRequest, Overloaded
 from serving.frontend.metrics.collectors import Gauge
 
 BODY_TIMEOUT_S = 60.0
@@ -89,38 +89,6 @@ class InFlight:
     def _add(self, num_samples: int) -> None:
         self.count += num_samples
         self._gauge.value = self.count
-
-
-async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes:
-    """The whole body. Raises RequestTooLarge, BodyTimeout, ClientGone.
-
-    The announced length is checked before reading and the actual one while reading, so never more
-    than `max_bytes` are kept.
-    """
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
-            raise RequestTooLarge(_too_large(max_bytes), code="request_too_large")
-    parts: list[bytes] = []
-    num_bytes = 0
-    try:
-        async with asyncio.timeout(timeout_s):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                part = message.get("body", b"")
-                num_bytes += len(part)
-                if num_bytes > max_bytes:
-                    raise RequestTooLarge(_too_large(max_bytes), code="request_too_large")
-                parts.append(part)
-                if not message.get("more_body", False):
-                    return b"".join(parts)
-    except TimeoutError:
-        raise BodyTimeout(f"The request body did not arrive within {timeout_s:g} s") from None
-
-
-def _too_large(max_bytes: int) -> str:
-    return f"The request body is larger than {max_bytes} bytes"
 
 
 class cancelled_on_disconnect:

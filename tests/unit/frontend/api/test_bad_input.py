@@ -68,7 +68,6 @@ async def test_malformed_json_is_refused(client: httpx.AsyncClient, path: str, b
     [
         ("model", 1),
         ("model", None),
-        ("max_tokens", 0),
         ("max_tokens", -1),
         ("max_tokens", 1.5),
         ("max_tokens", "1"),
@@ -155,7 +154,7 @@ async def test_value_out_of_range_or_of_the_wrong_type_names_its_field(
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 3}, "logprobs"),
-        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
         (
             {"tools": [{"type": "function", "function": {"name": "no spaces"}}]},
             "tools[0].function.name",
@@ -194,12 +193,7 @@ async def test_bad_chat_field_is_named(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"prompt": None}, "prompt"),
         ({"prompt": 1}, "prompt"),
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": []}, "prompt"),
-        ({"prompt": [[]]}, "prompt"),
-        ({"prompt": [""]}, "prompt"),
         ({"prompt": ["a", 1]}, "prompt"),
         ({"prompt": [[1], "a"]}, "prompt"),
         ({"prompt": [True]}, "prompt[0]"),
@@ -209,9 +203,8 @@ async def test_bad_chat_field_is_named(
         ({"prompt": "a\0b"}, "prompt"),
         ({"prompt": ["a"] * 129}, "prompt"),
         ({"prompt": ["a"] * 9}, "n"),
-        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -1, "echo": True}, "max_tokens"),
         ({"best_of": 3}, "best_of"),
         ({"suffix": "end"}, "suffix"),
@@ -242,7 +235,7 @@ async def test_missing_fields_are_named(client: httpx.AsyncClient) -> None:
     messages = CHAT["messages"]
     await refuse(client, "/v1/chat/completions", {"messages": messages}, "model", required)
     await refuse(client, "/v1/chat/completions", {"model": MODEL}, "messages", required)
-    await refuse(client, "/v1/completions", {"model": MODEL}, "prompt", required)
+    await refuse(client, "/v1/completions", {"prompt": "hello"}, "model", required)
 
 
 async def test_unknown_field_is_ignored(client: httpx.AsyncClient, pipeline: FakePipeline) -> None:

@@ -19,7 +19,7 @@ from serving.frontend.api.messages.request import (
 from serving.frontend.api.messages.writer import MessagesWriter
 from serving.frontend.api.plan import CompletionApi, CompletionPlan
 from serving.frontend.api.state import AppState
-from serving.frontend.http.limits import read_body
+from serving.frontend.http.body import read_body
 from serving.frontend.http.replies import json_response
 from serving.frontend.model import LoadedModel, check_model
 

@@ -10,7 +10,7 @@ import orjson
 
 from serving.frontend.api.errors import ApiError
 from serving.frontend.api.messages.errors import error_body
-from serving.frontend.api.writer import ResponseWriter, Usage
+from serving.frontend.api.writer import ResponseWriter, Usage, json_event
 from serving.text.detokenize import Delta
 from serving.text.parts import Arguments, Part, Reasoning, Text, ToolCall
 
@@ -155,6 +155,4 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 
 def _event(type: str, **fields: Any) -> bytes:
-    return (
-        b"event: " + type.encode() + b"\ndata: " + orjson.dumps({"type": type, **fields}) + b"\n\n"
-    )
+    return b"event: " + type.encode() + b"\ndata: " + json_event({"type": type, **fields}) + b"\n\n"

@@ -13,7 +13,7 @@ import orjson
 
 from serving.frontend.api.errors import ApiError
 from serving.frontend.api.responses.request import Item
-from serving.frontend.api.writer import ResponseWriter, Usage
+from serving.frontend.api.writer import ResponseWriter, Usage, json_event
 from serving.text.detokenize import Delta
 from serving.text.parts import Arguments, Part, Reasoning, Text, ToolCall
 
@@ -220,6 +220,6 @@ class ResponsesWriter(ResponseWriter):
         return f"{prefix}_{self._suffix}{len(self._output):02x}"
 
     def _event(self, type: str, **fields: Any) -> bytes:
-        body = orjson.dumps({"type": type, "sequence_number": self._num_events, **fields})
+        body = json_event({"type": type, "sequence_number": self._num_events, **fields})
         self._num_events += 1
         return b"event: " + type.encode() + b"\ndata: " + body + b"\n\n"

@@ -17,7 +17,7 @@ from serving.frontend.app import create_app
 from serving.frontend.http.browsers import with_browser_rules
 from serving.frontend.http.protocol import LimitedHttpProtocol
 from unit.frontend.fakes import MODEL, FakePipeline
-from unit.frontend.waiting import until
+from waiting import until
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 BODY = json.dumps(CHAT).encode()

@@ -48,6 +48,7 @@ LEFT_BEHIND = {
     r"\bwho has none\b": "the name of what is missing",
     r"\bpatience\b": "stream deadline, or expire",
     r"\blean.layers?\b|\bfusion\b": "layer rewrite",
+    r"\bgiv(e|es|ing) up\b|\bgive_up\b": "expire, or what happens then",
     r"\btelling\b": "reporting",
     r"\bwhat is told\b": "the name of what is reported",
 }

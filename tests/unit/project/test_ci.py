@@ -42,6 +42,11 @@ def test_tool_that_every_machine_has_is_found(allowed: Path, name: str) -> None:
     assert shutil.which(name, path=str(allowed))
 
 
-def test_python_is_the_interpreter_itself_and_makes_environments(allowed: Path) -> None:
-    program = "import ensurepip, ssl, sys, venv; assert sys.prefix == sys.base_prefix"
-    subprocess.run(["python3", "-c", program], env={"PATH": str(allowed)}, check=True, timeout=60)
+def test_environment_made_with_the_allowed_python_outlives_the_folder_of_tools(
+    allowed: Path, tmp_path: Path
+) -> None:
+    command = ["python3", "-m", "venv", "--without-pip", tmp_path / "venv"]
+    subprocess.run(command, env={"PATH": str(allowed)}, check=True, timeout=60)
+    shutil.rmtree(allowed)
+    program = "import ssl, sys; assert sys.prefix != sys.base_prefix"
+    subprocess.run([tmp_path / "venv" / "bin" / "python", "-c", program], check=True, timeout=60)

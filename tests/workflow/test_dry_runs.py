@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,16 @@ def test_failure_of_a_script_ends_in_what_to_do(tmp_path: Path) -> None:
     [*_, last] = done.stdout.split("Exiting because a job execution failed")
     assert "  -> " in last
     assert not list((tmp_path / ".snakemake").glob("failures-*"))
+
+
+def test_folder_of_an_older_version_is_served_again(tmp_path: Path) -> None:
+    """`run/` is as recorded, without the processes: everything starts, and status finds nothing."""
+    recorded = ROOT / "tests" / "recorded_runs" / "before_control_services"
+    shutil.copytree(recorded, tmp_path / "run")
+    done = snakemake(tmp_path, "status")
+    assert done.returncode == 0, done.stdout
+    assert "Nothing runs here" in done.stdout
+    done = snakemake(tmp_path, "-n", "serve_disagg")
+    assert done.returncode == 0, done.stdout
+    assert "build_engine" in done.stdout
+    assert "start_frontend" in done.stdout

@@ -37,7 +37,7 @@ def take_failures() -> list[str]:
 
 def keep_for_subprocesses(config: ResolvedConfig) -> None:
     """Write the resolved configuration for sub-processes of this process, until it ends."""
-    path = _config_file(os.getpid())
+    path = _config_file(os.getpid()).absolute()  # the working directory may be another at the end
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(msgspec.json.encode(config))

@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from serving.deploy.processes.markers import read_marker, read_record, sweep
-from serving.deploy.processes.supervisor import ProcessInfo
+from serving.deploy.processes.launchers import ProcessInfo
+from serving.deploy.processes.markers import read_marker, remove_stale_markers
+from serving.deploy.processes.topology_record import read_record
 from serving.deploy.report.service_spec import read_running_settings
 from unit.deploy.resolved import plan_for_test
 
@@ -58,5 +59,5 @@ def test_programs_of_an_older_version_restart_and_etcd_and_nats_go_on(run_dir: P
     record = read_record(run_dir)
     assert record is not None
     plan = plan_for_test(PORTS, record.topology, engine_fingerprint=record.engine_fingerprint)
-    removed = sweep(plan, running(run_dir), run_dir)
+    removed = remove_stale_markers(plan, running(run_dir), run_dir)
     assert sorted(removed) == ["frontend.up", "worker-decode-0.up", "worker-prefill-0.up"]

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 from serving.config import ResolvedConfig, as_plain
 from serving.config.resolve import read_resolved
+from serving.deploy.cluster.joined import write_joined
 from serving.deploy.planning.invocation import Invocation
 from serving.deploy.planning.resolve import resolve
 from serving.deploy.processes.credentials import API_CERTIFICATE_FILE, API_KEYS_FILE
-from serving.deploy.processes.markers import Record, write_joined
+from serving.deploy.processes.topology_record import TopologyRecord
 
 SERVE_AGG = Invocation(targets=("serve_agg",), topology="agg", executes=True)
 STATUS = Invocation(targets=("status",), executes=True)
-RECORD = Record(topology="agg_router", programs=[], engine_fingerprint="")
+RECORD = TopologyRecord(topology="agg_router", programs=[], engine_fingerprint="")
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def resolved(
     raw: dict[str, Any] | None = None,
     invocation: Invocation = SERVE_AGG,
-    recorded: Record | None = None,
+    recorded: TopologyRecord | None = None,
 ) -> ResolvedConfig:
     mock = {"engine": {"backend": "mock"}, "model": {"tokenizer": "bundled"}}
     return resolve(mock | (raw or {}), invocation, recorded)

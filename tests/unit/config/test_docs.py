@@ -8,7 +8,7 @@ import pytest
 from serving.config import Config
 from serving.config import docs as config_docs
 
-FOLDER = Path(__file__).parents[2] / "config"
+FOLDER = Path(__file__).parents[3] / "config"
 
 
 def test_committed_page_and_schema_say_what_the_types_say() -> None:

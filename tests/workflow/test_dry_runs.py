@@ -67,7 +67,7 @@ def test_target_pins_its_topology(target: str, num_workers: int, tmp_path: Path)
     assert int(count) == num_workers
 
 
-def test_rulegraph_shows_the_way_from_model_to_frontend(tmp_path: Path) -> None:
+def test_rulegraph_leads_from_model_to_frontend(tmp_path: Path) -> None:
     done = snakemake(tmp_path, "--rulegraph", "dot", "serve_disagg")
     assert done.returncode == 0, done.stdout
     rules = ["download_model", "build_engine", "stop_obsolete", "start_worker", "start_frontend"]
@@ -152,7 +152,7 @@ def test_plan_proposes_workers_for_a_recorded_workload(tmp_path: Path) -> None:
     assert "workers:\n  prefill: 1\n  decode: 1" in done.stdout
 
 
-def test_failure_of_a_script_ends_in_what_to_do(tmp_path: Path) -> None:
+def test_failed_script_ends_with_the_remedy(tmp_path: Path) -> None:
     settings = "container={runtime: podman, image: nobody/no-such-image}"
     done = snakemake(tmp_path, "results/checks/container.json", "--config", settings)
     assert done.returncode == 1

@@ -54,7 +54,7 @@ def test_serving_builds_no_image(tmp_path: Path) -> None:
     assert "build_image" not in done.stdout
 
 
-def test_start_without_an_image_names_both_ways_to_one(tmp_path: Path, podman: Path) -> None:
+def test_start_without_an_image_names_both_remedies(tmp_path: Path, podman: Path) -> None:
     podman.write_text("#!/bin/sh\necho 4.3.1\n")
     done = snakemake(tmp_path, "results/checks/container.json", "--config", PODMAN)
     assert done.returncode == 1
@@ -63,7 +63,9 @@ def test_start_without_an_image_names_both_ways_to_one(tmp_path: Path, podman: P
     assert "snakemake build_image" in last
 
 
-def test_machine_that_cannot_build_is_told_so(tmp_path: Path, podman: Path) -> None:
+def test_machine_that_cannot_build_images_gets_an_error_with_the_remedy(
+    tmp_path: Path, podman: Path
+) -> None:
     settings = "container={runtime: podman, base_image: localhost/none-such}"
     podman.write_text("#!/bin/sh\n[ $1 = info ] && exit 0\necho 'no such host' >&2\nexit 125\n")
     done = snakemake(tmp_path, "build_image", "--config", settings)
@@ -74,7 +76,7 @@ def test_machine_that_cannot_build_is_told_so(tmp_path: Path, podman: Path) -> N
     assert "Traceback" not in done.stdout
 
 
-def test_built_image_is_what_the_check_looks_at(tmp_path: Path, podman: Path) -> None:
+def test_check_looks_at_the_built_image(tmp_path: Path, podman: Path) -> None:
     folder = tmp_path / "results" / "images"
     folder.mkdir(parents=True)
     record = ServingImage(image="localhost/serving:abc", detail="", base="", builder="podman")

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,13 @@ Prompt = int | list[int]
 class Run:
     """A batch of requests, submitted together; times are in seconds since then."""
 
-    def __init__(self, request_ids: Sequence[str]) -> None:
+    def __init__(
+        self, request_ids: Sequence[str], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.request_ids = list(request_ids)
         self._ids = set(request_ids)
-        self.started = time.perf_counter()
+        self._clock = clock
+        self.started = clock()
         self.finished: set[str] = set()
         self._tokens: Counter[str] = Counter()
         self._steady: list[float] = []
@@ -36,7 +39,7 @@ class Run:
         self._first_s: dict[str, float] = {}
         self._last_s = 0.0
         self._failure = ""
-        self._news = asyncio.Event()
+        self._progress = asyncio.Event()
 
     @property
     def ttft_s(self) -> float:
@@ -64,9 +67,9 @@ class Run:
 
     async def _until(self, condition: Any) -> None:
         while not condition() and len(self.finished) < len(self.request_ids):
-            self._news.clear()
+            self._progress.clear()
             async with asyncio.timeout(STALLED_S):
-                await self._news.wait()
+                await self._progress.wait()
             if self._failure:
                 raise RuntimeError(self._failure)
 
@@ -76,7 +79,7 @@ class Run:
         outputs = [output for output in outputs if output.request_id in self._ids]
         if not outputs:
             return
-        now = time.perf_counter()
+        now = self._clock()
         self._last_s = now - self.started
         for output in outputs:
             if output.finish_reason in ("error", "cancelled"):
@@ -93,7 +96,7 @@ class Run:
                 self._steady += [(now - self._previous) / num_steps] * num_steps
             self._previous = now
         self.finished |= {o.request_id for o in outputs if o.finish_reason is not None}
-        self._news.set()
+        self._progress.set()
 
 
 class DrivenEngine:

@@ -21,7 +21,7 @@ from serving.protocol import EngineOutput, EngineRequest, KvEvent, Tier
 
 
 class EngineSpec(Struct, frozen=True):
-    """What a running engine is. `num_blocks` counts usable blocks; `kv_layout` is None where
+    """The limits and the identity of a running engine. `num_blocks` counts usable blocks; `kv_layout` is None where
     the engine moves KV by itself (TensorRT-LLM)."""
 
     max_model_len: int
@@ -55,10 +55,13 @@ class Engine(ABC):
     def submit(self, request: EngineRequest) -> None:
         """Queue a request of phase `agg` or `prefill`; outputs arrive at the sink.
 
-        Raises InvalidRequest (it can never run) or Overloaded (`max_waiting` reached). One that is
-        not begun within its `queue_s` ends with the error QueuedTooLong, unless the queue is a
-        library's own. An output without tokens and finish_reason says that a `prefill` got
-        further. It ends with its first token and `finish_reason="length"` or `"stop"`; its blocks stay held (see KvBlocks.exported) until released.
+        Raises InvalidRequest (it can never run) or Overloaded (`max_waiting` reached). A request
+        that does not begin within its `queue_s` ends with the error QueuedTooLong, unless the
+        engine's library has a queue of its own.
+
+        A `prefill` reports progress with outputs that have neither tokens nor finish_reason. It
+        ends with its first token and `finish_reason="length"` or `"stop"`; its blocks stay held
+        (see `KvBlocks.exported`) until they are released.
         """
 
     @abstractmethod
@@ -104,7 +107,7 @@ class KvReservation(Protocol):
 
 
 class KvBlocks(Protocol):
-    """What an engine offers when its KV blocks can be exported and imported (torch)."""
+    """Export and import of KV blocks, for engines whose blocks this project moves (torch)."""
 
     def exported(self, request_id: str) -> int:
         """Number of blocks held for a finished prefill; 0 when unknown or already released."""
@@ -146,7 +149,7 @@ class BlockEngine(Engine):
 
 
 class TransferringEngine(Engine):
-    """An engine that moves KV by itself (TensorRT-LLM), or only says so (mock).
+    """An engine that moves KV by itself (TensorRT-LLM), or only pretends to (mock).
 
     `submit` takes all phases. The last output of a `prefill` carries transfer parameters; a
     `decode` request brings them back to another engine. When the fetch fails the engine prefills

@@ -1,9 +1,9 @@
 """How many prefill and how many decode workers a workload needs.
 
-First tokens wait for prefill workers, the ones after them for decode workers, so the two numbers
-are sought one after the other: the fewest prefill workers that meet their target while there are
-plenty of decode workers (which do not help them), then the fewest decode workers beside those.
-What comes out is tried together, and the kind that falls short gets some more.
+First tokens wait for prefill workers, later tokens for decode workers. So the two numbers are
+sought one after the other: first the fewest prefill workers that meet the TTFT target beside plenty
+of decode workers that do not help them, then the fewest decode workers beside those. Both are then
+simulated together, and the role that misses its target gets more workers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from serving.simulate.trace import Trace, load_trace
 
 
 class CapacityPlan(Struct, frozen=True):
-    """One pair of numbers, and what came of it: seconds, at the quantile of the targets."""
+    """Workers of each role and the simulated result: latencies at the quantile of the targets.
+
+    `hit_rate`, `busy` (of prefill workers) and `local` (prefills on decode workers) are shares.
+    """
 
     prefill: int
     decode: int
@@ -45,47 +48,47 @@ HEADING = "prefill  decode  TTFT (s) ITL (ms)  hit %  busy %  local %"
 
 
 class CapacityPlanner:
-    """Simulates pairs, each once."""
+    """Finds the smallest plan that meets the targets. Simulates each pair of numbers once."""
 
     def __init__(
         self, trace: Trace, plan: PlanConfig, router: RouterConfig, report: Report
     ) -> None:
         self._trace, self._plan, self._router, self._report = trace, plan, router, report
-        self._tried: dict[tuple[int, int, bool], CapacityPlan] = {}
+        self._plans: dict[tuple[int, int, bool], CapacityPlan] = {}
 
     def fewest(self) -> CapacityPlan:
-        """The pair to use. Raises OperatorError when the targets cannot be met."""
+        """The plan to use. Raises OperatorError when no plan meets the targets."""
         self._report(HEADING)
         plenty = self._plan.max_workers
         prefill = self._least(
-            lambda n: self._ttft_is_met(self.try_out(n, plenty, helps=False)), "ttft_s"
+            lambda n: self._ttft_is_met(self.simulated(n, plenty, helps=False)), "ttft_s"
         )
-        decode = self._least(lambda n: self._itl_is_met(self.try_out(prefill, n)), "itl_s")
+        decode = self._least(lambda n: self._itl_is_met(self.simulated(prefill, n)), "itl_s")
         while True:
-            tried = self.try_out(prefill, decode)
+            tried = self.simulated(prefill, decode)
             if not self._ttft_is_met(tried):
-                # With few decode workers, first tokens may wait for those.
+                # With few decode workers, first tokens may wait for decode workers.
                 prefill, decode = self._more(prefill), self._more(decode)
             elif not self._itl_is_met(tried):
                 decode = self._more(decode)
             else:
                 return tried
-            if self.try_out(prefill, decode) == tried:
+            if self.simulated(prefill, decode) == tried:
                 raise self._unattainable("itl_s" if self._ttft_is_met(tried) else "ttft_s")
 
-    def try_out(self, prefill: int, decode: int, *, helps: bool = True) -> CapacityPlan:
-        """`helps`: idle decode workers prefill, if the configuration says so."""
+    def simulated(self, prefill: int, decode: int, *, helps: bool = True) -> CapacityPlan:
+        """Simulate one plan. `helps`: idle decode workers prefill, if the configuration allows it."""
         key = prefill, decode, helps
-        if key not in self._tried:
-            self._tried[key] = tried = self._measure(prefill, decode, helps)
+        if key not in self._plans:
+            self._plans[key] = tried = self._measure(prefill, decode, helps)
             self._report(tried.line())
-        return self._tried[key]
+        return self._plans[key]
 
     def _more(self, number: int) -> int:
         return min(number + max(1, number // 4), self._plan.max_workers)
 
     def _least(self, suffices: Callable[[int], bool], target: str) -> int:
-        """The smallest number that suffices, if more never is worse."""
+        """The smallest number that suffices, given that more workers are never worse."""
         high = 1
         while not suffices(high):
             if high == self._plan.max_workers:
@@ -118,14 +121,14 @@ class CapacityPlanner:
             sum(each.was_local for each in outcome.requests) / len(outcome.requests),
         )
 
-    def _ttft_is_met(self, tried: CapacityPlan) -> bool:
-        return tried.ttft_s <= self._plan.ttft_s
+    def _ttft_is_met(self, plan: CapacityPlan) -> bool:
+        return plan.ttft_s <= self._plan.ttft_s
 
-    def _itl_is_met(self, tried: CapacityPlan) -> bool:
-        return tried.itl_s <= self._plan.itl_s
+    def _itl_is_met(self, plan: CapacityPlan) -> bool:
+        return plan.itl_s <= self._plan.itl_s
 
     def _unattainable(self, target: str) -> OperatorError:
-        best = min(getattr(tried, target) for tried in self._tried.values())
+        best = min(getattr(tried, target) for tried in self._plans.values())
         return OperatorError(
             f"no number of workers up to {self._plan.max_workers} meets `plan.{target}`: at the "
             f"{100 * self._plan.quantile:g}th percentile it is {best:.3g} s at best",
@@ -140,7 +143,10 @@ def _busy(outcome: SimulationOutcome, duration_s: float, prefill: int) -> float:
 
 
 def propose(plan: PlanConfig, router: RouterConfig, *, report: Report) -> CapacityPlan:
-    """Tell what was tried and what to configure. Raises OperatorError without a usable trace."""
+    """Report the simulated plans and the numbers to configure.
+
+    Raises OperatorError without a usable trace, or when no plan meets the targets.
+    """
     if plan.trace is None:
         raise OperatorError(
             "there is no workload to plan for",

@@ -121,7 +121,7 @@ def test_a_plan_meets_its_targets_and_fewer_workers_do_not() -> None:
     assert found.ttft_s <= PLAN.ttft_s
     assert found.itl_s <= PLAN.itl_s
     assert found.prefill > 1
-    fewer = planner.try_out(found.prefill - 1, PLAN.max_workers, helps=False)
+    fewer = planner.simulated(found.prefill - 1, PLAN.max_workers, helps=False)
     assert fewer.ttft_s > PLAN.ttft_s
     assert any(line == found.line() for line in lines)
 

@@ -1,6 +1,6 @@
 """Which waiting request runs next: the queue, the batch, and the rules between them.
 
-A request is admitted in order of arrival, when the batch has a place for it and the pool has blocks.
+A request is admitted in order of arrival, when the batch and the pool have room for it.
 Requests whose grammar is being compiled, or whose prefix another request computes right now, let
 others pass. Used by the scheduler of the engines and by the simulator.
 """

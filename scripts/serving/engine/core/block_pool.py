@@ -1,13 +1,13 @@
-"""Who holds which KV block, and which blocks are kept for prefix hits. Knows no tensors.
+"""The KV blocks of one engine: which are held, and which are kept for prefix hits. Knows no tensors.
 
-A block is free (nothing of value), cached (unreferenced, holds a hash, may be evicted), or held
+A block is free (no content of value), cached (unreferenced, holds a hash, may be evicted), or held
 (referenced by sequences; it may hold a hash as well). A hash belongs to at most one block: when a
-sequence computes what another one has stored, it moves over to the stored block. Block 0 is
+sequence computes a block that is stored already, it moves over to the stored block. Block 0 is
 never handed out: it stays zero and pads block tables.
 
-What is evicted may go on in a host tier, from which a later claim brings it back. A block is
-released after those that follow it, so that it is evicted after them: where the device has no more
-of a prompt, only the host tier may have.
+Evicted blocks may continue in a host tier, from which a later claim brings them back. A block is
+released after the blocks that follow it, so it is evicted after them. Thus the device holds the
+beginning of a prompt, and only the host tier may hold what comes after.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class BlockPool:
         return self.num_blocks - self.num_available
 
     def match(self, hashes: Sequence[int]) -> list[int]:
-        """The blocks of the longest prefix of `hashes` on the device; they are not held yet."""
+        """The blocks of the longest prefix of `hashes` on the device. Does not hold them yet."""
         blocks = []
         for value in hashes:
             block = self._by_hash.get(value)
@@ -78,8 +78,8 @@ class BlockPool:
     ) -> tuple[list[int], int]:
         """Hold the blocks `matched` by `hashes`, and allocate `num_new` to follow them.
 
-        What the host tier has of the hashes that follow is copied to the first of the new blocks:
-        they count as stored at once, and steps that come after the copies may use them. Returns
+        Blocks of the hashes that follow, if the host tier has them, are copied to the first of the
+        new blocks: they count as stored at once, and steps after the copies may use them. Returns
         all blocks, and how many of them are stored.
         """
         self.hold(matched)
@@ -134,9 +134,9 @@ class BlockPool:
     ) -> list[int]:
         """Make held, full blocks available for prefix hits; returns the blocks to use from now on.
 
-        A block whose content is stored already is given back and the stored one is held instead;
-        not where they `are_read` by a step under way, because a transfer that is given the block
-        would not wait for that step.
+        A block whose content is stored already is given back, and the stored one is held instead.
+        Blocks that `are_read` by a step under way are kept, because a transfer that is given the
+        stored block would not wait for that step.
         """
         kept = []
         run: list[int] = []
@@ -148,7 +148,7 @@ class BlockPool:
                 self.host.demote(value)
                 run.append(value)
             elif are_read or self.host.is_arriving(stored):
-                # Others than steps may read what a sequence has computed: that one is not there yet.
+                # Transfers may read what a sequence has computed, and the stored block has no content yet.
                 self._emit_stored(parent, run)
                 run, parent, stored = [], value, block
             else:
@@ -161,17 +161,17 @@ class BlockPool:
         return kept
 
     def take_events(self) -> list[KvEvent]:
-        """What changed in the cache since the last call, in order."""
+        """Changes of the cache since the last call, in order."""
         events, self._events = self._events, []
         return events
 
     def num_arrived(self, blocks: Sequence[int]) -> int:
-        """Leading blocks whose content is there for anybody, not only for the coming steps."""
+        """Leading blocks whose content is complete for every reader, not only for the coming steps."""
         arriving = (i for i, block in enumerate(blocks) if self.host.is_arriving(block))
         return next(arriving, len(blocks))
 
     def take_copies(self) -> Copies:
-        """What the coming step must copy between the tiers before it computes."""
+        """The copies between the tiers that the coming step must make before it computes."""
         return self.host.take_copies()
 
     def copied(self, copies: Copies) -> None:
@@ -179,7 +179,7 @@ class BlockPool:
         self.host.copied(copies, self._by_hash)
 
     def stored_hashes(self) -> set[int]:
-        """What is on the device."""
+        """Hashes of the blocks on the device."""
         return set(self._by_hash)
 
     def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:

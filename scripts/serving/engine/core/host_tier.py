@@ -1,9 +1,9 @@
-"""Evicted KV blocks in host memory: which host block holds what, and the copies to be made.
+"""Evicted KV blocks in host memory: the content of each host block, and the copies to be made.
 
-A block enters when the device evicts it and leaves when room is needed: least recently evicted
-first, and before those whatever is on the device as well. A host block that a copy still reads or
-writes is pinned: it is not given to another. Knows no tensors: the copies are a plan (`Copies`)
-for whoever has them. Not thread-safe, like the pool.
+A block enters when the device evicts it and leaves when room is needed. Blocks that the device
+holds as well leave first, then the least recently evicted. A host block that a copy still reads or
+writes is pinned, so it is not reused. Knows no tensors: an engine carries out the copies (`Copies`).
+Not thread-safe, like the pool.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Copies(NamedTuple):
 
     `offloads` are (device block, host block), `onloads` (host block, device block). No block is
     written twice by either list. An offload reads a device block before an onload or the step
-    writes to it; an onload may read what an offload of the same plan wrote.
+    writes to it; an onload may read what an offload of the same step wrote.
     """
 
     ticket: int
@@ -33,7 +33,7 @@ class Copies(NamedTuple):
 
 
 class HostTier:
-    """Host blocks `0..num_blocks - 1`; a tier of none takes nothing and has nothing."""
+    """Host blocks `0..num_blocks - 1`. With `num_blocks` 0 it takes and holds nothing."""
 
     def __init__(self, num_blocks: int = 0) -> None:
         self.num_blocks = num_blocks
@@ -45,9 +45,9 @@ class HostTier:
         self._offloads: list[tuple[int, int]] = []  # (device block, hash), until a plan has them
         self._onloads: dict[int, int] = {}  # device block -> hash, likewise
         self._under_way: deque[Copies] = deque()
-        self._last_ticket = 0  # of the latest plan
+        self._last_ticket = 0  # of the latest copies
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()  # by the ticket to wait for
-        self._stored: list[tuple[int | None, int]] = []  # (parent, hash), not told yet
+        self._stored: list[tuple[int | None, int]] = []  # (parent, hash), not reported yet
         self._removed: list[int] = []
 
     def __contains__(self, value: int) -> bool:
@@ -56,7 +56,7 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._block_of)
 
-    # --- what the pool does --------------------------------------------------------------------
+    # --- for the pool --------------------------------------------------------------------
 
     def take_over(self, block: int, value: int, parent: int | None) -> None:
         """The device evicts `block`, whose hash is `value`: keep its content if there is room."""
@@ -80,11 +80,11 @@ class HostTier:
             self._pins[value] += 1
 
     def onload(self, value: int, block: int) -> None:
-        """Plan to copy a pinned block to the device."""
+        """Copy a pinned block to device block `block` with the next copies."""
         self._onloads[block] = value
 
     def demote(self, value: int) -> None:
-        """The device has it as well now: it is the first to go."""
+        """The device holds it as well now, so it is the first to leave."""
         if value in self._idle:
             self._idle.move_to_end(value, last=False)
 
@@ -95,7 +95,7 @@ class HostTier:
         )
 
     def take_events(self) -> list[KvEvent]:
-        """What changed here since the last call. Every block stored is still on the device."""
+        """Changes since the last call. Every block stored is still on the device."""
         events: list[KvEvent] = []
         if self._removed:
             events.append(BlocksRemoved(self._removed, "host"))
@@ -124,7 +124,7 @@ class HostTier:
             callback()
 
     def take_copies(self) -> Copies:
-        """What the coming step must copy first. Unless empty, it must be given to `copied`."""
+        """The copies that the coming step must make first. Unless empty, give them to `copied`."""
         offloads = [(block, self._block_of[value]) for block, value in self._offloads]
         onloads = [(self._block_of[value], block) for block, value in self._onloads.items()]
         pinned = [value for _, value in self._offloads] + list(self._onloads.values())
@@ -138,11 +138,11 @@ class HostTier:
         return copies
 
     def copied(self, copies: Copies, on_device: Container[int]) -> None:
-        """A plan was carried out; plans are, in order. `on_device` are the hashes stored there."""
+        """These copies were made, in the order of `take_copies`. `on_device`: hashes stored there."""
         if not copies:
             return
         done = self._under_way.popleft()
-        assert done is copies, "plans are carried out in order"
+        assert done is copies, "copies are made in order"
         for value in copies.pinned:
             self._unpin(value)
             if value in on_device:
@@ -171,8 +171,8 @@ class HostTier:
         assert len(set(sources)) == len(sources), "a block is offloaded twice"
         for block, value in self._onloads.items():
             assert hash_of[block] == value, f"block {block} is not what is copied to it"
-        assert not self._stored, "stored blocks were not told"
-        assert not self._removed, "removed blocks were not told"
+        assert not self._stored, "stored blocks were not reported"
+        assert not self._removed, "removed blocks were not reported"
 
     # --- inside --------------------------------------------------------------------------------
 

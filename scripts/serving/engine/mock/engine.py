@@ -71,7 +71,7 @@ class MockEngine(TransferringEngine):
             raise OperatorError(
                 f"`engine.kv_cache_tokens` {num_tokens} cannot hold one request of "
                 f"`engine.max_model_len` {config.max_model_len}",
-                remedy="raise the one or lower the other",
+                remedy="raise `engine.kv_cache_tokens` or lower `engine.max_model_len`",
             )
         self.spec = EngineSpec(
             max_model_len=config.max_model_len,
@@ -91,7 +91,7 @@ class MockEngine(TransferringEngine):
         self._step: StepPlan | None = None  # under way
         self._next: asyncio.Handle | None = None  # the call that ends it, or begins one
         self._due = 0.0  # when the step under way ends, whenever its timer fires
-        self._link_free = 0.0  # when the transfers so far are over
+        self._transfers_end = 0.0  # loop time at which all transfers so far are over
         self._fetches: dict[str, asyncio.Handle] = {}
         self._holds: dict[str, asyncio.Handle] = {}
         self._is_delivering = self._is_closed = False
@@ -131,7 +131,7 @@ class MockEngine(TransferringEngine):
             raise EngineFailed("the engine is closing")
         if request.sampling.guide is not None:
             raise InvalidRequest(
-                "the mock engine answers at random, in no prescribed form", code="unsupported"
+                "the mock engine answers at random and follows no grammar", code="unsupported"
             )
         require_runnable(request, self._limits.max_model_len, self._manifest.vocab_size)
         params = request.kv_transfer_params
@@ -175,7 +175,7 @@ class MockEngine(TransferringEngine):
         self._scheduler.check_integrity()
 
     def _free(self, request_id: str) -> None:
-        """It is over, or its blocks are no longer held: others may have waited for them."""
+        """A request is over, or its blocks are no longer held: others may have waited for them."""
         if (handle := self._holds.pop(request_id, None)) is not None:
             handle.cancel()
         self._wake()
@@ -184,7 +184,7 @@ class MockEngine(TransferringEngine):
     # --- steps ---------------------------------------------------------------------------------
 
     def _wake(self) -> None:
-        """Begin a step soon, unless one is under way: it is followed by another anyhow."""
+        """Begin a step soon, unless one is under way: another step follows that one anyway."""
         if self._next is None and not self._is_closed:
             self._due = self._loop.time()
             self._next = self._loop.call_soon(self._resume)
@@ -219,7 +219,7 @@ class MockEngine(TransferringEngine):
         self._deliver()
 
     def _choose(self, chunks: list[Chunk]) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Tokens of the chunks that sample, and the log-probabilities that were asked for."""
+        """Tokens of the chunks that sample, and the log-probabilities that requests want."""
         tokens: list[int] = []
         logprobs: list[TokenLogprob | None] = []
         text = self._text
@@ -250,7 +250,7 @@ class MockEngine(TransferringEngine):
         )
 
     def _settled(self, sequence: Sequence) -> None:
-        """It has room for what it fetches; or it is over, fetched or not."""
+        """A reservation has its blocks, so the transfer begins; or the request is over."""
         request_id = sequence.request_id
         if sequence.state is not State.RESERVED:
             if (handle := self._fetches.pop(request_id, None)) is not None:
@@ -270,11 +270,11 @@ class MockEngine(TransferringEngine):
             self._wake()
 
         if seconds:
-            self._link_free = max(self._link_free, began) + seconds
-        self._fetches[request_id] = self._call_at(self._link_free, arrived, is_now=not seconds)
+            self._transfers_end = max(self._transfers_end, began) + seconds
+        self._fetches[request_id] = self._call_at(self._transfers_end, arrived, is_now=not seconds)
 
     def _hand_over(self, output: EngineOutput) -> EngineOutput:
-        """Say how the KV of a finished prefill is fetched, and hold it for as long as that takes."""
+        """Add transfer parameters to a finished prefill; hold its blocks as long as the transfer takes."""
         sequence = self._scheduler.exported.get(output.request_id)
         if sequence is None or output.finish_reason not in ("stop", "length"):
             return output
@@ -324,7 +324,7 @@ class MockEngine(TransferringEngine):
             self._deliver()
 
     def _deliver(self) -> None:
-        """Hand what happened to the sink, with the load after it."""
+        """Give the sink all outputs and events so far, with the load after them."""
         outputs = [
             self._hand_over(output)
             for output in self._scheduler.take_outputs()

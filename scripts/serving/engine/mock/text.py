@@ -1,7 +1,7 @@
-"""What the mock engine answers: words that follow from the prompt alone.
+"""The answers of the mock engine: words that follow from the prompt alone.
 
-A token depends on the prompt, its place in the answer and the request's seed. So an answer is the
-same on every worker, in every batch, after a preemption, and when another worker goes on with it.
+A token depends on the prompt, its position in the answer and the request's seed. So an answer is
+the same on every worker, in every batch, after a preemption, and when another worker continues it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOGPROB, _LOGPROB_DROP = -0.5, 0.25
 def printable_ids(engine_dir: Path, vocab_size: int) -> tuple[int, ...]:
     """Ids below `vocab_size`, all over the vocabulary, that decode to visible ASCII by themselves.
 
-    Raises ModelError where there is none. Instances of one process share the answer.
+    Raises ModelError when there is no such id. Instances of one process share the result.
     """
     path = engine_dir / "tokenizer.json"
     try:
@@ -57,12 +57,12 @@ class MockText:
         self._ids = ids
 
     def seed(self, prompt: Sequence[int], seed: int | None) -> int:
-        """What decides a whole answer, in 64 bits."""
+        """The 64 bits that decide a whole answer."""
         return xxh3_64_intdigest(array("I", prompt).tobytes(), seed=(seed or 0) & _MASK)
 
-    def token(self, seed: int, place: int) -> int:
-        """The answer's token number `place`, from 0."""
-        mixed = (seed + (place + 1) * _STRIDE) & _MASK
+    def token(self, seed: int, position: int) -> int:
+        """The answer's token at `position`, from 0."""
+        mixed = (seed + (position + 1) * _STRIDE) & _MASK
         mixed = ((mixed ^ (mixed >> 30)) * _MIX) & _MASK
         return self._ids[(mixed >> 32) % len(self._ids)]
 

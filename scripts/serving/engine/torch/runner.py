@@ -41,16 +41,16 @@ class Launched:
 
     chunks: list[Chunk]
     pending: Pending | None
-    # Of the prompts' own tokens, chunk by chunk, where that was asked for.
+    # Log-probabilities of the prompts' own tokens, chunk by chunk, where requests want them.
     prompt_report: Pending | None = None
     end: Any = None
 
     def result(self) -> tuple[list[int], list[TokenLogprob | None]]:
         """Wait for the step; the tokens of the chunks that sample, in their order.
 
-        What was reported of prompts is in their sequences then. The books never run ahead of the
-        device: what they call computed can be exported, and what they free can be filled by a
-        transfer, neither of which waits for the engine's stream.
+        The reports of prompts are in their sequences then. The scheduler never runs ahead of the
+        device: blocks that it calls computed can be exported, and blocks that it frees can be
+        filled by a transfer, and neither waits for the engine's stream.
         """
         if self.end is not None:
             self.end.synchronize()
@@ -113,7 +113,7 @@ class ModelRunner:
             )
         try:
             self.pool = KvPool(self.layout, num_blocks, str(self.device), self._kernels)
-        except RuntimeError as exc:  # torch says so when memory is not to be had
+        except RuntimeError as exc:  # how torch reports that memory ran out
             size = tokens * self.layout.token_bytes / 2**20
             raise OperatorError(
                 f"a KV pool of {tokens} tokens ({size:.0f} MiB) does not fit in memory",
@@ -153,7 +153,7 @@ class ModelRunner:
         return self._choose(ordered, logits)
 
     def _choose(self, chunks: list[Chunk], logits: torch.Tensor) -> Launched:
-        """Sample from the first rows of `logits`; the others are for what chunks report."""
+        """Sample from the first rows of `logits`; the other rows are for prompt log-probabilities."""
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         count = len(sequences)
         pending = self._sampler.sample(logits[:count], sequences) if sequences else None
@@ -168,7 +168,7 @@ class ModelRunner:
         return Launched(chunks, pending, report)
 
     def warm_up(self, num_tokens: int) -> None:
-        """Run a prefill and a decode step on blocks that nobody has yet, then wipe them."""
+        """Run a prefill and a decode step on blocks that no request holds yet, then clear them."""
         num_tokens = max(2, min(num_tokens, self.max_positions or num_tokens))
         blocks = list(range(1, 2 + self.layout.num_blocks(num_tokens)))[: len(self.pool.tensor) - 1]
         length = min(num_tokens, len(blocks) * self.layout.block_size) - 1

@@ -40,7 +40,7 @@ _TOLERANCE = 1e-3
 
 
 class CpuKernels:
-    """The loaded library. Calls free the GIL; tensors are contiguous, and float32 unless said."""
+    """The loaded library. Calls free the GIL; tensors are contiguous, and float32 unless stated."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError when it does not load, ValueError when it computes something else."""
@@ -150,7 +150,7 @@ def largest_activation(depth: int) -> float:
 
 
 def build(folder: Path, report: Report) -> None:
-    """Compile the kernels into an engine folder, or tell why the engine does without."""
+    """Compile the kernels into an engine folder, or report why the engine has none."""
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if not _is_suitable():
         report("no compiled kernels: they are for x86-64 CPUs with AVX2; decode is slower")
@@ -166,8 +166,8 @@ def build(folder: Path, report: Report) -> None:
             CpuKernels(target)
         except (OSError, ValueError, subprocess.SubprocessError) as exc:
             target.unlink(missing_ok=True)
-            said = (getattr(exc, "stderr", None) or str(exc)).strip().splitlines()
-            report(f"no compiled kernels, decode is slower: {said[0] if said else exc}")
+            lines = (getattr(exc, "stderr", None) or str(exc)).strip().splitlines()
+            report(f"no compiled kernels, decode is slower: {lines[0] if lines else exc}")
         else:
             report(f"compiled the CPU kernels with {compiler}")
 

@@ -159,7 +159,7 @@ class Siblings:
 
 
 class SiblingLinear(nn.Module):
-    """One of the linears of `Siblings`, in its old place."""
+    """One of the linears of `Siblings`, under its old name in the model."""
 
     def __init__(self, siblings: Siblings, index: int, out_features: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a step on CUDA needs from the host, in one copy.
+"""The host inputs of a step on CUDA, in one copy.
 
 Every index of a step is packed into one int32 vector in pinned memory, copied without waiting, and
 sliced on the device. Block tables stay on the device; a step brings only the entries that changed.
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from serving.engine.core.sequence import Sequence, State
+from serving.engine.core.step import Chunk
 
 # A pinned buffer is written again this many steps later: by then its copy has long been made.
 _ROTATION = 4
-# A place in the tables for sequences whose last step is still under way when others start.
+# Rows of the tables for sequences whose last step is still under way when others start.
 _SPARE_SLOTS = 2
 
 
@@ -49,20 +50,20 @@ class Slots:
 
     def changes(self, sequences: Iterable[Sequence]) -> tuple[np.ndarray, np.ndarray]:
         """(flat index, block number) of every table entry that is new since the last step."""
-        places: list[np.ndarray] = []
+        indices: list[np.ndarray] = []
         blocks: list[int] = []
         for sequence in sequences:
             assert sequence.slot is not None
             first, last = sequence.num_tabled, len(sequence.blocks)
             if first < last:
                 start = sequence.slot * self.width
-                places.append(np.arange(start + first, start + last, dtype=np.int32))
+                indices.append(np.arange(start + first, start + last, dtype=np.int32))
                 blocks += sequence.blocks[first:]
                 sequence.num_tabled = last
-        if not places:
+        if not indices:
             empty = np.empty(0, dtype=np.int32)
             return empty, empty
-        return np.concatenate(places), np.asarray(blocks, dtype=np.int32)
+        return np.concatenate(indices), np.asarray(blocks, dtype=np.int32)
 
 
 class Packer:
@@ -92,3 +93,24 @@ class Packer:
 
     def _make(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+
+
+class PrefillSpan:
+    """The vectors of one prefill chunk: token ids, positions, and pool rows of its tokens."""
+
+    def __init__(self, chunk: Chunk, block_size: int) -> None:
+        sequence: Sequence = chunk.sequence
+        self._end = chunk.start + chunk.length
+        self._block_size, self._blocks = block_size, sequence.blocks
+        self.ids = np.asarray(sequence.tokens[chunk.start : self._end], dtype=np.int32)
+        self.positions = np.arange(chunk.start, self._end, dtype=np.int32)
+        self.rows = self._rows(chunk.start)
+
+    def kv_rows(self) -> np.ndarray:
+        """Where all tokens up to the end of the chunk are kept."""
+        return self._rows(0)
+
+    def _rows(self, start: int) -> np.ndarray:
+        positions = np.arange(start, self._end, dtype=np.int32)
+        blocks = np.asarray(self._blocks, dtype=np.int32)[positions // self._block_size]
+        return blocks * self._block_size + positions % self._block_size

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from serving.config import EngineConfig
-from serving.engine.core.sequence import UNKNOWN_TOKEN, Sequence
+from serving.engine.core.sequence import UNKNOWN_TOKEN
 from serving.engine.core.step import Chunk
 from serving.engine.torch.attention import AttentionOptions
-from serving.engine.torch.cuda.inputs import Packer, Slots
+from serving.engine.torch.cuda.graphs import DecodeGraph, graph_sizes
+from serving.engine.torch.cuda.inputs import Packer, PrefillSpan, Slots
 from serving.engine.torch.cuda.kernels.decode_attention import num_splits
 from serving.engine.torch.cuda.kernels.rotary import Rotation
 from serving.engine.torch.cuda.step import (
@@ -38,13 +39,14 @@ log = logging.getLogger(__name__)
 
 # Memory left for CUDA graphs, NCCL-less libraries and fragmentation, beside what was measured.
 _RESERVE_BYTES = 1 << 30
-_MAX_GRAPH_BATCH = 256
 
 
 class CudaRunner(ModelRunner):
     """See `ModelRunner`. Used by one thread, whose current stream all steps run on."""
 
     depth = 2
+    graph_class = DecodeGraph
+    graph_sizes = staticmethod(graph_sizes)
 
     def __init__(
         self, engine_dir: Path, config: EngineConfig, device: str, max_num_batched_tokens: int
@@ -55,7 +57,7 @@ class CudaRunner(ModelRunner):
         log.info("%s", self.rewrites)
         self._packer = Packer(self.device)
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, DecodeGraph] = {}
 
     def free_for_kv(self) -> int:
         """Bytes that the KV pool may take: `gpu_memory_fraction` of the device, less what the
@@ -100,11 +102,9 @@ class CudaRunner(ModelRunner):
             self._warm_chunk(start, max(2, num_tokens))
         try:
             memory: Any = None
-            for size in _graph_sizes(self._max_batch):
-                graph = _Graph(self, size)
-                graph.capture(memory)
-                memory = graph.memory
-                self._graphs[size] = graph
+            for size in self.graph_sizes(self._max_batch):
+                self._graphs[size] = graph = self.graph_class(size, self.device, self._decode)
+                memory = graph.capture(memory)
         except RuntimeError as exc:  # a model whose layers look at values on the host
             self._graphs.clear()
             torch.cuda.synchronize(self.device)
@@ -138,14 +138,16 @@ class CudaRunner(ModelRunner):
     def _graph_size(self, count: int) -> int | None:
         return min((size for size in self._graphs if size >= count), default=None)
 
-    def _replay(self, graph: _Graph, decodes: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _replay(
+        self, graph: DecodeGraph, decodes: list[Chunk]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         count = len(decodes)
         vectors = self._decode_vectors(decodes, graph.size)
         at, blocks = self._slots.changes(chunk.sequence for chunk in decodes)
         parts = self._packer.pack(vectors, graph.inputs)
         if len(at):
             self._update_tables(*self._packer.pack([at, blocks]))
-        graph.graph.replay()
+        graph.replay()
         return graph.logits[:count], parts[3][:count]
 
     def _decode_vectors(self, decodes: list[Chunk], size: int) -> list[np.ndarray]:
@@ -163,6 +165,12 @@ class CudaRunner(ModelRunner):
     def _update_tables(self, at: torch.Tensor, blocks: torch.Tensor) -> None:
         self._tables.view(-1)[at.long()] = blocks
 
+    def _decode(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The logits of a step of decodes; `inputs` are `[5, size]`, as in `DecodeGraph`."""
+        ids, positions, rows, slots, lengths = inputs.unbind()
+        step = CudaStep(self.pool, rows, self._decodes(len(ids), slots, lengths), None)
+        return self._forward(self._resolve(ids, slots), positions, None, step)
+
     # --- steps with prefill ----------------------------------------------------------------------
 
     def _compute(
@@ -170,7 +178,7 @@ class CudaRunner(ModelRunner):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the rows that sample, then of those that are reported; slots of the former."""
         ids, positions, rows, slots, lengths = self._decode_vectors(decodes, len(decodes))
-        spans = [_Span(chunk, self.layout.block_size) for chunk in prefills]
+        spans = [PrefillSpan(chunk, self.layout.block_size) for chunk in prefills]
         ids = np.concatenate([ids, *(span.ids for span in spans)])
         positions = np.concatenate([positions, *(span.positions for span in spans)])
         rows = np.concatenate([rows, *(span.rows for span in spans)])
@@ -232,7 +240,7 @@ class CudaRunner(ModelRunner):
         return Decodes(count, slots, lengths, self._tables, splits)
 
     def _try_cudnn(self) -> bool:
-        """Whether cuDNN's attention runs and says what FlashAttention says; prepares its plans."""
+        """Whether cuDNN's attention runs and agrees with FlashAttention; prepares its plans."""
         layout = self.layout
         lengths = range(CUDNN_TOKENS, self._max_tokens + 1, CUDNN_TOKENS)
         if self.pool.tensor.dtype not in (torch.bfloat16, torch.float16) or not lengths:
@@ -261,7 +269,7 @@ class CudaRunner(ModelRunner):
         return True
 
     def _warm_chunk(self, start: int, length: int) -> None:
-        """A prefill chunk after `start` tokens, on blocks that nobody has yet."""
+        """A prefill chunk after `start` tokens, on blocks that no request holds yet."""
         num_blocks = self.layout.num_blocks(start + length)
         if num_blocks >= len(self.pool.tensor):
             return
@@ -277,55 +285,6 @@ class CudaRunner(ModelRunner):
         self.pool.clear(range(1, num_blocks + 1))
 
 
-class _Span:
-    """The vectors of one prefill chunk."""
-
-    def __init__(self, chunk: Chunk, block_size: int) -> None:
-        sequence: Sequence = chunk.sequence
-        self._end = chunk.start + chunk.length
-        self._block_size, self._blocks = block_size, sequence.blocks
-        self.ids = np.asarray(sequence.tokens[chunk.start : self._end], dtype=np.int32)
-        self.positions = np.arange(chunk.start, self._end, dtype=np.int32)
-        self.rows = self._rows(chunk.start)
-
-    def kv_rows(self) -> np.ndarray:
-        """Where all tokens up to the end of the chunk are kept."""
-        return self._rows(0)
-
-    def _rows(self, start: int) -> np.ndarray:
-        positions = np.arange(start, self._end, dtype=np.int32)
-        blocks = np.asarray(self._blocks, dtype=np.int32)[positions // self._block_size]
-        return blocks * self._block_size + positions % self._block_size
-
-
-class _Graph:
-    """A captured decode step of `size` rows; rows without a sequence have length 0."""
-
-    def __init__(self, runner: CudaRunner, size: int) -> None:
-        self._runner, self.size = runner, size
-        self.inputs = torch.zeros(5 * size, dtype=torch.int32, device=runner.device)
-        self.inputs[2 * size : 3 * size] = -1  # nothing is kept while warming up
-        self.graph = torch.cuda.CUDAGraph()
-        self.logits: torch.Tensor
-
-    @property
-    def memory(self) -> Any:
-        return self.graph.pool()
-
-    def capture(self, memory: Any) -> None:
-        """`memory`: the pool of the graphs captured before, None for the first one."""
-        self._step()  # compiles, and makes libraries allocate what they keep
-        torch.cuda.synchronize(self._runner.device)
-        with torch.cuda.graph(self.graph, pool=memory):
-            self.logits = self._step()
-
-    def _step(self) -> torch.Tensor:
-        runner = self._runner
-        ids, positions, rows, slots, lengths = self.inputs.view(5, self.size).unbind()
-        step = CudaStep(runner.pool, rows, runner._decodes(self.size, slots, lengths), None)
-        return runner._forward(runner._resolve(ids, slots), positions, None, step)
-
-
 class _Profile(Probe):
     """Measures a step's memory without a pool: attention hands the queries back."""
 
@@ -338,10 +297,3 @@ class _Profile(Probe):
         options: Any,
     ) -> torch.Tensor:
         return qkv[:, :num_q_heads].contiguous()
-
-
-def _graph_sizes(max_batch_size: int) -> list[int]:
-    """1, 2, 4, 8, then steps of 8 up to the batch size; largest first, so that memory is shared."""
-    largest = min(max_batch_size, _MAX_GRAPH_BATCH)
-    sizes = {1, 2, 4, *range(8, largest + 1, 8), largest}
-    return sorted((size for size in sizes if size <= largest), reverse=True)

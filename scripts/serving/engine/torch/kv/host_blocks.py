@@ -31,7 +31,7 @@ _COMPUTE_TRIES = 2
 def open_host_blocks(
     runner: ModelRunner, host_cache_bytes: int, num_tokens: int
 ) -> HostBlocks | None:
-    """The memory of a host tier, unless computing a block is cheaper here than copying it.
+    """The memory of a host tier; None where computing a block is cheaper than copying it.
 
     Both are measured: a block's copy, and its share of a prefill of `num_tokens`.
     """
@@ -80,7 +80,7 @@ class HostBlocks:
             _check(_cudart().cudaHostRegister(self._host.data_ptr(), self._host.nbytes, 0))
 
     def run(self, copies: Copies) -> Callable[[], None]:
-        """Make the copies of one plan, in its order. What it returns waits until they are made."""
+        """Start the copies of one step, in order. The returned function waits until they are made."""
         for block, host_block in copies.offloads:
             self._host[host_block].copy_(self._device[block], non_blocking=True)
         for host_block, block in copies.onloads:
@@ -93,7 +93,7 @@ class HostBlocks:
         return wait
 
     def onload_s(self) -> float:
-        """Seconds to bring one block back: the best of a few tries. To be called before use."""
+        """Seconds to bring one block back: the best of a few tries. Call it before the first `run`."""
         self._host[0].zero_()  # the target is block 0, which has to stay zero
         plan = Copies(0, [], [(0, 0)] * 8, [])
         seconds = best_s(lambda: self.run(plan), self._device.device, _COPY_TRIES)
@@ -108,11 +108,11 @@ class HostBlocks:
 
 
 def _prefill_s(runner: ModelRunner, num_tokens: int) -> float:
-    """Seconds that a step of one prompt takes, on blocks that nobody has yet."""
+    """Seconds that a step of one prompt takes, on blocks that no request holds yet."""
     request = EngineRequest("", [0] * num_tokens, num_tokens, SamplingParams(max_tokens=1))
     sequence = Sequence(request, 0, 0, runner.layout.block_size)
     sequence.blocks = list(range(1, 1 + runner.layout.num_blocks(num_tokens)))
-    sequence.state = State.DONE  # it keeps no place in the runner
+    sequence.state = State.DONE  # so that the runner keeps no slot for it
     chunk = Chunk(sequence, 0, num_tokens, samples=True)
     seconds = best_s(lambda: runner.launch([chunk]), runner.device, _COMPUTE_TRIES)
     runner.pool.clear(sequence.blocks)
@@ -120,7 +120,7 @@ def _prefill_s(runner: ModelRunner, num_tokens: int) -> float:
 
 
 def best_s(action: Callable[[], object], device: torch.device, num_tries: int) -> float:
-    """Seconds that `action` takes with all it launches, the best of some tries."""
+    """Seconds that `action` and everything it launches take: the best of some tries."""
     times = []
     for _ in range(num_tries):
         started = time.perf_counter()

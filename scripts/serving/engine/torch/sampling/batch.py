@@ -115,20 +115,20 @@ class SamplingBatch:
         self._add_biases(uploads)
         self._add_forbidden(uploads, vocab_size)
 
-        sent = uploads.send(device)
+        uploaded = uploads.send(device)
 
         def rows(name: str, host: list[int]) -> Rows | None:
-            return Rows(host, sent.get(name)) if host else None
+            return Rows(host, uploaded.get(name)) if host else None
 
         self.random = rows("random", random)
-        self._draws = sent["draws"]
-        self.temperature = sent["temperature"].float()[:, None]
+        self._draws = uploaded["draws"]
+        self.temperature = uploaded["temperature"].float()[:, None]
         if (of_random := rows("filtered", filtered)) is not None:
             self.filters = Filters(
                 of_random,
-                sent["top_k"],
-                sent["top_p"].float(),
-                sent["min_p"].float(),
+                uploaded["top_k"],
+                uploaded["top_p"].float(),
+                uploaded["min_p"].float(),
                 widest_k=max(top_k),
                 has_top_p=any(p.top_p < 1.0 for p in cut),
                 has_min_p=any(p.min_p > 0.0 for p in cut),
@@ -137,9 +137,9 @@ class SamplingBatch:
         self.widths = [params[i].logprobs or 0 for i in reported]
         self.penalized = rows("penalized", penalized)
         self.guided = rows("guided", guided)
-        at, values = sent["bias_at"], sent["bias"]
+        at, values = uploaded["bias_at"], uploaded["bias"]
         self.biases = (at, values.float()) if values.numel() else None
-        at = sent["forbidden_at"]
+        at = uploaded["forbidden_at"]
         self.forbidden = at if at.numel() else None
 
     def _random_numbers(self, rows: list[int]) -> npt.NDArray[np.float64]:

@@ -65,7 +65,7 @@ class Sampler:
         batch = self._batch
         if batch is None or not batch.advance(sequences):
             batch = self._batch = SamplingBatch(sequences, logits.shape[-1], self._device)
-        # What is reported is what the model said, before anything below changes it.
+        # Reports show the model's own probabilities, before anything below changes them.
         raw = logits
         logits = self._adjusted(logits, batch)
         tokens = logits.argmax(dim=-1)

@@ -57,7 +57,7 @@ def describe_dummy(
 
 
 def of_engine(engine_dir: Path) -> DummyWeights | None:
-    """What engine.json says about dummy weights; None for real ones. Raises ModelError."""
+    """The dummy weights of an engine, from engine.json; None for real ones. Raises ModelError."""
     if not (engine_dir / "engine.json").exists():  # a plain Hugging Face folder
         return None
     return load_manifest(engine_dir).dummy_weights

@@ -19,7 +19,7 @@ Metadata = dict[str, Any]
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What a GGUF file says about itself, its token and merge lists left out.
+    """The metadata of a GGUF file, without its token and merge lists.
 
     Raises ModelError when the file is cut short or otherwise no GGUF.
     """

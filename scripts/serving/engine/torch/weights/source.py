@@ -84,7 +84,7 @@ class Source:
             save_tokenizer(self.folder, self.metadata, target, max_len, **self._how)
 
     def generation_config(self) -> dict[str, Any]:
-        """What generation_config.json says, or nothing."""
+        """The content of generation_config.json; empty when there is none."""
         path = self.folder / "generation_config.json"
         try:
             found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="needs triton: pip install -e '.[test]'")
 
 from serving.engine.torch.cpu import packed_linear
-from serving.engine.torch.cuda import runner as cuda_runner
+from serving.engine.torch.cuda.graphs import DecodeGraph
 from serving.engine.torch.cuda.kernels.decode_attention import paged_decode
 from serving.engine.torch.cuda.runner import CudaRunner
 from serving.protocol import Guide, SamplingParams
@@ -80,15 +80,21 @@ MODELS: dict[str, tuple[Any, dict[str, int]]] = {
 }
 
 
-class InterpretedGraph:
+class InterpretedGraph(DecodeGraph):
     """A graph that computes its step anew each time; everything around it is the product's."""
 
-    def __init__(self, size: int, step: Any) -> None:
-        self.logits = step().clone()
-        self._step = step
+    def capture(self, memory: Any) -> None:
+        self.logits = self._step().clone()
 
     def replay(self) -> None:
         self.logits.copy_(self._step())
+
+
+class InterpretedRunner(CudaRunner):
+    """The CUDA path on a CPU."""
+
+    graph_class = InterpretedGraph
+    graph_sizes = staticmethod(lambda _: [4, 2])
 
 
 @pytest.fixture
@@ -101,15 +107,6 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, fake)
     processors = SimpleNamespace(multi_processor_count=4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processors)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-
-    def capture(self: Any, memory: Any) -> None:
-        self.graph = InterpretedGraph(self.size, self._step)
-        self.logits = self.graph.logits
-
-    monkeypatch.setattr(cuda_runner._Graph, "capture", capture)
-    monkeypatch.setattr(cuda_runner._Graph, "memory", None)
-    monkeypatch.setattr(cuda_runner, "_graph_sizes", lambda _: [4, 2])
 
 
 @pytest.mark.parametrize(("config", "replaced"), MODELS.values(), ids=MODELS.keys())
@@ -120,7 +117,10 @@ async def test_tokens_are_those_of_generate_whatever_was_rewritten(
     model = save_model(tmp_path, config)
     prompts = random_prompts([19, 5])
     expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
-    async with running(model, runner_class=CudaRunner, max_num_batched_tokens=12) as (engine, sink):
+    async with running(model, runner_class=InterpretedRunner, max_num_batched_tokens=12) as (
+        engine,
+        sink,
+    ):
         for index, prompt in enumerate(prompts):
             engine.submit(request(f"a{index}", prompt, greedy(NUM_TOKENS)))
         await sink.finished("a0", "a1")
@@ -141,7 +141,7 @@ async def test_a_stop_token_drops_the_step_that_was_launched_ahead(
     tokens = generate(model, prompt, 8)
     stop = next(i for i in range(3, 8) if tokens[i] not in tokens[:i])
     sampling = greedy(8, stop_token_ids=(tokens[stop],))
-    async with running(model, runner_class=CudaRunner) as (engine, sink):
+    async with running(model, runner_class=InterpretedRunner) as (engine, sink):
         engine.submit(request("stops", prompt, sampling))
         engine.submit(request("goes on", prompt, greedy(8)))
         await sink.finished("stops", "goes on")
@@ -155,7 +155,7 @@ async def test_penalties_see_every_token_although_steps_are_launched_ahead(
     model = save_model(tmp_path)
     [prompt] = random_prompts([9])
     sampling = greedy(8, frequency_penalty=1.5)
-    async with running(model, runner_class=CudaRunner) as (engine, sink):
+    async with running(model, runner_class=InterpretedRunner) as (engine, sink):
         engine.submit(request("r", prompt, sampling))
         engine.submit(request("beside", prompt[:5], greedy(8)))
         await sink.finished("r", "beside")
@@ -186,7 +186,7 @@ async def test_guides_and_prompt_logprobs_beside_rows_that_run_ahead(
             await sink.finished("0", "1", "2")
         return sink
 
-    ours = await answers(runner_class=CudaRunner)
+    ours = await answers(runner_class=InterpretedRunner)
     monkeypatch.undo()
     peer = await answers()
     assert ours.tokens == peer.tokens
@@ -203,7 +203,7 @@ async def test_preemption_waits_for_the_step_under_way(tmp_path: Path, no_gpu: N
     prompts = random_prompts([14, 14, 14])
     expected = [generate(model, prompt, 17) for prompt in prompts]
     options = {"kv_cache_tokens": 72, "max_model_len": 32, "max_num_batched_tokens": 48}
-    async with running(model, runner_class=CudaRunner, **options) as (engine, sink):
+    async with running(model, runner_class=InterpretedRunner, **options) as (engine, sink):
         for index, prompt in enumerate(prompts):
             engine.submit(request(str(index), prompt, greedy(17)))
         await sink.finished("0", "1", "2")
@@ -219,7 +219,9 @@ async def test_evicted_blocks_come_back_although_steps_are_launched_ahead(
     prompts = random_prompts([18, 21])
     expected = [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
     options = {"kv_cache_tokens": 32, "max_model_len": 32, "host_cache_bytes": 2**20}
-    async with running(model, runner_class=CudaRunner, max_num_batched_tokens=32, **options) as (
+    async with running(
+        model, runner_class=InterpretedRunner, max_num_batched_tokens=32, **options
+    ) as (
         engine,
         sink,
     ):
@@ -252,7 +254,7 @@ async def test_narrow_kv_is_written_and_read_by_the_kernels(
             assert sink.cached["again"] == 8
             return [dict(e.top) for name in ("cold", "again") for e in sink.logprobs[name]]
 
-    ours = await logprobs(runner_class=CudaRunner)
+    ours = await logprobs(runner_class=InterpretedRunner)
     monkeypatch.undo()
     for one, other in zip(ours, await logprobs(), strict=True):
         shared = one.keys() & other.keys()

@@ -93,10 +93,10 @@ def _store_heads_kernel(
         keep = mask & (row >= 0)
         offset = (row // BLOCK_SIZE) * block_stride + (row % BLOCK_SIZE) * (KV_HEADS * DIM)
         offset += plane_offset + tl.where(is_value, value_offset, 0)
-        place = pool_ptr + offset + heads[:, None] * DIM + half[None, :]
+        in_pool = pool_ptr + offset + heads[:, None] * DIM + half[None, :]
         kept = pool_ptr.dtype.element_ty
-        tl.store(place, first.to(kept), mask=keep)
-        tl.store(place + HALF, second.to(kept), mask=keep)
+        tl.store(in_pool, first.to(kept), mask=keep)
+        tl.store(in_pool + HALF, second.to(kept), mask=keep)
 
 
 @dataclass(frozen=True)

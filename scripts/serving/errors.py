@@ -38,7 +38,7 @@ class RequestTooLarge(InvalidRequest):
 
 
 class Overloaded(ServingError):
-    """Everything that could serve this is full; try again after `retry_after_s` (HTTP 429 or 503)."""
+    """Every instance that could serve this is full; try again after `retry_after_s` (HTTP 429 or 503)."""
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -50,13 +50,13 @@ class NoInstances(Overloaded):
 
 
 class QueuedTooLong(Overloaded):
-    """It was not begun within `deadlines.queue_s` of coming to a worker (HTTP 503)."""
+    """No engine began the request within `deadlines.queue_s` of its arrival there (HTTP 503)."""
 
 
 class DeadlineExceeded(ServingError):
     """A phase (`prefill`, `first token`, `total`) ran past its deadline (HTTP 504).
 
-    `setting` is the config key that says how many seconds it may take, where there is one.
+    `setting` is the config key of the deadline, if it has one.
     """
 
     def __init__(self, phase: str, deadline_s: float, *, setting: str = "") -> None:
@@ -77,7 +77,7 @@ class InstanceLost(ServingError):
 
 
 class InstanceRefused(ServingError):
-    """A registered instance does not fit this deployment: left out of routing, and reported."""
+    """A registered instance does not fit this deployment: it is reported and gets no requests."""
 
     def __init__(self, instance_id: str, reason: str) -> None:
         super().__init__(f"{instance_id} refused: {reason}")
@@ -100,7 +100,7 @@ class EngineFailed(ServingError):
 
 
 class OperatorError(ServingError):
-    """Something to be fixed by whoever runs the workflow: what is wrong, and what to change."""
+    """The operator of the workflow can fix it: `what` is wrong, `remedy` is what to change."""
 
     def __init__(self, what: str, *, remedy: str = "") -> None:
         super().__init__(f"{what}\n  -> {remedy}" if remedy else what)

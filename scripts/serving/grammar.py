@@ -1,8 +1,7 @@
-"""Guided decoding: which token may come next, by a JSON schema, expression or grammar.
+"""Guided decoding: which tokens may come next, by a JSON schema, expression or grammar.
 
-llguidance compiles a `Guide` for the model's tokenizer, and then says for every position which
-tokens continue a valid text. The frontend compiles to find out whether a guide can be used at all,
-the engine to use it.
+llguidance compiles a `Guide` for the model's tokenizer. Then it finds, for every position, the
+tokens that continue a valid text. The frontend compiles a guide to check it, the engine to use it.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Grammars:
         self._compiled: OrderedDict[Guide, LLMatcher] = OrderedDict()
 
     def matcher(self, guide: Guide, *, param: str | None = None) -> Matcher:
-        """At the beginning of a text. Mostly a millisecond, up to a second for huge guides.
+        """A matcher at the beginning of a text. Takes a millisecond, for huge guides up to a second.
 
         Raises InvalidRequest, which names `param`, when the guide does not compile or the model's
         tokenizer cannot be used.
@@ -63,7 +62,7 @@ class Grammars:
                 if len(self._compiled) > _NUM_KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(guide)
-            assert self._tokenizer is not None, "it was compiled for it"
+            assert self._tokenizer is not None, "compiling loads the tokenizer"
             num_words = (self._tokenizer.vocab_size + 31) // 32
             return Matcher(compiled.deep_copy(), num_words, self._end_ids)
 
@@ -116,9 +115,9 @@ class Grammars:
 
 
 class Matcher:
-    """How far a text is in its grammar. Used by one thread at a time.
+    """The position of a text in its grammar. Used by one thread at a time.
 
-    `error` is set once a token did not fit; `is_complete` once nothing can follow.
+    `error` is set once a token did not match; `is_complete` once no token can follow.
     """
 
     def __init__(self, matcher: LLMatcher, num_words: int, end_ids: tuple[int, ...]) -> None:
@@ -143,13 +142,13 @@ class Matcher:
         for token in (*stops, *self._end_ids):
             words[token // 32] &= ~np.uint32(1 << token % 32)
         if not words.any():
-            # Only an end can follow, or the grammar wants what also is a stop token.
+            # Only an end can follow, or the grammar wants a token that also is a stop token.
             words[:] = before
             if self._matcher.is_accepting():
                 _set(words, stops)
 
     def accept(self, tokens: list[int]) -> None:
-        """The text goes on by `tokens`."""
+        """Append `tokens` to the text."""
         if self.error:
             return
         if not self._matcher.consume_tokens(tokens):
@@ -171,6 +170,6 @@ def _not_compiled(guide: Guide, why: str, param: str | None) -> InvalidRequest:
 
 
 def _first_line(message: str) -> str:
-    """What went wrong, without the parser's state, which llguidance appends."""
+    """The message without the parser's state, which llguidance appends."""
     message = message.split("<state>")[0].strip()
     return " ".join(message.split())[:_MAX_MESSAGE_CHARS]

@@ -1,4 +1,4 @@
-"""What the small files of a model's folder say that more than one part has to know."""
+"""Facts from the small files in a model's folder, for the parts that share them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def json_object(file: Path) -> dict[str, Any]:
 
 
 def model_vocab_size(folder: Path) -> int:
-    """Rows of the embedding, which may be more than the tokenizer has tokens; 0 if untold."""
+    """Rows of the embedding, which may be more than the tokenizer has tokens; 0: unknown."""
     return _text_config(json_object(folder / "config.json")).get("vocab_size") or 0
 
 
@@ -43,6 +43,6 @@ def eos_token_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _text_config(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where multi-modal models keep what concerns text."""
+    """Multi-modal models keep the settings for text in a section of their own."""
     nested = model_config.get("text_config")
     return nested if isinstance(nested, Mapping) else model_config

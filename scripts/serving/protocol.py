@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
+from serving.errors import Overloaded, ServingError
 from serving.load_report import LoadReport
 
 Role = Literal["agg", "prefill", "decode"]
@@ -22,13 +23,12 @@ Tier = Literal["device", "host"]
 PROTOCOL_VERSION = 2
 
 
-# --- requests and tokens (direct connection, `rpc.py`) ------------------------------------------
+# --- requests and tokens (the direct connection, `rpc/`) ----------------------------------------
 
 
 class Guide(Struct, frozen=True):
-    """What the output must be: JSON of a schema, a match of a regular expression, or a text of a
-    grammar. `text` is the schema (JSON), the expression (Rust's syntax, whole match) or the
-    grammar (Lark's syntax as llguidance has it)."""
+    """A constraint on the output, which must match it as a whole. `text` is a JSON schema, a
+    regular expression (Rust's syntax) or a grammar (Lark's syntax, in llguidance's dialect)."""
 
     kind: Literal["json_schema", "regex", "grammar"]
     text: str
@@ -78,10 +78,10 @@ class KvTransferParams(Struct, frozen=True, tag="blocks"):
 
 
 class EngineTransferParams(Struct, frozen=True, tag="engine"):
-    """The same for an engine that moves KV by itself: its own `state`, carried unread.
+    """The same for an engine that moves KV by itself. Only the engine reads `state`.
 
     The prefill engine frees its blocks only when a decode engine has fetched them or when its own
-    timeout ends, so whoever holds these must see that a decode follows, wanted or not.
+    timeout ends. So a decode must follow these parameters, even when its caller has gone.
     """
 
     source_instance: str
@@ -96,16 +96,16 @@ TransferParams = KvTransferParams | EngineTransferParams
 class EngineRequest(Struct, frozen=True, omit_defaults=True):
     """One request as a worker sees it.
 
-    `token_ids[:num_prompt_tokens]` is the prompt; anything after it was generated before (a
-    request continued on another worker after a failure, or handed from prefill to decode) and
-    counts as output for penalties, seeds and `max_tokens`. `deadline_s` is the time left, in
-    seconds, when the message was sent. `queue_s`: after so many seconds in the queue of an engine
-    that has not begun it, it is refused with QueuedTooLong; None: it waits.
+    `token_ids[:num_prompt_tokens]` is the prompt. Tokens after it were generated before (the
+    request continues after a failure of another worker, or goes from prefill to decode); they
+    count as output for penalties, seeds and `max_tokens`. `deadline_s` is the time left, in
+    seconds, when the message was sent. An engine that has not begun the request after `queue_s`
+    seconds in its queue refuses it with QueuedTooLong; None: it waits.
 
-    phase `agg`: prefill and decode here. `prefill`: compute the prompt, sample one token, hold
+    Phase `agg`: prefill and decode here. `prefill`: compute the prompt, sample one token, hold
     the KV for a decode worker. `decode`: fetch the KV described by `kv_transfer_params`, go on.
-    With `follows_prefill`, the prefill is still going on, and the token that it will sample is not
-    among `token_ids` but comes with the KV.
+    With `follows_prefill` the prefill is still running: `token_ids` lacks the token that it will
+    sample, which comes with the KV.
     """
 
     request_id: str
@@ -122,7 +122,7 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
 class TokenLogprob(Struct, frozen=True, array_like=True):
     """`logprob` of `token_id`, and the `top` alternatives as (token_id, logprob), best first.
 
-    None stands for that of a prompt's first token, which nothing comes before.
+    `logprob` is None for the first token of a prompt, since no token comes before it.
     """
 
     token_id: int
@@ -137,15 +137,20 @@ class ErrorInfo(Struct, frozen=True, array_like=True):
     message: str
     retry_after_s: float = 1.0
 
+    @classmethod
+    def from_error(cls, exc: ServingError) -> ErrorInfo:
+        """The form in which an error travels to a frontend."""
+        retry_after_s = exc.retry_after_s if isinstance(exc, Overloaded) else 1.0
+        return cls(type(exc).__name__, str(exc), retry_after_s)
+
 
 class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):
-    """What one engine step produced for one request. `finish_reason` set means: the last one.
+    """What one engine step produced for one request. The last output has a `finish_reason`.
 
-    `cached_tokens` (prompt tokens not computed because their KV was there or was fetched)
-    comes with the first output only, and so do `prompt_logprobs`, of all prompt tokens but the
-    first. One without tokens and finish_reason, but with `kv_transfer_params`, says that a
-    prefill's KV can be fetched from now on. `stop_token_id` is the token that ended the request;
-    it is not part of `token_ids`.
+    `cached_tokens` (prompt tokens not computed because their KV was cached or fetched) comes with
+    the first output only. So do `prompt_logprobs`, for all prompt tokens but the first. An output
+    with `kv_transfer_params` and neither tokens nor finish_reason: the prefill's KV can be fetched
+    from now on. `stop_token_id` is the token that ended the request; it is not in `token_ids`.
     """
 
     request_id: str
@@ -206,11 +211,11 @@ ToWorker = Hello | Proof | Generate | Abort | ReleaseKv
 ToFrontend = Hello | Step | Draining
 
 
-# --- discovery (etcd, `discovery.py`) ----------------------------------------------------------
+# --- discovery (etcd, `discovery/`) ------------------------------------------------------------
 
 
 class ModelCard(Struct, frozen=True):
-    """What a frontend needs to know to serve a model: shared by all instances of a deployment."""
+    """What a frontend needs to serve a model; equal for all instances of a deployment."""
 
     name: str
     tokenizer_dir: str
@@ -226,8 +231,9 @@ class InstanceInfo(Struct, frozen=True):
     """One registered worker. The key is `/{namespace}/instances/{instance_id}`.
 
     `epoch` is fresh per registration and grows; events and connections of an older epoch are
-    fenced. `rpc_addresses` are tried in order (`unix:run/x.sock`, `tcp://127.0.0.1:40001`). `kv_by_engine`: the engine
-    moves KV itself, over connections that it makes with the first request of each pair.
+    fenced. Frontends try `rpc_addresses` in order
+    (`unix:run/x.sock`, `tcp://127.0.0.1:40001`). `kv_by_engine`: the engine moves KV itself, and
+    connects with the first request of each prefill-decode pair.
     """
 
     instance_id: str
@@ -243,7 +249,7 @@ class InstanceInfo(Struct, frozen=True):
     kv_by_engine: bool = False
 
 
-# --- KV events and load (NATS, `events.py`) ----------------------------------------------------
+# --- KV events and load (NATS, `events/`) ------------------------------------------------------
 
 
 class BlocksStored(Struct, frozen=True, tag="stored", array_like=True, omit_defaults=True):
@@ -258,22 +264,22 @@ class BlocksStored(Struct, frozen=True, tag="stored", array_like=True, omit_defa
 
 
 class BlocksRemoved(Struct, frozen=True, tag="removed", array_like=True, omit_defaults=True):
-    """Gone from this tier; the other one may hold them still."""
+    """Removed from this tier; the other tier may still hold them."""
 
     block_hashes: list[int]
     tier: Tier = "device"
 
 
 class BlocksCleared(Struct, frozen=True, tag="cleared", array_like=True):
-    """No tier holds anything any more."""
+    """Both tiers are empty now."""
 
 
 KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
 
 
 class KvEventBatch(Struct, frozen=True, array_like=True):
-    """Published once per engine step that changed the cache, with the load after it: a message less
-    than apart, which receivers would feel. `seq` starts at 1 per epoch, no gaps."""
+    """Published once per engine step that changed the cache, with the load after it; one message
+    instead of two. `seq` starts at 1 in each epoch and has no gaps."""
 
     instance_id: str
     epoch: int

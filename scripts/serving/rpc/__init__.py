@@ -15,8 +15,8 @@ package decides what that means for requests: the worker aborts them, the fronte
 """
 
 from serving.rpc.client import RpcClient
-from serving.rpc.errors import error_info, raise_error
+from serving.rpc.errors import raise_error
 from serving.rpc.output_stream import OutputStream
 from serving.rpc.server import RpcHandler, RpcServer
 
-__all__ = ["OutputStream", "RpcClient", "RpcHandler", "RpcServer", "error_info", "raise_error"]
+__all__ = ["OutputStream", "RpcClient", "RpcHandler", "RpcServer", "raise_error"]

@@ -1,4 +1,4 @@
-"""Errors on the wire: from `serving.errors` to `protocol.ErrorInfo`, and back."""
+"""Errors on the wire: from `protocol.ErrorInfo` back to `serving.errors`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,6 @@ _REBUILT: dict[str, Callable[[ErrorInfo], ServingError]] = {
     "DeadlineExceeded": lambda info: _deadline_exceeded(info.message),
 }
 _DEADLINE = re.compile(r"(.*) ran past its deadline of (\S+) s(?: \(`(.*)`\))?")
-
-
-def error_info(exc: ServingError) -> ErrorInfo:
-    """The form in which an error travels to a frontend."""
-    retry_after_s = exc.retry_after_s if isinstance(exc, Overloaded) else 1.0
-    return ErrorInfo(type(exc).__name__, str(exc), retry_after_s)
 
 
 def raise_error(info: ErrorInfo) -> NoReturn:

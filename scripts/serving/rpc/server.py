@@ -18,6 +18,7 @@ from serving.protocol import (
     Draining,
     EngineOutput,
     EngineRequest,
+    ErrorInfo,
     Generate,
     Hello,
     Proof,
@@ -26,7 +27,6 @@ from serving.protocol import (
     ToWorker,
 )
 from serving.rpc.connection import STALL_S, RpcConnection
-from serving.rpc.errors import error_info
 from serving.rpc.handshake import frontend_proof, new_nonce, same, worker_proof
 
 log = logging.getLogger(__name__)
@@ -242,7 +242,9 @@ class RpcServer:
             raise ProtocolError(f"the request {request_id} twice")
         if owner is not None:
             taken = InvalidRequest(f"{request_id} is already running for another frontend")
-            connection.send(Step([EngineOutput(request_id, [], "error", error=error_info(taken))]))
+            connection.send(
+                Step([EngineOutput(request_id, [], "error", error=ErrorInfo.from_error(taken))])
+            )
             return
         self._owners[request_id] = connection
         connection.live.add(request_id)
@@ -255,7 +257,7 @@ class RpcServer:
             self._refuse(request_id, EngineFailed(f"{type(exc).__name__}: {exc}"))
 
     def _refuse(self, request_id: str, exc: ServingError) -> None:
-        self.send([EngineOutput(request_id, [], "error", error=error_info(exc))])
+        self.send([EngineOutput(request_id, [], "error", error=ErrorInfo.from_error(exc))])
 
     def abort(self, connection: FrontendConnection, request_id: str) -> None:
         if self._owners.get(request_id) is not connection:

@@ -72,9 +72,7 @@ class DecodeEndpoint:
                 self.transfers.local_prefill_fallbacks += 1
                 self._engine.submit(msgspec.structs.replace(request, kv_transfer_params=None))
         except ServingError as exc:
-            error = ErrorInfo(
-                type(exc).__name__, str(exc), float(getattr(exc, "retry_after_s", 1.0))
-            )
+            error = ErrorInfo.from_error(exc)
             self._fail(EngineOutput(request.request_id, [], finish_reason="error", error=error))
 
     async def _fetch(self, request: EngineRequest) -> None:

@@ -24,7 +24,7 @@ from serving.protocol import (
     Hello,
     Step,
 )
-from serving.rpc import OutputStream, RpcClient, error_info, raise_error
+from serving.rpc import OutputStream, RpcClient, raise_error
 from unit.rpc.rpc_rig import RpcRig, info_for, read_frame, request, token
 from waiting import until
 
@@ -220,7 +220,7 @@ async def test_request_id_of_another_frontend_is_refused(rig: RpcRig) -> None:
 )
 def test_errors_survive_the_journey(error: ServingError) -> None:
     with pytest.raises(type(error)) as caught:
-        raise_error(error_info(error))
+        raise_error(ErrorInfo.from_error(error))
     assert type(caught.value) is type(error)
     assert str(caught.value) == str(error)
 

@@ -96,7 +96,7 @@ class Scheduler:
                 f"it waited in the queue of a worker for {sequence.request.queue_s:g} s "
                 "(`deadlines.queue_s`)"
             )
-            self.refuse(sequence, ErrorInfo("QueuedTooLong", str(exc), exc.retry_after_s))
+            self.refuse(sequence, ErrorInfo.from_error(exc))
         return self._admission.next_expiry()
 
     def commit(self, sequence: Sequence, token: int | None = None) -> None:

@@ -121,8 +121,7 @@ class RunningRequest:
 
     def fail(self, exc: ServingError) -> None:
         """End it with an error, unless it has ended."""
-        retry_after_s = float(getattr(exc, "retry_after_s", 1.0))
-        error = ErrorInfo(type(exc).__name__, str(exc), retry_after_s)
+        error = ErrorInfo.from_error(exc)
         self._close(EngineOutput(self.request.request_id, [], "error", error=error))
 
     def _close(self, output: EngineOutput) -> None:

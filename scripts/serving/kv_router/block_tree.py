@@ -23,7 +23,7 @@ AT_ONCE = 8
 
 
 class Run:
-    """Consecutive blocks. `device` and `host` say which of them each instance holds, by tier.
+    """Consecutive blocks. `device` and `host` are the blocks that each instance holds, by tier.
 
     `hashes` is an array because a look-up in a large index costs what it misses in the processor's
     caches, and the numbers of a list lie all over memory. `parent` and `at`: the run it follows, and how many of that run's blocks come before it.
@@ -200,7 +200,7 @@ class BlockTree:
             self.trim(self._to_trim.pop())
 
     def trim(self, run: Run | None) -> None:
-        """Drop the blocks at a run's end that nobody needs, and runs before it when it is gone."""
+        """Drop unused blocks at the end of a run, and runs before it when it is gone."""
         while run is not None and run.hashes:
             end = run.num_needed()
             for block_hash in run.hashes[end:]:

@@ -20,7 +20,7 @@ MAX_BUFFERED_BLOCKS = 65_536
 class IndexCounters(Struct):
     """What happened to KV events, for metrics and `doctor`. All count from the start.
 
-    `gaps`: losses noticed. `duplicates`: batches and snapshots older than what is known.
+    `gaps`: losses noticed. `duplicates`: batches and snapshots older than the index.
     `stale_epoch`: messages of a registration that was replaced. `unregistered`: messages of an
     instance, or an epoch of it, that discovery has not shown or that was refused. `dropped`:
     batches discarded because the buffer was full before a snapshot came.

@@ -8,9 +8,9 @@ Costs are in blocks, and the lowest wins.
     least_loaded  queued tokens / block size + active blocks
 
 Counting the queue of an instance beside what it would have to compute keeps a popular prefix
-from drawing everything to one instance: once the queue there costs more than computing the
-prefix elsewhere, elsewhere wins, and the prefix is then cached twice. What is computed also makes
-later requests wait; that is what a weight above 1 is for. A missing block costs a decode instance
+from drawing every request to one instance. Once the queue there costs more than computing the
+prefix elsewhere, another instance wins, and the prefix is cached twice. Computation also makes
+later requests wait; a weight above 1 accounts for that. A missing block costs a decode instance
 memory and a transfer. Blocks in a host tier count for a part of one on the device.
 
 No state and no clock: the caller passes in what varies (the turn of `round_robin`, randomness).
@@ -30,8 +30,8 @@ from serving.kv_router.load import Load
 from serving.protocol import Role
 
 BLOCKS_READ_PER_COMPUTED = 32
-"""Held blocks slow what is computed beside them, since each step reads them all, but far less than
-computing as many would. At a 16th to a 64th, first tokens come as early as without this term."""
+"""Held blocks slow the computation beside them, since each step reads them all, but far less than
+computing as many would. With a 16th to a 64th, first tokens come as early as without this term."""
 
 
 class PromptSize(NamedTuple):

@@ -3,18 +3,18 @@
     store, remove, replace    what instances report about themselves
     overlap                   leading blocks of a prompt that each instance holds
 
-Answers are exact for what the index was told: the longest run of leading blocks that an instance
+Answers are exact for the events that the index received: the longest run of leading blocks that an instance
 holds in any tier, with no gap. Engines evict leaves first, but nothing here relies on it: a hole
 that an engine made shows in the answer, and what lies behind it counts again once it is filled.
 
 Blocks whose place is not known yet (a snapshot names hashes without their parents; an event may
 follow a block that the index has evicted) are kept loose, by instance. A hash implies its whole
-prefix, so the first prompt that contains such a block also says where it belongs, and it moves
-into the tree.
+prefix, so the first prompt that contains such a block also shows its parent, and it moves into
+the tree.
 
-Memory is bounded: past `max_blocks`, loose blocks go first, since nobody asked for them, then the
-runs that were neither asked for nor stored to for the longest time, leaves first. What was evicted
-is unknown, not wrong: overlaps come out too small until the instance stores those blocks again.
+Memory is bounded: past `max_blocks`, loose blocks go first, since no prompt contained them, then the
+least recently used runs, leaves first. The index forgets evicted blocks and is never wrong about
+them: overlaps come out too small until the instance stores those blocks again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m serving.worker FILE`: one worker process, until it is told to stop.
+"""`python -m serving.worker FILE`: one worker process, until SIGTERM.
 
 A process may host several instances, which share its event loop and nothing else. What one instance
 does is in `instance.py`.
@@ -51,7 +51,7 @@ def main() -> None:
     )
     try:
         uvloop.run(run(settings))
-    except* OperatorError as group:  # task groups wrap what is raised in them
+    except* OperatorError as group:  # task groups wrap their errors
         for line in dict.fromkeys(map(str, leaves(group))):  # instances tend to fail alike
             log.critical("%s", line)  # `deploy/processes/launch.py` looks for it
         sys.exit(1)

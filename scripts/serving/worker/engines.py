@@ -13,20 +13,20 @@ from serving.errors import OperatorError
 from serving.protocol import ModelCard
 
 
-def load_engine(process: WorkerSettings) -> tuple[BlockEngine | TransferringEngine, ModelCard]:
+def load_engine(settings: WorkerSettings) -> tuple[BlockEngine | TransferringEngine, ModelCard]:
     """Raises OperatorError when the built engine is not the one that the settings name."""
-    manifest = load_manifest(Path(process.engine_dir))
-    if manifest.fingerprint != process.engine_fingerprint:
+    manifest = load_manifest(Path(settings.engine_dir))
+    if manifest.fingerprint != settings.engine_fingerprint:
         raise OperatorError(
-            f"{process.engine_dir} was built as {manifest.fingerprint}, "
-            f"not {process.engine_fingerprint}",
+            f"{settings.engine_dir} was built as {manifest.fingerprint}, "
+            f"not {settings.engine_fingerprint}",
             remedy="run the serve target again: it rebuilds the engine",
         )
-    config = process.engine
+    config = settings.engine
     check_max_model_len(config.max_model_len, manifest.model_max_len, manifest.model_id)
     card = ModelCard(
-        name=process.model_name,
-        tokenizer_dir=str(Path(process.engine_dir).resolve()),
+        name=settings.model_name,
+        tokenizer_dir=str(Path(settings.engine_dir).resolve()),
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         hash_salt=manifest.hash_salt,
@@ -35,46 +35,46 @@ def load_engine(process: WorkerSettings) -> tuple[BlockEngine | TransferringEngi
         dummy_weights=manifest.dummy_weights is not None,
     )
     if config.backend == "tensorrt_llm":
-        return _tensorrt_llm(process, manifest), card
+        return _tensorrt_llm(settings, manifest), card
     if config.backend == "mock":
-        return _mock(process, manifest), card
-    return _torch(process, manifest), card
+        return _mock(settings, manifest), card
+    return _torch(settings, manifest), card
 
 
-def _torch(process: WorkerSettings, manifest: EngineManifest) -> BlockEngine:
+def _torch(settings: WorkerSettings, manifest: EngineManifest) -> BlockEngine:
     from serving.engine.torch.engine import TorchEngine
 
     return TorchEngine(
-        Path(process.engine_dir),
-        msgspec.structs.replace(process.engine, dtype=process.dtype),
-        process.device,
-        role=process.role,
+        Path(settings.engine_dir),
+        msgspec.structs.replace(settings.engine, dtype=settings.dtype),
+        settings.device,
+        role=settings.role,
         hash_salt=manifest.hash_salt,
         fingerprint=manifest.fingerprint,
     )
 
 
-def _tensorrt_llm(process: WorkerSettings, manifest: EngineManifest) -> TransferringEngine:
+def _tensorrt_llm(settings: WorkerSettings, manifest: EngineManifest) -> TransferringEngine:
     from serving.engine.trtllm.engine import TensorRtLlmEngine
 
     return TensorRtLlmEngine(
-        Path(process.engine_dir),
+        Path(settings.engine_dir),
         manifest,
-        role=process.role,
-        instance_id=process.instance_id,
-        engine=process.engine,
+        role=settings.role,
+        instance_id=settings.instance_id,
+        engine=settings.engine,
     )
 
 
-def _mock(process: WorkerSettings, manifest: EngineManifest) -> TransferringEngine:
+def _mock(settings: WorkerSettings, manifest: EngineManifest) -> TransferringEngine:
     from serving.engine.mock.engine import MockEngine
 
-    assert process.mock is not None, "whoever wrote the file knew the engine"
+    assert settings.mock is not None, "the settings of a mock worker have a mock section"
     return MockEngine(
-        Path(process.engine_dir),
+        Path(settings.engine_dir),
         manifest,
-        process.engine,
-        role=process.role,
-        instance_id=process.instance_id,
-        timing=process.mock,
+        settings.engine,
+        role=settings.role,
+        instance_id=settings.instance_id,
+        timing=settings.mock,
     )

@@ -132,7 +132,7 @@ class BlockHandover(Handover):
 
 
 class EngineHandover(Handover):
-    """The engine moves KV by itself; `TransferringEngine` says on what terms."""
+    """Passes requests to an engine that moves KV by itself; see `TransferringEngine`."""
 
     def __init__(self, engine: TransferringEngine) -> None:
         self._engine = engine

@@ -1,7 +1,7 @@
 """The arguments of `LLM` for one role: from the engine's YAML file to what this version takes.
 
 The file is written when the engine is built, perhaps for a version a little older or newer than
-the one that reads it. Our own defaults give way then; what a person asked for does not.
+the one that reads it. Then our own defaults may be dropped, but never an argument that a person set.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FindClass = Callable[[str], Any]
 
 
 class LlmArguments(Struct, frozen=True):
-    """`values` as in the file; `required` are dotted keys that a person asked for."""
+    """`values` as in the file; `required` are dotted keys that a person set."""
 
     values: dict[str, Any]
     required: frozenset[str]

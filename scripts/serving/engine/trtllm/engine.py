@@ -158,7 +158,7 @@ class TensorRtLlmEngine(TransferringEngine):
         )
 
     def _load(self, arguments: LlmArguments) -> tuple[LoadedLibrary, Any]:
-        """In a thread. Looks for what is wrong before minutes are spent on it."""
+        """Runs in a thread. Checks GPUs and versions first, since loading takes minutes."""
         manifest = self._manifest
         if manifest.device != "cpu":
             values = arguments.values
@@ -210,14 +210,14 @@ class TensorRtLlmEngine(TransferringEngine):
         self._requests.abort(request_id)
 
     def snapshot(self, tier: Tier = "device") -> list[int]:
-        # Its events do not tell the tiers apart: a block can be reused from either.
+        # Its events do not name the tier: a block can be reused from either.
         return list(self._outbox.delivered) if tier == "device" else []
 
     def load(self) -> LoadReport:
-        """OpenRequests by our own count, corrected by the library's queue where that is news.
+        """Requests by our own count, corrected by the length of the library's queue when it is fresh.
 
-        Its statistics stop when it has nothing to do, and the last ones still show the blocks of
-        the last request: with no request there is none in use.
+        Its statistics stop when it is idle, and the last ones still show the blocks of the last
+        request. Without requests no block is in use.
         """
         num_requests, stats = len(self._requests), self._stats
         num_blocks = self._num_blocks()
@@ -236,14 +236,14 @@ class TensorRtLlmEngine(TransferringEngine):
         )
 
     def _num_cached(self, token_ids: list[int]) -> int:
-        """By its events, for versions that do not tell with the answer. The last token is always
-        computed."""
+        """An estimate from its events, for versions whose answers lack the number. The last token is
+        always computed."""
         block_size, held = self._config.block_size, self._outbox.delivered
         hashes = block_hash.chain(token_ids[:-1], block_size, self._root)
         missing = next((i for i, known in enumerate(hashes) if known not in held), len(hashes))
         return missing * block_size
 
-    # --- what it tells -------------------------------------------------------------------------
+    # --- events and statistics -----------------------------------------------------------------
 
     async def _poll(self, what: str, method: str) -> None:
         take = self._take_event if what == "KV events" else self._take_stats
@@ -257,7 +257,7 @@ class TensorRtLlmEngine(TransferringEngine):
         self._are_stats_fresh = True
 
     async def _first_stats(self, arguments: LlmArguments) -> None:
-        """Learn how many blocks there are, and that they are of our size.
+        """Learn the number of blocks, and check their size.
 
         Raises OperatorError when blocks differ: routing hashes would name blocks that do not exist.
         """
@@ -270,8 +270,8 @@ class TensorRtLlmEngine(TransferringEngine):
                 log.exception("TensorRT-LLM's first statistics could not be read")
                 break
             await asyncio.sleep(0.02)
-        told = arguments.section("kv_cache_config").get("tokens_per_block")
-        tokens_per_block = self._stats.tokens_per_block or told
+        configured = arguments.section("kv_cache_config").get("tokens_per_block")
+        tokens_per_block = self._stats.tokens_per_block or configured
         if tokens_per_block is not None and tokens_per_block != self._config.block_size:
             raise OperatorError(
                 f"TensorRT-LLM {self._library.version} keeps KV in blocks of {tokens_per_block} "
@@ -292,7 +292,7 @@ class TensorRtLlmEngine(TransferringEngine):
     # --- health --------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Make it prove itself when it is silent or suspect; a process that lives proves nothing."""
+        """Probe the library when it is silent or suspect; a live process proves nothing."""
         while not self._is_broken:
             try:
                 async with asyncio.timeout(self._timeouts.health_s):
@@ -306,7 +306,7 @@ class TensorRtLlmEngine(TransferringEngine):
             try:
                 await self._prove(self._timeouts.probe_s)
             except EngineFailed as exc:
-                log.error("%s; nothing more is accepted", exc)
+                log.error("%s; no more requests are accepted", exc)
                 self._is_broken = True
                 self._requests.fail_all(str(exc))
 

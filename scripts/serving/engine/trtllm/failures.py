@@ -85,9 +85,9 @@ def missing_library(exc: ImportError) -> OperatorError:
 
 def explain_start(exc: BaseException, what: str = "started") -> OperatorError:
     """The one paragraph for whatever `LLM` raised. `what`: what it could not be."""
-    said = _chain(exc)
-    text = "\n".join(said)
-    first_line = said[-1].strip().splitlines()[0][:300]
+    messages = _chain(exc)
+    text = "\n".join(messages)
+    first_line = messages[-1].strip().splitlines()[0][:300]
     if found := _TOO_FEW.search(text):
         return OperatorError(
             f"TensorRT-LLM could not be {what}: a worker shares its layers among {found[2]} GPUs, "
@@ -102,17 +102,17 @@ def explain_start(exc: BaseException, what: str = "started") -> OperatorError:
             )
     return OperatorError(
         f"TensorRT-LLM could not be {what}: {first_line}",
-        remedy="the lines above this one in the worker's log say more",
+        remedy="read the lines above this one in the worker's log",
     )
 
 
 def _chain(exc: BaseException) -> list[str]:
-    """What `exc` says, and what it came from: the executor's own error hides its worker's."""
-    said = []
+    """The message of `exc` and those of its causes: the executor's error hides its worker's."""
+    messages = []
     while True:
-        said.append(f"{type(exc).__name__}: {exc}")
+        messages.append(f"{type(exc).__name__}: {exc}")
         cause = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
         if cause is None:
             break
         exc = cause
-    return said
+    return messages

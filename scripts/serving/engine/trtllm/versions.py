@@ -25,7 +25,7 @@ _VERSION = re.compile(r"(\d+)\.(\d+)(?:[.\-+]?[0-9A-Za-z].*)?$")
 
 
 class Version(Struct, frozen=True):
-    """`text` as the library says it (`1.3.0rc27`), `line` its (major, minor)."""
+    """`text` is the library's own (`1.3.0rc27`), `line` its (major, minor)."""
 
     text: str
     line: tuple[int, int]
@@ -52,7 +52,7 @@ def parse_version(text: str) -> Version:
 def fields_of(kind: Any) -> frozenset[str] | None:
     """What the constructor of `kind` takes: its pydantic `model_fields` or dataclass fields.
 
-    None when the class is neither, so that nothing can be said.
+    None when the class is neither: its fields are unknown.
     """
     model_fields = getattr(kind, "model_fields", None)
     if model_fields is not None:

@@ -1,7 +1,7 @@
-"""Can TensorRT-LLM load this checkpoint: decided from its JSON and safetensors headers alone.
+"""Whether TensorRT-LLM can load a checkpoint, from its JSON and safetensors headers alone.
 
-The library itself would say so only after minutes of loading, or load a quantized checkpoint as
-if it were not. Sources: the tables of architectures in its documentation
+The library itself fails only after minutes of loading, or loads a quantized checkpoint as if it
+were not quantized. Sources: the tables of architectures in its documentation
 (docs/source/models/supported-models.md, of 1.0.0, of the stable release and of 1.3.0rc13; those it
 runs by AutoDeploy alone are left out) and `ModelConfig` in tensorrt_llm/_torch/model_config.py.
 What quantizations need of a GPU is in `quantization`.
@@ -62,7 +62,7 @@ CONVERTERS: Mapping[str, str] = {
 
 
 class Checkpoint(Struct, frozen=True, kw_only=True):
-    """What config.json says, and how many bytes the weights have.
+    """The shape in config.json, and the number of bytes of the weights.
 
     `kv_width` is the number of elements that one token adds to KV in one layer: keys and values of
     all KV heads, or the one latent of MLA (`num_kv_heads` is 0 then, as it is not divided).

@@ -1,9 +1,9 @@
-"""Make an engine for TensorRT-LLM: a checked checkpoint, its arguments per role, and a manifest.
+"""Makes an engine for TensorRT-LLM: a checked checkpoint, its arguments per role, and a manifest.
 
 The flow `pytorch` has no engine file: the library loads the checkpoint as it is, so the engine is
 a Hugging Face folder and YAML. `trtllm-build` adds TensorRT engines (see `tensorrt_flow`). Either is
 made beside its final place and moved there when complete. The library itself runs in processes of
-its own, through the `run` that is passed in: it may live in a container.
+its own, started by `run`, since it may live in a container.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def build_engine(
     host: Host,
     report: Report,
 ) -> EngineManifest:
-    """Build into `out_dir`, replacing what is there, for workers of `roles`.
+    """Build into `out_dir`, replacing its contents, for workers of `roles`.
 
     `engine.device` and `engine.dtype` are not `auto`. `run` starts a program where the library is.
     Raises ModelError (the library cannot load this model), ConfigError, or OperatorError (no

@@ -1,4 +1,4 @@
-"""Which TensorRT-LLM there is, asked in a process of its own. Nothing here imports it."""
+"""Which TensorRT-LLM is installed, asked in a process of its own. Nothing here imports it."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class RunProgram(Protocol):
 
 
 class InstalledLibrary(Struct, frozen=True):
-    """`cuda` is the release its torch was built for, empty when it does not say."""
+    """`cuda` is the release its torch was built for, empty when unknown."""
 
     version: Version
     cuda: str
 
 
 def probe_library(run: RunProgram) -> InstalledLibrary:
-    """Import it, and see. Raises OperatorError: it cannot be imported, or is not supported."""
+    """Import it in that process. Raises OperatorError: it cannot be imported, or is not supported."""
     done = run([PYTHON, "-c", _PROBE])
     found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if done.returncode != 0 or not found:

@@ -1,17 +1,17 @@
-"""How much of a GPU one worker will need, said before anything is loaded.
+"""How much GPU memory one worker will need, estimated before anything is loaded.
 
-An estimate, made to be a little too low rather than too high: what it refuses cannot run, what it
-passes may still be tight. Where its numbers come from:
+The estimate is rather too low than too high: a refused engine cannot run, an accepted one may
+still be tight. Where its numbers come from:
 
 * weights: the tensors in the checkpoint, divided by tensor and pipeline parallel;
-* KV of a token: what config.json says, times the KV dtype;
+* KV of a token: the shape in config.json, times the KV dtype;
 * activations: the widest moment of one layer for `max_num_batched_tokens` tokens, which is the
   residual, its normed copy, and the gate and up projections (or queries, keys and values);
 * logits: float32, for each request of a batch, with a copy for sampling; with `trtllm-build` also
   those of `GENERATION_LOGITS_BUFFER_LENGTH` steps, of which log-probabilities are made;
 * transfer buffers: the transceiver allocates `max_tokens_in_buffer` tokens to send and as many to
   receive, outside the KV pool;
-* CUDA graphs: the library's argument `cuda_graph_config` says up to 200 MB each, and by default one
+* CUDA graphs: the library's argument `cuda_graph_config` documents up to 200 MB each, and by default one
   for 1, 2, 4 and each multiple of 8 up to 128. Most stay far below it, so they only warn;
 * runtime: a CUDA context with its libraries' workspaces, an allowance of our own.
 """
@@ -113,10 +113,10 @@ def require_memory(
     dtype: str,
     memory_bytes: int,
 ) -> list[str]:
-    """Lines that say what was found, a warning among them where it is tight.
+    """Lines for a person: the estimate of each role, with a warning where it is tight.
 
-    `memory_bytes` is that of the smallest GPU, 0 when unknown. Raises OperatorError that says which
-    number to lower, and to what, when one request of `engine.max_model_len` does not fit.
+    `memory_bytes` is that of the smallest GPU, 0 when unknown. Raises OperatorError, which names the
+    number to lower and its new value, when one request of `engine.max_model_len` does not fit.
     """
     _require_pool(config)
     lines = []

@@ -1,7 +1,7 @@
-"""What an engine is made for: library version, GPUs, driver, and how each role is spread out.
+"""The target of an engine: library version, GPUs, driver, and the parallelism of each role.
 
-An engine made for one target is wrong on another: `stamp` goes into its manifest, so that the
-worker that loads it can tell.
+An engine for one target is wrong on another. `stamp` goes into its manifest, so that the worker
+that loads it can compare.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def resolve_flow(config: Config, version: Version) -> Flow:
 
 
 def stamp(version: Version, cuda: str, host: Host) -> dict[str, str]:
-    """For `EngineManifest.stamp`; what is unknown is left out."""
+    """For `EngineManifest.stamp`; unknown entries are left out."""
     known: Mapping[str, str] = {
         "tensorrt_llm": version.text,
         "gpus": ", ".join(sorted({gpu.name for gpu in host.gpus})),

@@ -117,15 +117,16 @@ def _require(command: list[str], run: RunProgram, report: Report) -> None:
         return
     tool = Path(command[1] if command[0] == PYTHON else command[0]).name
     lines = [line for line in done.stdout.splitlines() if line.strip()][-_LAST_LINES:]
-    said = "\n".join(f"  | {line}" for line in lines) or "  | (nothing)"
-    remedy = "mend what it complains about; the whole output is in logs/build_engine.log"
+    output = "\n".join(f"  | {line}" for line in lines) or "  | (nothing)"
+    remedy = "fix the problem that it names; logs/build_engine.log has the whole output"
     if any(sign in done.stdout for sign in _OUT_OF_MEMORY):
         remedy = (
             "lower `engine.max_num_batched_tokens`, `engine.max_batch_size` or "
-            "`engine.max_model_len`, or free the GPU (`nvidia-smi` names who holds its memory)"
+            "`engine.max_model_len`, or free the GPU (`nvidia-smi` lists the processes that hold its memory)"
         )
     elif "can't open file" in done.stdout:
         remedy = "set `tensorrt_llm.examples_dir` to the `examples` folder of that version's source"
     raise OperatorError(
-        f"{tool} failed with exit status {done.returncode}. Its last words:\n{said}", remedy=remedy
+        f"{tool} failed with exit status {done.returncode}. The end of its output:\n{output}",
+        remedy=remedy,
     )

@@ -3,7 +3,7 @@
 A stored event names its blocks and their parent by the engine's own hashes, so this module keeps
 the map from those to ours. The format is that of `KVCacheEventSerializer`: one object per event,
 `{event_id, data, window_size[, attention_dp_rank]}`. There is no snapshot to ask for: when events
-were lost, everything of that rank is taken back and comes again as the engine speaks of it.
+were lost, all blocks of that rank are removed, and come back as later events name them.
 """
 
 from __future__ import annotations
@@ -62,36 +62,36 @@ class KvEventTranslator:
     def feed(self, event: Mapping[str, Any]) -> list[KvEvent]:
         """What `event` changes for routing, often nothing."""
         rank = self._ranks.setdefault(event.get("attention_dp_rank") or 0, _Rank())
-        told: list[KvEvent] = []
+        changes: list[KvEvent] = []
         event_id = event["event_id"]
         if rank.last_id is not None:
             if event_id <= rank.last_id:
-                return told
+                return changes
             if event_id != rank.last_id + 1:
                 self.num_gaps += 1
                 log.warning("%d KV events were lost", event_id - rank.last_id - 1)
-                told += self._forget(rank)
+                changes += self._forget(rank)
         rank.last_id = event_id
         data = event["data"]
-        if not self._is_largest_window(rank, event.get("window_size"), data, told):
-            return told
+        if not self._is_largest_window(rank, event.get("window_size"), data, changes):
+            return changes
         match data["type"]:
             case "stored":
-                told += self._stored(rank, data)
+                changes += self._stored(rank, data)
             case "removed":
-                told += self._removed(rank, data["block_hashes"])
+                changes += self._removed(rank, data["block_hashes"])
             # "updated" moves a block between GPU and host: it can be reused from either.
-        return told
+        return changes
 
     def _is_largest_window(
-        self, rank: _Rank, window: int | None, data: Mapping[str, Any], told: list[KvEvent]
+        self, rank: _Rank, window: int | None, data: Mapping[str, Any], changes: list[KvEvent]
     ) -> bool:
-        """A model with sliding windows tells of each; only the largest holds whole prefixes."""
+        """A model with sliding windows has events for each; only the largest holds whole prefixes."""
         if window is not None and window != rank.window:
             if rank.window is not None and window < rank.window:
                 return False
             if rank.present:
-                told += self._forget(rank)
+                changes += self._forget(rank)
             rank.known.clear()
             rank.window = window
         if data["type"] == "created":
@@ -102,7 +102,7 @@ class KvEventTranslator:
         blocks = self._full_blocks(data.get("blocks") or [])
         if not blocks:
             return []
-        told: list[KvEvent] = []
+        changes: list[KvEvent] = []
         parent_key = _unsigned(data.get("parent_hash"))
         parent: int | None = None
         if parent_key is not None:
@@ -110,32 +110,32 @@ class KvEventTranslator:
             if revived is None:
                 self.num_orphans += len(blocks)
                 return []
-            told += revived
+            changes += revived
             parent = rank.known[parent_key].block_hash
         tokens = [token for _, block in blocks for token in block]
         hashes = block_hash.chain(
             tokens, self._block_size, self._root if parent is None else parent
         )
-        fresh: list[int] = []  # a run of blocks not told yet, and the parent of its first
+        fresh: list[int] = []  # a run of new blocks, and the parent of its first
         fresh_parent = parent
         for (key, _), ours in zip(blocks, hashes, strict=True):
             if self._hold(rank, key, _Known(ours, parent_key)):
                 fresh.append(ours)
             else:
                 if fresh:
-                    told.append(BlocksStored(fresh_parent, fresh))
+                    changes.append(BlocksStored(fresh_parent, fresh))
                 fresh, fresh_parent = [], ours
             parent_key = key
         if fresh:
-            told.append(BlocksStored(fresh_parent, fresh))
-        return told
+            changes.append(BlocksStored(fresh_parent, fresh))
+        return changes
 
     def _full_blocks(self, blocks: list[Mapping[str, Any]]) -> list[tuple[int, list[int]]]:
         """(engine's hash, tokens) up to the first block that has no hash among ours.
 
-        Those are partial blocks, which the engine stores too, and blocks with content that
-        their token ids do not tell (`token_extra_id`). Nothing can follow them. Their hashes
-        stay unknown, so that their removal says nothing either.
+        Those are partial blocks, which the engine stores too, and blocks whose content is more
+        than their token ids (`token_extra_id`). Nothing can follow them. Their hashes stay unknown,
+        so that their removal has no effect either.
         """
         full = []
         for block in blocks:
@@ -168,15 +168,15 @@ class KvEventTranslator:
             missing.append((key, known))
             key = known.parent
         parent = None if key is None else rank.known[key].block_hash
-        told: list[KvEvent] = []
+        changes: list[KvEvent] = []
         for missed, known in reversed(missing):
             if self._hold(rank, missed, known):
-                told.append(BlocksStored(parent, [known.block_hash]))
+                changes.append(BlocksStored(parent, [known.block_hash]))
             parent = known.block_hash
-        return told
+        return changes
 
     def _hold(self, rank: _Rank, key: int, known: _Known) -> bool:
-        """Whether this block is news for routing."""
+        """Note a block; True when routing did not know that it is there."""
         rank.known[key] = known
         if key in rank.present:
             return False

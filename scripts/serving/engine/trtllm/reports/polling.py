@@ -1,8 +1,8 @@
-"""KV events and statistics: asked for again and again, since the library pushes neither.
+"""Polls KV events and statistics, since the library pushes neither.
 
-What it hands out is one iterator that ends when nothing came for its timeout, and then stays ended
-until the next request is submitted. Some versions wait for that timeout with the event loop blocked,
-so it is short, and the pauses are here.
+The library returns one iterator. It ends when nothing came for its timeout, and stays ended until
+the next request is submitted. Some versions block the event loop during that timeout, so it is
+short, and the pauses are here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FAILED_S = 5.0
 
 
 async def drain(ask: Callable[..., Any], take: Callable[[dict[str, Any]], None]) -> int:
-    """Take everything that is there; how much that was. Raises what the library raises."""
+    """Take everything that has come, and return how much. Raises what the library raises."""
     answers = ask(timeout=TIMEOUT_S)
     # Otherwise events that come after its end wait for the next request.
     mark_undone = getattr(answers, "mark_undone", None)
@@ -41,7 +41,7 @@ async def poll_forever(
     take: Callable[[dict[str, Any]], None],
     is_busy: Callable[[], bool],
 ) -> None:
-    """`drain` until cancelled. A failure is told once and does not end it."""
+    """`drain` until cancelled. A failure is logged once and does not end it."""
     is_failing = False
     while True:
         try:

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 
 class EngineStats(Struct, frozen=True):
-    """`num_*` count requests, then blocks; None: not told."""
+    """`num_*` count requests, then blocks; None: unknown."""
 
     num_queued: int | None = None
     num_blocks: int | None = None
@@ -22,7 +22,7 @@ class EngineStats(Struct, frozen=True):
 
 
 def parse_stats(raw: Mapping[str, Any], before: EngineStats) -> EngineStats:
-    """What `raw` says, and what was known `before` where it says nothing."""
+    """The statistics in `raw`; missing ones stay as they were `before`."""
     cache = raw.get("kvCacheStats") or {}
 
     def newest(value: Any, old: int | None) -> int | None:

@@ -1,6 +1,6 @@
-"""One request's results, which are cumulative, as outputs that say each token once.
+"""Reads one request's cumulative results, and returns each token once.
 
-This is on the path of every token. It also decides where a request ends: the library checks for
+This is on the path of every token. It also decides where a request ends. The library checks for
 `max_tokens` before it checks for stop tokens, keeps an end id in its tokens but drops a stop id,
 and `token_ids_diff` may leave out a first token.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from serving.protocol import EngineOutput, EngineRequest, ErrorInfo, FinishReason, TokenLogprob
 
 UNLIKELY = -9999.0
-"""Log-probability of a token for which the library told none, as OpenAI's API has it."""
+"""Log-probability of a token for which the library has none, as in OpenAI's API."""
 
 _FINISH: dict[str, FinishReason] = {
     "stop": "stop",
@@ -23,14 +23,14 @@ _FINISH: dict[str, FinishReason] = {
 
 
 class CompletionReader:
-    """What was told so far. `num_prompt` tokens of the request are the engine's prompt; tokens
-    of the request after those are outputs that the caller has, so they are not told again."""
+    """Remembers which tokens it has returned. The engine's prompt is the first `num_prompt` tokens
+    of the request. The caller has the tokens after those already, so they do not come again."""
 
-    __slots__ = ("_logprobs", "_min_left", "_request_id", "_stops", "finished", "num_told")
+    __slots__ = ("_logprobs", "_min_left", "_request_id", "_stops", "finished", "num_returned")
 
     def __init__(self, request: EngineRequest, num_prompt: int) -> None:
         sampling = request.sampling
-        self.num_told = len(request.token_ids) - num_prompt
+        self.num_returned = len(request.token_ids) - num_prompt
         self.finished = False
         self._request_id = request.request_id
         self._stops = frozenset(sampling.stop_token_ids)
@@ -44,30 +44,30 @@ class CompletionReader:
         The output with a finish_reason is the last one, also when the library would go on.
         """
         tokens = completion.token_ids
-        told = self.num_told
-        new = tokens[told:]
+        start = self.num_returned
+        new = tokens[start:]
         reason = completion.finish_reason
         if reason is None:
             if not new:
                 return None
             if self._stops.isdisjoint(new) and self._logprobs is None:
-                self.num_told = told + len(new)
+                self.num_returned = start + len(new)
                 return EngineOutput(self._request_id, new)
-        return self._ended(completion, told, new, reason)
+        return self._ended(completion, start, new, reason)
 
     def _ended(
-        self, completion: Any, told: int, new: list[int], reason: str | None
+        self, completion: Any, start: int, new: list[int], reason: str | None
     ) -> EngineOutput | None:
         """The same off the shortest path: with stops, log-probabilities or an end."""
         stop_token_id = None
-        for place, token in enumerate(new):
-            if token in self._stops and told + place >= self._min_left:
-                reason, stop_token_id, new = "stop", token, new[:place]
+        for index, token in enumerate(new):
+            if token in self._stops and start + index >= self._min_left:
+                reason, stop_token_id, new = "stop", token, new[:index]
                 break
         else:
             if reason == "stop" and isinstance(completion.stop_reason, int):
                 stop_token_id = completion.stop_reason
-        self.num_told = told + len(new)
+        self.num_returned = start + len(new)
         self.finished = reason is not None
         if not new and not self.finished:
             return None
@@ -79,25 +79,25 @@ class CompletionReader:
             new,
             None if reason is None else _FINISH[reason],
             stop_token_id=stop_token_id,
-            logprobs=self._told_logprobs(completion, told, new),
+            logprobs=self._logprobs_of(completion, start, new),
         )
 
-    def _told_logprobs(
-        self, completion: Any, told: int, new: list[int]
+    def _logprobs_of(
+        self, completion: Any, start: int, new: list[int]
     ) -> list[TokenLogprob] | None:
         if self._logprobs is None or not new:
             return None
-        told_ones = completion.logprobs or []
+        entries = completion.logprobs or []
         # Aligned at the end: a decode engine may know none for the first, fetched token.
-        missing = len(completion.token_ids) - len(told_ones)
+        missing = len(completion.token_ids) - len(entries)
         missing = max(0, missing)
         return [
             token_logprob(
                 token,
-                told_ones[place - missing] if missing <= place < missing + len(told_ones) else None,
+                entries[index - missing] if missing <= index < missing + len(entries) else None,
                 self._logprobs,
             )
-            for place, token in enumerate(new, told)
+            for index, token in enumerate(new, start)
         ]
 
 

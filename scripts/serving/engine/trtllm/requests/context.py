@@ -36,7 +36,7 @@ class RequestContext(Struct, kw_only=True):
     `guide_backend` enforces guides; None: nothing does. A fetch counts as over after `fetch_s`.
     `num_cached` estimates the cached tokens of a prompt, for versions that do not report them.
     `suspect` is called when the library misbehaves. `has_output` becomes True with any output;
-    whoever reads it sets it back.
+    the health check sets it back.
     """
 
     runtime: Runtime

@@ -1,8 +1,8 @@
 """The library's `DisaggregatedParams` as the plain `state` that travels, and back.
 
-Every field is carried, whatever a version calls it, since 1.3 added several without which its
-decode side fails. Two kinds of value are not plain: log-probabilities, which get a tag, and
-tensors, which only come when asked for and are left behind.
+Every field travels, whatever its name in a version: 1.3 added several without which its decode
+side fails. Two kinds of value are not plain. Log-probabilities get a tag. Tensors, which come only
+on request, stay behind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from serving.protocol import EngineRequest, EngineTransferParams
 log = logging.getLogger(__name__)
 
 _LOGPROBS = "$logprobs"
-# Known before any KV is committed: they do not say that there is any.
+# These fields are set before any KV is committed, so they do not prove that there is any.
 _NOT_KV = frozenset({"request_type", "first_gen_tokens", "schedule_style"})
 
 
@@ -96,7 +96,7 @@ def generation_params(
     """Keyword arguments of `kind`, the library's `DisaggregatedParams`, for `generation_only`.
 
     `logprob` is its `Logprob` class, None where there is none. Raises KvTransferFailed when the
-    prefill's library said something that this one cannot take.
+    prefill's library has a field that this one does not know.
     """
     arguments = dict(kv.params) | {"request_type": "generation_only"}
     if logprob is None:

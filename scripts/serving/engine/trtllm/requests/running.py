@@ -97,7 +97,7 @@ class RunningRequest:
             self._dequeue()
             self.cancel()
 
-    # --- the end, whoever asks for it ----------------------------------------------------------
+    # --- the end -------------------------------------------------------------------------------
 
     def abort(self) -> None:
         """As `TransferringEngine.abort`."""
@@ -238,7 +238,7 @@ class RunningRequest:
             context.suspect()
             raise EngineFailed(f"TensorRT-LLM: {type(exc).__name__}: {exc}") from exc
         if self.is_open and not self._aborted:
-            raise EngineFailed("TensorRT-LLM ended it without saying why")
+            raise EngineFailed("TensorRT-LLM ended it without a finish reason")
 
     def _begin(self, step: Any, completion: Any) -> None:
         """The library's first answer: the prompt is computed, or fetched."""
@@ -261,7 +261,7 @@ class RunningRequest:
             self._stop()
 
     def _finish(self, step: Any, completion: Any, output: EngineOutput, *, holds_kv: bool) -> None:
-        """Deliver the last output; that of a prefill says who may fetch its KV."""
+        """Deliver the last output; a prefill's carries the parameters to fetch its KV."""
         if self.request.phase == "prefill" and holds_kv:
             output = self._with_kv_offer(completion, output)
         self._close(output)
@@ -326,5 +326,5 @@ class RunningRequest:
 
     def _transfer_failed(self, why: object) -> KvTransferFailed:
         params = self.request.kv_transfer_params
-        source = params.source_instance if params is not None else "nobody"
+        source = params.source_instance if params is not None else "no instance"
         return KvTransferFailed(self.request.request_id, source, f"TensorRT-LLM: {why}")

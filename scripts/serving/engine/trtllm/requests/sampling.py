@@ -1,8 +1,8 @@
 """One of our requests as the arguments of `tensorrt_llm.SamplingParams`.
 
-Its defaults are traps, so everything that matters is said: `max_tokens` (else 32), an end id (else
-a tokenizer is wanted), a seed (else all unseeded requests draw alike), `top_p` (left out means
-greedy). Stop strings and detokenization are not its business here.
+Its defaults are traps, so every argument that matters is set: `max_tokens` (default: 32), an end id
+(without one it needs a tokenizer), a seed (without one all unseeded requests draw alike), `top_p`
+(without it sampling is greedy). The frontend does stop strings and detokenization.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SEED_MASK = 2**64 - 1
 
 
 class Vocabulary(Struct, frozen=True):
-    """Ids that an engine has to be told. `eos` may be empty, as in a base model."""
+    """The size of the vocabulary and its special ids. `eos` may be empty, as in a base model."""
 
     size: int
     eos: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What `request_perf_metrics` tells of a fetch: bytes and seconds, in versions that tell it."""
+"""Bytes and seconds of a fetch, from `request_perf_metrics` in versions that have it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serving.load_report import KvTransferTotals
 
 
 def count_transfer(stats: KvTransferTotals, completion: Any) -> None:
-    """Add what `completion` (the last `CompletionOutput` of a decode) says of its fetch."""
+    """Add the fetch of `completion`, the last `CompletionOutput` of a decode."""
     metrics = getattr(completion, "request_perf_metrics", None)
     timing = getattr(metrics, "timing_metrics", None)
     if timing is None:

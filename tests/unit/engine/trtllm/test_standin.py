@@ -18,7 +18,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from integration import tiny_model
+from integration.tiny_model import save_tiny_model
 from standin.install import install
 
 from . import standin_rig as rig
@@ -28,7 +28,7 @@ PROMPT = [5 + i % 300 for i in range(37)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model.make(tmp_path_factory.mktemp("model") / "tiny")
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from benchmarks.peers.frontend_peers import Serving, backends, dynamo, router  #
 from integration.tiny_model import save_tiny_model  # noqa: E402
 from serving.config import EngineConfig, ModelConfig  # noqa: E402
 from serving.deploy.model.prepare import fetch_model  # noqa: E402
-from serving.deploy.processes.credentials import RPC_SECRET_FILE  # noqa: E402
+from serving.deploy.security.secret_files import RPC_SECRET_FILE  # noqa: E402
 from serving.engine.torch.build import build_engine  # noqa: E402
 from serving.protocol import (  # noqa: E402
     EngineRequest,

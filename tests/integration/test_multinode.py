@@ -161,10 +161,10 @@ def test_node_with_other_code_is_refused(two: Nodes, tmp_path: Path) -> None:
 
 
 def test_join_file_of_another_cluster_is_refused(two: Nodes) -> None:
-    from serving.deploy.processes import certificates
+    from serving.deploy.security import certificates
 
     file = two.nodes[1].directory / "join.pem"
-    file.write_text(certificates.make().join)
+    file.write_text(certificates.make_etcd_certificates().join)
     try:
         started = time.monotonic()
         done = two.join(2, check=False)
@@ -172,7 +172,7 @@ def test_join_file_of_another_cluster_is_refused(two: Nodes) -> None:
     finally:
         file.unlink()
     assert done.returncode != 0
-    assert "is join.pem a copy of its run/secrets/join.pem?" in done.stdout
+    assert "join.pem is a copy of its run/secrets/join.pem" in done.stdout
     assert "Traceback" not in done.stdout
 
 

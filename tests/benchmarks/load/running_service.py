@@ -27,7 +27,7 @@ from serving.config.process import WorkerSettings
 from serving.config.resolve import resolved_config, with_topology
 from serving.deploy.planning.plan import plan_deployment, worker_environment
 from serving.deploy.planning.program import Program
-from serving.deploy.processes.credentials import NATS_TOKEN_FILE, RPC_SECRET_FILE
+from serving.deploy.security.secret_files import NATS_TOKEN_FILE, RPC_SECRET_FILE
 from serving.engine.manifest import load_manifest
 
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"

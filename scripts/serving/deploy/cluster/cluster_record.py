@@ -16,11 +16,11 @@ from msgspec import Struct
 
 from serving.config import Config, as_plain
 from serving.deploy.planning.source_digest import source_digest
-from serving.deploy.processes.credentials import (
+from serving.deploy.security.secret_files import (
     JOIN_FILE,
     NATS_TOKEN_FILE,
     RPC_SECRET_FILE,
-    ensure,
+    ensure_secret,
 )
 from serving.discovery import Discovery
 from serving.engine.manifest import EngineManifest
@@ -54,8 +54,8 @@ def publish_cluster(config: Config, manifest: EngineManifest, endpoint: str) -> 
         dtype=manifest.dtype,
         commit=manifest.commit,
         hash_salt=manifest.hash_salt,
-        nats_token=ensure(NATS_TOKEN_FILE),
-        rpc_secret=ensure(RPC_SECRET_FILE),
+        nats_token=ensure_secret(NATS_TOKEN_FILE),
+        rpc_secret=ensure_secret(RPC_SECRET_FILE),
     )
 
     async def publish() -> None:

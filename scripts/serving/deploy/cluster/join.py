@@ -18,14 +18,14 @@ from serving.deploy.cluster.agreement import (
 )
 from serving.deploy.cluster.cluster_record import fetch_cluster
 from serving.deploy.cluster.joined import write_joined
-from serving.deploy.processes.certificates import is_join_file
-from serving.deploy.processes.credentials import (
+from serving.deploy.processes.launchers import RUN
+from serving.deploy.security.certificates import is_join_file
+from serving.deploy.security.secret_files import (
     JOIN_FILE,
     NATS_TOKEN_FILE,
     RPC_SECRET_FILE,
-    put,
+    write_secret,
 )
-from serving.deploy.processes.launchers import RUN
 from serving.engine.manifest import EngineManifest
 from serving.errors import ConfigError, OperatorError
 
@@ -62,7 +62,7 @@ def join(raw: Mapping[str, Any], *, write: bool) -> dict[str, Any]:
             JOIN_FILE: join_file.read_text(),
         }
         for file, secret in secrets.items():
-            put(file, secret, anew=True)
+            write_secret(file, secret, anew=True)
         write_joined(as_plain(config), RUN)
         _HEAD_ENGINE.write_bytes(msgspec.json.encode({"hash_salt": record.hash_salt}))
     return as_plain(config)

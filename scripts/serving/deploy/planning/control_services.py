@@ -7,7 +7,7 @@ import json
 from serving.config import Config, connect_address, is_loopback
 from serving.config.process import ControlServices
 from serving.deploy.planning.program import Program, program_fingerprint
-from serving.deploy.processes.credentials import (
+from serving.deploy.security.secret_files import (
     AUTHORITY_FILE,
     ETCD_SERVER_FILE,
     JOIN_FILE,

@@ -21,9 +21,9 @@ from serving.deploy.planning.device import resolve_device, resolve_dtype
 from serving.deploy.planning.fingerprint import engine_fingerprint, model_key
 from serving.deploy.planning.invocation import Invocation
 from serving.deploy.planning.machine import this_machine
-from serving.deploy.processes.credentials import api_keys_file, with_certificate
 from serving.deploy.processes.launchers import RUN
 from serving.deploy.processes.topology_record import TopologyRecord
+from serving.deploy.security.api_access import api_keys_file, with_certificate_files
 
 
 def resolve(
@@ -89,4 +89,4 @@ def _with_addresses(config: Config, *, is_head: bool) -> Config:
 def _with_credentials(config: Config) -> Config:
     """Off loopback there are API keys, and HTTPS has a certificate."""
     frontend = replace(config.frontend, api_keys_file=api_keys_file(config.frontend))
-    return replace(config, frontend=with_certificate(frontend))
+    return replace(config, frontend=with_certificate_files(frontend))

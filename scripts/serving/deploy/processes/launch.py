@@ -28,13 +28,17 @@ from serving.deploy.planning.plan import worker_environment
 from serving.deploy.planning.program import Program
 from serving.deploy.planning.source_digest import SCRIPTS
 from serving.deploy.processes import ports
-from serving.deploy.processes.credentials import NATS_TOKEN_FILE, ensure, ensure_named
 from serving.deploy.processes.launchers import LOGS, RUN, Launcher, ProcessInfo, ProgramSpec
 from serving.deploy.processes.markers import write_marker
 from serving.deploy.processes.program_log import ProgramLog
 from serving.deploy.processes.readiness import require_first_answer
 from serving.deploy.processes.startup import wait_for_resources, wait_until_ready
 from serving.deploy.processes.supervisor import Supervisor
+from serving.deploy.security.secret_files import (
+    NATS_TOKEN_FILE,
+    ensure_named_secrets,
+    ensure_secret,
+)
 from serving.errors import OperatorError
 from serving.progress import Report
 
@@ -146,11 +150,11 @@ def _write_settings(program: Program) -> None:
     for leftover in ("ready", "sock", "up"):
         (RUN / f"{program.name}.{leftover}").unlink(missing_ok=True)
     text = program.settings
-    ensure_named(text + " ".join(program.command), program.host)
+    ensure_named_secrets(text + " ".join(program.command), program.host)
     if not program.settings_file:
         return
     if NATS_TOKEN in text:
-        text = text.replace(NATS_TOKEN, ensure(NATS_TOKEN_FILE))
+        text = text.replace(NATS_TOKEN, ensure_secret(NATS_TOKEN_FILE))
     path = Path(program.settings_file)
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:

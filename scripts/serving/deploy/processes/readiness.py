@@ -20,15 +20,10 @@ import msgspec
 from serving.config import connect_address
 from serving.config.process import FrontendSettings
 from serving.deploy.planning.program import Program
-from serving.deploy.processes.credentials import (
-    ETCD_SERVER_FILE,
-    JOIN_FILE,
-    NATS_TOKEN_FILE,
-    authorization,
-    trust,
-)
 from serving.deploy.processes.ports import listeners
 from serving.deploy.processes.tags import tag_of_pid
+from serving.deploy.security.api_access import authorization_headers, client_tls
+from serving.deploy.security.secret_files import ETCD_SERVER_FILE, JOIN_FILE, NATS_TOKEN_FILE
 from serving.errors import OperatorError
 
 Probe = Callable[[Program, str], str]
@@ -82,7 +77,7 @@ def probe_frontend(program: Program, launch_id: str) -> str:
         return missing
     where = connect_address(program.host, program.ports["frontend.port"])
     try:
-        tls = trust(msgspec.json.decode(program.settings, type=FrontendSettings).frontend)
+        tls = client_tls(msgspec.json.decode(program.settings, type=FrontendSettings).frontend)
         status, body = _http("GET", where, "/health", None, ANSWER_S, tls=tls)
         if status != 200 or body.get("launch_id") != launch_id:
             return f"another process answers on {where}"
@@ -107,10 +102,10 @@ def require_first_answer(program: Program) -> None:
     process = msgspec.json.decode(program.settings, type=FrontendSettings)
     if process.own_instances == []:
         return  # no worker can answer before other nodes join
-    headers, model = authorization(process.frontend), process.model_name
+    headers, model = authorization_headers(process.frontend), process.model_name
     request = {"model": model, "prompt": "Hello", "max_tokens": 1}
     try:
-        tls = trust(process.frontend)
+        tls = client_tls(process.frontend)
         status, body = _http(
             "POST", where, "/v1/completions", request, FIRST_REQUEST_S, headers, tls
         )
@@ -128,7 +123,7 @@ def require_first_answer(program: Program) -> None:
 def _tls(etcd: Program) -> ssl.SSLContext | None:
     if ETCD_SERVER_FILE not in " ".join(etcd.command):
         return None
-    from serving.deploy.processes.certificates import (
+    from serving.deploy.security.certificates import (
         client_context,  # slow to load, and rarely needed
     )
 
@@ -136,7 +131,9 @@ def _tls(etcd: Program) -> ssl.SSLContext | None:
 
 
 def _headers(program: Program) -> dict[str, str]:
-    return authorization(msgspec.json.decode(program.settings, type=FrontendSettings).frontend)
+    return authorization_headers(
+        msgspec.json.decode(program.settings, type=FrontendSettings).frontend
+    )
 
 
 def _announced(program: Program, launch_id: str) -> str:

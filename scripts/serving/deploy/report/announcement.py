@@ -8,18 +8,14 @@ import msgspec
 
 from serving.config import MULTINODE, EtcdConfig, ResolvedConfig, connect_address
 from serving.config.resolve import topology_roles
-from serving.deploy.processes.credentials import (
-    API_AUTHORITY_FILE,
-    API_CERTIFICATE_FILE,
-    JOIN_FILE,
-    scheme,
-)
+from serving.deploy.security.api_access import url_scheme
+from serving.deploy.security.secret_files import API_AUTHORITY_FILE, API_CERTIFICATE_FILE, JOIN_FILE
 
 
 def announce_service(config: ResolvedConfig) -> str:
     """The URL and a `curl` command; on the head of several machines also how the others join."""
     listen = config.frontend
-    url = f"{scheme(listen)}://{connect_address(listen.host, listen.port)}"
+    url = f"{url_scheme(listen)}://{connect_address(listen.host, listen.port)}"
     generated = listen.tls_cert_file == API_CERTIFICATE_FILE
     trusting = f" --cacert {API_AUTHORITY_FILE}" if generated else ""
     model = config.model_name

@@ -16,12 +16,12 @@ from serving.config import MULTINODE, Config
 from serving.config.process import ControlServices
 from serving.config.resolve import is_joining_node
 from serving.deploy.cluster.slurm import SlurmJobs
-from serving.deploy.processes.certificates import client_context
 from serving.deploy.processes.launchers import LOGS, RUN
 from serving.deploy.processes.supervisor import Supervisor
 from serving.deploy.report.diagnosis import Evidence, Position
 from serving.deploy.report.service_client import ServiceClient, ServiceFailed
 from serving.deploy.report.service_spec import ServiceSpec, read_running_settings
+from serving.deploy.security.certificates import client_context
 from serving.discovery import Discovery
 from serving.errors import OperatorError, ServingError
 from serving.events import EventPlane

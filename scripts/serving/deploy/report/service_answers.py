@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from serving.config import FrontendConfig
 from serving.config.process import ControlServices
-from serving.deploy.processes.credentials import authorization, trust
+from serving.deploy.security.api_access import authorization_headers, client_tls
 from serving.errors import OperatorError
 from serving.protocol import InstanceInfo
 
@@ -42,12 +42,12 @@ def ask_frontend(address: str, listen: FrontendConfig) -> ServiceAnswers:
 
 def _get(address: str, path: str, listen: FrontendConfig) -> bytes:
     connection: http.client.HTTPConnection
-    if (tls := trust(listen)) is not None:
+    if (tls := client_tls(listen)) is not None:
         connection = http.client.HTTPSConnection(address, timeout=ANSWER_S, context=tls)
     else:
         connection = http.client.HTTPConnection(address, timeout=ANSWER_S)
     try:
-        connection.request("GET", path, headers=authorization(listen))
+        connection.request("GET", path, headers=authorization_headers(listen))
         return connection.getresponse().read()
     finally:
         connection.close()

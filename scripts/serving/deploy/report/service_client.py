@@ -12,7 +12,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.config import FrontendConfig
-from serving.deploy.processes.credentials import trust
+from serving.deploy.security.api_access import client_tls
 from serving.errors import ServingError
 
 ANSWER_S = 120.0
@@ -38,7 +38,7 @@ class ServiceClient:
             headers=dict(headers or {}),
             timeout=httpx.Timeout(ANSWER_S, connect=5.0),
             trust_env=False,
-            verify=trust(FrontendConfig(tls_cert_file=tls_cert_file)) or True,
+            verify=client_tls(FrontendConfig(tls_cert_file=tls_cert_file)) or True,
         )
         self.url, self.model = url, ""
 

@@ -13,7 +13,11 @@ from msgspec import Struct
 
 from serving.config import Config, connect_address
 from serving.config.process import FrontendSettings, WorkerSettings, read_settings
-from serving.deploy.processes.credentials import authorization, scheme, with_certificate
+from serving.deploy.security.api_access import (
+    authorization_headers,
+    url_scheme,
+    with_certificate_files,
+)
 from serving.errors import OperatorError
 
 
@@ -39,9 +43,9 @@ def read_service_spec(run_dir: Path, config: Config) -> ServiceSpec:
     topology = frontend.topology if frontend else config.deployment.topology
     dtype = workers[0].dtype if workers else config.engine.dtype
     return ServiceSpec(
-        url=f"{scheme(listen)}://{connect_address(listen.host, listen.port)}",
-        headers=authorization(listen),
-        tls_cert_file=with_certificate(listen).tls_cert_file,
+        url=f"{url_scheme(listen)}://{connect_address(listen.host, listen.port)}",
+        headers=authorization_headers(listen),
+        tls_cert_file=with_certificate_files(listen).tls_cert_file,
         disaggregated=topology.startswith("disagg"),
         transport="mock" if engine.backend == "mock" else transfer.transport,
         block_size=engine.block_size,

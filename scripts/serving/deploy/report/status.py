@@ -15,7 +15,6 @@ from serving.config.resolve import is_joining_node
 from serving.console import coloured, table_lines
 from serving.deploy.cluster.slurm import SlurmJobs
 from serving.deploy.planning.program import stop_tiers
-from serving.deploy.processes.credentials import scheme
 from serving.deploy.processes.launchers import LOGS, RUN, ProcessInfo
 from serving.deploy.processes.markers import read_marker
 from serving.deploy.processes.supervisor import Supervisor
@@ -28,6 +27,7 @@ from serving.deploy.report.service_answers import (
     ask_frontend,
 )
 from serving.deploy.report.service_spec import read_running_settings
+from serving.deploy.security.api_access import url_scheme
 from serving.load_report import LoadReport, status_columns
 from serving.progress import Report
 
@@ -94,7 +94,7 @@ def _service_lines(config: Config, listen: FrontendConfig, answers: ServiceAnswe
         last = f"head      {config.cluster.head} ({verdict}): `snakemake status` there shows more"
     else:
         address = connect_address(listen.host, listen.port)
-        last = f"URL       {scheme(listen)}://{address}/v1 ({verdict})"
+        last = f"URL       {url_scheme(listen)}://{address}/v1 ({verdict})"
     return [
         f"model     {model}{noise}",
         f"topology  {_topology(answers)}, router: {ready.get('policy', '-')}",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from serving.config import parse
 from serving.deploy.cluster.join import require_join_file
-from serving.deploy.processes import certificates
+from serving.deploy.security import certificates
 from serving.errors import ConfigError
 
 
@@ -19,5 +19,5 @@ def test_a_missing_or_damaged_join_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "join.pem").write_text("-----BEGIN CERTIFICATE-----\n")
     with pytest.raises(ConfigError, match="is not a join file"):
         require_join_file(config)
-    (tmp_path / "join.pem").write_text(certificates.make().join)
+    (tmp_path / "join.pem").write_text(certificates.make_etcd_certificates().join)
     assert require_join_file(config) == tmp_path / "join.pem"

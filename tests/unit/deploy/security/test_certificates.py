@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 from serving.config import FrontendConfig, parse
-from serving.deploy.processes import certificates, credentials
+from serving.deploy.security import certificates
+from serving.deploy.security.api_access import client_tls, url_scheme, with_certificate_files
+from serving.deploy.security.secret_files import (
+    API_CERTIFICATE_FILE,
+    ETCD_SERVER_FILE,
+    JOIN_FILE,
+    ensure_named_secrets,
+)
 from serving.discovery.etcd import read_join_file
 from serving.errors import ConfigError
 
 
 def test_certificates_fit_each_other_and_nobody_elses(tmp_path: Path) -> None:
-    made, other = certificates.make(), certificates.make()
+    made, other = certificates.make_etcd_certificates(), certificates.make_etcd_certificates()
     for name, text in (("join", made.join), ("server", made.server), ("other", other.join)):
         (tmp_path / f"{name}.pem").write_text(text)
     certificate, key, authority = read_join_file(str(tmp_path / "join.pem"))
@@ -51,10 +58,10 @@ def test_certificates_are_made_once_and_only_for_this_user(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
-    credentials.ensure_named(f"--cert-file={credentials.ETCD_SERVER_FILE}")
-    first = Path(credentials.JOIN_FILE).read_text()
-    credentials.ensure_named(f"--cert-file={credentials.ETCD_SERVER_FILE}")
-    assert Path(credentials.JOIN_FILE).read_text() == first
+    ensure_named_secrets(f"--cert-file={ETCD_SERVER_FILE}")
+    first = Path(JOIN_FILE).read_text()
+    ensure_named_secrets(f"--cert-file={ETCD_SERVER_FILE}")
+    assert Path(JOIN_FILE).read_text() == first
     assert {path.stat().st_mode & 0o777 for path in Path("run/secrets").iterdir()} == {0o600}
 
 
@@ -63,25 +70,25 @@ def test_api_gets_a_certificate_for_where_it_listens(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
-    frontend = credentials.with_certificate(FrontendConfig(tls=True))
+    frontend = with_certificate_files(FrontendConfig(tls=True))
     settings = f"{frontend.tls_cert_file} {frontend.tls_key_file}"
-    credentials.ensure_named(settings, "10.0.0.1")
-    first = Path(credentials.API_CERTIFICATE_FILE).read_text()
-    assert certificates.names(first, "10.0.0.1")
-    assert certificates.names(first, "localhost")
-    assert not certificates.names(first, "10.0.0.2")
-    credentials.ensure_named(settings, "10.0.0.1")
-    assert Path(credentials.API_CERTIFICATE_FILE).read_text() == first
-    credentials.ensure_named(settings, "10.0.0.2")
-    assert certificates.names(Path(credentials.API_CERTIFICATE_FILE).read_text(), "10.0.0.2")
-    assert credentials.trust(frontend) is not None
-    assert credentials.trust(FrontendConfig()) is None
+    ensure_named_secrets(settings, "10.0.0.1")
+    first = Path(API_CERTIFICATE_FILE).read_text()
+    assert certificates.is_certificate_for(first, "10.0.0.1")
+    assert certificates.is_certificate_for(first, "localhost")
+    assert not certificates.is_certificate_for(first, "10.0.0.2")
+    ensure_named_secrets(settings, "10.0.0.1")
+    assert Path(API_CERTIFICATE_FILE).read_text() == first
+    ensure_named_secrets(settings, "10.0.0.2")
+    assert certificates.is_certificate_for(Path(API_CERTIFICATE_FILE).read_text(), "10.0.0.2")
+    assert client_tls(frontend) is not None
+    assert client_tls(FrontendConfig()) is None
 
 
 def test_own_certificate_means_https_and_needs_its_key() -> None:
     given = {"tls_cert_file": "a.pem", "tls_key_file": "k.pem"}
-    frontend = credentials.with_certificate(parse({"frontend": given}).frontend)
+    frontend = with_certificate_files(parse({"frontend": given}).frontend)
     assert frontend.tls
-    assert credentials.scheme(frontend) == "https"
+    assert url_scheme(frontend) == "https"
     with pytest.raises(ConfigError, match=r"frontend\.tls_key_file"):
         parse({"frontend": {"tls_cert_file": "a.pem"}})

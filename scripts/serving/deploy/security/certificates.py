@@ -1,9 +1,10 @@
-"""Certificates of private authorities, which sign what is needed at once and are then forgotten.
+"""Certificates for etcd off loopback, and for the API over HTTPS.
 
-Etcd off loopback shows one, and whoever has the other that was signed with it may speak to it. That
-other one, with its key and the authority's certificate, is one file, `join.pem`: a node that has it
-can join. Addresses are not in them: the server is called `serving-etcd` wherever it is. The API's
-certificate does name its address, for clients who check it.
+Each set comes from a private authority that signs its certificates at once; its key is then
+forgotten. For etcd there are two: the server's, and one for nodes. The node's certificate, its key
+and the authority's certificate are one file, `join.pem`; a node that has it can join. They contain
+no addresses: the server is called `serving-etcd` wherever it is. The API's certificate contains its
+address, for clients that check it.
 """
 
 from __future__ import annotations
@@ -29,23 +30,23 @@ CLOCK_SKEW = datetime.timedelta(days=1)
 _USES = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
 
 
-class Certificates(Struct, frozen=True):
-    """PEM texts of etcd. `server` and `join` contain the key that belongs to them."""
+class EtcdCertificates(Struct, frozen=True):
+    """PEM texts. `server` and `join` contain the key of their certificate."""
 
     authority: str
     server: str
     join: str
 
 
-class HostCertificate(Struct, frozen=True):
-    """PEM texts of the API: what clients trust, and what it shows, with its key."""
+class ApiCertificate(Struct, frozen=True):
+    """PEM texts. Clients trust `authority`; `server` has the API's certificate and its key."""
 
     authority: str
     server: str
 
 
 class _Authority:
-    """Signs what is asked for while it lives; its key is nowhere else."""
+    """Signs certificates while it lives. Its key exists only in this object."""
 
     def __init__(self, name: str) -> None:
         self._name, self._key = _name(name), ec.generate_private_key(ec.SECP256R1())
@@ -56,7 +57,7 @@ class _Authority:
         )
         self.pem = _pem(certificate)
 
-    def signed(self, common_name: str, names: Sequence[x509.GeneralName]) -> str:
+    def sign(self, common_name: str, names: Sequence[x509.GeneralName]) -> str:
         """A certificate and its key."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = (
@@ -74,25 +75,25 @@ class _Authority:
         ).decode("ascii")
 
 
-def make() -> Certificates:
-    """For etcd: a new authority, and what it signs."""
+def make_etcd_certificates() -> EtcdCertificates:
+    """A new authority, and the certificates of etcd and of nodes."""
     authority = _Authority("serving authority")
     server, node = (
-        authority.signed(name, [x509.DNSName(name)]) for name in (ETCD_SERVER_NAME, "serving-node")
+        authority.sign(name, [x509.DNSName(name)]) for name in (ETCD_SERVER_NAME, "serving-node")
     )
-    return Certificates(authority.pem, server, node + authority.pem)
+    return EtcdCertificates(authority.pem, server, node + authority.pem)
 
 
-def make_for_host(host: str) -> HostCertificate:
-    """For the API at `host`, and for whoever is on that machine."""
+def make_api_certificate(host: str) -> ApiCertificate:
+    """A certificate for the API at `host`, also valid for clients on the same machine."""
     authority = _Authority("serving API authority")
     here = ["localhost", "127.0.0.1", socket.gethostname()]
     names = dict.fromkeys([*here, host, *(_every_address() if _is_wildcard(host) else [])])
-    return HostCertificate(authority.pem, authority.signed(host, [_general(n) for n in names]))
+    return ApiCertificate(authority.pem, authority.sign(host, [_general(n) for n in names]))
 
 
-def names(pem: str, host: str) -> bool:
-    """Whether the first certificate is for `host`."""
+def is_certificate_for(pem: str, host: str) -> bool:
+    """Whether the first certificate in `pem` is valid for `host`."""
     certificate = x509.load_pem_x509_certificate(pem.encode())
     found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     return _general(host) in list(found.value)
@@ -116,15 +117,15 @@ def _every_address() -> list[str]:
 
 
 def client_context(join_file: str) -> ssl.SSLContext:
-    """For HTTPS to etcd. Raises OSError, ssl.SSLError."""
+    """TLS to etcd. Raises OSError, ssl.SSLError."""
     context = ssl.create_default_context(cafile=join_file)
-    context.check_hostname = False  # the authority vouches for nobody else
+    context.check_hostname = False  # the authority signs nothing else
     context.load_cert_chain(join_file)
     return context
 
 
 def is_join_file(text: str) -> bool:
-    """Whether it has what a node needs: a certificate with its key, and the authority's."""
+    """Whether `text` has a certificate with its key, and the authority's certificate."""
     kinds = re.findall(r"^-----BEGIN ([A-Z ]+)-----$", text, re.MULTILINE)
     return kinds.count("CERTIFICATE") == 2 and kinds.count("PRIVATE KEY") == 1
 

@@ -11,8 +11,8 @@ from serving.config.resolve import read_resolved
 from serving.deploy.cluster.joined import write_joined
 from serving.deploy.planning.invocation import Invocation
 from serving.deploy.planning.resolve import resolve
-from serving.deploy.processes.credentials import API_CERTIFICATE_FILE, API_KEYS_FILE
 from serving.deploy.processes.topology_record import TopologyRecord
+from serving.deploy.security.secret_files import API_CERTIFICATE_FILE, API_KEYS_FILE
 
 SERVE_AGG = Invocation(targets=("serve_agg",), topology="agg", executes=True)
 STATUS = Invocation(targets=("status",), executes=True)

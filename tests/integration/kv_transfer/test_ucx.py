@@ -18,7 +18,7 @@ from kv_ends import SCRIPTS, Held, serving
 
 pytestmark = pytest.mark.integration
 
-TESTS = str(Path(__file__).parents[1])
+TESTS = str(Path(__file__).parents[2])
 
 
 @pytest_asyncio.fixture(scope="class", loop_scope="class")

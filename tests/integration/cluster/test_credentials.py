@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from integration.cluster.network import answer_to, outside_address
 from integration.deployment import Deployment, running
-from integration.network import answer_to, outside_address
 from integration.tiny_model import save_tiny_model
 
 AUTHORITY = "api_authority.pem"

@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from integration.cluster.network import outside_address
+from integration.cluster.slurm_cluster import queue, run, slurm
 from integration.deployment import REPO, Deployment
-from integration.network import outside_address
 from integration.readme import snakemake_arguments
-from integration.slurm_cluster import queue, run, slurm
 from integration.tiny_model import save_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

@@ -22,10 +22,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from integration.cluster.namespaces import copy_join_file, machines
+from integration.cluster.network import answer_to
+from integration.cluster.nodes import NUM_TOKENS, PROMPTS, Nodes
 from integration.deployment import shared_memory
-from integration.namespaces import copy_join_file, machines
-from integration.network import answer_to
-from integration.nodes import NUM_TOKENS, PROMPTS, Nodes
 from integration.readme import snakemake_arguments
 from waiting import wait_until
 

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import psutil
+from integration.cluster.namespaces import Cluster, Machine, copy_join_file
 from integration.deployment import Deployment, share_results
-from integration.namespaces import Cluster, Machine, copy_join_file
 from integration.readme import snakemake_arguments
 
 STOP_S = 6

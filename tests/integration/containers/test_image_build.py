@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from integration.containers.podman import TAG, limits, podman, usable_podman
 from integration.deployment import Deployment
-from integration.podman import TAG, limits, podman, usable_podman
 from serving.config import parse
 from serving.deploy.containers import image_recipes
 from serving.deploy.containers.image_build import build_serving, read_base

@@ -15,8 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from integration.deployment import Deployment, running
-from integration.podman import (
+from integration.containers.podman import (
     IMAGE,
     containers,
     limits,
@@ -25,6 +24,7 @@ from integration.podman import (
     usable_podman,
     worker_inside,
 )
+from integration.deployment import Deployment, running
 from integration.tiny_model import save_tiny_model
 from serving.config import parse
 from serving.deploy.containers.library_runner import PROGRAM, LibraryRunner

@@ -31,6 +31,7 @@ from serving.frontend.api.models import model_routes
 from serving.frontend.api.operations import operations_routes
 from serving.frontend.api.responses.api import responses_api, responses_routes
 from serving.frontend.api.state import AppState
+from serving.frontend.api.tokens import token_routes
 from serving.frontend.decision_log import DecisionLog
 from serving.frontend.http.call import CompletionRoute
 from serving.frontend.http.replies import error_response
@@ -58,6 +59,7 @@ def create_app(state: AppState) -> Starlette:
             *model_routes(state),
             *responses_routes(state.responses),
             *messages_routes(state),
+            *token_routes(state),
             *operations_routes(state),
         ],
         exception_handlers={HTTPException: _on_routing_error, Exception: _on_failure},

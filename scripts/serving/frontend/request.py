@@ -69,7 +69,7 @@ class RequestState:
         return EngineRequest(
             request_id=self.attempt_id,
             token_ids=transfer.pop("token_ids", self.token_ids),
-            num_prompt_tokens=len(self.prepared.token_ids),
+            num_prompt_tokens=len(self.prepared.token_ids) - self.prepared.num_generated,
             sampling=self.prepared.sampling,
             phase=phase,
             deadline_s=left_s,

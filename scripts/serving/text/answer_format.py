@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 from tokenizers import Tokenizer
 
-from serving.text.reasoning import ReasoningSelection, select_reasoning
+from serving.text.reasoning import ReasoningFormat, ReasoningSelection, select_reasoning
 from serving.text.tool_calls.select import Selection, select_format
 
 
@@ -17,6 +17,12 @@ class AnswerFormat(Struct, frozen=True):
     tools: Selection
     reasoning: ReasoningSelection
     special_tokens: Mapping[str, int]
+    tokenizer: Tokenizer
+
+    def reasoning_end_ids(self, reasoning: ReasoningFormat) -> tuple[int, ...]:
+        """Tokens that end a thought and begin the answer."""
+        text = f"\n{reasoning.end}{reasoning.answer_header}"
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def describe(self) -> dict[str, str]:
         """For people: what was decided, and why."""
@@ -43,4 +49,5 @@ def answer_format(
         select_format(tool_parser, template),
         select_reasoning(reasoning_parser, template),
         {token.content: token_id for token_id, token in added.items() if token.special},
+        tokenizer,
     )

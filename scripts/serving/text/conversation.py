@@ -37,6 +37,7 @@ class ToolChoice(Struct, frozen=True):
 class Conversation(Struct, kw_only=True):
     """What the model is asked.
 
+    `reasoning_budget` is the most tokens of reasoning, after which the answer begins.
     `param` names the request's field with the messages, `guide_param` the one with `answer_guide`.
     """
 
@@ -49,6 +50,7 @@ class Conversation(Struct, kw_only=True):
     template_variables: Mapping[str, Any] = {}
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    reasoning_budget: int | None = None
     param: str = "messages"
 
     def callable_tools(self) -> list[Tool]:
@@ -78,6 +80,9 @@ class AnswerPlan(Struct, frozen=True):
     tools: Mapping[str, Tool] = {}
     reasoning: ReasoningFormat | None = None
     starts_inside_reasoning: bool = False
+    reasoning_budget: int | None = None
+    reasoning_end_ids: tuple[int, ...] = ()
+    """Tokens that end the reasoning when its budget is used up."""
 
     @property
     def needs_parser(self) -> bool:
@@ -118,6 +123,8 @@ def plan_answer(conversation: Conversation, formats: AnswerFormat, prompt_end: s
         tools={tool.name: tool for tool in tools},
         reasoning=reasoning,
         starts_inside_reasoning=inside,
+        reasoning_budget=conversation.reasoning_budget if thinking is not None else None,
+        reasoning_end_ids=() if thinking is None else formats.reasoning_end_ids(thinking),
     )
 
 

@@ -69,7 +69,7 @@ class PreparedRequest(Struct, frozen=True):
 
     `stop` holds strings, found by the detokenizer; token ids that stop are in `sampling`.
     `session` names what the request belongs to, if the caller said.
-    `prompt_only`: the one token that has to be generated is not wanted. `answer` says how the
+    The last `num_generated` of the token ids are part of the answer already. `prompt_only`: the one token that has to be generated is not wanted. `answer` says how the
     answer is parsed; None: it is text.
     """
 
@@ -84,6 +84,7 @@ class PreparedRequest(Struct, frozen=True):
     trace: RequestTrace = field(default_factory=RequestTrace)
     answer: AnswerPlan | None = None
     include_stop: bool = False
+    num_generated: int = 0
     return_token_ids: bool = False
 
 
@@ -206,12 +207,19 @@ class Preprocessor:
         last = last.strip()
         return text[: text.rindex(last) + len(last)] if last in text else text
 
-    async def encode_text(self, text: str, *, param: str = "prompt") -> list[int]:
-        """Tokenize, with the special tokens that the tokenizer adds itself. Raises InvalidRequest."""
+    async def encode_text(
+        self, text: str, *, param: str = "prompt", add_special_tokens: bool = True
+    ) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer adds by itself.
+
+        Raises InvalidRequest for a text that is longer than the context.
+        """
         self._refuse_too_long(len(text), param)
         if len(text) > self._thread_chars:
-            return await asyncio.to_thread(self._encode, text, add_special_tokens=True)
-        return self._encode(text, add_special_tokens=True)
+            return await asyncio.to_thread(
+                self._encode, text, add_special_tokens=add_special_tokens
+            )
+        return self._encode(text, add_special_tokens=add_special_tokens)
 
     def check_token_ids(self, token_ids: Sequence[int], *, param: str = "prompt") -> None:
         """Raises InvalidRequest for an id outside the model's vocabulary."""

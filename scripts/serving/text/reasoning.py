@@ -31,6 +31,8 @@ class ReasoningFormat(Struct, frozen=True):
     begin: str
     end: str
     header: str = ""
+    answer_header: str = "\n\n"
+    """What a model writes between `end` and its answer."""
 
     def is_open(self, prompt_end: str) -> bool:
         """Whether a prompt that ends so leaves its reasoning open."""

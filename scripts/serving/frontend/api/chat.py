@@ -149,6 +149,8 @@ class ChatRequest(GenerationFields, kw_only=True):
     function_call: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
     reasoning: Any = None
+    thinking_budget: Annotated[int, Meta(ge=0)] | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
 
     store: bool | None = None
     metadata: dict[str, str] | None = None
@@ -176,6 +178,12 @@ class ChatRequest(GenerationFields, kw_only=True):
             variables.setdefault("reasoning_effort", effort)
             if effort == "none":
                 variables.setdefault("enable_thinking", False)
+        budget = self.thinking_budget
+        if budget is None:
+            budget = self.thinking_token_budget
+        if budget is None and isinstance(self.reasoning, dict):
+            limit = self.reasoning.get("max_tokens")
+            budget = limit if isinstance(limit, int) and limit >= 0 else None
         messages = [message.for_template(index) for index, message in enumerate(self.messages)]
         name_results(messages)
         return Conversation(
@@ -186,6 +194,7 @@ class ChatRequest(GenerationFields, kw_only=True):
             answer_guide=named.guide if named is not None else None,
             guide_param=named.param if named is not None else "response_format",
             template_variables=variables,
+            reasoning_budget=budget,
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=self.continue_final_message is True,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -11,6 +13,13 @@ from serving.frontend.api.state import AppState
 from serving.frontend.http.replies import json_response
 from serving.frontend.metrics.pages import OWN_PATH, join_pages
 from serving.frontend.metrics.registry import CONTENT_TYPE
+
+
+def _version() -> str:
+    try:
+        return metadata.version("snakemake-serving")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "0+unknown"
 
 
 def operations_routes(state: AppState) -> list[Route]:
@@ -40,7 +49,29 @@ def operations_routes(state: AppState) -> list[Route]:
     async def own_metrics(request: Request) -> Response:
         return Response(state.metrics.render(), media_type=CONTENT_TYPE)
 
+    async def version(request: Request) -> Response:
+        return json_response({"version": _version()})
+
+    async def load(request: Request) -> Response:
+        return json_response({"server_load": state.in_flight.count})
+
+    async def root(request: Request) -> Response:
+        return json_response(
+            {
+                "service": "snakemake-serving",
+                "model": state.model_name,
+                "api": [
+                    *("/v1/chat/completions", "/v1/responses", "/v1/messages"),
+                    *("/v1/completions", "/v1/models", "/tokenize"),
+                ],
+                "status": ["/health", "/ready", "/metrics"],
+            }
+        )
+
     return [
+        Route("/", root),
+        Route("/version", version),
+        Route("/load", load),
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", metrics),

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from time import perf_counter
 
+import msgspec
 from msgspec import Struct
 
 from serving.errors import EngineFailed
@@ -88,7 +90,7 @@ class Generation:
         previous = 0.0
         metrics.queued.value += 1
         try:
-            async with aclosing(self._pipeline.generate(prepared)) as outputs:
+            async with aclosing(self._outputs(prepared, parser, sample)) as outputs:
                 async for output in outputs:
                     now = perf_counter()
                     if sample.ttft_s is None:
@@ -113,6 +115,45 @@ class Generation:
             metrics.prompt_tokens.add(len(prepared.token_ids))
             metrics.completion_tokens.add(sample.completion_tokens)
             metrics.cached_tokens.add(sample.cached_tokens)
+
+    async def _outputs(
+        self, prepared: PreparedRequest, parser: AnswerParser | None, sample: SampleProgress
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """The pipeline's outputs. Reasoning that uses up its budget is ended, and the answer begun.
+
+        The engine need not know: what was generated, and the end of the reasoning, become the
+        beginning of a second request, whose blocks are cached.
+        """
+        budget = prepared.answer.reasoning_budget if prepared.answer is not None else None
+        if parser is None or budget is None or prepared.answer is None:
+            async with aclosing(self._pipeline.generate(prepared)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        generated: list[int] = []
+        async with aclosing(self._pipeline.generate(prepared)) as outputs:
+            async for output in outputs:
+                generated += output.token_ids
+                yield output
+                if parser.is_reasoning and sample.reasoning_tokens >= budget:
+                    break
+        if sample.finish_reason is not None:
+            return
+        forced = prepared.answer.reasoning_end_ids
+        left = prepared.sampling.max_tokens - len(generated) - len(forced)
+        yield EngineOutput(prepared.request_id, list(forced), "length" if left < 1 else None)
+        if left < 1:
+            return
+        rest = msgspec.structs.replace(
+            prepared,
+            request_id=f"{prepared.request_id}-answer",
+            token_ids=[*prepared.token_ids, *generated, *forced],
+            sampling=msgspec.structs.replace(prepared.sampling, max_tokens=left),
+            num_generated=len(generated) + len(forced),
+        )
+        async with aclosing(self._pipeline.generate(rest)) as outputs:
+            async for output in outputs:
+                yield msgspec.structs.replace(output, cached_tokens=None)
 
     def _take(
         self,

@@ -23,7 +23,10 @@ class Harmony(ToolFormat):
 
     name = "harmony"
     reasoning = ReasoningFormat(
-        "harmony", "<|channel|>analysis<|message|>", "<|end|><|start|>assistant"
+        "harmony",
+        "<|channel|>analysis<|message|>",
+        "<|end|><|start|>assistant",
+        answer_header="<|channel|>final<|message|>",
     )
     special_tokens = (
         *("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"),

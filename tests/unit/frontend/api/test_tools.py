@@ -187,6 +187,26 @@ async def test_guide_of_the_answer_lets_the_model_think_first(
     assert "</think>" in guide.text
 
 
+async def test_reasoning_ends_when_its_budget_is_used_up(
+    client: httpx.AsyncClient, pipeline: FakePipeline
+) -> None:
+    pipeline.say("<think>" + "on and on " * 40 + "</think>Yes.")
+    body = {**CHAT, "thinking_budget": 8, "max_tokens": 2000}
+    answer = (await client.post("/v1/chat/completions", json=body)).json()
+    first, second = pipeline.seen
+    assert len(first.token_ids) < len(second.token_ids)
+    assert second.num_generated == len(second.token_ids) - len(first.token_ids)
+    ending = pipeline.tokenizer.decode(second.token_ids[-second.num_generated :])
+    assert ending.startswith("<think>on")
+    assert ending.endswith("\n</think>\n\n")
+    assert second.sampling.max_tokens == 2000 - second.num_generated
+    message = answer["choices"][0]["message"]
+    assert message["reasoning_content"].startswith("on")
+    # The scripted model says its whole text again; none of it is reasoning any more.
+    assert message["content"].endswith("Yes.")
+    assert pipeline.aborted == [first.request_id]
+
+
 # --- /v1/responses -----------------------------------------------------------------------------
 
 

@@ -125,6 +125,7 @@ def conversation(request: MessagesRequest) -> tuple[Conversation, list[str]]:
             tool_choice=request.choice(),
             parallel_tool_calls=parallel,
             template_variables=variables,
+            reasoning_budget=request.thinking.budget_tokens if request.thinking else None,
             # An answer that the client began is continued.
             add_generation_prompt=messages[-1]["role"] != "assistant",
             continue_final_message=messages[-1]["role"] == "assistant",

@@ -23,7 +23,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.config.process import FrontendSettings
 from serving.discovery import Discovery
 from serving.events import EventPlane
-from serving.frontend.api import chat, completions
+from serving.frontend.api import completions
+from serving.frontend.api.chat import api as chat
 from serving.frontend.api.errors import routing_error, to_api_error
 from serving.frontend.api.messages import api as messages
 from serving.frontend.api.messages.api import messages_routes

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serving.errors import InvalidRequest, ServingError
-from serving.frontend.api import chat
+from serving.frontend.api.chat.request import ChatMessage, ChatRequest
 from serving.frontend.api.errors import to_api_error
 from serving.frontend.api.fields import RequestDecoder
 from serving.frontend.api.state import AppState
@@ -23,11 +23,11 @@ from serving.frontend.model import LoadedModel, check_model
 from serving.model_folder import json_object
 
 
-class TokenizeRequest(chat.ChatRequest, kw_only=True):
+class TokenizeRequest(ChatRequest, kw_only=True):
     """Text (`prompt`), or messages as a chat request has them."""
 
     model: str | None = None  # type: ignore[assignment]
-    messages: list[chat.ChatMessage] = field(default_factory=list)
+    messages: list[ChatMessage] = field(default_factory=list)
     prompt: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None

@@ -1,27 +1,20 @@
-"""`/v1/chat/completions`: its request, and the bytes of its responses."""
+"""The body of `POST /v1/chat/completions`, and the conversation that it describes."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import orjson
 from msgspec import Meta, Struct
 
 from serving.errors import InvalidRequest
-from serving.frontend.api.answer import prepare_answer
 from serving.frontend.api.fields import (
     GenerationFields,
     RequestDecoder,
-    StreamOptions,
     Tokens,
     check_text,
     refuse_unsupported,
 )
-from serving.frontend.api.logprobs import chat_logprobs
-from serving.frontend.api.plan import CompletionApi, CompletionPlan
 from serving.frontend.api.tools import MAX_TOOLS, read_tool
-from serving.frontend.api.writer import ChoicesWriter, Identity, json_text, token_ids_field
-from serving.frontend.model import LoadedModel
 from serving.text.conversation import (
     Conversation,
     Message,
@@ -29,9 +22,6 @@ from serving.text.conversation import (
     arguments_for_template,
     name_results,
 )
-from serving.text.detokenize import Delta
-from serving.text.parts import Answer, Arguments, Part, Reasoning, Text, ToolCall, assemble
-from serving.text.token_text import TokenText
 from serving.text.tool_calls.base import Tool
 
 
@@ -258,147 +248,3 @@ def parse(body: bytes) -> ChatRequest:
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
     return request
-
-
-async def prepare(request: ChatRequest, model: LoadedModel, request_id: str) -> CompletionPlan:
-    """Raises InvalidRequest."""
-    asked = request.max_completion_tokens
-    if asked is None:
-        asked = request.max_tokens
-    samples = await prepare_answer(
-        request,
-        request.conversation(),
-        model,
-        request_id,
-        max_tokens=asked,
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        session=request.prompt_cache_key or request.user,
-    )
-    fingerprint = model.card.engine_fingerprint
-    writer = ChatWriter(
-        Identity.new(request_id, "chat.completion.chunk", request.model, fingerprint),
-        Identity.new(request_id, "chat.completion", request.model, fingerprint),
-        request.stream_options,
-        token_text=model.token_text if request.logprobs else None,
-    )
-    return CompletionPlan(
-        samples=samples,
-        writer=writer,
-        stream=bool(request.stream),
-        samples_per_prompt=len(samples),
-    )
-
-
-class ChatWriter(ChoicesWriter):
-    """Each choice of a stream begins with its role and ends with its finish_reason."""
-
-    def __init__(
-        self,
-        chunk: Identity,
-        whole: Identity,
-        stream_options: StreamOptions | None,
-        *,
-        token_text: TokenText | None,
-    ) -> None:
-        super().__init__(chunk, whole, stream_options)
-        self._token_text = token_text
-        self._begun: set[int] = set()
-
-    def _chunk_choices(self, index: int, delta: Delta) -> list[bytes]:
-        choices = []
-        if index not in self._begun:
-            self._begun.add(index)
-            choices.append(
-                b'{"index":%d,"delta":{"role":"assistant","content":"","refusal":null},'
-                b'"logprobs":null,"finish_reason":null}' % index
-            )
-        logprobs = self._logprobs(delta)
-        if delta.token_ids is not None:
-            choices.append(
-                b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":null%b}'
-                % (index, token_ids_field(delta))
-            )
-        if delta.parts is not None:
-            for part in delta.parts:
-                choices.append(_choice_delta(index, _part_delta(part), logprobs))
-                logprobs = b"null"
-            if not delta.parts and delta.logprobs:
-                choices.append(_choice_delta(index, b'{"content":""}', logprobs))
-        elif delta.text or delta.logprobs:
-            content = b'{"content":%b}' % json_text(delta.text)
-            choices.append(_choice_delta(index, content, logprobs))
-        if delta.finish_reason is not None:
-            choices.append(
-                b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%b"}'
-                % (index, delta.finish_reason.encode())
-            )
-        return choices
-
-    def _choice(self, index: int, delta: Delta) -> bytes:
-        if delta.parts is None:
-            message = b'{"role":"assistant","content":%b,"refusal":null}' % json_text(delta.text)
-        else:
-            message = orjson.dumps(_message(assemble(delta.parts)))
-        return b'{"index":%d,"message":%b,"logprobs":%b,"finish_reason":%b%b}' % (
-            index,
-            message,
-            self._logprobs(delta),
-            orjson.dumps(delta.finish_reason),
-            token_ids_field(delta),
-        )
-
-    def _logprobs(self, delta: Delta) -> bytes:
-        if self._token_text is None:
-            return b"null"
-        return orjson.dumps(chat_logprobs(delta.logprobs or (), self._token_text))
-
-
-def _choice_delta(index: int, content: bytes, logprobs: bytes) -> bytes:
-    return b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null}' % (
-        index,
-        content,
-        logprobs,
-    )
-
-
-def _part_delta(part: Part) -> bytes:
-    """Reasoning goes by both names that clients read."""
-    match part:
-        case Text(text):
-            return b'{"content":%b}' % json_text(text)
-        case Reasoning(text):
-            encoded = json_text(text)
-            return b'{"reasoning_content":%b,"reasoning":%b}' % (encoded, encoded)
-        case ToolCall(number, call_id, name):
-            return (
-                b'{"tool_calls":[{"index":%d,"id":%b,"type":"function",'
-                b'"function":{"name":%b,"arguments":""}}]}'
-            ) % (number, orjson.dumps(call_id), orjson.dumps(name))
-        case Arguments(number, text):
-            return b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % (
-                number,
-                json_text(text),
-            )
-
-
-def _message(answer: Answer) -> dict[str, Any]:
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": answer.text if answer.text or not answer.tool_calls else None,
-        "refusal": None,
-    }
-    if answer.reasoning:
-        message["reasoning_content"] = message["reasoning"] = answer.reasoning
-    if answer.tool_calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in answer.tool_calls
-        ]
-    return message
-
-
-API = CompletionApi("chat.completions", "chatcmpl-", parse, prepare)

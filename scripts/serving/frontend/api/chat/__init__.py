@@ -1,0 +1,1 @@
+"""`/v1/chat/completions`: how its requests are read and its responses written."""

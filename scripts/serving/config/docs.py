@@ -1,7 +1,7 @@
 """The JSON schema and the reference page of the configuration, made from its types.
 
-`python -m serving.config.docs --write` renews `config/config.schema.json` and `config/README.md`,
-`--check` fails when they no longer say what `serving.config` says. Run in the repository's root.
+`python -m serving.config.docs --write` renews `config/config.schema.json` and `config/README.md`.
+`--check` fails when they differ from `serving.config`. Run it in the repository's root.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from serving.config import Config
 INTRO = """\
 # Configuration
 
-`config/config.yaml` is what people edit. It names only what differs from the defaults below; an
-empty file is fine. Everything here is checked before anything starts: an unknown key, a value of
-the wrong type or out of range, or two programs on one port ends in one line that names the key.
+Edit `config/config.yaml`. It needs only the keys that differ from the defaults below; an empty file
+is fine. All keys are checked before anything starts. An unknown key, a value of the wrong type or
+out of range, or two programs on one port ends the start with one line that names the key.
 
 ```yaml
 workers:
@@ -39,9 +39,9 @@ snakemake serve_disagg --configfile config/examples/disagg.yaml
 ```
 
 Snakemake refuses dots in `--config` keys, so `section-key=value` stands for `section.key`. Such a
-run changes the deployment as an edit would: programs whose settings changed restart, the others
-go on. `config/examples/` has one complete file for each topology and for CPU, one GPU and two GPUs.
-An editor that knows JSON schemas completes keys from `config/config.schema.json`.
+run changes the deployment like an edit of the file: programs whose settings changed restart, the
+others keep running. `config/examples/` has one complete file for each topology and for CPU, one GPU
+and two GPUs. Editors with support for JSON schemas complete keys from `config/config.schema.json`.
 
 This page and the schema are generated from `scripts/serving/config/` by
 `python -m serving.config.docs --write`.
@@ -104,7 +104,7 @@ def _cell(text: str) -> str:
 
 
 def stale(folder: Path) -> list[Path]:
-    """The generated files in `folder` that do not say what the types say."""
+    """The generated files in `folder` that differ from the types."""
     return [
         path
         for path, text in _generated(folder).items()

@@ -1,8 +1,8 @@
-"""What one started program is told: the JSON file named on its command line.
+"""The settings of one program: the JSON file named on its command line.
 
-`deploy/topology.py` writes these from the configuration; `python -m serving.worker FILE` and
-`python -m serving.frontend FILE` read them. Paths are relative to the working directory, which
-is the deployment's. Secrets are not in here: files name the files that hold them.
+`deploy/planning/plan.py` derives these settings from the configuration; `python -m serving.worker
+FILE` and `python -m serving.frontend FILE` read them. Paths are relative to the working directory,
+which is the deployment's folder. There are no secrets in them, only names of files with secrets.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from serving.config import (
 from serving.protocol import Role
 
 ETCD_SERVER_NAME = "serving-etcd"
-"""Whom the certificate of an etcd off loopback names, wherever it is."""
+"""The name in the certificate of an etcd off loopback, whatever its address."""
 
 
 class ControlServices(Struct, frozen=True, kw_only=True):
-    """Where etcd and NATS are, and how to behave towards them."""
+    """Where etcd and NATS are, and the credentials they ask for."""
 
     namespace: str
     etcd_endpoint: str  # host:port
     lease_s: int
     nats_url: str  # nats://host:port
     nats_token_file: str
-    rpc_secret_file: str = ""  # none: workers and frontends prove nothing to each other
-    etcd_join_file: str = ""  # PEM for mutual TLS; none: plain, on loopback
+    rpc_secret_file: str = ""  # empty: workers and frontends do not authenticate
+    etcd_join_file: str = ""  # PEM for mutual TLS; empty: plain TCP on loopback
 
 
 class WorkerSettings(Struct, frozen=True, kw_only=True):
-    """`run/worker-{role}-{index}.json`, and one instance of that worker. `gpus` are the indices this worker computes on, none on CPU.
+    """`run/worker-{role}-{index}.json`, and the settings of one instance of that worker.
 
-    `engine_dir` holds engine.json; a fingerprint other than `engine_fingerprint` is refused.
+    `gpus` are the indices that the worker computes on; empty on CPU. `engine_dir` holds engine.json;
+    the worker refuses one with another fingerprint than `engine_fingerprint`.
     """
 
     instance_id: str  # "{role}-{index}"
@@ -67,8 +68,8 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
     num_instances: int = 1
 
     def instances(self) -> list[WorkerSettings]:
-        """One for each instance that the process hosts: the first is called as the process, the
-        others `{role}-{index}-{number}`, from 1."""
+        """Settings for each instance that the process hosts. The first instance has the name of the
+        process, the others are `{role}-{index}-{number}`, from 1."""
         stem = self.unix_socket.removesuffix(".sock")
         own = [
             msgspec.structs.replace(
@@ -82,7 +83,7 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
 
 
 class FrontendSettings(Struct, frozen=True, kw_only=True):
-    """`run/frontend.json`. `disaggregated` says which roles a request needs."""
+    """`run/frontend.json`. `disaggregated`: a request needs a prefill and a decode worker."""
 
     topology: str
     disaggregated: bool
@@ -93,20 +94,20 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     deadlines: DeadlinesConfig
     control: ControlServices
     ready_file: str
-    engine_dir: str = ""  # where this machine has the tokenizer; none: where workers say
-    own_instances: list[str] | None = None  # on a head: those of this machine
+    engine_dir: str = ""  # with the tokenizer; empty: from the workers' model card
+    own_instances: list[str] | None = None  # on a head: the instances of this machine
 
 
 Settings = TypeVar("Settings", WorkerSettings, FrontendSettings)
 
 
 def read_settings(path: str | Path, kind: type[Settings]) -> Settings:
-    """Raises OSError or msgspec.ValidationError; the file is ours, so neither is expected."""
+    """Raises OSError or msgspec.MsgspecError, for example for a file of another version."""
     return msgspec.json.decode(Path(path).read_bytes(), type=kind)
 
 
 def announce_ready(path: str | Path, **facts: Any) -> None:
-    """Tell the start script that this very process (`LAUNCH_ID`) is ready, in one atomic write."""
+    """Report to the start script that this process (`LAUNCH_ID`) is ready, in one atomic write."""
     target = Path(path)
     content = {"launch_id": os.environ.get("LAUNCH_ID", ""), "pid": os.getpid(), **facts}
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
@@ -115,10 +116,10 @@ def announce_ready(path: str | Path, **facts: Any) -> None:
 
 
 def collect_rarely() -> None:
-    """For a process that is about to serve: what is here now stays, and what requests leave is freed
-    without the garbage collector, as it is in no cycle.
+    """Make the garbage collector run rarely, in a process that is about to serve.
 
-    A full collection looks at every object, for 0.2 s in a worker with torch, and stalls all streams.
+    A full collection visits every object and stalls all streams, for 0.2 s in a worker with torch.
+    It would find little: objects that exist now stay, and requests leave no reference cycles.
     """
     gc.collect()
     gc.freeze()

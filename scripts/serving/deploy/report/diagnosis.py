@@ -21,11 +21,11 @@ Position = Literal["alone", "head", "node"]
 
 
 class Evidence(Struct, frozen=True, kw_only=True):
-    """Error texts are empty when the program answered; None means that nobody looked.
+    """Error texts are empty when the program answered; None means that the evidence was not collected.
 
     `programs` should run here, `states` is supervisord's view of them (`RUNNING`, `EXITED`...), and
     `logs` has the last lines of those that do not run. `ready` is the body of the frontend's
-    `/ready`. `reporting` are the instances whose load reports arrived, and `snapshots` the number
+    `/ready`. `own_instances` are those that workers of this machine host. `reporting` are the instances whose load reports arrived, and `snapshots` the number
     of block hashes that each instance caches, or why it did not answer. With a `position` other
     than `alone`, other machines have workers too; a `node` has no frontend.
     """
@@ -34,6 +34,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     programs: list[str]
     states: dict[str, str]
     logs: dict[str, list[str]]
+    own_instances: frozenset[str] = frozenset()
     etcd_error: str = ""
     nats_error: str = ""
     frontend_error: str = ""
@@ -101,7 +102,7 @@ def _registrations(evidence: Evidence) -> Iterable[Finding]:
             f"if it is RUNNING, logs/worker-{instance}.log says why it cannot register; else {_START}",
         )
     hosts = {info.instance_id: info.host for info in evidence.instances}
-    for instance in sorted(registered - set(workers)):
+    for instance in sorted(registered - evidence.own_instances - set(workers)):
         if evidence.position != "alone":
             yield Finding(f"{instance} registered", True, f"from {hosts[instance]}")
             continue

@@ -80,6 +80,7 @@ async def collect_evidence(spec: ServiceSpec, position: Position) -> Evidence:
         nats_error=nats_error,
         frontend_error=frontend_error,
         instances=instances,
+        own_instances=frozenset(i.instance_id for worker in workers for i in worker.instances()),
         ready=ready,
         reporting=reporting,
         snapshots=snapshots,

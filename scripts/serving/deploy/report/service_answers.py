@@ -1,4 +1,4 @@
-"""What the running service says of itself, for `status`: over HTTP, or on a node from etcd."""
+"""Answers of the running service for `status`: from the frontend, or on a node from etcd."""
 
 from __future__ import annotations
 

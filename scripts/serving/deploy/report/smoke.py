@@ -31,7 +31,7 @@ _SOME_TEXT = {"min_tokens": 4}
 """Without it, a model may end its answer at once."""
 
 
-class Outcome(Struct, frozen=True):
+class CheckOutcome(Struct, frozen=True):
     """The result of one check."""
 
     name: str
@@ -82,7 +82,7 @@ class Smoke:
         return _check_answer(answer)
 
     async def stream(self) -> str:
-        """Chunks come one by one, in order, and end as the API says they do."""
+        """Chunks arrive one by one, in order, and the stream ends with [DONE]."""
         prompt = _sentence()
         texts: list[str] = []
         finish: list[str] = []
@@ -219,12 +219,12 @@ class Smoke:
 
 async def run_smoke(
     spec: ServiceSpec, report: Report, report_s: float = REPORT_S, events_s: float = EVENTS_S
-) -> list[Outcome]:
+) -> list[CheckOutcome]:
     """Run the checks and report each as it ends. When `ready` or `models` fails, it stops.
 
     `report_s` bounds the wait for counters, `events_s` is the wait for cache events.
     """
-    outcomes: list[Outcome] = []
+    outcomes: list[CheckOutcome] = []
     async with ServiceClient(spec.url, spec.headers, spec.tls_cert_file) as service:
         report(f"smoke test of {spec.url}")
         for name, check in Smoke(service, spec, report_s, events_s).checks():
@@ -233,7 +233,7 @@ async def run_smoke(
                 detail, ok = await check(), True
             except ServiceFailed as exc:
                 detail, ok = str(exc), False
-            outcome = Outcome(name, ok, detail, time.monotonic() - started)
+            outcome = CheckOutcome(name, ok, detail, time.monotonic() - started)
             outcomes.append(outcome)
             verdict = "ok" if ok else "FAILED"
             padding = " " * (8 - len(verdict))
@@ -243,7 +243,7 @@ async def run_smoke(
     return outcomes
 
 
-def conclude_smoke(outcomes: list[Outcome], report: Report) -> None:
+def conclude_smoke(outcomes: list[CheckOutcome], report: Report) -> None:
     """Raises OperatorError with the first reason when a check failed."""
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed:

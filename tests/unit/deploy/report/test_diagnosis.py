@@ -202,3 +202,12 @@ def test_instances_of_other_nodes_belong_to_a_cluster() -> None:
 def test_node_has_no_frontend_to_ask() -> None:
     node = msgspec.structs.replace(WELL, position="node", ready=None)
     assert "frontend answers" not in {finding.name for finding in diagnose(node)}
+
+
+def test_every_instance_of_a_shared_worker_process_belongs_to_the_deployment() -> None:
+    assert WELL.instances
+    second = msgspec.structs.replace(WELL.instances[0], instance_id="prefill-0-1")
+    both = msgspec.structs.replace(WELL, instances=[*WELL.instances, second])
+    assert not {f.name: f for f in diagnose(both)}["prefill-0-1 registered"].ok
+    hosted = msgspec.structs.replace(both, own_instances=frozenset({"prefill-0", "prefill-0-1"}))
+    assert "prefill-0-1 registered" not in {finding.name for finding in diagnose(hosted)}

@@ -12,7 +12,7 @@ from serving.errors import OperatorError
 from unit.deploy.fake_service import BLOCK_SIZE, FakeService, serving
 
 
-async def run(fake: FakeService, *, disaggregated: bool = True) -> dict[str, smoke.Outcome]:
+async def run(fake: FakeService, *, disaggregated: bool = True) -> dict[str, smoke.CheckOutcome]:
     async with serving(fake) as url:
         spec = ServiceSpec(
             url=url,

@@ -1,4 +1,4 @@
-"""A mock engine on a clock that only timers move, and a sink that collects what it says."""
+"""A mock engine on a clock that only timers move, and a sink that collects its outputs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         this: Any = self
         self.num_turns += 1
         if not this._ready and not this._scheduled and not this._stopping:
-            raise AssertionError("everybody waits, and nothing is going to happen")
+            raise AssertionError("every task waits, and no timer is set")
         if not this._ready and this._scheduled:
             self._now = max(self._now, this._scheduled[0]._when)
         super()._run_once()  # type: ignore[misc]
@@ -96,7 +96,7 @@ def on_virtual_time(main: Coroutine[Any, Any, T]) -> T:
 
 
 class Rig:
-    """One engine. `outputs` and `ended` (request id to time) are what the sink was told."""
+    """One engine. `outputs` and `ended` (request id to time) are those that the sink got."""
 
     def __init__(
         self, folder: Path, timing: MockConfig | None = None, *, role: Role = "agg", **engine: Any
@@ -115,7 +115,7 @@ class Rig:
         self.ended: dict[str, float] = {}
         self.loads: list[LoadReport] = []
         self.events: list[KvEvent] = []
-        self.held: dict[Tier, set[int]] = {"device": set(), "host": set()}  # as the events say
+        self.held: dict[Tier, set[int]] = {"device": set(), "host": set()}  # by the events
         self._change = asyncio.Event()
 
     async def __aenter__(self) -> Rig:

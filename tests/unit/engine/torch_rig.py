@@ -1,4 +1,4 @@
-"""A tiny random model on disk, an engine over it, and a sink that collects what it says."""
+"""A tiny random model on disk, an engine over it, and a sink that collects its outputs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def save_model(folder: Path, config: Any = None, seed: int = 0) -> Path:
 
 
 def generate(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
-    """What transformers says: greedy, one prompt at a time."""
+    """The tokens of transformers: greedy, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
@@ -86,7 +86,7 @@ def request(
 
 
 class Sink:
-    """Everything an engine has told, and a way to wait for more."""
+    """Everything that an engine has delivered, and a way to wait for more."""
 
     def __init__(self) -> None:
         self.tokens: dict[str, list[int]] = {}
@@ -95,10 +95,10 @@ class Sink:
         self.cached: dict[str, int] = {}
         self.prompt_logprobs: dict[str, list[TokenLogprob]] = {}
         self.events: list[KvEvent] = []
-        self.held: dict[Tier, set[int]] = {"device": set(), "host": set()}  # as events say
+        self.held: dict[Tier, set[int]] = {"device": set(), "host": set()}  # by the events
         self.load: LoadReport | None = None
         self.num_steps = 0
-        self._news = asyncio.Event()
+        self._delivery = asyncio.Event()
 
     def __call__(
         self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport
@@ -110,17 +110,17 @@ class Sink:
             self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
             self.logprobs.setdefault(output.request_id, []).extend(output.logprobs or [])
             if output.cached_tokens is not None:
-                assert output.request_id not in self.cached, "cached_tokens told twice"
+                assert output.request_id not in self.cached, "cached_tokens reported twice"
                 self.cached[output.request_id] = output.cached_tokens
             if output.prompt_logprobs is not None:
-                assert output.request_id not in self.prompt_logprobs, "told twice"
+                assert output.request_id not in self.prompt_logprobs, "reported twice"
                 self.prompt_logprobs[output.request_id] = output.prompt_logprobs
             if output.finish_reason is not None:
                 self.last[output.request_id] = output
         for event in events:
             self._apply(event)
         self.events += events
-        self._news.set()
+        self._delivery.set()
 
     @property
     def stored(self) -> set[int]:
@@ -150,8 +150,8 @@ class Sink:
                 await self._next()
 
     async def _next(self) -> None:
-        self._news.clear()
-        await self._news.wait()
+        self._delivery.clear()
+        await self._delivery.wait()
 
 
 def make_engine(
@@ -203,7 +203,7 @@ async def running(folder: Path, **options: Any) -> AsyncIterator[tuple[TorchEngi
 
 
 async def settled(engine: TorchEngine) -> None:
-    """Wait until nothing runs, waits or is held by a step under way, and all of it is told."""
+    """Wait until nothing runs, waits or is held by a step under way, and all of it is delivered."""
     for _ in range(int(DEADLINE_S / 0.005)):
         load = engine.load()
         if not (load.num_running or load.num_waiting or load.active_blocks):

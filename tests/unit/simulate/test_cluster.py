@@ -129,7 +129,7 @@ def test_a_plan_meets_its_targets_and_fewer_workers_do_not() -> None:
 @pytest.mark.parametrize(
     ("change", "named"), [({"ttft_s": 0.001}, "plan.ttft_s"), ({"itl_s": 0.001}, "plan.itl_s")]
 )
-def test_a_target_that_no_number_meets_is_named(change, named) -> None:
+def test_a_target_that_no_plan_meets_is_named(change, named) -> None:
     plan = PlanConfig(max_workers=4, **change)
     with pytest.raises(OperatorError, match=named):
         CapacityPlanner(conversations(10), plan, RouterConfig(), lambda line: None).fewest()

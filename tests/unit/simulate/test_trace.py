@@ -48,7 +48,9 @@ def test_lengths_alone_share_nothing(tmp_path: Path) -> None:
         ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n"),
     ],
 )
-def test_what_is_no_trace_is_refused_with_a_remedy(tmp_path: Path, name: str, content) -> None:
+def test_files_that_are_no_trace_are_refused_with_a_remedy(
+    tmp_path: Path, name: str, content
+) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(OperatorError) as caught:

@@ -141,7 +141,7 @@ def test_a_fetched_prompt_takes_the_time_of_its_transfer_and_prefills_nothing() 
     assert bench.worker.busy_s == 0.0
 
 
-def test_reports_say_what_is_left_of_the_queue_and_never_stop() -> None:
+def test_reports_count_the_rest_of_the_queue_and_never_stop() -> None:
     bench = Bench()
     bench.send(0.0, 4000, first_hash=1)
     bench.send(0.0, 1000, first_hash=1000)

@@ -38,7 +38,7 @@ def test_eviction_takes_leaves_of_the_least_recently_used_first() -> None:
     assert evicted == [2, 1, 4, 3]
 
 
-def test_same_content_is_kept_once_and_told_once() -> None:
+def test_same_content_is_kept_once_and_reported_once() -> None:
     pool = BlockPool(6)
     first, second = pool.allocate(2), pool.allocate(3)
     pool.store(first, [1, 2], None)

@@ -50,7 +50,7 @@ def test_evicted_blocks_go_to_the_host_and_come_back() -> None:
     pool.check_integrity([blocks])
 
 
-def test_what_came_back_is_not_copied_again_and_is_the_first_to_go() -> None:
+def test_blocks_that_came_back_are_not_copied_again_and_leave_the_host_first() -> None:
     host = HostTier(3)
     pool = BlockPool(3, host)
     cache(pool, [1, 2])
@@ -87,7 +87,7 @@ def test_least_recently_evicted_leaves_the_host_first() -> None:
     assert pool.host.stored_hashes() == {3, 5, 6}
 
 
-def test_a_block_that_a_copy_uses_is_not_given_to_another() -> None:
+def test_a_host_block_is_not_reused_while_a_copy_uses_it() -> None:
     pool = BlockPool(4, HostTier(2))
     cache(pool, [1, 2])
     cache(pool, [3, 4])
@@ -97,7 +97,7 @@ def test_a_block_that_a_copy_uses_is_not_given_to_another() -> None:
     pool.check_integrity([held])
 
 
-def test_what_is_claimed_is_not_evicted_for_it() -> None:
+def test_a_claim_does_not_evict_the_blocks_that_it_claims() -> None:
     pool = BlockPool(2, HostTier(2))
     cache(pool, [1, 2])
     cache(pool, [3, 4])  # 1 and 2 go to the host
@@ -110,7 +110,7 @@ def test_what_is_claimed_is_not_evicted_for_it() -> None:
     pool.check_integrity([blocks])
 
 
-def test_an_onload_that_was_not_made_yet_is_cancelled_by_an_eviction() -> None:
+def test_an_eviction_cancels_an_onload_that_is_still_planned() -> None:
     pool = BlockPool(2, HostTier(2))
     cache(pool, [1, 2])
     pool.release(pool.allocate(2))
@@ -123,7 +123,7 @@ def test_an_onload_that_was_not_made_yet_is_cancelled_by_an_eviction() -> None:
     pool.check_integrity([held])
 
 
-def test_a_sequence_does_not_move_over_to_a_block_that_is_not_copied_yet() -> None:
+def test_a_sequence_keeps_its_block_while_the_stored_block_is_not_copied_yet() -> None:
     pool = BlockPool(4, HostTier(2))
     cache(pool, [1])
     pool.release(pool.allocate(4))
@@ -198,7 +198,7 @@ def test_a_prompt_found_on_the_host_is_computed_from_there_on() -> None:
     assert books.load().onloaded_blocks == 4
 
 
-def test_a_reservation_is_filled_only_when_what_it_evicts_was_copied() -> None:
+def test_a_reservation_is_filled_only_after_its_evictions_are_copied() -> None:
     books = scheduler(5, 8)
     books.add(sequence("a", list(range(17)), 1))
     step(books)

@@ -106,7 +106,7 @@ def test_request_behind_the_same_prefix_waits_for_it_and_others_pass(new: Arriva
     assert step(books) == [("r1", 30, 1), ("r3", 2, 3), ("r2", 20, 4)]
 
 
-def test_aborting_the_one_that_computes_lets_the_other_compute(new: Arrivals) -> None:
+def test_aborting_a_prefill_lets_a_request_with_the_same_prefix_compute(new: Arrivals) -> None:
     books = scheduler()
     shared = list(range(1000, 1030))
     books.add(new(0, shared))
@@ -179,7 +179,7 @@ def queued(sequence: Sequence, until: float) -> Sequence:
     return sequence
 
 
-def test_who_waited_too_long_leaves_the_queue_and_others_stay(new: Arrivals) -> None:
+def test_expired_requests_leave_the_queue_and_others_stay(new: Arrivals) -> None:
     books = scheduler(max_batch_size=1)
     books.add(queued(new(4), 5.0))
     step(books)
@@ -228,7 +228,7 @@ def test_failed_step_stores_nothing(new: Arrivals) -> None:
     books.check_integrity()
 
 
-def test_what_is_cached_does_not_count_as_queued(new: Arrivals) -> None:
+def test_cached_tokens_do_not_count_as_queued(new: Arrivals) -> None:
     """Routers send a prompt where it costs least: a cached one waiting is no long queue."""
     books = scheduler(max_batch_size=1)
     books.add(new(9, tokens=list(range(9)), max_tokens=2))

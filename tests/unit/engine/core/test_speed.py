@@ -66,7 +66,7 @@ def test_a_plan_states_the_step_of_a_single_sequence() -> None:
     assert speed.prefill_time_s(500) == pytest.approx(0.5)
 
 
-def test_work_tells_prefill_from_decode() -> None:
+def test_work_distinguishes_prefill_and_decode() -> None:
     sequence = Sequence(EngineRequest("r", [5] * 20, 20, SamplingParams(max_tokens=9)), 0, 0, 8)
     last_of_prompt = Chunk(sequence, 19, 1, samples=True)
     chunks = [Chunk(sequence, 4, 3, samples=False), last_of_prompt, Chunk(sequence, 20, 1, True)]

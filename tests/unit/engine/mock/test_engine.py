@@ -109,7 +109,7 @@ def test_tokenizer_without_text_is_refused(tmp_path: Path) -> None:
         printable_ids(tmp_path / "nowhere", 3)
 
 
-def test_eviction_takes_the_least_recently_used_and_tells(tmp_path: Path) -> None:
+def test_eviction_takes_the_least_recently_used_blocks_and_reports_them(tmp_path: Path) -> None:
     """A pool of 32 blocks; the rig compares events and snapshot with every step."""
 
     async def main() -> None:
@@ -236,7 +236,7 @@ def test_waiting_for_too_long_is_refused_in_time(tmp_path: Path) -> None:
     on_virtual_time(main())
 
 
-def test_release_frees_a_prefill_that_nobody_fetches(tmp_path: Path) -> None:
+def test_release_frees_a_prefill_that_is_never_fetched(tmp_path: Path) -> None:
     async def main() -> None:
         async with Rig(tmp_path, SLOW, role="prefill") as rig:
             rig.submit("p", prompt(64), 5, phase="prefill")
@@ -250,7 +250,7 @@ def test_release_frees_a_prefill_that_nobody_fetches(tmp_path: Path) -> None:
     on_virtual_time(main())
 
 
-def test_prefill_that_is_the_whole_answer_hands_nothing_over(tmp_path: Path) -> None:
+def test_a_prefill_with_a_whole_answer_has_no_transfer_parameters(tmp_path: Path) -> None:
     async def main() -> None:
         async with Rig(tmp_path, SLOW, role="prefill") as rig:
             rig.submit("p", prompt(64), 1, phase="prefill")
@@ -333,7 +333,7 @@ def test_log_probabilities_come_as_they_were_asked_for(tmp_path: Path) -> None:
     on_virtual_time(main())
 
 
-def test_closing_ends_what_runs(tmp_path: Path) -> None:
+def test_closing_ends_running_requests(tmp_path: Path) -> None:
     async def main() -> None:
         async with Rig(tmp_path, SLOW) as rig:
             rig.submit("r", prompt(40), 100)

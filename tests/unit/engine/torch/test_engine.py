@@ -119,7 +119,7 @@ async def test_identical_prompts_in_one_step_share_their_blocks(model: Path) -> 
     assert len({tuple(sink.tokens[str(i)]) for i in range(4)}) == 1
 
 
-async def test_evicted_blocks_are_told_and_leaves_go_first(model: Path) -> None:
+async def test_evictions_are_reported_and_take_leaves_first(model: Path) -> None:
     first, second = random_prompts([41, 90])
     async with running(model, kv_cache_tokens=128) as (engine, sink):
         engine.submit(request("a", first, greedy(1)))
@@ -134,7 +134,7 @@ async def test_evicted_blocks_are_told_and_leaves_go_first(model: Path) -> None:
         assert sink.cached["c"] == 32  # all but the leaf
 
 
-async def test_stop_token_ends_without_being_told_as_output(model: Path) -> None:
+async def test_a_stop_token_ends_a_request_and_is_no_output(model: Path) -> None:
     prompt = random_prompts([20])[0]
     expected = generate(model, prompt, NUM_TOKENS)
     stop = next(t for i, t in enumerate(expected) if i >= 3 and t not in expected[:i])
@@ -229,7 +229,7 @@ async def test_full_queue_refuses_and_bad_requests_are_named(model: Path) -> Non
         await sink.finished("a", "b", "c")
 
 
-async def test_who_waits_too_long_is_refused_though_nothing_is_computed(model: Path) -> None:
+async def test_a_request_expires_in_the_queue_even_while_nothing_is_computed(model: Path) -> None:
     """A prefill that nobody fetches has all blocks, so that no step comes that could look."""
     full, other = random_prompts([120, 100])
     async with running(model, kv_cache_tokens=128) as (engine, sink):
@@ -277,7 +277,7 @@ async def test_failing_step_ends_its_requests_and_the_engine_goes_on(
     assert sink.tokens["b"] == generate(model, prompt, 4)
 
 
-async def test_close_cancels_what_runs_and_joins_the_thread(model: Path) -> None:
+async def test_close_cancels_running_requests_and_joins_the_thread(model: Path) -> None:
     threads = threading.active_count()
     async with running(model) as (engine, sink):
         engine.submit(request("a", random_prompts([30])[0], greedy(90)))

@@ -232,7 +232,7 @@ def test_attention_in_place_is_that_over_gathered_blocks(
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_that_the_kernels_do_not_know_is_gathered(kernels: CpuKernels) -> None:
+def test_attention_without_a_kernel_gathers_its_blocks(kernels: CpuKernels) -> None:
     assert KvPool(KvLayout(1, 1, 64, 8, "bfloat16"), 2, "cpu", kernels).kernels is None
     assert KvPool(KvLayout(1, 1, 20, 8, "float32"), 2, "cpu", kernels).kernels is None
     outs = []
@@ -334,7 +334,7 @@ async def test_engine_answers_the_same_alone_in_a_batch_and_in_chunks(int8_engin
     assert answers[0] == answers[1]
 
 
-async def test_engine_says_what_the_stored_weights_say(int8_engine: Path) -> None:
+async def test_logprobs_are_those_of_the_stored_weights(int8_engine: Path) -> None:
     """Its logprobs are those of the int8 weights computed plainly by transformers."""
     plain: Any = int8_weights.load(int8_engine)
     prompt = random_prompts([60])[0]
@@ -349,7 +349,7 @@ async def test_engine_says_what_the_stored_weights_say(int8_engine: Path) -> Non
     torch.testing.assert_close(ours, expected, rtol=0, atol=0.02)
 
 
-def test_only_linear_layers_and_what_is_tied_to_them_are_rounded() -> None:
+def test_only_linear_layers_and_tied_embeddings_are_rounded() -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
     ids = torch.tensor([[3, 4, 5]])
     with torch.inference_mode():

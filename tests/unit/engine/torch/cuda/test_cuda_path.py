@@ -110,7 +110,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("config", "replaced"), MODELS.values(), ids=MODELS.keys())
-async def test_tokens_are_those_of_generate_whatever_was_rewritten(
+async def test_tokens_equal_generate_whichever_layers_are_rewritten(
     config: Any, replaced: dict[str, int], tmp_path: Path, no_gpu: None
 ) -> None:
     """Chunks, a prefix hit, and decodes beside prefill."""

@@ -72,7 +72,7 @@ async def test_decode_continues_with_the_same_tokens(model: Path, length: int) -
     assert told.tokens["a"] + sink.tokens["a"] == generate(model, prompt, 10)
 
 
-async def test_only_what_the_prefix_cache_lacks_is_fetched(model: Path) -> None:
+async def test_only_blocks_outside_the_prefix_cache_are_fetched(model: Path) -> None:
     shared, tail = random_prompts([24, 15])
     async with running(model) as (source, told), running(model) as (target, sink):
         target.submit(request("before", [*shared, 9], greedy(2)))

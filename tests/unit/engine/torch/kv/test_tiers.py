@@ -71,7 +71,7 @@ async def test_evicted_prompts_are_found_on_the_host(model: Path) -> None:
     assert any(isinstance(e, BlocksStored) and e.tier == "host" for e in sink.events)
 
 
-async def test_a_prompt_whose_logprobs_are_asked_for_is_computed(model: Path) -> None:
+async def test_a_cached_prompt_is_computed_again_for_its_logprobs(model: Path) -> None:
     prompt, other = random_prompts([60, 100])
     options = {"kv_cache_tokens": 128, "host_cache_bytes": 64 * BLOCK_BYTES}
     async with running(model, **options) as (engine, sink):
@@ -84,7 +84,7 @@ async def test_a_prompt_whose_logprobs_are_asked_for_is_computed(model: Path) ->
         assert len(sink.prompt_logprobs["again"]) == 59
 
 
-async def test_a_small_host_tier_keeps_what_was_evicted_last(model: Path) -> None:
+async def test_a_small_host_tier_keeps_the_latest_evictions(model: Path) -> None:
     prompts = random_prompts([65, 66, 67])
     options = {"kv_cache_tokens": 128, "host_cache_bytes": 9 * BLOCK_BYTES}
     async with running(model, **options) as (engine, sink):
@@ -144,7 +144,7 @@ async def test_many_requests_and_aborts_keep_both_tiers_consistent(model: Path) 
             assert sink.tokens[str(i)] == generate(model, prompt, 20)
 
 
-async def test_a_transfer_writes_only_when_what_it_replaces_was_copied(model: Path) -> None:
+async def test_a_transfer_writes_only_after_the_old_content_is_copied(model: Path) -> None:
     """A decode worker: its pool is full of cached blocks, which a fetched prompt evicts."""
     kept, prompt = random_prompts([100, 90], seed=8)
     options = {"kv_cache_tokens": 128, "host_cache_bytes": 64 * BLOCK_BYTES}
@@ -198,7 +198,7 @@ async def test_too_small_a_host_tier_is_refused_at_start(model: Path) -> None:
             pass
 
 
-async def test_failing_copies_end_the_engine_and_not_the_truth(
+async def test_failing_copies_end_the_engine_instead_of_giving_wrong_tokens(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = random_prompts([60, 90])
@@ -286,7 +286,7 @@ async def test_narrow_kv_decodes_and_resumes_after_preemption(model: Path) -> No
     assert [sink.tokens[str(i)] for i in range(3)] == alone
 
 
-def test_float8_saturates_and_keeps_what_it_can_tell() -> None:
+def test_float8_saturates_and_keeps_representable_values() -> None:
     kv = KvPool(KvLayout(1, 1, 4, 8, "float8_e4m3fn"), 2, "cpu")
     values = torch.tensor([[[0.0, 1e9, -1e9, 1.0625]]])  # [T, Hkv, D]
     kv.write_tokens(torch.tensor([16]), kv.rounded(values))  # block 1, layer 0, keys

@@ -49,7 +49,7 @@ class AddToItself(Pattern):
         return self._forward
 
 
-def test_what_computes_the_same_is_replaced() -> None:
+def test_modules_that_compute_the_same_are_replaced() -> None:
     model = nn.Sequential(Doubling(), Doubling())
     report = rewrite(model, [AddToItself()])
     assert str(report) == "layer rewrite: 2 of 2 doublings"
@@ -67,7 +67,7 @@ def test_what_computes_the_same_is_replaced() -> None:
     ],
     ids=["differs", "no match", "another shape", "raises"],
 )
-def test_what_differs_or_fails_stays_as_it_was(
+def test_modules_that_differ_or_fail_stay_as_they_were(
     factor: float, forward: Forward, reason: str
 ) -> None:
     model = nn.Sequential(Doubling(factor))

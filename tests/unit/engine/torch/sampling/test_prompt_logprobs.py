@@ -30,7 +30,7 @@ def check(model: Path, prompt: list[int], report: list[TokenLogprob], width: int
         assert [token for token, _ in entry.top] == top
 
 
-async def test_every_prompt_token_but_the_first_is_told_with_the_first_output(model: Path) -> None:
+async def test_the_first_output_reports_every_prompt_token_but_the_first(model: Path) -> None:
     """In one chunk, in many, beside running requests, and again when the prompt is cached."""
     prompts = random_prompts([50, 33, 9, 1])
     async with running(model, max_num_batched_tokens=16) as (engine, sink):
@@ -65,7 +65,7 @@ async def test_rows_of_logits_in_a_step_are_bounded(model: Path) -> None:
         check(model, prompt, sink.prompt_logprobs[str(i)], 1)
 
 
-async def test_prefill_worker_tells_them_and_a_continuation_does_not(model: Path) -> None:
+async def test_a_prefill_reports_prompt_logprobs_and_its_continuation_does_not(model: Path) -> None:
     [prompt] = random_prompts([20])
     sampling = greedy(5, prompt_logprobs=0)
     async with running(model) as (engine, sink):

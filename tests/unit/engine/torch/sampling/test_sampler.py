@@ -250,7 +250,7 @@ def test_seeded_output_is_the_same_step_by_step_in_changing_company() -> None:
     assert len(set(alone)) > 5
 
 
-def test_min_tokens_ends_in_the_middle_of_what_was_uploaded() -> None:
+def test_min_tokens_ends_in_the_middle_of_an_uploaded_batch() -> None:
     sampler = Sampler(VOCAB, torch.device("cpu"))
     own = sequence([1], [], temperature=0.0, min_tokens=3, stop_token_ids=(2, VOCAB + 5))
     logits = torch.zeros(1, VOCAB)

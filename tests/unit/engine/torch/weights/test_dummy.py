@@ -85,7 +85,7 @@ def test_config_and_a_lent_tokenizer_make_an_engine_without_weights(
     assert any("answers are noise" in line for line in lines)
 
 
-def test_number_of_weights_is_that_of_the_model(
+def test_the_manifest_counts_the_weights_of_the_model(
     shape: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     built = build(shape, tmp_path, tokenizer)
@@ -184,7 +184,7 @@ def test_missing_tokenizer_is_asked_for(shape: Path, tmp_path: Path) -> None:
     assert "`model.tokenizer: bundled`" in failure.value.remedy
 
 
-def test_tokenizer_that_is_not_there_names_the_key(shape: Path, tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_reported_with_its_key(shape: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as failure:
         build(shape, tmp_path, tmp_path / "nowhere")
     assert failure.value.key == "model.tokenizer"

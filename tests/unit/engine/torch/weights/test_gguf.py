@@ -30,7 +30,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "engine"
 
 
-def test_engine_computes_what_the_gguf_does(out: Path) -> None:
+def test_the_engine_computes_the_same_as_the_gguf_file(out: Path) -> None:
     manifest = json.loads((out / "engine.json").read_text())
     assert manifest["check"]["max_abs_diff"] == 0.0
     assert manifest["check"]["argmax_agreement"] == 1.0

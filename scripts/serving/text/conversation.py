@@ -137,8 +137,12 @@ def _guide(
 ) -> Guide | None:
     """A required call and a strict tool are guided; then the answer's own form; else nothing."""
     special = formats.special_tokens
+    parallel = conversation.parallel_tool_calls
     if tools and conversation.tool_choice.mode == "required":
         make = required_calls
+        # A tool required by name is called once. Clients that name one read a single call, and a
+        # small model would repeat it up to its limit of tokens.
+        parallel = parallel and len(conversation.tool_choice.names) != 1
     elif any(tool.strict for tool in tools) and conversation.answer_guide is None:
         make = triggered_calls
     else:
@@ -147,7 +151,7 @@ def _guide(
         formats.tools.format,
         tools,
         special,
-        parallel=conversation.parallel_tool_calls,
+        parallel=parallel,
         reasoning=thinking,
         inside_reasoning=inside,
     )

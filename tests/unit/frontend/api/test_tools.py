@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 from unit.frontend.fakes import MODEL, TOOL_TEMPLATE, FakePipeline, make_card, write_tokenizer
 
@@ -83,6 +84,39 @@ async def test_chat_stream_tells_a_call_while_it_is_generated(client: httpx.Asyn
     assert len(pieces) > 5, "arguments arrive token by token"
     assert json.loads("".join(pieces)) == {"city": "Oslo", "days": 3}
     assert stream[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+NAMED: list[tuple[str, dict[str, Any]]] = [
+    (
+        "/v1/chat/completions",
+        {**CHAT, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+    ),
+    (
+        "/v1/responses",
+        {**RESPONSES, "tool_choice": {"type": "function", "name": "get_weather"}},
+    ),
+    ("/v1/messages", {**MESSAGES, "tool_choice": {"type": "tool", "name": "get_weather"}}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), NAMED, ids=["chat", "responses", "messages"])
+async def test_tool_required_by_name_is_called_once(
+    client: httpx.AsyncClient, pipeline: FakePipeline, path: str, body: dict[str, Any]
+) -> None:
+    assert (await client.post(path, json=body)).status_code == 200
+    guide = pipeline.seen[-1].sampling.guide
+    assert guide is not None
+    eos = pipeline.tokenizer.token_to_id("<|im_end|>")
+    llt = LLTokenizer(
+        pipeline.tokenizer.to_str(), n_vocab=pipeline.tokenizer.get_vocab_size(), eos_token=eos
+    )
+    matcher = LLMatcher(llt, LLMatcher.grammar_from_lark(guide.text), log_level=0)
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call>'
+    ids = pipeline.tokenizer.encode(call, add_special_tokens=False).ids
+    assert matcher.consume_tokens(ids), matcher.get_error()
+    assert matcher.is_accepting()
+    more = pipeline.tokenizer.encode("\n" + call, add_special_tokens=False).ids
+    assert matcher.validate_tokens(more) == 0
 
 
 async def test_without_tools_a_call_is_text(client: httpx.AsyncClient) -> None:

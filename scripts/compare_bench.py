@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import msgspec
+from serving.console import without_colours
 from serving.deploy.bench.summary import Summary, comparison_table
 from serving.deploy.rule_script import rule_script
 
@@ -14,4 +15,6 @@ with rule_script(snakemake) as (_, report):
     lines = comparison_table(summaries)
     for line in ("", *lines, ""):
         report(line)
-    Path(snakemake.output[0]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path(snakemake.output[0]).write_text(
+        "".join(f"{without_colours(line)}\n" for line in lines), encoding="utf-8"
+    )

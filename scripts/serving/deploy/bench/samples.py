@@ -1,4 +1,4 @@
-"""What the frontend's `/metrics` says while a benchmark runs, once a second."""
+"""Samples of the frontend's `/metrics` while a benchmark runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ FETCH_S = 5.0
 
 
 class Sample(Struct, frozen=True):
-    """Totals since the frontend's start, by instance where it says so. `at_s` counts from the
-    first sample. A frontend of several processes is summed."""
+    """Totals since the frontend's start, some of them by instance.
+
+    `at_s` counts from the first sample. The processes of a frontend are summed.
+    """
 
     at_s: float
     generated_tokens: float
@@ -49,24 +51,24 @@ class Sampler:
 
 def parse(page: str, at_s: float) -> Sample:
     """From Prometheus' text format."""
-    plain: dict[str, float] = defaultdict(float)
+    totals_by_name: dict[str, float] = defaultdict(float)
     by_instance: dict[str, dict[str, float]] = {field: {} for field in _TOTALS.values()}
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
-            plain[sample.name] += sample.value
+            totals_by_name[sample.name] += sample.value
             if field := _TOTALS.get(sample.name):
                 totals, instance = by_instance[field], sample.labels["instance"]
                 totals[instance] = totals.get(instance, 0.0) + sample.value
     return Sample(
         at_s,
-        generated_tokens=plain["serving_completion_tokens_total"],
-        in_flight=plain["serving_requests_in_flight"],
+        generated_tokens=totals_by_name["serving_completion_tokens_total"],
+        in_flight=totals_by_name["serving_requests_in_flight"],
         **by_instance,
     )
 
 
 def hit_rates(first: Sample, last: Sample) -> dict[str, float]:
-    """Share of the prompt tokens routed to each instance in between that it was known to hold."""
+    """By instance: the cached share of the prompt tokens that were routed to it in between."""
     rates = {}
     for instance, total in last.routed_tokens.items():
         routed = total - first.routed_tokens.get(instance, 0.0)

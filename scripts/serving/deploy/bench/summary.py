@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -11,14 +10,17 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
-from rich.console import Console
-from rich.table import Table
 
 from serving.config import BenchConfig
+from serving.console import table_lines
 from serving.deploy.bench.samples import Sample, hit_rates
 from serving.deploy.bench.target import Target
 from serving.errors import OperatorError
 
+_TITLES = (
+    *("run", "topology, policy", "requests", "failed", "TTFT p50", "p90", "p99"),
+    *("ITL p50", "p99", "tokens/s", "hits"),
+)
 QUANTILES = ("avg", "p50", "p90", "p99")
 _REQUEST_METRICS = {
     "ttft_ms": "time_to_first_token",
@@ -111,14 +113,9 @@ def _quantiles(exported: dict[str, Any], name: str) -> dict[str, float]:
 
 
 def comparison_table(summaries: Sequence[Summary]) -> list[str]:
-    """Lines for people: one run a row, wider than a terminal if it has to be."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("run", "topology, policy", "requests", "failed", "TTFT p50", "p90", "p99"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("ITL p50", "p99", "tokens/s", "hits"):
-        table.add_column(heading, no_wrap=True)
-    for summary in summaries:
-        table.add_row(
+    """Lines for people: one run a row."""
+    rows = [
+        (
             summary.name,
             f"{summary.target.topology}, {summary.target.policy}",
             str(summary.requests),
@@ -128,7 +125,6 @@ def comparison_table(summaries: Sequence[Summary]) -> list[str]:
             f"{summary.output_tokens_per_s:,.0f}",
             f"{summary.hit_rate:.0%}",
         )
-    console = Console(file=io.StringIO(), width=1000, color_system=None, markup=False, emoji=False)
-    with console.capture() as capture:
-        console.print(table)
-    return [line.rstrip() for line in capture.get().splitlines()]
+        for summary in summaries
+    ]
+    return table_lines(_TITLES, rows)

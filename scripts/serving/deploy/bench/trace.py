@@ -37,7 +37,7 @@ def cut_trace(config: BenchConfig, max_model_len: int, out: Path) -> tuple[int, 
                     break
     except FileNotFoundError:
         raise OperatorError(
-            f"there is no trace {config.trace}", remedy="set `bench.trace` to one that exists"
+            f"{config.trace} does not exist", remedy="set `bench.trace` to an existing trace"
         ) from None
     except (ValueError, KeyError, TypeError) as exc:
         raise OperatorError(
@@ -47,6 +47,6 @@ def cut_trace(config: BenchConfig, max_model_len: int, out: Path) -> tuple[int, 
     if not taken:
         raise OperatorError(
             f"no request of {config.trace} fits into {max_model_len} tokens",
-            remedy="raise `engine.max_model_len`, or name another `bench.trace`",
+            remedy="raise `engine.max_model_len`, or use another `bench.trace`",
         )
     return taken, too_long

@@ -8,7 +8,7 @@ from pathlib import Path
 from serving.config import Config, connect_address
 from serving.config.resolve import is_joining_node
 from serving.deploy.checks.findings import Finding
-from serving.deploy.processes.ports import claim
+from serving.deploy.processes.ports import require_ports
 from serving.errors import OperatorError
 
 
@@ -27,7 +27,7 @@ def judge_ports(config: Config, run_dir: Path) -> list[Finding]:
         try:
             # Trying to bind could be in the way of a program of ours that is just starting.
             if _answers(host, port):
-                claim(host, {key: port}, run_dir)
+                require_ports(host, {key: port}, run_dir)
         except OperatorError as exc:
             findings.append(Finding(key, False, exc.what, exc.remedy))
         else:

@@ -1,4 +1,4 @@
-"""From what a person wrote (address, network or interface) to the address to listen on."""
+"""From the address, network or interface in the config to the address to listen on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from serving.config import Config
 from serving.errors import ConfigError
 
 
-def listening(config: Config) -> Config:
-    """`config` with addresses alone in every `host`. Raises ConfigError for what is not here."""
+def with_listen_addresses(config: Config) -> Config:
+    """`config` with an address in every `host`. Raises ConfigError when this machine has none."""
     replace = msgspec.structs.replace
     network = replace(
         config.network,
@@ -48,30 +48,30 @@ def listen_address(wanted: str, key: str) -> str:
         return found[0]
     raise ConfigError(
         key,
-        f"{wanted!r} is no address, and no network or interface that this machine has one in",
+        f"{wanted!r} is not an address, nor a network or interface of this machine",
         remedy=f"choose from: {interfaces()}",
     )
 
 
 def interfaces() -> str:
-    """This machine's, with their addresses, for a person to choose from."""
+    """The interfaces of this machine and their addresses, as text to choose from."""
     return ", ".join(f"{name} ({' '.join(a)})" for name, a in sorted(_addresses().items()))
 
 
 def advertised_address(wanted: str, key: str) -> str:
-    """As `listen_address`, for one that others are told to connect to."""
+    """Like `listen_address`, for an address that other machines connect to."""
     host = listen_address(wanted, key)
     if is_address(host) and ipaddress.ip_address(host).is_unspecified:
         raise ConfigError(
             key,
-            f"nobody can connect to {host}, and workers advertise where they listen",
+            f"other machines cannot connect to {host}, and workers advertise the address they listen on",
             remedy="name the interface or the network that the other machines reach",
         )
     return host
 
 
 def _addresses() -> dict[str, list[str]]:
-    """Addresses by interface, but for those that mean nothing without the name of one."""
+    """Addresses by interface, without those that need an interface's name to be used."""
     found: dict[str, list[str]] = {}
     for name, entries in psutil.net_if_addrs().items():
         for entry in entries:

@@ -96,17 +96,17 @@ def choose_builder(container: ContainerConfig) -> str:
     """The runtime itself, or the first of docker and podman that works. Raises OperatorError."""
     runtime = container.runtime
     candidates = (runtime,) if runtime in BUILDERS else BUILDERS
-    said = []
+    problems = []
     for builder in candidates:
         if shutil.which(builder) is None:
-            said.append(f"{builder} is not on PATH")
+            problems.append(f"{builder} is not on PATH")
             continue
         usable = ask("builder", [builder, "info"])
         if usable.ok:
             return builder
-        said.append(usable.detail)
+        problems.append(usable.detail)
     raise OperatorError(
-        f"no image can be built here: {'; '.join(said)}",
+        f"no image can be built here: {'; '.join(problems)}",
         remedy="install docker or podman, or build on another machine and set container.image to the "
         "image or to the file made of it",
     )

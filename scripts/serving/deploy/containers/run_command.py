@@ -38,7 +38,7 @@ class ContainedProgram(Struct, frozen=True, kw_only=True):
     """What to run inside. `env` are names: their values come from the client's environment.
 
     `gpus` are host indices, in the order in which the program should count them; `devices` more
-    device files or folders. `user` is (uid, gid): what it writes belongs to whoever started it.
+    device files or folders. `user` is (uid, gid): what it writes belongs to that user.
     `home` is a writable folder for caches; the client must keep its own HOME.
     """
 
@@ -113,7 +113,7 @@ def client_environment(
             inside.index(gpu) for gpu in program.gpus
         )
     if runtime == "enroot":
-        # Its hooks, which run outside, decide by these what is mounted.
+        # Its hooks run outside and decide by these variables which devices they mount.
         adapted["NVIDIA_VISIBLE_DEVICES"] = _comma_separated(sorted(program.gpus)) or "void"
         adapted["NVIDIA_DRIVER_CAPABILITIES"] = "compute,utility"
         adapted["MELLANOX_VISIBLE_DEVICES"] = "all" if program.devices else "void"
@@ -140,7 +140,7 @@ def _docker(container: ContainerConfig, image: str, program: ContainedProgram) -
 def _podman(container: ContainerConfig, image: str, program: ContainedProgram) -> list[str]:
     flags = _common(container, program)
     if program.user[0] != 0:
-        flags.append("--userns=keep-id")  # else a user's own files belong to nobody inside
+        flags.append("--userns=keep-id")  # otherwise a user's files have no owner inside
     flags += [f"--device=nvidia.com/gpu={gpu}" for gpu in sorted(program.gpus)]
     return ["podman", "run", *flags, *container.extra_flags, image, *program.argv]
 

@@ -79,13 +79,13 @@ def ask(name: str, command: Sequence[str], timeout_s: float = ASK_S, image: str 
 
 
 def complaint(name: str, command: Sequence[str], code: int, text: str, image: str = "") -> Finding:
-    """The finding for a command that failed with `code` and said `text`."""
+    """The finding for a command that failed with `code` and printed `text`."""
     runtime = Path(command[0]).name
-    said = f"{runtime} says: {text or f'exit {code}'}"
+    quote = f"{runtime} says: {text or f'exit {code}'}"
     by_hand = f"try it by hand: `{' '.join(command)}`"
     remedy = next((r for word, r in REMEDIES.items() if word in text.lower()), "")
     filled = remedy.replace("{runtime}", runtime).replace("{registry}", registry(image))
-    return Finding(name, False, said, filled or by_hand)
+    return Finding(name, False, quote, filled or by_hand)
 
 
 def registry(image: str) -> str:

@@ -38,7 +38,7 @@ _TAGS = (
     *(tags.ENGINE, tags.LAUNCH),
 )
 _FORWARDED = ("UCX_", "NCCL_", "NIXL_", "TRTLLM_", "TLLM_", "MOONCAKE_")
-"""Settings of libraries, taken from the environment of whoever runs the workflow."""
+"""Settings of libraries, taken from the environment of the workflow."""
 
 
 class Contained(Struct, frozen=True, kw_only=True):
@@ -102,7 +102,7 @@ def contain(
         argv=argv,
         name=container_name(str(RUN.resolve()), name),
         directory=str(Path.cwd()),
-        # A folder comes before what is mounted into it.
+        # A folder comes before the folders that are mounted into it.
         mounts=[bound[target] for target in sorted(bound)],
         env=sorted({*env, *_TAGS}),
         user=(os.getuid(), os.getgid()),

@@ -81,7 +81,7 @@ def select_files(
 
 def _hint(present: set[str]) -> str:
     if any(name.endswith(".gguf") for name in present):
-        return "set `model.id` to the path of one of its `.gguf` files, downloaded by you"
+        return "download one of its `.gguf` files, and set `model.id` to the file's path"
     if any(name.startswith("adapter_") for name in present):
         return "this is an adapter: merge it into its base model first, and serve the result"
     if "config.json" in present:
@@ -127,7 +127,7 @@ def tokenizer_source(config: ModelConfig) -> Path | None:
         raise ConfigError(
             "model.tokenizer",
             f"{path} is neither a `.gguf` file nor a folder with a tokenizer.json",
-            remedy="set it to one of these, or to `bundled`",
+            remedy="set it to such a file or folder, or to `bundled`",
         )
     return path
 

@@ -1,7 +1,7 @@
-"""Fetch a model from the hub: pinned to a commit, only the files that are needed.
+"""Fetch a model from the hub: pinned to a commit, and only the files that are needed.
 
-huggingface_hub resolves the revision, lists the files with their checksums and knows the hub's
-errors; `hub_download` moves the bytes.
+huggingface_hub resolves the revision and lists the files with their checksums. `hub_download` moves
+the bytes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _open_hub(config: ModelConfig) -> HfApi:
             f"{config.id} has to come from the hub, but HF_HUB_OFFLINE is set",
             remedy="unset HF_HUB_OFFLINE, or set `model.id` to a local folder",
         )
-    # Else the library reports to the hub it knew when it was imported, whatever HF_ENDPOINT says.
+    # Without this the library reports to its default hub, even when HF_ENDPOINT is set.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi
 

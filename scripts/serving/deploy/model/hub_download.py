@@ -107,7 +107,7 @@ class HubDownload:
         partial.replace(self.folder / file.name)
 
     def _append(self, file: HubFile, partial: Path) -> None:
-        """One request for the rest of `file`; _Retry says that another may help."""
+        """One request for the rest of `file`. Raises _Retry when another request may help."""
         from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
 
         # Ranges must count the file's own bytes. The client drops the token on its way to a CDN.

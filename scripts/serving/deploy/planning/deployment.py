@@ -171,7 +171,7 @@ def _claim_ports(plan: DeploymentPlan) -> None:
         if (RUN / f"{program.name}.up").exists():
             continue
         try:
-            ports.claim(program.host, program.ports, RUN)
+            ports.require_ports(program.host, program.ports, RUN)
         except ConfigError:
             raise
         except OperatorError as exc:

@@ -15,7 +15,7 @@ from serving.config import MULTINODE, Config, ResolvedConfig, Topology, parse
 from serving.config.resolve import resolved_config, with_topology
 from serving.deploy.cluster.addresses import with_head_addresses
 from serving.deploy.cluster.joined import JOINED, read_joined
-from serving.deploy.cluster.network import listening
+from serving.deploy.cluster.network import with_listen_addresses
 from serving.deploy.containers.image_recipes import with_built_image
 from serving.deploy.planning.device import resolve_device, resolve_dtype
 from serving.deploy.planning.fingerprint import engine_fingerprint, model_key
@@ -83,7 +83,7 @@ def _with_addresses(config: Config, *, is_head: bool) -> Config:
     """Addresses to listen on, where the person wrote networks or interfaces, or a head's address."""
     if is_head:
         config = with_head_addresses(config)
-    return listening(config)
+    return with_listen_addresses(config)
 
 
 def _with_credentials(config: Config) -> Config:

@@ -93,14 +93,14 @@ def _is_slurm_worker(program: Program, config: Config) -> bool:
 
 def _start(launcher: Launcher, program: Program, config: Config) -> ProcessInfo:
     launcher.stop([program.name])
-    ports.claim(program.host, program.ports, RUN)
+    ports.require_ports(program.host, program.ports, RUN)
     _write_settings(program)
     spec = _spec(program, config)
     return launcher.start(_slurm_spec(spec, program, config))
 
 
 def _spec(program: Program, config: Config) -> ProgramSpec:
-    """Command and environment. UCX settings come from whoever runs the workflow."""
+    """Command and environment. UCX settings come from the environment of the workflow."""
     command = [part.replace("{python}", sys.executable) for part in program.command]
     removal: list[str] = []
     env = {"PYTHONPATH": os.environ.get("PYTHONPATH", str(SCRIPTS)), "PYTHONUNBUFFERED": "1"}

@@ -1,4 +1,4 @@
-"""A port is free, ours, or somebody else's, who is then named."""
+"""Ports: free, held by this deployment, or held by another process that is then named."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from serving.deploy.processes.tags import tag_of_pid
 from serving.errors import ConfigError, OperatorError
 
 
-def claim(host: str, ports: Mapping[str, int], run_dir: Path) -> None:
-    """Raises OperatorError for a port that a process outside this deployment holds.
+def require_ports(host: str, ports: Mapping[str, int], run_dir: Path) -> None:
+    """Raises OperatorError for a port that a process of another deployment or program holds.
 
     `ports` maps config keys to ports. A port held by a program of this deployment passes: the
     supervisor will replace it.
@@ -28,13 +28,16 @@ def claim(host: str, ports: Mapping[str, int], run_dir: Path) -> None:
         if any(tag is not None and tag.deployment == mine for tag in tags):
             continue
         raise OperatorError(
-            f"port {port} on {host} is taken by {_name(holders)}",
+            f"port {port} on {host} is taken by {_describe(holders)}",
             remedy=f"stop that process, or set `{key}` to another port",
         )
 
 
 def is_free(host: str, port: int, key: str) -> bool:
-    """Whether a program could listen there now. Raises ConfigError when `host` is not ours."""
+    """Whether a program could listen there now.
+
+    Raises ConfigError when `host` is not an address of this machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -51,14 +54,14 @@ def is_free(host: str, port: int, key: str) -> bool:
             section = key.split(".")[0]
             raise ConfigError(
                 f"{section}.host",
-                f"{host!r} cannot be listened on ({exc.strerror})",
+                f"no program can listen on {host!r} ({exc.strerror})",
                 remedy="use an address of this machine, such as 127.0.0.1",
             ) from None
     return True
 
 
 def listeners(port: int) -> list[int]:
-    """Pids that listen on `port`, as far as they can be seen."""
+    """Pids that listen on `port`; those of other users may be missing."""
     try:
         connections = psutil.net_connections(kind="tcp")
     except psutil.AccessDenied:
@@ -75,7 +78,7 @@ def listeners(port: int) -> list[int]:
     )
 
 
-def _name(pids: list[int]) -> str:
+def _describe(pids: list[int]) -> str:
     names = []
     for pid in pids:
         try:

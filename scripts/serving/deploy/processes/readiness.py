@@ -43,7 +43,7 @@ def probe_etcd(program: Program, launch_id: str) -> str:
     except (OSError, http.client.HTTPException) as exc:
         return f"no answer on port {port}: {exc}"
     if status != 200 or body.get("health") != "true":
-        return f"/health says {status} {body}"
+        return f"/health answers {status} {body}"
     return _held_by_launch(port, launch_id)
 
 
@@ -86,7 +86,7 @@ def probe_frontend(program: Program, launch_id: str) -> str:
         return f"no answer on {where}: {exc}"
     if status == 200 or _has_own_workers(program, body):
         return ""
-    return str(body.get("reason") or f"/ready says {status}")
+    return str(body.get("reason") or f"/ready answers {status}")
 
 
 def _has_own_workers(program: Program, body: Mapping[str, Any]) -> bool:

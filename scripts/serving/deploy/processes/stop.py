@@ -109,7 +109,7 @@ def _check_ports(config: Config, report: Report) -> None:
     )
     for host, held in wanted:
         try:
-            ports.claim(host, held, RUN)
+            ports.require_ports(host, held, RUN)
         except ConfigError:
             continue  # the config has changed; the next start reports it
         except OperatorError as exc:

@@ -67,7 +67,7 @@ def deployed_processes(run_dir: Path) -> Iterator[tuple[psutil.Process, Tag]]:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """A zombie has ended, even when nobody collects it."""
+    """A zombie counts as ended, even before its parent collects it."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

@@ -28,7 +28,7 @@ def test_a_trace_is_cut_to_what_the_model_takes_and_sped_up(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (None, "there is no trace"),
+        (None, "does not exist"),
         ("hello\n", "is not a trace in the format"),
         ('{"timestamp": 0}\n', "is not a trace in the format"),
         (lines((0, 5000, 10)), "fits into 1000 tokens"),

@@ -7,7 +7,7 @@ import psutil
 import pytest
 from serving.config import parse
 from serving.deploy.cluster.addresses import with_head_addresses
-from serving.deploy.cluster.network import listen_address, listening
+from serving.deploy.cluster.network import listen_address, with_listen_addresses
 from serving.errors import ConfigError
 
 
@@ -60,23 +60,23 @@ def test_every_plane_is_resolved_by_itself() -> None:
         "nats": {"host": "ib0"},
         "network": {"rpc_host": "eth0", "kv_host": "192.168.0.0/16"},
     }
-    config = listening(parse(raw))
+    config = with_listen_addresses(parse(raw))
     hosts = (config.frontend.host, config.nats.host, config.etcd.host)
     assert hosts == ("0.0.0.0", "192.168.9.4", "127.0.0.1")
     assert (config.network.rpc_host, config.network.kv_host) == ("10.1.2.3", "192.168.9.4")
-    assert listening(config) == config
-    assert listening(parse({})) == parse({})
+    assert with_listen_addresses(config) == config
+    assert with_listen_addresses(parse({})) == parse({})
 
 
 @pytest.mark.parametrize("key", ["rpc_host", "kv_host"])
 @pytest.mark.parametrize("wildcard", ["0.0.0.0", "::"])
 def test_workers_need_an_address_that_others_can_use(key: str, wildcard: str) -> None:
-    with pytest.raises(ConfigError, match="nobody can connect"):
-        listening(parse({"network": {key: wildcard}}))
+    with pytest.raises(ConfigError, match="other machines cannot connect"):
+        with_listen_addresses(parse({"network": {key: wildcard}}))
 
 
 def test_address_of_a_cluster_is_one_that_others_can_use() -> None:
     config = parse({"cluster": {"address": "192.168.0.0/16"}})
     assert with_head_addresses(config).etcd.host == "192.168.9.4"
-    with pytest.raises(ConfigError, match=r"cluster\.address.*nobody can connect"):
+    with pytest.raises(ConfigError, match=r"cluster\.address.*other machines cannot connect"):
         with_head_addresses(parse({"cluster": {"address": "0.0.0.0"}}))

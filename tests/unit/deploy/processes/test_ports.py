@@ -26,14 +26,14 @@ def test_free_port_passes(taken: int, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
-    ports.claim("127.0.0.1", {"frontend.port": free}, tmp_path)
+    ports.require_ports("127.0.0.1", {"frontend.port": free}, tmp_path)
     assert ports.is_free("127.0.0.1", free, "frontend.port")
     assert not ports.is_free("127.0.0.1", taken, "frontend.port")
 
 
 def test_foreign_holder_is_named_with_the_key_to_change(taken: int, tmp_path: Path) -> None:
     with pytest.raises(OperatorError) as caught:
-        ports.claim("127.0.0.1", {"nats.port": taken}, tmp_path)
+        ports.require_ports("127.0.0.1", {"nats.port": taken}, tmp_path)
     assert f"pid {os.getpid()}" in caught.value.what
     assert "pytest" in caught.value.what
     assert "`nats.port`" in caught.value.remedy
@@ -56,12 +56,12 @@ def test_port_held_by_this_deployment_passes_and_by_another_does_not(tmp_path: P
         assert holder.stdin is not None
         assert holder.stdout is not None
         port = int(holder.stdout.readline())
-        ports.claim("127.0.0.1", {"etcd.port": port}, run)
+        ports.require_ports("127.0.0.1", {"etcd.port": port}, run)
         with pytest.raises(OperatorError, match=f"pid {holder.pid}"):
-            ports.claim("127.0.0.1", {"etcd.port": port}, other)
+            ports.require_ports("127.0.0.1", {"etcd.port": port}, other)
         holder.stdin.write("\n")
 
 
 def test_address_of_another_machine_names_the_host_key(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`frontend.host`: '192.0.2.1' cannot be listened on"):
-        ports.claim("192.0.2.1", {"frontend.port": 18999}, tmp_path)
+    with pytest.raises(ConfigError, match=r"`frontend.host`: no program can listen on '192.0.2.1'"):
+        ports.require_ports("192.0.2.1", {"frontend.port": 18999}, tmp_path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import orjson
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -136,13 +137,34 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    def dumps() -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    # Agents send the same tools with each request; orjson finds them again in a tenth of the time.
+    try:
+        key = (orjson.dumps(value), ensure_ascii, indent, separators, sort_keys)
+    except (TypeError, ValueError):
+        return dumps()
+    if not MIN_KEPT_BYTES <= len(key[0]) <= MAX_KEPT_BYTES:
+        return dumps()
+    text = _known_json.get(key)
+    if text is None:
+        text = dumps()
+        if len(_known_json) >= MAX_KEPT:
+            _known_json.clear()
+        _known_json[key] = text
+    return text
+
+
+MIN_KEPT_BYTES, MAX_KEPT_BYTES, MAX_KEPT = 256, 256 * 1024, 64
+"""JSON texts that are remembered: their sizes, and how many of them."""
+_known_json: dict[Any, str] = {}
 
 
 def _raise(message: str) -> NoReturn:

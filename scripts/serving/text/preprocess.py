@@ -26,6 +26,7 @@ from serving.text.conversation import (
     plan_answer,
     template_tools,
 )
+from serving.text.segment_cache import SegmentCache
 from serving.text.special_tokens import (
     QUOTE_BEGIN,
     quote_special_tokens,
@@ -133,6 +134,7 @@ class Preprocessor:
         self._special_tokens_in_text = special_tokens_in_text
         self._special_pattern = special_token_pattern(self.answer_format.special_tokens)
         self._plain: Tokenizer | None = None
+        self._segments = SegmentCache(self.tokenizer)
 
     @classmethod
     async def load(
@@ -177,16 +179,23 @@ class Preprocessor:
         num_chars = sum(len(message.get("content") or "") for message in conversation.messages)
         self._refuse_too_long(num_chars, param)
 
-        def render_and_encode() -> Prompt:
+        if num_chars > self._thread_chars:
+            text = await asyncio.to_thread(self._render, template, conversation)
+        else:
             text = self._render(template, conversation)
-            self._refuse_too_long(len(text), param)
-            answer = plan_answer(conversation, self.answer_format, text[-PROMPT_END_CHARS:])
-            # The template writes the special tokens itself.
-            return Prompt(self._encode_quoted(text), answer)
+        self._refuse_too_long(len(text), param)
+        answer = plan_answer(conversation, self.answer_format, text[-PROMPT_END_CHARS:])
+        # The template writes the special tokens itself.
+        return Prompt(await self._encode_rendered(text), answer)
 
-        if num_chars > self._thread_chars or conversation.tools:
-            return await asyncio.to_thread(render_and_encode)
-        return render_and_encode()
+    async def _encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt, on a thread if many of them have to be computed."""
+        if QUOTE_BEGIN in text:
+            return await asyncio.to_thread(self._encode_quoted, text)
+        pieces = self._segments.look_up(text)
+        if pieces.num_missing_chars > self._thread_chars:
+            return await asyncio.to_thread(self._segments.ids, pieces)
+        return self._segments.ids(pieces)
 
     def _render(self, template: ChatTemplate, conversation: Conversation) -> str:
         messages = messages_for(conversation, self.answer_format)
@@ -264,8 +273,6 @@ class Preprocessor:
 
     def _encode_quoted(self, text: str) -> list[int]:
         """Token ids of a rendered prompt in which some special tokens are quoted as plain text."""
-        if QUOTE_BEGIN not in text:
-            return self._encode(text, add_special_tokens=False)
         plain = self._plain_tokenizer()
         ids: list[int] = []
         for piece, is_quoted in split_quoted(text):

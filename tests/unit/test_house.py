@@ -15,10 +15,6 @@ TESTS = ROOT / "tests"
 MAX_LINES = 400
 LONG_MODULES = {
     "tests/unit/frontend/api/test_completion_responses.py": 460,
-    "tests/unit/engine/trtllm/test_adapter.py": 710,
-    "tests/unit/engine/trtllm/requests/test_open_requests.py": 530,
-    "tests/unit/engine/trtllm/test_standin.py": 730,
-    "tests/unit/kv_router/test_router.py": 590,
 }
 """Modules that may be longer, and how long."""
 
@@ -29,9 +25,7 @@ LARGE_FOLDERS = {
 """Folders that may hold more modules, and how many."""
 
 SHARING_TEST_MODULES = {
-    "tests/unit/deploy/test_paragraphs.py",
     "tests/unit/deploy/test_slurm.py",
-    "tests/unit/engine/trtllm/build/test_tensorrt_flow.py",
 }
 """Test modules that still import from another test module."""
 

@@ -33,8 +33,8 @@ from unit.deploy.checks.fake_podman import FACTS
 from unit.deploy.checks.fake_podman import podman as podman_script
 from unit.deploy.checks.h100 import H100
 from unit.deploy.conftest import Script
+from unit.engine.trtllm.build.checkpoints import checkpoint, config
 from unit.engine.trtllm.build.library_fakes import FakeRun
-from unit.engine.trtllm.build.test_memory import checkpoint, config
 
 HERE = Gpu("NVIDIA H100 80GB HBM3", 90)
 GIB = 1024**3

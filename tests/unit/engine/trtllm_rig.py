@@ -11,13 +11,14 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from serving.config import EngineConfig
 from serving.engine.manifest import BuildCheck, EngineManifest
 from serving.engine.trtllm.engine import DEFAULT_TIMEOUTS, TensorRtLlmEngine, Timeouts
-from serving.protocol import Role
-from unit.engine.torch_rig import DEADLINE_S, VOCAB, Sink, save_model
+from serving.protocol import BlocksRemoved, EngineOutput, EngineRequest, Role
+from unit.engine.torch_rig import DEADLINE_S, VOCAB, Sink, greedy, request, save_model
 
 STANDIN = Path(__file__).parents[2] / "standin"
 NEWEST = "1.3.0rc27"
@@ -150,6 +151,31 @@ def make_engine(
         engine=EngineConfig(**LIMITS | limits),
         timeouts=timeouts,
     )
+
+
+def decode_request(prefill: EngineRequest, last: EngineOutput, **more: Any) -> EngineRequest:
+    """As a frontend makes it, over the wire."""
+    made = msgspec.structs.replace(
+        prefill,
+        token_ids=prefill.token_ids + last.token_ids,
+        phase="decode",
+        kv_transfer_params=last.kv_transfer_params,
+        **more,
+    )
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=EngineRequest)
+
+
+def num_removed(sink: Sink) -> int:
+    return sum(len(e.block_hashes) for e in sink.events if isinstance(e, BlocksRemoved))
+
+
+async def prefilled(
+    engine: TensorRtLlmEngine, sink: Sink, name: str, prompt: list[int], max_tokens: int = 12
+) -> tuple[EngineRequest, EngineOutput]:
+    asked = request(name, prompt, greedy(max_tokens), phase="prefill")
+    engine.submit(asked)
+    await sink.finished(name)
+    return asked, sink.last[name]
 
 
 @asynccontextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,7 @@ from serving.engine.trtllm.build.target import Parallelism
 from serving.engine.trtllm.versions import parse_version
 from serving.errors import ConfigError, ModelError
 from serving.protocol import Role
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 4,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 2048,
-    "dtype": "bfloat16",
-}
-
-
-def shard(path: Path, num_bytes: int) -> None:
-    tensor = {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}
-    header = json.dumps({"__metadata__": {"format": "pt"}, "w": tensor}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(num_bytes))
+from unit.engine.trtllm.build.checkpoints import LLAMA, shard
 
 
 @pytest.fixture

@@ -6,38 +6,12 @@ import re
 from typing import Any
 
 import pytest
-from serving.config import Config, parse
 from serving.engine.trtllm.build.checkpoint import Checkpoint
 from serving.engine.trtllm.build.memory import estimate, num_graphs, require_memory
 from serving.engine.trtllm.build.quantization import Quantization
 from serving.engine.trtllm.build.target import Parallelism
 from serving.errors import ConfigError, OperatorError
-
-GB = 10**9
-LLAMA_8B: dict[str, Any] = {
-    "architecture": "LlamaForCausalLM",
-    "num_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_heads": 32,
-    "num_kv_heads": 8,
-    "kv_width": 2 * 8 * 128,
-    "vocab_size": 128256,
-    "model_max_len": 131072,
-    "stored_dtype": "bfloat16",
-    "weight_bytes": 16 * GB,
-    "quantization": None,
-}
-
-
-def checkpoint(**changed: Any) -> Checkpoint:
-    return Checkpoint(**(LLAMA_8B | changed))
-
-
-def config(**engine: Any) -> Config:
-    settings = engine.pop("tensorrt_llm", {})
-    raw = {"backend": "tensorrt_llm", "max_num_batched_tokens": 8192, **engine}
-    return parse({"engine": raw, "tensorrt_llm": settings})
+from unit.engine.trtllm.build.checkpoints import GB, checkpoint, config
 
 
 def require(

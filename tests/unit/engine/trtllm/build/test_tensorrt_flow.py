@@ -14,8 +14,8 @@ from serving.engine.trtllm.build.quantization import Quantization
 from serving.engine.trtllm.build.target import Parallelism
 from serving.engine.trtllm.build.tensorrt_flow import build_engines
 from serving.errors import ModelError, OperatorError
+from unit.engine.trtllm.build.checkpoints import LLAMA, shard
 from unit.engine.trtllm.build.library_fakes import Answer, FakeRun, flags
-from unit.engine.trtllm.build.test_checkpoint import LLAMA, shard
 
 ENGINE = {
     "backend": "tensorrt_llm",

@@ -16,6 +16,7 @@ from standin.install import install
 
 DEADLINE_S = 30.0
 NEWEST = "1.3.0rc27"
+PROMPT = [5 + i % 300 for i in range(37)]
 VERSIONS = ["1.0.0", "1.1.0", "1.2.1", NEWEST]
 SIZES: dict[str, Any] = {
     "dtype": "float32",
@@ -104,10 +105,21 @@ def _is_idle(load: LoadReport, active_blocks: int) -> bool:
 
 def environment(root: Path, **more: str) -> dict[str, str]:
     """For a process of its own that finds the stand-in and this project."""
-    scripts = Path(__file__).parents[4] / "scripts"
+    scripts = Path(__file__).parents[5] / "scripts"
     return os.environ | {
         "PYTHONPATH": f"{root}{os.pathsep}{scripts}",
         "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         **more,
     }
+
+
+async def steps(result: Any) -> list[tuple[list[int], list[int], str | None]]:
+    """(cumulative ids, their difference, finish_reason) of each response."""
+    seen = []
+    async with asyncio.timeout(DEADLINE_S):
+        async for step in result:
+            assert step is result
+            output = step.outputs[0]
+            seen.append((list(output.token_ids), output.token_ids_diff, output.finish_reason))
+    return seen

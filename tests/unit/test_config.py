@@ -33,11 +33,11 @@ def test_given_keys_replace_defaults_and_leave_the_others() -> None:
 
 
 @pytest.mark.parametrize("key", ["router-policy", "router.policy"])
-def test_section_and_key_may_be_joined(key: str) -> None:
+def test_section_and_key_can_be_written_as_one_key(key: str) -> None:
     assert parse({key: "round_robin"}).router.policy == "round_robin"
 
 
-def test_joined_key_overrides_the_section_it_names_only_there() -> None:
+def test_combined_key_overrides_only_that_key_of_its_section() -> None:
     config = parse({"frontend": {"port": 9000, "max_inflight": 7}, "frontend-port": 9001})
     assert (config.frontend.port, config.frontend.max_inflight) == (9001, 7)
 
@@ -46,7 +46,7 @@ def test_numbers_given_as_text_on_the_command_line_are_numbers() -> None:
     assert parse({"frontend": {"port": "8123"}}).frontend.port == 8123
 
 
-def test_parsing_leaves_the_given_mapping_alone() -> None:
+def test_parsing_does_not_change_its_input() -> None:
     raw: dict[str, Any] = {"router": {"temperature": 0.5}, "router-policy": "random"}
     parse(raw)
     assert raw == {"router": {"temperature": 0.5}, "router-policy": "random"}
@@ -117,7 +117,7 @@ def test_bad_size_of_a_role_is_refused_by_its_key_and_value() -> None:
         ({"engine-kv_cache_dtype": "bfloat16"}, "engine.kv_cache_dtype"),
     ],
 )
-def test_tensorrt_llm_has_no_such_choice(raw: dict[str, Any], key: str) -> None:
+def test_tensorrt_llm_refuses_values_of_other_engines(raw: dict[str, Any], key: str) -> None:
     assert refusal({"engine": {"backend": "tensorrt_llm"}, **raw}).key == key
 
 
@@ -140,7 +140,7 @@ def test_plain_data_parses_to_the_same_config() -> None:
     assert parse(as_plain(config)) == config
 
 
-def test_tokenizer_is_lent_to_dummy_weights_only() -> None:
+def test_tokenizer_can_be_set_only_for_dummy_weights() -> None:
     error = refusal({"model": {"tokenizer": "bundled"}})
     assert error.key == "model.tokenizer"
     assert "engine.weights: dummy" in error.remedy

@@ -42,7 +42,9 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_every_example_makes_a_plan_and_changes_nothing(example: Path, tmp_path: Path) -> None:
+def test_dry_run_of_every_example_succeeds_and_writes_nothing(
+    example: Path, tmp_path: Path
+) -> None:
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "models").symlink_to(ROOT / "config" / "models")
     done = snakemake(tmp_path, "-n", "--configfile", str(example))
@@ -60,7 +62,7 @@ def test_every_example_makes_a_plan_and_changes_nothing(example: Path, tmp_path:
     ("target", "num_workers"),
     [("serve_agg", 1), ("serve_agg_router", 1), ("serve_disagg", 2), ("serve_disagg_router", 2)],
 )
-def test_target_pins_its_topology(target: str, num_workers: int, tmp_path: Path) -> None:
+def test_target_serves_its_topology(target: str, num_workers: int, tmp_path: Path) -> None:
     done = snakemake(tmp_path, "-n", target)
     assert done.returncode == 0, done.stdout
     [count] = {line.split()[1] for line in done.stdout.splitlines() if "start_worker  " in line}
@@ -127,7 +129,7 @@ def test_smoke_test_starts_nothing_where_something_is_deployed(tmp_path: Path) -
     assert "start_frontend" in done.stdout
 
 
-def test_status_and_stop_are_fine_when_nothing_runs(tmp_path: Path) -> None:
+def test_status_and_stop_succeed_when_nothing_runs(tmp_path: Path) -> None:
     done = snakemake(tmp_path, "status", "stop")
     assert done.returncode == 0, done.stdout
     assert "Nothing runs here" in done.stdout

@@ -11,7 +11,7 @@ from serving.config import docs as config_docs
 FOLDER = Path(__file__).parents[3] / "config"
 
 
-def test_committed_page_and_schema_say_what_the_types_say() -> None:
+def test_committed_page_and_schema_agree_with_the_types() -> None:
     assert config_docs.stale(FOLDER) == [], "run `python -m serving.config.docs --write`"
 
 

@@ -44,7 +44,7 @@ def fingerprint(**sections: Any) -> str:
         {"engine": {"device": "cuda"}},
     ],
 )
-def test_changes_with_whatever_changes_the_engine(changed: dict[str, Any]) -> None:
+def test_fingerprint_changes_with_settings_that_change_the_engine(changed: dict[str, Any]) -> None:
     assert fingerprint(**changed) != fingerprint()
 
 
@@ -58,7 +58,9 @@ def test_changes_with_whatever_changes_the_engine(changed: dict[str, Any]) -> No
         {"frontend": {"port": 9000}},
     ],
 )
-def test_stays_with_what_leaves_the_engine_alone(changed: dict[str, Any]) -> None:
+def test_fingerprint_ignores_settings_that_do_not_change_the_engine(
+    changed: dict[str, Any],
+) -> None:
     assert fingerprint(**changed) == fingerprint()
 
 
@@ -82,7 +84,9 @@ TRTLLM = {"backend": "tensorrt_llm"}
         {"container": {"runtime": "docker"}},
     ],
 )
-def test_tensorrt_llm_engine_depends_on_what_its_library_is_told(changed: dict[str, Any]) -> None:
+def test_tensorrt_llm_fingerprint_covers_the_arguments_of_its_library(
+    changed: dict[str, Any],
+) -> None:
     assert fingerprint(**({"engine": TRTLLM} | changed)) != fingerprint(engine=TRTLLM)
 
 
@@ -96,7 +100,7 @@ def test_tensorrt_llm_engine_depends_on_what_its_library_is_told(changed: dict[s
         {"frontend": {"port": 9000}},
     ],
 )
-def test_tensorrt_llm_engine_stays_with_the_rest(changed: dict[str, Any]) -> None:
+def test_tensorrt_llm_fingerprint_ignores_other_settings(changed: dict[str, Any]) -> None:
     assert fingerprint(engine=TRTLLM, **changed) == fingerprint(engine=TRTLLM)
 
 
@@ -110,11 +114,11 @@ def test_tensorrt_llm_engine_stays_with_the_rest(changed: dict[str, Any]) -> Non
         {"kv_transfer": {"transport": "tcp"}},
     ],
 )
-def test_torch_engine_knows_nothing_of_it(changed: dict[str, Any]) -> None:
+def test_torch_fingerprint_ignores_tensorrt_llm_settings(changed: dict[str, Any]) -> None:
     assert fingerprint(**changed) == fingerprint()
 
 
-def test_tensorrt_llm_engine_depends_on_library_gpu_and_driver() -> None:
+def test_tensorrt_llm_fingerprint_covers_library_gpu_and_driver() -> None:
     machines = [
         machine(),
         machine(versions=VERSIONS | {"tensorrt_llm": "1.2.1"}),
@@ -125,7 +129,7 @@ def test_tensorrt_llm_engine_depends_on_library_gpu_and_driver() -> None:
     assert len({engine_fingerprint(config, each) for each in machines}) == 4
 
 
-def test_image_is_known_by_its_name_or_its_file(tmp_path: Path) -> None:
+def test_image_is_identified_by_its_name_or_its_file(tmp_path: Path) -> None:
     def identity(**container: Any) -> list[Any]:
         config = parse({"container": {"runtime": "apptainer", **container}})
         return library_identity(config.container, machine())
@@ -151,7 +155,7 @@ def test_fingerprint_changes_with_library_versions() -> None:
     assert engine_fingerprint(Config(), machine()) != engine_fingerprint(Config(), newer)
 
 
-def test_changes_with_a_local_models_files(tmp_path: Path) -> None:
+def test_fingerprint_changes_with_the_files_of_a_local_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
@@ -181,7 +185,7 @@ def test_dummy_weights_need_no_weights_and_give_another_engine(tmp_path: Path) -
     assert fingerprint(model=lent, engine=dummy) != with_lent
 
 
-def test_key_is_a_readable_folder_name() -> None:
+def test_model_key_is_a_readable_folder_name() -> None:
     assert model_key(ModelConfig()).startswith("HuggingFaceTB--SmolLM2-135M-Instruct-")
     assert "/" not in model_key(ModelConfig(id="a/b", source="hub"))
 
@@ -198,7 +202,7 @@ def test_key_is_a_readable_folder_name() -> None:
         ({"id": "folder", "source": "local"}, "local"),
     ],
 )
-def test_source_follows_from_the_id(model: dict[str, Any], source: str) -> None:
+def test_source_follows_from_the_model_id(model: dict[str, Any], source: str) -> None:
     assert resolve_source(ModelConfig(**model)) == source
 
 
@@ -210,13 +214,13 @@ def test_source_follows_from_the_id(model: dict[str, Any], source: str) -> None:
         ({"id": "no such/id at/all"}, "model.id"),
     ],
 )
-def test_combination_without_meaning_names_the_key(model: dict[str, Any], key: str) -> None:
+def test_contradicting_model_settings_are_refused_by_key(model: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as failure:
         resolve_source(ModelConfig(**model))
     assert failure.value.key == key
 
 
-def test_gpu_is_found_by_its_driver(tmp_path: Path) -> None:
+def test_gpu_is_found_in_the_files_of_its_driver(tmp_path: Path) -> None:
     assert not this_machine(tmp_path).has_gpu
     for index in range(2):
         card = tmp_path / f"proc/driver/nvidia/gpus/0000:0{index}:00.0"
@@ -254,7 +258,7 @@ def test_new_kernels_make_a_new_int8_engine(tmp_path: Path) -> None:
     assert engine_fingerprint(Config(), package=tmp_path) == engine_fingerprint(Config())
 
 
-def test_asking_imports_no_heavy_library() -> None:
+def test_fingerprint_imports_no_heavy_library() -> None:
     code = (
         "import sys; from serving.config import Config;"
         "from serving.deploy.planning.fingerprint import engine_fingerprint; engine_fingerprint(Config());"

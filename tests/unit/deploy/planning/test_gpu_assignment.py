@@ -11,6 +11,7 @@ from serving.config.process import WorkerSettings
 from serving.config.resolve import with_topology
 from serving.deploy.planning.gpu_assignment import (
     assign_gpus,
+    existing_gpus,
     gpus_of_worker,
     require_enough_gpus,
     usable_gpus,
@@ -63,7 +64,7 @@ def test_one_more_worker_moves_no_other(role: str, links: Links) -> None:
         assert after.items() >= before.items()
 
 
-def test_workers_never_share_while_there_are_enough() -> None:
+def test_workers_share_no_gpu_while_there_are_enough() -> None:
     for prefill in (1, 2, 4):
         for decode in (1, 2, 4):
             if prefill + decode > 8:
@@ -121,7 +122,7 @@ def test_workers_of_one_gpu_take_gpus_from_both_ends() -> None:
     require_enough_gpus({"agg": 9}, {"agg": 1}, [0], may_share=True)
 
 
-def test_no_gpu_is_explained_for_the_engine_that_needs_one() -> None:
+def test_missing_gpu_is_explained_for_tensorrt_llm() -> None:
     with pytest.raises(ConfigError, match="TensorRT-LLM runs on NVIDIA GPUs") as caught:
         usable_gpus(None, [], "tensorrt_llm")
     assert "engine.backend: torch" in caught.value.remedy
@@ -158,3 +159,21 @@ def test_another_image_restarts_the_workers_alone() -> None:
     assert changed == {"worker-prefill-0", "worker-decode-0"}
     ignored = planned({"runtime": "none", "image": "a:1"}).fingerprints
     assert ignored == planned().fingerprints
+
+
+def test_more_gpus_than_exist_is_an_error_that_names_the_key() -> None:
+    with pytest.raises(ConfigError, match=r"`workers.gpus`: GPU 2, 3 does not exist \(there: 0, 1"):
+        usable_gpus([1, 2, 3], [0, 1])
+    with pytest.raises(ConfigError, match=r"`engine\.device`"):
+        usable_gpus(None, [])
+    assert usable_gpus([1, 0, 1], [0, 1]) == [1, 0]
+
+
+def test_cuda_visible_devices_limits_the_existing_gpus(tmp_path: Any) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert existing_gpus({}, tmp_path) == [0, 1, 10]
+    assert existing_gpus({"CUDA_VISIBLE_DEVICES": "1,7"}, tmp_path) == [1]
+    assert existing_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == []
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        existing_gpus({"CUDA_VISIBLE_DEVICES": "GPU-8f3e"}, tmp_path)

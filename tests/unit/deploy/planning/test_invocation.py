@@ -15,7 +15,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_target_pins_a_topology_wherever_it_stands() -> None:
+def test_target_names_a_topology_anywhere_on_the_command_line() -> None:
     for argv in (["serve_disagg_router", "--cores", "2"], ["--cores", "2", "serve_disagg_router"]):
         request = read_command_line(argv)
         assert request.topology == "disagg_router"
@@ -23,13 +23,13 @@ def test_target_pins_a_topology_wherever_it_stands() -> None:
         assert request.executes
 
 
-def test_values_of_options_are_no_targets() -> None:
+def test_values_of_options_are_not_targets() -> None:
     request = read_command_line(["status", "--forcerun", "serve_agg", "--cores", "1"])
     assert request.targets == ("status",)
     assert request.topology is None
 
 
-def test_no_target_means_the_service() -> None:
+def test_no_target_means_the_whole_service() -> None:
     assert read_command_line(["--cores", "1"]).serves
     assert read_command_line(["run/worker-decode-1.up", "--cores", "1"]).serves
 
@@ -47,7 +47,7 @@ def test_other_targets_do_not_serve(target: str) -> None:
     ],
     ids=lambda flags: flags[0],
 )
-def test_flags_that_only_look_execute_nothing(flags: list[str]) -> None:
+def test_flags_that_only_inspect_execute_nothing(flags: list[str]) -> None:
     assert not read_command_line(["serve_agg", "--cores", "1", *flags]).executes
 
 

@@ -64,16 +64,16 @@ def wrong(**change: Any) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings if not finding.ok}
 
 
-def test_nothing_is_wrong_with_a_deployment_that_is_well() -> None:
+def test_healthy_deployment_has_no_bad_finding() -> None:
     assert wrong() == {}
 
 
-def test_nothing_started_is_the_only_finding() -> None:
+def test_without_a_deployment_there_is_one_finding() -> None:
     (finding,) = diagnose(Evidence(supervisor=False, programs=[], states={}, logs={}))
     assert "nothing was started" in finding.detail
 
 
-def test_dead_program_is_shown_with_its_last_words() -> None:
+def test_dead_program_is_shown_with_the_end_of_its_log() -> None:
     found = wrong(
         states={**WELL.states, "worker-decode-0": "EXITED"},
         logs={"worker-decode-0": ["ERROR out of memory"]},
@@ -110,7 +110,7 @@ def test_each_fault_is_found_and_has_a_remedy(
     assert finding.remedy
 
 
-def test_worker_that_etcd_names_and_the_frontend_lacks_is_found() -> None:
+def test_worker_in_etcd_without_a_connection_to_the_frontend_is_found() -> None:
     state = ready()
     state["instances"] = state["instances"][:1]
     assert "decode-0 connected" in wrong(ready=state)
@@ -120,13 +120,13 @@ def test_worker_that_etcd_names_and_the_frontend_lacks_is_found() -> None:
     ("card", "name"),
     [({"block_size": 32}, "one block size"), ({"hash_salt": "other"}, "one hash salt")],
 )
-def test_workers_that_hash_differently_are_named(card: dict[str, Any], name: str) -> None:
+def test_workers_with_different_hash_salts_are_named(card: dict[str, Any], name: str) -> None:
     finding = wrong(instances=[instance("prefill-0"), instance("decode-0", **card)])[name]
     assert "prefill-0: " in finding.detail
     assert "decode-0: " in finding.detail
 
 
-def test_routing_is_proven_by_a_hit_that_the_index_knew_of() -> None:
+def test_routing_is_proven_by_a_hit_that_the_index_expected() -> None:
     assert judge_routing("kv", 0, 32, 32.0, 16).ok
     assert not judge_routing("kv", 0, 32, 0.0, 16).ok
     assert not judge_routing("kv", 0, 0, 32.0, 16).ok
@@ -134,7 +134,7 @@ def test_routing_is_proven_by_a_hit_that_the_index_knew_of() -> None:
     assert judge_routing("random", 0, 0, 0.0, 16).ok
 
 
-async def test_one_prompt_sent_twice_shows_cold_and_warm() -> None:
+async def test_prompt_sent_twice_shows_cold_and_warm_cached_tokens() -> None:
     async with serving(FakeService()) as url:
         spec = ServiceSpec(
             url=url,
@@ -162,7 +162,7 @@ def test_last_words_are_the_errors_of_a_log_or_its_last_line(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("greeting", "complaint"), [(b"INFO {}\r\n", ""), (b"SSH-2.0\r\n", "is no NATS server")]
 )
-async def test_nats_is_known_by_its_greeting(greeting: bytes, complaint: str) -> None:
+async def test_nats_is_recognised_by_its_greeting(greeting: bytes, complaint: str) -> None:
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(greeting)
         await reader.read()

@@ -76,7 +76,7 @@ async def test_service_that_is_not_ready_ends_the_test() -> None:
     assert "no decode worker is registered" in outcomes["ready"].detail
 
 
-async def test_nothing_listening_is_one_clear_failure() -> None:
+async def test_unreachable_service_is_one_clear_failure() -> None:
     spec = read_service_spec(Path("nowhere"), parse({"frontend": {"port": 9}}))
     (outcome,) = await smoke.run_smoke(spec, lambda line: None)
     assert outcome.name == "ready"

@@ -24,7 +24,7 @@ def test_columns_are_aligned() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0m 05s"), (3700, "1h 01m"), (90000, "1d 01h")])
-def test_durations_read_well(seconds: float, text: str) -> None:
+def test_durations_are_shown_in_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-Script = Callable[[str, str], Path]
+from unit.deploy.fake_programs import Script
 
 
 @pytest.fixture

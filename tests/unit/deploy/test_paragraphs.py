@@ -32,7 +32,7 @@ from serving.gpus import Gpu
 from unit.deploy.checks.fake_podman import FACTS
 from unit.deploy.checks.fake_podman import podman as podman_script
 from unit.deploy.checks.h100 import H100
-from unit.deploy.conftest import Script
+from unit.deploy.fake_programs import Script
 from unit.engine.trtllm.build.checkpoints import checkpoint, config
 from unit.engine.trtllm.build.library_fakes import FakeRun
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from serving.deploy.checks.container import (
 from serving.deploy.checks.findings import Finding
 from serving.deploy.containers import runtime as container_runtime
 from unit.deploy.checks.fake_podman import FACTS, ID, podman
+from unit.deploy.fake_programs import Script
 
-Script = Callable[[str, str], Path]
 GIB = 1024**3
 
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from serving.deploy.containers.image_build import (
     source_commands,
 )
 from serving.errors import OperatorError
+from unit.deploy.fake_programs import Script
 
-Script = Callable[[str, str], Path]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Usage = namedtuple("Usage", "total used free")
 # Knows the images that were pulled, tagged or built with it.

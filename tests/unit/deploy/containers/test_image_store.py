@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from serving.config import ContainerConfig, parse
 from serving.deploy.containers import image_store
 from serving.deploy.containers.image_store import find_image, local_name, pull_commands, pull_image
+from unit.deploy.fake_programs import Script
 
-Script = Callable[[str, str], Path]
 DIGEST = "sha256:" + "cd" * 32
 
 

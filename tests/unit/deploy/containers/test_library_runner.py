@@ -10,7 +10,7 @@ from serving.config import parse
 from serving.deploy.containers.library_runner import LibraryRunner
 from serving.engine.trtllm.build.installed import PYTHON, probe_library
 from serving.errors import OperatorError
-from unit.deploy.conftest import Script
+from unit.deploy.fake_programs import Script
 
 
 def run(tmp_path: Path, gpus: tuple[int, ...] = (), **container: Any) -> LibraryRunner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,10 +15,10 @@ from serving.deploy.processes.stop import stop_all
 from serving.deploy.processes.supervisor import Supervisor
 from serving.deploy.processes.tags import deployed_processes, is_alive
 from serving.errors import OperatorError
+from unit.deploy.fake_programs import Script
 from unit.deploy.processes.contained_worker import config, worker
 from waiting import wait_until
 
-Script = Callable[[str, str], Path]
 # What runs "inside" is no child of the client, as with a daemon; a signal to the client is one to it.
 DOCKER = """
 case $1 in

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from serving.errors import Overloaded, ServingError
+from serving.errors import InvalidRequest, Overloaded, ServingError
 from serving.load_report import LoadReport
 
 Role = Literal["agg", "prefill", "decode"]
@@ -28,9 +28,10 @@ PROTOCOL_VERSION = 2
 
 class Guide(Struct, frozen=True):
     """A constraint on the output, which must match it as a whole. `text` is a JSON schema, a
-    regular expression (Rust's syntax) or a grammar (Lark's syntax, in llguidance's dialect)."""
+    regular expression (Rust's syntax), a grammar (Lark's syntax, in llguidance's dialect, or EBNF
+    with `::=`) or a structural tag (JSON, see `grammar/structural_tags.py`)."""
 
-    kind: Literal["json_schema", "regex", "grammar"]
+    kind: Literal["json_schema", "regex", "grammar", "structural_tag"]
     text: str
 
 
@@ -131,17 +132,20 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
 
 
 class ErrorInfo(Struct, frozen=True, array_like=True):
-    """An error that travels: `kind` is the class name in `errors.py`."""
+    """An error that travels: `kind` is the class name in `errors.py`, whose fields the rest are."""
 
     kind: str
     message: str
     retry_after_s: float = 1.0
+    param: str | None = None
+    code: str | None = None
 
     @classmethod
     def from_error(cls, exc: ServingError) -> ErrorInfo:
         """The form in which an error travels to a frontend."""
         retry_after_s = exc.retry_after_s if isinstance(exc, Overloaded) else 1.0
-        return cls(type(exc).__name__, str(exc), retry_after_s)
+        param, code = (exc.param, exc.code) if isinstance(exc, InvalidRequest) else (None, None)
+        return cls(type(exc).__name__, str(exc), retry_after_s, param, code)
 
 
 class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):

@@ -99,6 +99,16 @@ class FrontendConfig(Section, frozen=True):
             description="Let special tokens in a message's text act as special tokens. Off: `<|im_end|>` in a message is text and cannot end a turn."
         ),
     ] = False
+    guide_bytes: Annotated[
+        Positive,
+        Meta(
+            description="Largest JSON schema, expression or grammar that an answer may have to follow; larger ones get 400."
+        ),
+    ] = 1024 * 1024
+    guide_compile_s: Annotated[
+        Seconds,
+        Meta(description="CPU time to compile and try it, in a process of its own; then 400."),
+    ] = 3.0
     cors_origins: Annotated[
         list[str],
         Meta(

@@ -61,7 +61,10 @@ async def run(settings: FrontendSettings, slot: ProcessSlot | None) -> None:
             origins=settings.frontend.cors_origins,
             allowed_hosts=_known_hosts(settings.frontend),
         )
-        await _listen(app, settings, slot)
+        try:
+            await _listen(app, settings, slot)
+        finally:
+            await state.models.close()
     log.info("stopped")
 
 

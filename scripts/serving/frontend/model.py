@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from serving.config import FrontendConfig
 from serving.errors import ModelNotFound, NoInstances
-from serving.grammar import Grammars
+from serving.grammar.check import GuideChecker
 from serving.protocol import Guide, ModelCard
 from serving.text.preprocess import Preprocessor
 from serving.text.token_text import TokenText
@@ -24,11 +24,11 @@ class LoadedModel(Struct, frozen=True):
 
     preprocessor: Preprocessor
     token_text: TokenText
-    grammars: Grammars
+    guide_checker: GuideChecker
 
     async def check_guide(self, guide: Guide, param: str) -> None:
-        """Compile `guide` on a thread. Raises InvalidRequest for `param` if that fails."""
-        await asyncio.to_thread(self.grammars.matcher, guide, param=param)
+        """Raises InvalidRequest for `param` if no engine can follow `guide`."""
+        await self.guide_checker.check(guide, param)
 
     @property
     def card(self) -> ModelCard:
@@ -52,6 +52,7 @@ class ModelLoader:
             return loaded
         async with self._lock:
             if self._loaded is None or self._loaded.card != card:
+                await self._close_loaded()
                 preprocessor = await Preprocessor.load(
                     card,
                     tool_parser=self._config.tool_parser,
@@ -65,9 +66,23 @@ class ModelLoader:
                 self._loaded = LoadedModel(
                     preprocessor,
                     TokenText(preprocessor.tokenizer),
-                    Grammars(Path(card.tokenizer_dir)),
+                    GuideChecker(
+                        Path(card.tokenizer_dir),
+                        max_bytes=self._config.guide_bytes,
+                        cpu_s=self._config.guide_compile_s,
+                    ),
                 )
             return self._loaded
+
+    async def close(self) -> None:
+        """End the process that checks guides, if one was started."""
+        async with self._lock:
+            await self._close_loaded()
+
+    async def _close_loaded(self) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            await loaded.guide_checker.close()
 
 
 def check_model(requested: str, served: Sequence[str]) -> None:

@@ -20,9 +20,9 @@ from serving.errors import (
 from serving.protocol import ErrorInfo
 
 _REBUILT: dict[str, Callable[[ErrorInfo], ServingError]] = {
-    "InvalidRequest": lambda info: InvalidRequest(info.message),
-    "ModelNotFound": lambda info: ModelNotFound(info.message),
-    "RequestTooLarge": lambda info: RequestTooLarge(info.message),
+    "InvalidRequest": lambda info: InvalidRequest(info.message, param=info.param, code=info.code),
+    "ModelNotFound": lambda info: ModelNotFound(info.message, param=info.param, code=info.code),
+    "RequestTooLarge": lambda info: RequestTooLarge(info.message, param=info.param, code=info.code),
     "Overloaded": lambda info: Overloaded(info.message, retry_after_s=info.retry_after_s),
     "NoInstances": lambda info: NoInstances(info.message, retry_after_s=info.retry_after_s),
     "QueuedTooLong": lambda info: QueuedTooLong(info.message, retry_after_s=info.retry_after_s),

@@ -164,10 +164,7 @@ def _after_thinking(
     """`guide`, which applies to the answer and not to what the model thinks before it."""
     if guide is None or thinking is None:
         return guide
-    rules = {"json_schema": f"%json {guide.text}", "regex": f"/{guide.text}/"}
-    if guide.kind not in rules:
-        return guide
-    lark = after_reasoning(rules[guide.kind], formats.special_tokens, thinking, inside=inside)
+    lark = after_reasoning(guide, formats.special_tokens, thinking, inside=inside)
     return Guide("grammar", lark)
 
 

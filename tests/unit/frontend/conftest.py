@@ -50,9 +50,11 @@ def responses(tmp_path: Path) -> Iterator[ResponseStore]:
 
 
 @pytest.fixture
-def state(pipeline: FakePipeline, metrics: Metrics, responses: ResponseStore) -> AppState:
+async def state(
+    pipeline: FakePipeline, metrics: Metrics, responses: ResponseStore
+) -> AsyncIterator[AppState]:
     scripted: Any = pipeline
-    return AppState(
+    state = AppState(
         pipeline=scripted,
         metrics=metrics,
         in_flight=InFlight(8, metrics.in_flight),
@@ -61,6 +63,8 @@ def state(pipeline: FakePipeline, metrics: Metrics, responses: ResponseStore) ->
         launch_id="launch-1",
         responses=responses,
     )
+    yield state
+    await state.models.close()
 
 
 @pytest.fixture

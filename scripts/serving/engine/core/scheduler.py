@@ -244,6 +244,11 @@ class Scheduler:
         request_id = sequence.request_id
         index = len(sequence.tokens) - sequence.num_unknown
         sequence.num_unknown -= 1
+        guidance = sequence.guidance
+        if guidance is not None and (error := guidance.error):
+            # The token was chosen without a grammar: even one that would stop means nothing.
+            self.refuse(sequence, error)
+            return
         if token in sequence.sampling.stop_token_ids:
             # A later step may have been planned for it: that one is dropped as it completes.
             del sequence.tokens[index:]
@@ -255,12 +260,12 @@ class Scheduler:
         sequence.tokens[index] = token
         is_full = sequence.num_unknown == 0 and self._planner.is_full(sequence)
         reason: FinishReason | None = "length" if is_full else None
-        if sequence.guidance is not None:
-            sequence.guidance.accept(token)
-            if error := sequence.guidance.error:
-                self.refuse(sequence, ErrorInfo("EngineFailed", f"guided decoding: {error}"))
+        if guidance is not None:
+            guidance.accept(token)
+            if error := guidance.error:
+                self.refuse(sequence, error)
                 return
-            if sequence.guidance.is_complete:
+            if guidance.is_complete:
                 reason = "stop"
         logprobs = None if logprob is None else [logprob]
         output = EngineOutput(

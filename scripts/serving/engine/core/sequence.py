@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from serving import block_hash
-from serving.protocol import EngineRequest, SamplingParams, TokenLogprob
+from serving.protocol import EngineRequest, ErrorInfo, SamplingParams, TokenLogprob
 
 # Stands in `Sequence.tokens` for a token that a step under way is choosing.
 UNKNOWN_TOKEN = -1
@@ -37,13 +37,13 @@ class Guidance(ABC):
 
     @property
     @abstractmethod
-    def error(self) -> str:
-        """Why the sequence cannot go on; empty while it can."""
+    def error(self) -> ErrorInfo | None:
+        """Why the sequence cannot go on; None while it can. Tokens chosen since are meaningless."""
 
     @property
     @abstractmethod
     def is_complete(self) -> bool:
-        """Whether nothing can follow."""
+        """Whether the output fits its grammar, and nothing can follow."""
 
     @abstractmethod
     def accept(self, token: int) -> None:

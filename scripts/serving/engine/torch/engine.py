@@ -35,7 +35,7 @@ from serving.engine.torch.shared_scheduler import SharedScheduler
 from serving.engine.torch.step_loop import StepLoop
 from serving.errors import EngineFailed, OperatorError
 from serving.load_report import LoadReport
-from serving.protocol import EngineRequest, ErrorInfo, Role, Tier
+from serving.protocol import EngineRequest, Role, Tier
 
 log = logging.getLogger(__name__)
 
@@ -149,8 +149,7 @@ class TorchEngine(BlockEngine):
     def _on_compiled(self, sequence: Sequence) -> None:
         """Its grammar is compiled, or cannot be used."""
         guidance = sequence.guidance
-        if guidance is not None and guidance.error:
-            error = ErrorInfo("InvalidRequest", guidance.error)
+        if guidance is not None and (error := guidance.error):
             self._shared.change(lambda: self._shared.scheduler.refuse(sequence, error))
         else:
             self._shared.wake()

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 from msgspec import Struct
 
+from serving.grammar.lark import CallGrammar
 from serving.text.parts import Arguments, Part, Reasoning, Text, ToolCall
 from serving.text.reasoning import ReasoningFormat
 from serving.text.scanner import SPACE, Scanner, Steps
-from serving.text.tool_calls.call_grammar import CallGrammar
 
 
 class Tool(Struct, frozen=True):

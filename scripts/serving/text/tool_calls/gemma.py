@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from serving.grammar.lark import CallGrammar, comma_separated
 from serving.text.scanner import Scanner, Steps
 from serving.text.tool_calls.base import PartCollector, Tool, ToolFormat
-from serving.text.tool_calls.call_grammar import CallGrammar, comma_separated
 
 
 class GemmaCall(ToolFormat):

@@ -5,11 +5,21 @@ Without them a model may call as it likes, and its parser takes what comes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
+from serving.grammar.ebnf import as_lark
+from serving.grammar.lark import (
+    ANY_TEXT,
+    CallGrammar,
+    alternatives,
+    json_expression,
+    regex_expression,
+)
+from serving.grammar.structural_tags import structural_tag_grammar
+from serving.protocol import Guide
 from serving.text.reasoning import ReasoningFormat
 from serving.text.tool_calls.base import Tool, ToolFormat
-from serving.text.tool_calls.call_grammar import ANY_TEXT, CallGrammar, alternatives
 
 
 def required_calls(
@@ -59,12 +69,28 @@ def triggered_calls(
 
 
 def after_reasoning(
-    lark_rule: str, special_tokens: Mapping[str, int], reasoning: ReasoningFormat, *, inside: bool
+    guide: Guide, special_tokens: Mapping[str, int], reasoning: ReasoningFormat, *, inside: bool
 ) -> str:
-    """A grammar for what the model thinks, followed by `lark_rule` (`%json {...}`, `/regex/`)."""
+    """A grammar for what the model thinks, followed by an answer that `guide` describes.
+
+    Raises InvalidRequest.
+    """
     grammar = CallGrammar(special_tokens)
-    answer = grammar.rule(lark_rule)
+    answer = grammar.rule(_expression(guide, special_tokens))
     return grammar.lark(_join(_thinking(grammar, reasoning, inside), answer))
+
+
+def _expression(guide: Guide, special_tokens: Mapping[str, int]) -> str:
+    match guide.kind:
+        case "json_schema":
+            return json_expression(json.loads(guide.text))
+        case "regex":
+            return regex_expression(guide.text)
+        case "grammar":
+            return f"%lark {{\n{as_lark(guide.text)}\n}}"
+        case "structural_tag":
+            lark = structural_tag_grammar(json.loads(guide.text), special_tokens)
+            return f"%lark {{\n{lark}\n}}"
 
 
 def _calls(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from serving.grammar.lark import CallGrammar
 from serving.text.reasoning import ReasoningFormat
 from serving.text.scanner import Scanner, Steps
 from serving.text.tool_calls.base import PartCollector, Tool, ToolFormat
-from serving.text.tool_calls.call_grammar import CallGrammar
 
 _RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")

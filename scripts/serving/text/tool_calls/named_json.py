@@ -7,9 +7,9 @@ import string
 from collections.abc import Mapping
 from typing import ClassVar
 
+from serving.grammar.lark import CallGrammar
 from serving.text.scanner import Scanner, Steps
 from serving.text.tool_calls.base import PartCollector, Tool, ToolFormat, call_array, call_object
-from serving.text.tool_calls.call_grammar import CallGrammar
 
 
 class Mistral(ToolFormat):

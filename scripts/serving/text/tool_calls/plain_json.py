@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from serving.grammar.lark import CallGrammar
 from serving.text.scanner import Scanner, Steps
 from serving.text.tool_calls.base import PartCollector, Tool, ToolFormat, call_array, call_object
-from serving.text.tool_calls.call_grammar import CallGrammar
 
 
 class PlainJson(ToolFormat):

@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from serving.grammar.lark import CallGrammar, comma_separated
 from serving.text.scanner import SPACE, Scanner, Steps
 from serving.text.tool_calls.base import PartCollector, Tool, ToolFormat
-from serving.text.tool_calls.call_grammar import CallGrammar, comma_separated
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "a": "\a", "v": "\v"}
 _HEX_DIGITS = {"x": 2, "u": 4, "U": 8}

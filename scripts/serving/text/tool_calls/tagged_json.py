@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from serving.grammar.lark import CallGrammar
 from serving.text.scanner import Scanner, Steps
 from serving.text.tool_calls.base import PartCollector, Tool, ToolFormat, call_array, call_object
-from serving.text.tool_calls.call_grammar import CallGrammar
 
 
 class TaggedJson(ToolFormat):

@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from serving.grammar.lark import CallGrammar
 from serving.text.scanner import Scanner, Steps
 from serving.text.tool_calls.base import PartCollector, Tool, ToolFormat
-from serving.text.tool_calls.call_grammar import CallGrammar
 
 
 class XmlParameters(ToolFormat):

@@ -11,6 +11,11 @@ from unit.frontend.fakes import MODEL, FakePipeline
 
 TEXT = "hello world, the fox"
 USER = [{"role": "user", "content": "hello"}]
+TAG = {
+    "structures": [{"begin": "<call>", "schema": {"type": "object"}, "end": "</call>"}],
+    "triggers": ["<call>"],
+}
+TAG_TEXT = json.dumps({"type": "structural_tag", **TAG}, separators=(",", ":"))
 
 
 def events(text: str) -> list[Any]:
@@ -184,13 +189,40 @@ async def test_echo_without_a_token_to_generate_returns_the_prompt_alone(
                     },
                 }
             },
-            ("json_schema", '{"type":"object","properties":{"b":{},"a":{}}}'),
+            (
+                "json_schema",
+                '{"type":"object","properties":{"b":{},"a":{}},"additionalProperties":false}',
+            ),
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "object", "properties": {}}},
+                }
+            },
+            ("json_schema", '{"type":"object","properties":{}}'),
+        ),
+        (
+            {"guided_json": {"type": "string", "format": "phone"}},
+            ("json_schema", '{"type":"string"}'),
         ),
         ({"guided_json": {"type": "null"}}, ("json_schema", '{"type":"null"}')),
         ({"guided_json": ' {"type": "null"}'}, ("json_schema", '{"type":"null"}')),
         ({"guided_regex": r"\d+"}, ("regex", r"\d+")),
         ({"guided_choice": ["a|b", "1.5 (x)"]}, ("regex", r"(?:a\|b)|(?:1\.5 \(x\))")),
         ({"guided_grammar": 'start: "a"'}, ("grammar", 'start: "a"')),
+        ({"structured_outputs": {"json": {"type": "null"}}}, ("json_schema", '{"type":"null"}')),
+        ({"structured_outputs": {"json_object": True}}, ("json_schema", '{"type":"object"}')),
+        ({"structured_outputs": {"regex": "a+"}}, ("regex", "a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, ("regex", "(?:a)|(?:b)")),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, ("grammar", 'start: "a"')),
+        ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, ("structural_tag", TAG_TEXT)),
+        ({"response_format": {"type": "structural_tag", **TAG}}, ("structural_tag", TAG_TEXT)),
+        ({"json_schema": '{"type": "null"}'}, ("json_schema", '{"type":"null"}')),
+        ({"regex": "a+"}, ("regex", "a+")),
+        ({"ebnf": 'root ::= "a"'}, ("grammar", 'root ::= "a"')),
+        ({"guided_decoding_backend": "xgrammar", "guided_whitespace_pattern": " "}, None),
     ],
 )
 async def test_guide_reaches_the_engine(

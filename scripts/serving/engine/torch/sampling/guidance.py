@@ -7,6 +7,7 @@ were generated before.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +18,13 @@ import torch
 
 from serving.engine.core.sequence import Guidance, Sequence
 from serving.errors import InvalidRequest
-from serving.grammar import Grammars, Matcher
-from serving.protocol import EngineRequest
+from serving.grammar.compiler import CODE
+from serving.grammar.grammars import Grammars
+from serving.grammar.matcher import Matcher
+from serving.protocol import EngineRequest, ErrorInfo
+
+# Compiling recurses as deep as a guide is nested. Frontends try guides with an eighth of it.
+_STACK_BYTES = 16 * 1024 * 1024
 
 
 class Guides:
@@ -26,7 +32,7 @@ class Guides:
 
     def __init__(self, engine_dir: Path) -> None:
         self._grammars = Grammars(engine_dir)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="torch-grammar")
+        self._executor = _executor_with_stack(_STACK_BYTES)
 
     def begin(self, sequence: Sequence, on_done: Callable[[], None]) -> None:
         """Give a sequence its guidance if it wants one; `on_done` runs on the thread."""
@@ -48,8 +54,21 @@ class Guides:
         if generated:
             matcher.accept(generated)
         if matcher.error:
-            raise InvalidRequest(f"what was generated does not fit its grammar: {matcher.error}")
+            raise InvalidRequest(
+                f"what was generated does not fit its grammar: {matcher.error}", code=CODE
+            )
         return matcher
+
+
+def _executor_with_stack(num_bytes: int) -> ThreadPoolExecutor:
+    """One thread, which is started here: its stack's size can be set for new threads only."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix="torch-grammar")
+    before = threading.stack_size(num_bytes)
+    try:
+        executor.submit(lambda: None)
+    finally:
+        threading.stack_size(before)
+    return executor
 
 
 class CompiledGuidance(Guidance):
@@ -63,11 +82,20 @@ class CompiledGuidance(Guidance):
         return self._future.done()
 
     @property
-    def error(self) -> str:
+    def error(self) -> ErrorInfo | None:
+        """A guide that fails is its author's error and not the engine's."""
         if self._future.cancelled():
-            return "the engine is closing"
+            return ErrorInfo("EngineFailed", "the engine is closing")
         failure = self._future.exception()
-        return str(failure) if failure is not None else self._future.result().error
+        if isinstance(failure, InvalidRequest):
+            return ErrorInfo.from_error(failure)
+        if failure is not None:
+            return ErrorInfo("EngineFailed", f"guided decoding: {failure}")
+        if why := self._future.result().error:
+            return ErrorInfo(
+                "InvalidRequest", f"The answer cannot go on in its form: {why}", code=CODE
+            )
+        return None
 
     @property
     def is_complete(self) -> bool:

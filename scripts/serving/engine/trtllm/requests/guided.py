@@ -45,6 +45,8 @@ def guide_arguments(request: EngineRequest, num_prompt: int) -> dict[str, Any]:
         return {"regex": guide.text}
     if guide.kind == "grammar":
         return {"grammar": guide.text}
+    if guide.kind == "structural_tag":
+        return {"structural_tag": guide.text}
     return {"json": guide.text}
 
 

@@ -227,3 +227,50 @@ async def test_a_guided_request_can_be_aborted_at_any_time(model: Path) -> None:
         engine.abort("later")
         await sink.finished("at-once", "later")
     assert {last.finish_reason for last in sink.last.values()} == {"cancelled"}
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        regex(r"a[^\s\S]b"),
+        Guide("json_schema", '{"$ref": "#"}'),
+        Guide("json_schema", '{"type": "array", "uniqueItems": true}'),
+    ],
+)
+async def test_guide_that_nothing_fits_never_ends_as_if_it_was_complete(
+    model: Path, guide: Guide
+) -> None:
+    [prompt] = random_prompts([5])
+    async with running(model) as (engine, sink):
+        for name in ("first", "next"):
+            engine.submit(request(name, prompt, guided(guide, temperature=0)))
+            await sink.finished(name)
+    for last in sink.last.values():
+        assert last.finish_reason == "error"
+        assert last.error is not None
+        assert (last.error.kind, last.error.code) == ("InvalidRequest", "invalid_grammar")
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        regex("a{1000000}"),
+        Guide("grammar", "start: " + " | ".join(f'"w{i}" r' for i in range(3000)) + '\nr: "x"'),
+    ],
+)
+async def test_guide_that_fails_on_the_way_is_the_error_of_its_author_and_is_not_kept(
+    model: Path, guide: Guide
+) -> None:
+    """The frontend would refuse it. Each of the engine's answers to it is an error of its own."""
+    [prompt] = random_prompts([5])
+    async with running(model) as (engine, sink):
+        for name in ("first", "next"):
+            engine.submit(request(name, prompt, guided(guide, temperature=0)))
+            await sink.finished(name)
+        engine.submit(request("other", prompt, guided(regex("[ab]{3}"), temperature=0)))
+        await sink.finished("other")
+    for name in ("first", "next"):
+        error = sink.last[name].error
+        assert error is not None
+        assert (error.kind, error.code) == ("InvalidRequest", "invalid_grammar")
+    assert sink.last["other"].finish_reason == "stop"

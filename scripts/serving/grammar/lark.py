@@ -1,4 +1,4 @@
-"""Grammars of tool calls, in llguidance's Lark: literals, special tokens, JSON by schema.
+"""Writes grammars in llguidance's Lark: literals, special tokens, JSON by schema.
 
 Syntax: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md. A special token cannot
 be spelled by other tokens, so it is named by its id.
@@ -10,6 +10,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from serving.grammar.schema import tight_schema
 
 ANY_TEXT = "(?s:.*)"
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -51,15 +53,7 @@ class CallGrammar:
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """A rule for JSON of `schema`."""
-        compact = {
-            **dict(schema or ANY_OBJECT),
-            "x-guidance": {
-                "whitespace_flexible": False,
-                "item_separator": ", ",
-                "key_separator": ": ",
-            },
-        }
-        return self.rule("%json " + json.dumps(compact, ensure_ascii=False))
+        return self.rule(json_expression(schema or ANY_OBJECT))
 
     def text_before(self, end: str) -> str:
         """An expression for any text up to and including the first `end`."""
@@ -82,6 +76,22 @@ class CallGrammar:
     def lark(self, start: str) -> str:
         """The whole grammar; `start` is the expression of the start rule."""
         return "\n".join(["%llguidance {}", f"start: {start}", *self._rules]) + "\n"
+
+
+def json_expression(schema: Any) -> str:
+    """An expression for JSON of `schema`, in one style."""
+    return "%json " + json.dumps(tight_schema(schema), ensure_ascii=False)
+
+
+def regex_expression(regex: str) -> str:
+    """An expression for what matches `regex` as a whole, which may contain slashes."""
+    escaped = re.sub(r"(\\.)|/|\n", _escaped_for_slashes, regex, flags=re.DOTALL)
+    return f"/{escaped}/"
+
+
+def _escaped_for_slashes(match: re.Match[str]) -> str:
+    found = match.group()
+    return {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}.get(found, found)
 
 
 def alternatives(names: Sequence[str]) -> str:

@@ -84,7 +84,8 @@ class Run:
 class BlockTree:
     """All runs, and where each block lies. Does not know what an instance is."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_blocks: int = RUN_BLOCKS, at_once: int = AT_ONCE) -> None:
+        self._run_blocks, self._at_once = run_blocks, at_once
         self.run_of: dict[int, Run] = {}
         self._by_use: OrderedDict[Run, None] = OrderedDict()  # the one used longest ago first
         self._to_trim: list[Run] = []
@@ -155,8 +156,10 @@ class BlockTree:
 
     def _add(self, run: Run | None, at: int, hashes: Sequence[int], owner: str) -> tuple[Run, int]:
         """Put as many new blocks as fit into one run; returns it and the place of the first."""
-        longer = run is not None and at == len(run.hashes) < RUN_BLOCKS and run.is_private(owner)
-        new = self._unknown(hashes[: RUN_BLOCKS - at if longer else RUN_BLOCKS])
+        longer = (
+            run is not None and at == len(run.hashes) < self._run_blocks and run.is_private(owner)
+        )
+        new = self._unknown(hashes[: self._run_blocks - at if longer else self._run_blocks])
         if run is not None and longer:
             run.hashes.extend(new)
             self._by_use.move_to_end(run)
@@ -191,7 +194,7 @@ class BlockTree:
     def abandon(self, runs: Collection[Run]) -> None:
         """Trim many runs: the first few now, the others one by one with `tidy`."""
         self._to_trim += runs
-        for _ in range(AT_ONCE):
+        for _ in range(self._at_once):
             self.tidy()
 
     def tidy(self) -> None:

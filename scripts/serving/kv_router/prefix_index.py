@@ -51,8 +51,9 @@ class _Holder:
 class PrefixIndex:
     """Who holds which blocks. Knows nothing of sequence numbers, load or time."""
 
-    def __init__(self, max_blocks: int | None = None) -> None:
-        self._tree = BlockTree()
+    def __init__(self, max_blocks: int | None = None, tree: BlockTree | None = None) -> None:
+        """`tree` is empty; it may have other sizes than the default."""
+        self._tree = BlockTree() if tree is None else tree
         self._holders: dict[str, _Holder] = {}
         self._num_loose = 0
         self._max_blocks = max_blocks

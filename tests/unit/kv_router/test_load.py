@@ -56,7 +56,7 @@ def test_a_request_that_a_busy_worker_reads_late_is_not_forgotten_meanwhile() ->
         assert load.estimate(number * 0.01) == Load(100, 7, 1)
 
 
-def test_a_prompt_that_is_partly_computed_counts_as_the_report_says() -> None:
+def test_a_partly_computed_prompt_counts_as_reported() -> None:
     load = InstanceLoad()
     send(load, 100_000, 70)
     load.report(report(40_000, 70, 1), 5.0)

@@ -57,7 +57,7 @@ def test_kv_agg_looks_at_held_blocks_but_minds_computing_more() -> None:
     assert pick("kv", "agg", {}, held | {"b": Load(queued_tokens=200)}) == "a"
 
 
-def test_overlap_weight_says_what_a_longer_queue_is_worth() -> None:
+def test_overlap_weight_trades_cached_blocks_for_queue_length() -> None:
     overlap = {"b": 60}
     busy = IDLE | {"b": Load(queued_tokens=1500)}
     assert pick("kv", "prefill", overlap, busy, overlap_weight=1.0) != "b"

@@ -4,7 +4,7 @@ import random
 import time
 
 import pytest
-from serving.kv_router import block_tree
+from serving.kv_router.block_tree import BlockTree
 from serving.kv_router.prefix_index import Overlap, PrefixIndex
 
 TIERS = ("device", "host")
@@ -64,7 +64,7 @@ def check(index: PrefixIndex, naive: Naive) -> None:
     assert set(tree.run_of.values()) == runs
     assert len(tree) == sum(len(run.hashes) for run in runs)
     for run in runs:
-        assert len(run.hashes) == run.num_needed() <= block_tree.RUN_BLOCKS
+        assert len(run.hashes) == run.num_needed() <= index._tree._run_blocks
         assert run.parent is None or (run.parent in runs and run.parent.forks[run.at] > 0)
         assert 0 not in {*run.device.values(), *run.host.values()}
     assert sum(sum(run.forks.values()) for run in runs) == sum(
@@ -76,15 +76,13 @@ def check(index: PrefixIndex, naive: Naive) -> None:
 @pytest.mark.parametrize("run_blocks", [4, 512])
 @pytest.mark.parametrize("seed", range(4))
 def test_answers_equal_a_naive_model_at_every_step(
-    seed: int, run_blocks: int, orderly: bool, monkeypatch: pytest.MonkeyPatch
+    seed: int, run_blocks: int, orderly: bool
 ) -> None:
     """With holes, unknown parents, parentless snapshots, two tiers and instances that vanish."""
-    monkeypatch.setattr(block_tree, "RUN_BLOCKS", run_blocks)
-    monkeypatch.setattr(block_tree, "AT_ONCE", 1)
     rng = random.Random(seed)
     chains = make_chains(rng, 30)
     after = descendants(chains)
-    index, naive = PrefixIndex(), Naive()
+    index, naive = PrefixIndex(tree=BlockTree(run_blocks, at_once=1)), Naive()
     for step in range(500):
         instance = f"w{rng.randrange(12)}"
         tier = "host" if rng.random() < 0.2 else "device"

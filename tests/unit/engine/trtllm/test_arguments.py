@@ -103,7 +103,7 @@ def test_arguments_whose_class_is_unknown_are_all_passed(arguments: LlmArguments
 
 
 @pytest.mark.parametrize("text", [None, "a: [", "just text", "tensor_parallel_size: 1"])
-def test_damaged_file_says_how_to_get_another(tmp_path: Path, text: str | None) -> None:
+def test_damaged_file_is_an_error_with_a_remedy(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ModelError, match="rebuilds the engine"):

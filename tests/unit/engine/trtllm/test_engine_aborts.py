@@ -18,7 +18,7 @@ from unit.engine.trtllm_rig import (
 
 
 @pytest.mark.usefixtures("newest")
-async def test_abort_tells_at_once_and_frees(folder: Path) -> None:
+async def test_abort_ends_the_request_at_once_and_frees_its_blocks(folder: Path) -> None:
     async with running(folder) as (engine, sink):
         engine.submit(request("r", random_prompts([30])[0], greedy(200)))
         await sink.started("r", 3)

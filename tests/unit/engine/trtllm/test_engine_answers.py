@@ -20,7 +20,7 @@ from unit.engine.trtllm_rig import (
 
 
 @pytest.mark.usefixtures("newest")
-async def test_stop_tokens_end_a_request_and_are_not_told(folder: Path) -> None:
+async def test_stop_tokens_end_a_request_and_are_not_part_of_its_output(folder: Path) -> None:
     prompt = random_prompts([20])[0]
     expected = generate(folder, prompt, 12)
     place = next(n for n in range(2, 12) if expected[n] not in expected[:n])
@@ -106,7 +106,7 @@ async def test_context_length_ends_a_request(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("newest")
-async def test_what_can_never_run_is_refused(folder: Path) -> None:
+async def test_requests_that_can_never_run_are_refused(folder: Path) -> None:
     async with running(folder, max_batch_size=1, max_waiting=1) as (engine, sink):
         for prompt, code in (
             ([], "empty_prompt"),

@@ -26,7 +26,7 @@ async def test_prefill_with_nothing_left_to_decode_holds_nothing(folder: Path) -
 
 
 @pytest.mark.usefixtures("newest")
-async def test_prefill_that_ends_on_its_end_id_is_over(folder: Path) -> None:
+async def test_prefill_that_ends_on_its_end_id_needs_no_decode(folder: Path) -> None:
     prompt = random_prompts([40])[0]
     first = generate(folder, prompt, 1)[0]
     manifest = rig.make_manifest(eos_token_ids=[first, 3])

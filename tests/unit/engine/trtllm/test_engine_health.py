@@ -53,7 +53,7 @@ async def test_slow_engine_that_passes_its_probe_goes_on(folder: Path) -> None:
     ("fail", "means"),
     [("oom", "memory"), ("no_gpu", "no NVIDIA GPU"), ("hang:0", "generated nothing")],
 )
-async def test_failed_start_is_one_paragraph(
+async def test_failed_start_is_one_error_with_a_remedy(
     folder: Path, monkeypatch: pytest.MonkeyPatch, fail: str, means: str
 ) -> None:
     monkeypatch.setenv("STANDIN_TRTLLM_FAIL", fail)
@@ -92,7 +92,7 @@ async def test_engine_for_another_version_or_block_size_is_refused(folder: Path)
 
 
 @pytest.mark.usefixtures("newest")
-async def test_persons_argument_that_is_unknown_is_named(tmp_path: Path) -> None:
+async def test_unknown_argument_of_a_person_is_named(tmp_path: Path) -> None:
     engine_dir = rig.make_engine_dir(tmp_path, changes={"enable_magic": True})
     with pytest.raises(OperatorError, match=f"{NEWEST} has no argument `enable_magic`"):
         await rig.make_engine(engine_dir).start(Sink())
@@ -106,7 +106,7 @@ async def test_built_engine_is_refused_where_the_backend_is_gone(folder: Path) -
 
 
 @pytest.mark.usefixtures("newest")
-async def test_close_ends_what_runs(folder: Path) -> None:
+async def test_close_ends_running_requests(folder: Path) -> None:
     engine, sink = rig.make_engine(folder), Sink()
     await engine.start(sink)
     engine.submit(request("r", [5, 6, 7], greedy(200)))

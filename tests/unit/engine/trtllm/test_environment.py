@@ -21,13 +21,13 @@ KEPT = {
 }
 
 
-def test_identity_of_the_job_goes_and_settings_stay() -> None:
+def test_job_variables_are_removed_and_settings_stay() -> None:
     environ = LEAKED | KEPT
     assert scrub_mpi_environment(environ) == sorted(LEAKED)
     assert environ == KEPT
 
 
-def test_nothing_goes_when_the_job_is_meant() -> None:
+def test_mpi_variables_stay_under_the_librarys_own_launcher() -> None:
     environ = LEAKED | {"TLLM_SPAWN_PROXY_PROCESS": "1"}
     assert scrub_mpi_environment(environ) == []
     assert environ.keys() >= LEAKED.keys()

@@ -59,7 +59,7 @@ def paragraph(error: OperatorError) -> str:
         (KeyError("something else"), "something else", "log"),
     ],
 )
-def test_each_failure_says_what_it_means_and_what_to_change(
+def test_each_failure_is_explained_with_a_remedy(
     raised: Exception, means: str, change: str
 ) -> None:
     error = explain_start(raised)
@@ -82,7 +82,7 @@ def test_cause_behind_the_executors_error_counts() -> None:
     assert "(RuntimeError: CUDA out of memory)" in error.what
 
 
-def test_missing_package_is_told_apart_from_a_missing_driver() -> None:
+def test_missing_package_and_missing_driver_are_different_errors() -> None:
     missing = missing_library(ModuleNotFoundError("No module named x", name="tensorrt_llm"))
     assert "not installed" in missing.what
     assert "container.runtime" in missing.remedy

@@ -28,7 +28,7 @@ def test_cuda_visible_devices_selects_and_orders(visible: str | None, expected: 
     assert [gpu.index for gpu in select_visible(INSTALLED, visible)] == expected
 
 
-def test_no_gpu_is_said_with_the_way_out() -> None:
+def test_missing_gpu_is_an_error_with_a_remedy() -> None:
     with pytest.raises(OperatorError, match="sees none") as caught:
         check_gpus([], 1, {})
     assert "engine.backend: torch" in caught.value.remedy

@@ -40,8 +40,9 @@ async def poll_forever(
     ask: Callable[..., Any],
     take: Callable[[dict[str, Any]], None],
     is_busy: Callable[[], bool],
+    failed_s: float = FAILED_S,
 ) -> None:
-    """`drain` until cancelled. A failure is logged once and does not end it."""
+    """`drain` until cancelled. A failure is logged once, and polling goes on after `failed_s`."""
     is_failing = False
     while True:
         try:
@@ -51,7 +52,7 @@ async def poll_forever(
                 log.exception("TensorRT-LLM's %s could not be read", what)
             is_failing = True
             log.debug("%s: %s", what, exc)
-            await asyncio.sleep(FAILED_S)
+            await asyncio.sleep(failed_s)
             continue
         is_failing = False
         await asyncio.sleep(BUSY_S if count or is_busy() else IDLE_S)

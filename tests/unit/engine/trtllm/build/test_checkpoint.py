@@ -85,7 +85,7 @@ def test_all_shards_of_an_index_are_counted(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 500, 995, 1010, 1100])
-def test_file_that_is_cut_short_is_told(folder: Path, cut: int) -> None:
+def test_truncated_weights_are_refused(folder: Path, cut: int) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
@@ -94,13 +94,13 @@ def test_file_that_is_cut_short_is_told(folder: Path, cut: int) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all", b"\xff" * 64])
-def test_file_of_another_kind_is_told(folder: Path, content: bytes) -> None:
+def test_file_of_another_format_is_refused(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match="damaged or cut short"):
         read_checkpoint(folder)
 
 
-def test_folder_without_weights_or_config_is_told(folder: Path) -> None:
+def test_folder_without_weights_or_config_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no model\.safetensors"):
         read_checkpoint(folder)
@@ -124,7 +124,7 @@ def test_unknown_architecture_is_refused(folder: Path, name: str) -> None:
         require(described(folder, architectures=[name]))
 
 
-def test_architecture_of_a_later_version_says_which(folder: Path) -> None:
+def test_architecture_of_a_later_version_names_that_version(folder: Path) -> None:
     found = described(folder, architectures=["Glm4MoeForCausalLM"])
     with pytest.raises(ModelError, match=r"lists it from 1\.2 on"):
         require(found, "1.1.0")
@@ -135,7 +135,7 @@ def test_what_converters_know_the_pytorch_backend_knows() -> None:
     assert set(CONVERTERS) <= set(ARCHITECTURES)
 
 
-def test_trtllm_build_knows_fewer(folder: Path) -> None:
+def test_trtllm_build_supports_fewer_architectures(folder: Path) -> None:
     found = described(folder, architectures=["Gemma3ForCausalLM"])
     require(found)
     with pytest.raises(ConfigError, match=r"engine\.flow"):

@@ -65,7 +65,7 @@ def built(
     return result, lines
 
 
-def test_manifest_says_what_the_engine_is_for(model: Path, tmp_path: Path) -> None:
+def test_manifest_describes_the_target_of_the_engine(model: Path, tmp_path: Path) -> None:
     engine, lines = built(model, tmp_path / "engine")
     assert load_manifest(tmp_path / "engine") == engine
     assert (engine.backend, engine.flow, engine.fingerprint) == ("tensorrt_llm", "pytorch", "f00d")
@@ -234,7 +234,7 @@ def test_trtllm_build_with_a_later_version_is_refused(model: Path, tmp_path: Pat
         built(model, tmp_path / "engine", run=FakeRun("1.3.0rc27"), settings=settings)
 
 
-def test_too_little_memory_is_told_before_anything_is_loaded(model: Path, tmp_path: Path) -> None:
+def test_too_little_memory_is_refused_before_loading(model: Path, tmp_path: Path) -> None:
     small = Host(gpus=[Gpu("NVIDIA small", 90, 10**9)])
     with pytest.raises(OperatorError, match="each prefill worker needs about"):
         built(model, tmp_path / "engine", host=small)
@@ -257,7 +257,7 @@ def test_salt_differs_where_kv_does(model: Path, tmp_path: Path) -> None:
     assert built(model, tmp_path / "engine")[0].hash_salt not in salts
 
 
-def test_changed_files_are_noticed(model: Path, tmp_path: Path) -> None:
+def test_changed_model_files_are_refused(model: Path, tmp_path: Path) -> None:
     described = fetch_model(ModelConfig(id=str(model)), tmp_path / "described", report=print)
     (model / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="has changed"):

@@ -45,7 +45,7 @@ def test_unsupported_version_is_refused_by_name() -> None:
         ("", "no message", "reinstall"),
     ],
 )
-def test_import_that_fails_says_what_to_do(said: str, what: str, remedy: str) -> None:
+def test_failed_import_is_an_error_with_a_remedy(said: str, what: str, remedy: str) -> None:
     with pytest.raises(OperatorError) as caught:
         probe_library(Failing(said))
     assert what in caught.value.what

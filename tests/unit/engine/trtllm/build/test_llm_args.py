@@ -179,7 +179,7 @@ def test_guided_decoding_needs_the_tokenizer() -> None:
     assert content["skip_tokenizer_init"] is True
 
 
-def test_built_engine_is_not_told_what_it_has_inside() -> None:
+def test_arguments_that_are_built_into_an_engine_are_not_written() -> None:
     content = rendered("decode", "1.2.1", flow="trtllm-build")
     assert content["model"] == "trtllm-tp1-pp1"
     assert not {"dtype", "max_seq_len", "max_batch_size", "enable_iter_perf_stats"} & set(content)
@@ -236,7 +236,7 @@ def test_own_arguments_win_and_are_required() -> None:
         ({"kv_cache_config": {"tokens_per_block": 64}}, "engine.block_size"),
     ],
 )
-def test_what_others_rely_on_names_the_key_that_decides(own: dict[str, Any], decides: str) -> None:
+def test_owned_argument_is_refused_with_its_config_key(own: dict[str, Any], decides: str) -> None:
     with pytest.raises(ConfigError) as caught:
         rendered(tensorrt_llm={"llm_args": own})
     assert f"`{decides}`" in caught.value.what

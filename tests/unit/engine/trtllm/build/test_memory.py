@@ -88,7 +88,7 @@ def test_graphs_are_those_of_the_default_batch_sizes() -> None:
     assert [num_graphs(n) for n in (1, 4, 8, 64, 500)] == [1, 3, 4, 11, 19]
 
 
-def test_what_fits_says_how_many_tokens_of_kv() -> None:
+def test_fitting_engine_reports_its_tokens_of_kv() -> None:
     [line] = require(80 * GB)
     tokens = float(re.search(r"about ([\d.e+]+) tokens", line)[1])  # type: ignore[index]
     assert 300_000 < tokens < 0.85 * 64 * GB / 131072
@@ -100,7 +100,7 @@ def test_unknown_memory_is_said_and_not_guessed() -> None:
     assert "not known here" in line
 
 
-def test_too_long_a_context_says_the_length_that_fits() -> None:
+def test_too_long_context_names_the_length_that_fits() -> None:
     with pytest.raises(OperatorError) as caught:
         require(24 * GB, role="decode", max_model_len=131072)
     lowered = int(re.search(r"engine\.max_model_len` to (\d+)", caught.value.remedy)[1])  # type: ignore[index]
@@ -111,7 +111,7 @@ def test_too_long_a_context_says_the_length_that_fits() -> None:
         require(24 * GB, role="decode", max_model_len=lowered + 16)
 
 
-def test_too_many_batched_tokens_say_how_many_fit() -> None:
+def test_too_many_batched_tokens_name_the_number_that_fits() -> None:
     with pytest.raises(OperatorError) as caught:
         require(20 * GB, max_num_batched_tokens=200_000)
     lowered = int(re.search(r"max_num_batched_tokens` to (\d+)", caught.value.remedy)[1])  # type: ignore[index]
@@ -119,7 +119,7 @@ def test_too_many_batched_tokens_say_how_many_fit() -> None:
     require(20 * GB, max_num_batched_tokens=lowered)
 
 
-def test_weights_beyond_the_gpu_say_how_many_gpus() -> None:
+def test_weights_beyond_the_gpu_name_the_number_of_gpus() -> None:
     large = checkpoint(weight_bytes=140 * GB)
     with pytest.raises(OperatorError) as caught:
         require(80 * GB, role="decode", checkpoint=large)
@@ -127,7 +127,7 @@ def test_weights_beyond_the_gpu_say_how_many_gpus() -> None:
     require(80 * GB, Parallelism(2), role="decode", checkpoint=large)
 
 
-def test_gpu_that_is_too_small_for_anything_is_told() -> None:
+def test_gpu_too_small_for_the_runtime_is_refused() -> None:
     with pytest.raises(OperatorError) as caught:
         require(10**9)
     assert "GPUs with more memory" in caught.value.remedy

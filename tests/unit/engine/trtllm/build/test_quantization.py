@@ -23,7 +23,7 @@ def require(quantization: Quantization | None, version: str = "1.2.1", *sm: int)
     require_quantization(quantization, version=parse_version(version), capabilities=sm)
 
 
-def test_modelopt_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:
+def test_modelopt_quantization_is_read_from_its_own_file(tmp_path: Path) -> None:
     stated = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(stated))
     assert read_quantization(tmp_path, {}) == Quantization("NVFP4", "modelopt", "FP8")
@@ -83,7 +83,9 @@ def test_plain_weights_are_not_quantized(tmp_path: Path) -> None:
         (Quantization("INT3", "modelopt"), "1.3.0rc27", False),
     ],
 )
-def test_version_must_know_it(quantization: Quantization, version: str, fits: bool) -> None:
+def test_version_must_support_the_quantization(
+    quantization: Quantization, version: str, fits: bool
+) -> None:
     if fits:
         require(quantization, version)
     else:
@@ -105,7 +107,7 @@ def test_version_must_know_it(quantization: Quantization, version: str, fits: bo
         ("W4A16_AWQ", 100, False),
     ],
 )
-def test_gpu_must_compute_with_it(algorithm: str, sm: int, fits: bool) -> None:
+def test_gpu_must_support_the_quantization(algorithm: str, sm: int, fits: bool) -> None:
     quantization = Quantization(algorithm, "modelopt")
     if fits:
         require(quantization, "1.2.1", sm)

@@ -35,7 +35,7 @@ def test_auto_is_the_flow_that_every_version_has(version: str) -> None:
     assert resolve_flow(parse({"engine": TRTLLM}), parse_version(version)) == "pytorch"
 
 
-def test_trtllm_build_ends_with_one_version() -> None:
+def test_trtllm_build_is_refused_after_its_last_version() -> None:
     config = parse({"engine": TRTLLM | {"flow": "trtllm-build"}})
     assert resolve_flow(config, parse_version("1.2.1")) == "trtllm-build"
     with pytest.raises(ConfigError) as caught:
@@ -45,7 +45,7 @@ def test_trtllm_build_ends_with_one_version() -> None:
     assert "TensorRT-LLM 1.2" in caught.value.remedy
 
 
-def test_stamp_says_what_is_known() -> None:
+def test_stamp_leaves_out_unknown_entries() -> None:
     version = parse_version("1.2.1")
     host = Host(gpus=[H200, H200, Gpu("NVIDIA A100", 80)], driver="580.95.05")
     assert stamp(version, "13.0", host) == {

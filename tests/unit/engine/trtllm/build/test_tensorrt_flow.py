@@ -108,7 +108,7 @@ def test_tool_that_fails_is_quoted_with_a_remedy(staging: Path, said: str, remed
     assert remedy in caught.value.remedy
 
 
-def test_engine_that_is_not_there_is_told(staging: Path) -> None:
+def test_build_that_leaves_no_engine_is_an_error(staging: Path) -> None:
     def answer(argv: list[str]) -> tuple[int, str]:
         Path(flags(argv)["--output_dir"]).mkdir()
         return 0, "done"

@@ -141,7 +141,7 @@ def test_unknown_parent_is_dropped_and_counted() -> None:
     assert index.feed(removed(3)) == []
 
 
-def test_duplicates_and_empty_events_say_nothing() -> None:
+def test_duplicates_and_empty_events_change_nothing() -> None:
     index = Index()
     index.feed(stored(0, 2))
     assert index.feed(stored(0, 2)) == []
@@ -150,13 +150,13 @@ def test_duplicates_and_empty_events_say_nothing() -> None:
     assert index.held == set(CHAIN[:2])
 
 
-def test_event_that_repeats_known_blocks_tells_the_new_ones() -> None:
+def test_event_that_repeats_known_blocks_stores_only_the_new_ones() -> None:
     index = Index()
     index.feed(stored(0, 2))
     assert index.feed(stored(0, 4)) == [BlocksStored(CHAIN[1], CHAIN[2:4])]
 
 
-def test_two_engine_blocks_of_one_content_count_as_one() -> None:
+def test_two_engine_blocks_with_equal_content_count_once() -> None:
     index = Index()
     index.feed(stored(0, 1))
     assert index.feed(stored(0, 1, hashes=500)) == []
@@ -205,7 +205,7 @@ def test_versions_without_windows_work() -> None:
     assert index.feed(stored(0, 1), window=None) == [BlocksStored(None, CHAIN[:1])]
 
 
-def test_gap_takes_everything_back() -> None:
+def test_gap_in_the_events_removes_all_blocks() -> None:
     index = Index()
     index.feed(stored(0, 3))
     assert index.feed(removed(9), skip=4) == [BlocksCleared()]
@@ -213,7 +213,7 @@ def test_gap_takes_everything_back() -> None:
     assert index.held == set()
 
 
-def test_after_a_gap_a_child_proves_its_parents() -> None:
+def test_after_a_gap_a_stored_child_restores_its_parents() -> None:
     index = Index()
     index.feed(stored(0, 3))
     told = index.feed(stored(2, 4), skip=1)
@@ -226,7 +226,7 @@ def test_after_a_gap_a_child_proves_its_parents() -> None:
     assert index.feed(removed(3)) == [BlocksRemoved([CHAIN[3]])]
 
 
-def test_block_that_went_uncertain_is_no_parent_once_removed() -> None:
+def test_removed_block_is_no_parent_after_a_gap() -> None:
     index = Index()
     index.feed(stored(0, 3))
     index.feed(removed(2, 1), skip=1)
@@ -234,7 +234,7 @@ def test_block_that_went_uncertain_is_no_parent_once_removed() -> None:
     assert index.translator.num_orphans == 1
 
 
-def test_what_was_uncertain_at_two_gaps_is_forgotten() -> None:
+def test_blocks_missing_across_two_gaps_are_forgotten() -> None:
     index = Index()
     index.feed(stored(0, 2))
     index.feed(removed(9), skip=1)

@@ -17,7 +17,7 @@ from serving.protocol import BlocksCleared, BlocksRemoved, BlocksStored, EngineO
 LOAD = LoadReport()
 
 
-def test_what_load_reports_need_is_read() -> None:
+def test_statistics_for_load_reports_are_read() -> None:
     raw = {
         "iter": 3,
         "numActiveRequests": 2,
@@ -37,7 +37,7 @@ def test_nulls_keep_what_was_known(raw: dict[str, Any]) -> None:
     assert parse_stats({"numQueuedRequests": 0} | raw, before).num_queued == 0
 
 
-def test_fetch_is_counted_where_metrics_tell() -> None:
+def test_fetch_is_counted_in_versions_with_transfer_metrics() -> None:
     stats = KvTransferTotals()
     timing = SimpleNamespace(
         kv_cache_size=100,
@@ -60,7 +60,7 @@ def test_fetch_is_counted_where_metrics_tell() -> None:
         SimpleNamespace(request_perf_metrics=SimpleNamespace(timing_metrics=SimpleNamespace())),
     ],
 )
-def test_versions_that_tell_nothing_of_a_fetch_count_nothing(completion: Any) -> None:
+def test_fetch_without_transfer_metrics_is_not_counted(completion: Any) -> None:
     stats = KvTransferTotals()
     count_transfer(stats, completion)
     assert stats == KvTransferTotals()
@@ -77,7 +77,7 @@ class Told:
         self.calls.append((outputs, events))
 
 
-async def test_one_turn_of_the_loop_is_one_delivery() -> None:
+async def test_one_loop_turn_is_one_delivery() -> None:
     told = Told()
     outbox = Outbox(told, lambda: LOAD)
     first, second = EngineOutput("a", [1]), EngineOutput("b", [2])
@@ -136,8 +136,7 @@ async def test_events_after_the_iterators_end_are_read_all_the_same() -> None:
     assert [event["event_id"] for event in taken] == [0, 1, 2, 3]
 
 
-async def test_polling_survives_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.engine.trtllm.reports.polling.FAILED_S", 0.0)
+async def test_polling_survives_a_failure() -> None:
     answers, done = Answers(), asyncio.Event()
     answers.waiting = [{"bad": True}, {"event_id": 1}]
 
@@ -146,7 +145,7 @@ async def test_polling_survives_a_failure(monkeypatch: pytest.MonkeyPatch) -> No
             raise KeyError("event_id")
         done.set()
 
-    task = asyncio.create_task(poll_forever("events", answers, take, lambda: True))
+    task = asyncio.create_task(poll_forever("events", answers, take, lambda: True, failed_s=0.0))
     async with asyncio.timeout(10):
         await done.wait()
     task.cancel()

@@ -28,7 +28,7 @@ def told(output: EngineOutput | None) -> tuple[list[int], str | None, int | None
     return output.token_ids, output.finish_reason, output.stop_token_id
 
 
-def test_each_token_is_said_once() -> None:
+def test_each_token_is_returned_once() -> None:
     ours = generation()
     tokens = [1]
     assert told(ours.advance(result(tokens))) == ([1], None, None)
@@ -39,7 +39,7 @@ def test_each_token_is_said_once() -> None:
     assert ours.finished
 
 
-def test_first_token_of_a_decode_was_told_by_the_prefill() -> None:
+def test_a_decode_does_not_repeat_the_token_of_its_prefill() -> None:
     ours = generation(told=(1,))
     assert ours.advance(result([1])) is None
     assert told(ours.advance(result([1, 2]))) == ([2], None, None)
@@ -60,7 +60,7 @@ def test_stop_token_that_also_reaches_max_tokens_is_a_stop() -> None:
     assert told(ours.advance(result([1, 7], "length"))) == ([1], "stop", 7)
 
 
-def test_stop_that_the_library_was_not_told_ends_the_request() -> None:
+def test_stop_token_that_the_library_ignores_ends_the_request() -> None:
     ours = generation(stop_token_ids=(7,), min_tokens=2)
     assert told(ours.advance(result([7]))) == ([7], None, None)  # too early to stop
     assert told(ours.advance(result([7, 1, 7, 9]))) == ([1], "stop", 7)
@@ -76,7 +76,7 @@ def test_min_tokens_counts_what_was_generated_elsewhere() -> None:
     ("reason", "expected"),
     [("length", "length"), ("not_finished", "length"), ("cancelled", "cancelled")],
 )
-def test_reasons_are_translated(reason: str, expected: str) -> None:
+def test_finish_reasons_are_translated(reason: str, expected: str) -> None:
     assert told(generation().advance(result([1], reason))) == ([1], expected, None)
 
 

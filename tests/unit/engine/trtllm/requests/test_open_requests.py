@@ -47,7 +47,7 @@ async def test_cached_tokens_come_with_the_first_output_only(says: bool, expecte
         assert here.sink.cached["r"] == expected
 
 
-async def test_answers_of_one_turn_leave_in_one_call() -> None:
+async def test_outputs_of_one_loop_turn_are_delivered_in_one_call() -> None:
     async with rig() as here:
         here.submit("a")
         here.submit("b")
@@ -124,7 +124,7 @@ async def test_broken_library_ends_everything_at_once() -> None:
         await here.gone()
 
 
-async def test_a_guide_goes_along_with_a_prompt_and_with_a_fetch() -> None:
+async def test_a_guide_is_passed_with_a_prompt_and_with_a_fetch() -> None:
     guide = Guide("json_schema", "{}")
     async with rig() as here:
         here.submit("r", guide=guide)
@@ -166,7 +166,7 @@ async def test_what_the_library_cannot_do_is_refused_by_name(
         assert caught.value.param == param
 
 
-async def test_guides_need_a_backend_and_grammars_the_one_that_reads_them() -> None:
+async def test_guides_need_a_backend_and_grammars_need_llguidance() -> None:
     lark, schema = Guide("grammar", "start: /a/"), Guide("json_schema", "{}")
     check_supported(request("r", PROMPT, greedy(1, guide=lark)), "llguidance")
     check_supported(request("r", PROMPT, greedy(1, guide=schema)), "xgrammar")

@@ -47,7 +47,7 @@ async def test_decode_of_a_stopped_prefill_fetches_and_ends() -> None:
         await here.gone()
 
 
-async def test_stopped_prefill_whose_fetch_fails_is_over_all_the_same() -> None:
+async def test_failed_fetch_of_a_stopped_prefill_still_ends_the_request() -> None:
     async with rig() as here:
         here.submit_decode("r", stop_token_id=9)
         (await here.library.called()).fail(RuntimeError("no peer"))
@@ -79,7 +79,7 @@ async def test_abort_that_comes_too_late_offers_the_kv_that_is_held() -> None:
         assert last(here.sink, "r").kv_transfer_params is not None
 
 
-async def test_decode_is_aborted_with_its_first_answer_even_when_that_is_not_new() -> None:
+async def test_aborted_decode_stops_with_its_first_answer() -> None:
     async with rig() as here:
         here.submit_decode("r")
         result = await here.library.called()
@@ -93,7 +93,7 @@ async def test_decode_is_aborted_with_its_first_answer_even_when_that_is_not_new
         assert here.sink.tokens["r"] == []  # "cancelled" was told before
 
 
-async def test_fetch_that_never_ends_is_aborted_after_its_time() -> None:
+async def test_unfinished_fetch_is_aborted_at_its_deadline() -> None:
     async with rig(fetch_s=0.01) as here:
         here.submit_decode("r")
         result = await here.library.called()

@@ -33,7 +33,7 @@ def test_tokens_generated_before_count_against_max_tokens_and_the_context() -> N
         num_to_generate(make(num_before=10), 14, 64)
 
 
-def test_max_tokens_is_always_said() -> None:
+def test_max_tokens_is_always_set() -> None:
     assert arguments(make(), max_tokens=7)["max_tokens"] == 7
 
 
@@ -41,13 +41,13 @@ def test_max_tokens_is_always_said() -> None:
     "sampling",
     [{"temperature": 0.0}, {"temperature": 0.0, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.0}],
 )
-def test_greedy_is_top_k_one_and_nothing_else(sampling: dict[str, Any]) -> None:
+def test_greedy_sampling_is_top_k_one_alone(sampling: dict[str, Any]) -> None:
     said = arguments(make(**sampling))
     assert said["top_k"] == 1
     assert not {"temperature", "top_p", "min_p"} & said.keys()
 
 
-def test_sampling_always_says_top_p_since_leaving_it_out_means_greedy() -> None:
+def test_sampling_always_sets_top_p_because_its_absence_means_greedy() -> None:
     said = arguments(make(temperature=0.7))
     assert (said["temperature"], said["top_p"]) == (0.7, 1.0)
     assert "top_k" not in said
@@ -61,7 +61,7 @@ def test_unseeded_requests_differ_and_seeds_are_unsigned() -> None:
     assert arguments(make(seed=-1))["seed"] == 2**64 - 1
 
 
-def test_one_end_id_and_the_other_stops_by_id() -> None:
+def test_one_stop_is_the_end_id_and_the_others_are_stop_token_ids() -> None:
     said = arguments(make(stop_token_ids=(2, 3, 9)))
     assert said["end_id"] == 2
     assert said["stop_token_ids"] == [3, 9]
@@ -108,7 +108,7 @@ def test_logprobs_of_only_the_chosen_token_are_asked_for_as_one() -> None:
     assert arguments(make(logprobs=5))["logprobs"] == 5
 
 
-def test_penalties_are_said_only_where_they_do_something() -> None:
+def test_only_effective_penalties_are_set() -> None:
     names = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
     assert not names & arguments(make()).keys()
     said = arguments(make(repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=-0.5))

@@ -156,7 +156,7 @@ async def test_unseeded_requests_draw_alike(library: Any) -> None:
     assert drawn[0] != drawn[3]
 
 
-async def test_first_release_is_greedy_unless_told_to_look(
+async def test_first_release_is_greedy_without_the_mixed_sampler(
     tmp_path: Path, model: Path, expected: list[int]
 ) -> None:
     with rig.installed(tmp_path, "1.0.0") as root:

@@ -115,7 +115,7 @@ async def test_generation_refuses_another_prompt_and_other_bytes(library: Any) -
     assert context._executor.load().active_blocks == 5
 
 
-async def test_generation_tells_how_long_it_fetched(library: Any) -> None:
+async def test_generation_reports_the_time_of_its_fetch(library: Any) -> None:
     context, generation = library.pair(return_perf_metrics=True)
     params = (await prefilled(library, context)).disaggregated_params
     result = await generation.generate_async(

@@ -17,7 +17,7 @@ from unit.engine.trtllm.standin import standin_rig as rig
 
 
 @pytest.mark.parametrize(("kind", "cause"), [("oom", "out of memory"), ("no_gpu", "No CUDA GPUs")])
-def test_it_fails_to_start_when_told(
+def test_standin_fails_to_start_on_demand(
     library: Any, monkeypatch: pytest.MonkeyPatch, kind: str, cause: str
 ) -> None:
     monkeypatch.setenv("STANDIN_TRTLLM_FAIL", kind)
@@ -26,7 +26,7 @@ def test_it_fails_to_start_when_told(
     assert cause in str(caught.value.__cause__)
 
 
-async def test_it_hangs_when_told(
+async def test_standin_hangs_on_demand(
     library: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("STANDIN_TRTLLM_FAIL", f"hang@{tmp_path / 'hang'}")

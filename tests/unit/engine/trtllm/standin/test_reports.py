@@ -13,7 +13,7 @@ async def read(answers: Any) -> list[dict[str, Any]]:
     return [answer async for answer in answers]
 
 
-async def test_events_tell_the_cache_in_the_contracts_form(library: Any) -> None:
+async def test_events_describe_the_cache_in_the_contracts_form(library: Any) -> None:
     llm = library.llm(kv={"event_buffer_max_size": 1000, "max_tokens": 256})
     with pytest.raises(AssertionError, match="not properly instantiated"):
         llm.get_kv_cache_events_async(timeout=0.1)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import uvloop  # noqa: E402
-from benchmarks.load.http_load import Result, Shape, load, load_alone  # noqa: E402
+from benchmarks.load.http_load import WORDS, Result, Shape, load, load_alone, tool  # noqa: E402
 from benchmarks.load.running_service import RunningService  # noqa: E402
 from benchmarks.peers.dummy_backend import MODEL  # noqa: E402
 from benchmarks.peers.frontend_peers import Serving, backends, dynamo, router  # noqa: E402
@@ -95,7 +95,9 @@ def pin(pid: int, cores: set[int]) -> None:
 
 
 @contextlib.contextmanager
-def ours(model: Path, folder: Path, num_workers: int) -> Iterator[Serving]:
+def ours(
+    model: Path, folder: Path, num_workers: int, max_model_len: int = 1024
+) -> Iterator[Serving]:
     folder.mkdir(parents=True)
     manifest = fetch_model(
         ModelConfig(id=str(model)), folder / "model", weights="dummy", report=lambda _: None
@@ -108,7 +110,7 @@ def ours(model: Path, folder: Path, num_workers: int) -> Iterator[Serving]:
         "model": {"id": str(model), "name": MODEL},
         "engine": {
             "backend": "mock",
-            "max_model_len": 1024,
+            "max_model_len": max_model_len,
             "block_size": 16,
             "kv_cache_tokens": 262144,
             "max_batch_size": 256,
@@ -128,7 +130,7 @@ def ours(model: Path, folder: Path, num_workers: int) -> Iterator[Serving]:
     )
     with service:
         row = next(r for r in service.ready()["instances"] if r["instance_id"] == "agg-0")
-        card = ModelCard(MODEL, "", 1024, 16, "", "", 0)
+        card = ModelCard(MODEL, "", max_model_len, 16, "", "", 0)
         address = f"unix:{folder}/service/run/worker-agg-0.sock"
         worker = InstanceInfo("agg-0", row["epoch"], "agg", [address], "", card, 1, 1, 1, "")
         secret = (folder / "service" / RPC_SECRET_FILE).read_bytes()
@@ -238,6 +240,25 @@ def against_dynamo(args: argparse.Namespace, model: Path, folder: Path, core: se
         print_row("first token, kept connection", measured, "first_p50", 1.0, "first_p99")
 
 
+def with_tools(args: argparse.Namespace, model: Path, folder: Path, core: set[int]) -> None:
+    """CPU of a request with ten tools, over that of the same request without them, in turns."""
+    requests = 500 if args.quick else 2000
+    with ours(model, folder / "ours", 4, max_model_len=16384) as system:
+        pin(system.pid, core)
+        for label, tool_bytes in (("2 KB in all", 205), ("2 KB each", 2048)):
+            shapes = {"without": Shape(1), "with": Shape(1, num_tools=10, tool_bytes=tool_bytes)}
+            costs: dict[str, list[float]] = {name: [] for name in shapes}
+            for _ in range(args.rounds + 1):
+                for name, shape in shapes.items():
+                    measured = in_turns({"ours": system}, 1, shape, CONNECTIONS, requests)
+                    costs[name].append(measured["ours"]["cpu_request"])
+            medians = {name: statistics.median(each[1:]) for name, each in costs.items()}
+            row = {name: round(each, 1) for name, each in medians.items()}
+            ratio = round(medians["with"] / medians["without"], 3)
+            name = f"cpu per request with ten tools, {label}"
+            print(json.dumps({"name": name, **row, "ratio": ratio, "goal": 1.5}), flush=True)
+
+
 async def worker_alone(worker: InstanceInfo, secret: bytes, num_requests: int) -> float:
     """Median milliseconds of one token from one of our workers, with no frontend between."""
     client = RpcClient(worker, secret=secret)
@@ -293,8 +314,15 @@ def main() -> None:
         folder = Path(name)
         with contextlib.redirect_stdout(sys.stderr):
             model = save_tiny_model(folder / "tiny", corpus=invented_words(), vocab_size=8192)
+            english = save_tiny_model(
+                folder / "english",
+                corpus=[json.dumps(tool(number, 2048)) for number in range(10)] + WORDS,
+                vocab_size=2048,
+                max_position_embeddings=16384,
+            )
         against_dynamo(args, model, folder / "frontends", core)
         against_routers(args, model, folder / "routers", core)
+        with_tools(args, english, folder / "tools", core)
 
 
 if __name__ == "__main__":

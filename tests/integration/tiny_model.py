@@ -17,7 +17,12 @@ TEMPLATE = (
 
 
 def save_tiny_model(
-    folder: Path, seed: int = 0, *, corpus: Sequence[str] = CORPUS, vocab_size: int = 320
+    folder: Path,
+    seed: int = 0,
+    *,
+    corpus: Sequence[str] = CORPUS,
+    vocab_size: int = 320,
+    max_position_embeddings: int = 2048,
 ) -> Path:
     """Hidden size 64, 2 layers, 4 heads over 2 KV heads, fp32; at most `vocab_size` tokens."""
     import torch
@@ -48,7 +53,7 @@ def save_tiny_model(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=2048,
+        max_position_embeddings=max_position_embeddings,
         initializer_range=0.3,  # spread logits, so that greedy choices are not near-ties
         eos_token_id=2,
         pad_token_id=0,

@@ -7,20 +7,19 @@ escapes, loop controls, and the `{% generation %}` marker, which only training u
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-import orjson
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from serving.errors import InvalidRequest
+from serving.text.json_text import json_text
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -137,34 +136,13 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    def dumps() -> str:
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    # Agents send the same tools with each request; orjson finds them again in a tenth of the time.
-    try:
-        key = (orjson.dumps(value), ensure_ascii, indent, separators, sort_keys)
-    except (TypeError, ValueError):
-        return dumps()
-    if not MIN_KEPT_BYTES <= len(key[0]) <= MAX_KEPT_BYTES:
-        return dumps()
-    text = _known_json.get(key)
-    if text is None:
-        text = dumps()
-        if len(_known_json) >= MAX_KEPT:
-            _known_json.clear()
-        _known_json[key] = text
-    return text
-
-
-MIN_KEPT_BYTES, MAX_KEPT_BYTES, MAX_KEPT = 256, 256 * 1024, 64
-"""JSON texts that are remembered: their sizes, and how many of them."""
-_known_json: dict[Any, str] = {}
+    return json_text(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _raise(message: str) -> NoReturn:

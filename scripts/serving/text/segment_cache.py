@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-MIN_PROMPT_CHARS = 2048
+MIN_PROMPT_CHARS = 512
 """Shorter prompts are encoded whole: looking pieces up would cost as much."""
 
-MIN_PIECE_CHARS = 256
 MAX_CHARS = 8 * 1024 * 1024
 """Text that is remembered at most; its ids take about as many bytes again."""
+PIECE_CHARS = 256
+"""What a piece counts for beside its text."""
 
 _SAMPLES = ("{0}user\nhello  world{0}\n\n  x", "a{0} b{0}{0}é\t{0}", "{0}", " {0} ")
 
@@ -84,27 +85,28 @@ class SegmentCache:
                 if place % 2:  # a special token
                     found.append([self._ids[piece]])
                     continue
-                ids = self._known.get(piece) if len(piece) >= MIN_PIECE_CHARS else None
+                ids = self._known.get(piece)
                 if ids is not None:
                     self._known.move_to_end(piece)
                 found.append(ids if piece else [])
         return Pieces(texts, found)
 
     def _remember(self, piece: str, ids: list[int]) -> None:
-        if not MIN_PIECE_CHARS <= len(piece) <= self._max_chars:
+        if len(piece) + PIECE_CHARS > self._max_chars:
             return
         with self._lock:
             if piece not in self._known:
-                self._num_chars += len(piece)
+                self._num_chars += len(piece) + PIECE_CHARS
             self._known[piece] = ids
             while self._num_chars > self._max_chars:
                 oldest, _ = self._known.popitem(last=False)
-                self._num_chars -= len(oldest)
+                self._num_chars -= len(oldest) + PIECE_CHARS
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        # Only the call for batches computes no offsets into the text.
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        # Only the call for batches computes no offsets into the text. A batch of several would wake
+        # the library's threads, which costs more than a short text.
+        encode = self._tokenizer.encode_batch_fast
+        return [encode([text], add_special_tokens=False)[0].ids for text in texts]
 
     def _pieces_are_independent(self) -> bool:
         added = self._tokenizer.get_added_tokens_decoder().values()

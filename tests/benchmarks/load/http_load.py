@@ -35,11 +35,16 @@ _numbers = itertools.count()
 
 
 class Shape(Struct, frozen=True):
-    """One request: `num_tokens` new tokens after a fresh prompt of `num_words` words."""
+    """One request: `num_tokens` new tokens after a fresh prompt of `num_words` words.
+
+    The same `num_tools` tools of about `tool_bytes` bytes come with every request.
+    """
 
     num_tokens: int
     num_words: int = 40
     stream: bool = True
+    num_tools: int = 0
+    tool_bytes: int = 0
 
 
 class Result(Struct):
@@ -56,21 +61,38 @@ def encode(model: str, shape: Shape) -> bytes:
     """The bytes of one request with a prompt of its own."""
     number = next(_numbers)
     words = [WORDS[(number * 7 + place * place) % len(WORDS)] for place in range(shape.num_words)]
-    body = json.dumps(
-        {
-            "model": model,
-            "messages": [{"role": "user", "content": f"{number} {' '.join(words)}"}],
-            "max_tokens": shape.num_tokens,
-            "ignore_eos": True,
-            "stream": shape.stream,
-        },
-        separators=(",", ":"),
-    ).encode()
+    fields: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": f"{number} {' '.join(words)}"}],
+        "max_tokens": shape.num_tokens,
+        "ignore_eos": True,
+        "stream": shape.stream,
+    }
+    if shape.num_tools:
+        fields["tools"] = [tool(place, shape.tool_bytes) for place in range(shape.num_tools)]
+    body = json.dumps(fields, separators=(",", ":")).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
+
+
+def tool(number: int, num_bytes: int) -> dict[str, Any]:
+    """A function with as many parameters as fill `num_bytes` of JSON."""
+    properties: dict[str, Any] = {}
+    function = {
+        "name": f"tool_{number}",
+        "description": "Looks up one kind of thing.",
+        "parameters": {"type": "object", "properties": properties},
+    }
+    described = {"type": "function", "function": function}
+    while len(json.dumps(described)) < num_bytes - 60:
+        properties[f"field_{len(properties)}"] = {
+            "type": "string",
+            "description": f"the {WORDS[len(properties) % len(WORDS)]} to look for",
+        }
+    return described
 
 
 class _Connection(asyncio.Protocol):

@@ -53,7 +53,7 @@ def test_memory_of_pieces_is_bounded(tmp_path: Path) -> None:
     for i in range(50):
         cache.encode(f"<|im_start|>{i} " + "word " * 800)
     assert cache._num_chars <= 10_000
-    assert cache._num_chars == sum(map(len, cache._known))
+    assert sum(map(len, cache._known)) < cache._num_chars
 
 
 def test_tokenizer_whose_pieces_depend_on_each_other_encodes_whole(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def with_browser_rules(
 ) -> ASGIApp:
     """`app` behind these rules. `origins` may hold `*`. `allowed_hosts` None: any `Host` will do."""
     guarded = BrowserGuard(app, origins=origins, allowed_hosts=allowed_hosts)
-    return CORSMiddleware(
+    for_pages = CORSMiddleware(
         guarded,
         allow_origins=list(origins),
         allow_origin_regex=LOOPBACK_ORIGIN,
@@ -35,6 +35,13 @@ def with_browser_rules(
         allow_headers=["*"],
         expose_headers=["x-request-id", "retry-after", "x-ignored"],
     )
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        """Only browsers send `Origin`; other clients need not pay for CORS."""
+        from_page = scope["type"] == "http" and any(n == b"origin" for n, _ in scope["headers"])
+        await (for_pages if from_page else guarded)(scope, receive, send)
+
+    return route
 
 
 class BrowserGuard:

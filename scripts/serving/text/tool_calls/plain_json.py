@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serving.grammar.lark import CallGrammar
+from serving.text.json_text import json_text
 from serving.text.scanner import Scanner, Steps
 from serving.text.tool_calls.base import PartCollector, Tool, ToolFormat, call_array, call_object
 
@@ -98,8 +99,8 @@ def preamble(tools: Sequence[Tool]) -> str:
         for tool in tools
     ]
     return (
-        "You can call these functions. They are described as JSON, one a line:\n"
-        + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in listed)
+        "You can call these functions. They are described as JSON:\n"
+        + json_text(listed)
         + "\nTo call a function, answer with nothing but one JSON object a call:\n"
         '{"name": FUNCTION_NAME, "arguments": {ARGUMENT_NAME: VALUE}}\n'
         "The result of a call follows in the next message. Answer in plain text when no function "

@@ -26,7 +26,7 @@ PIECE_CHARS = 256
 _SAMPLES = ("{0}user\nhello  world{0}\n\n  x", "a{0} b{0}{0}é\t{0}", "{0}", " {0} ")
 
 
-class Pieces(NamedTuple):
+class SegmentedText(NamedTuple):
     """A text in pieces, and the ids of each piece; None where they are not known."""
 
     texts: list[str]
@@ -57,13 +57,13 @@ class SegmentCache:
         """The same ids as the tokenizer gives for the whole text, without its own special tokens."""
         return self.ids(self.look_up(text))
 
-    def look_up(self, text: str) -> Pieces:
+    def look_up(self, text: str) -> SegmentedText:
         """The pieces of a text, with the ids that are known. Quick."""
         if not self.is_usable or len(text) < MIN_PROMPT_CHARS:
-            return Pieces([text], [None])
+            return SegmentedText([text], [None])
         return self._look_up(text)
 
-    def ids(self, pieces: Pieces) -> list[int]:
+    def ids(self, pieces: SegmentedText) -> list[int]:
         """All ids; encodes what is missing, which takes a microsecond for a few characters."""
         missing = [t for t, ids in zip(pieces.texts, pieces.ids, strict=True) if ids is None]
         encoded = iter(self._encode(missing) if missing else [])
@@ -76,7 +76,7 @@ class SegmentCache:
             result += ids
         return result
 
-    def _look_up(self, text: str) -> Pieces:
+    def _look_up(self, text: str) -> SegmentedText:
         assert self._cut is not None
         texts = self._cut.split(text)
         found: list[list[int] | None] = []
@@ -89,7 +89,7 @@ class SegmentCache:
                 if ids is not None:
                     self._known.move_to_end(piece)
                 found.append(ids if piece else [])
-        return Pieces(texts, found)
+        return SegmentedText(texts, found)
 
     def _remember(self, piece: str, ids: list[int]) -> None:
         if len(piece) + PIECE_CHARS > self._max_chars:

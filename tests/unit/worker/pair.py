@@ -36,7 +36,7 @@ from serving.protocol import (
 )
 from serving.rpc import RpcClient
 from serving.text.preprocess import PreparedRequest
-from serving.worker.handover import BlockHandover
+from serving.worker.block_handover import BlockHandover
 from serving.worker.worker import Worker
 from unit.engine.torch_rig import make_engine, settled
 

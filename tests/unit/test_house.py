@@ -14,6 +14,7 @@ TESTS = ROOT / "tests"
 
 MAX_LINES = 400
 LONG_MODULES = {
+    "tests/unit/frontend/api/test_tools.py": 430,
     "tests/unit/frontend/api/test_completion_responses.py": 460,
 }
 """Modules that may be longer, and how long."""

@@ -20,7 +20,7 @@ import msgspec
 import serving
 from serving.errors import EngineFailed, InvalidRequest, Overloaded
 from serving.framing import FrameParser, frame
-from serving.grammar.check_process import MAX_FRAME_BYTES, CheckRequest, CheckResult
+from serving.grammar.check_process import MAX_FRAME_BYTES, CheckRequest, GuideCheckResult
 from serving.protocol import Guide
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ class GuideChecker:
 
     def __init__(self, folder: Path, *, max_bytes: int = 1024 * 1024, cpu_s: float = 3.0) -> None:
         self._folder, self._max_bytes, self._cpu_s = folder, max_bytes, cpu_s
-        self._known: OrderedDict[bytes, CheckResult] = OrderedDict()
-        self._running: dict[bytes, asyncio.Task[CheckResult]] = {}
+        self._known: OrderedDict[bytes, GuideCheckResult] = OrderedDict()
+        self._running: dict[bytes, asyncio.Task[GuideCheckResult]] = {}
         self._slots = asyncio.Semaphore(_MAX_AT_ONCE)
         self._starting = asyncio.Lock()
         self._process: CheckProcess | None = None
@@ -73,7 +73,7 @@ class GuideChecker:
             await self._process.close()
             self._process = None
 
-    async def _result(self, key: bytes, guide: Guide) -> CheckResult:
+    async def _result(self, key: bytes, guide: Guide) -> GuideCheckResult:
         """Requests with the same guide share its check, and one that leaves does not end it."""
         task = self._running.get(key)
         if task is None:
@@ -88,7 +88,7 @@ class GuideChecker:
                 raise Overloaded("The model was replaced meanwhile") from None
             raise
 
-    def _finished(self, key: bytes, task: asyncio.Task[CheckResult]) -> None:
+    def _finished(self, key: bytes, task: asyncio.Task[GuideCheckResult]) -> None:
         del self._running[key]
         if task.cancelled() or task.exception() is not None:
             return
@@ -96,7 +96,7 @@ class GuideChecker:
         if len(self._known) > _MAX_KNOWN:
             self._known.popitem(last=False)
 
-    async def _ask(self, guide: Guide) -> CheckResult:
+    async def _ask(self, guide: Guide) -> GuideCheckResult:
         async with self._slots:
             process = await self._live_process()
             try:
@@ -121,7 +121,7 @@ class CheckProcess:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
         self._numbers = itertools.count()
-        self._waiting: dict[int, asyncio.Future[CheckResult]] = {}
+        self._waiting: dict[int, asyncio.Future[GuideCheckResult]] = {}
         self._reader = asyncio.create_task(self._read(), name="guide-checks")
 
     @classmethod
@@ -146,10 +146,10 @@ class CheckProcess:
     def is_alive(self) -> bool:
         return not self._reader.done()
 
-    async def ask(self, guide: Guide, cpu_s: float) -> CheckResult:
+    async def ask(self, guide: Guide, cpu_s: float) -> GuideCheckResult:
         """Raises EngineFailed when the process ends without an answer."""
         number = next(self._numbers)
-        answer: asyncio.Future[CheckResult] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[GuideCheckResult] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
             if self._reader.done():
@@ -171,7 +171,7 @@ class CheckProcess:
     async def _read(self) -> None:
         assert self._process.stdout is not None
         parser = FrameParser(MAX_FRAME_BYTES)
-        decoder = msgspec.msgpack.Decoder(CheckResult)
+        decoder = msgspec.msgpack.Decoder(GuideCheckResult)
         try:
             while data := await self._process.stdout.read(65536):
                 for body in parser.feed(data):

@@ -36,7 +36,7 @@ class CheckRequest(Struct, frozen=True, array_like=True):
     cpu_s: float
 
 
-class CheckResult(Struct, frozen=True, array_like=True):
+class GuideCheckResult(Struct, frozen=True, array_like=True):
     """An empty `message`: it can be used."""
 
     number: int
@@ -73,7 +73,7 @@ class Checks:
 
     def _begin(self, request: CheckRequest, results: BinaryIO) -> None:
         if (failure := self._failure) is not None:
-            _write(results, CheckResult(request.number, failure.message, failure.code))
+            _write(results, GuideCheckResult(request.number, failure.message, failure.code))
             return
         reader, writer = os.pipe()
         pid = os.fork()
@@ -90,15 +90,15 @@ class Checks:
             _limit(request.cpu_s)
             try:
                 try_guide(self._compiler, request.guide)
-                result = CheckResult(request.number)
+                result = GuideCheckResult(request.number)
             except InvalidRequest as exc:
-                result = CheckResult(request.number, exc.message, exc.code)
+                result = GuideCheckResult(request.number, exc.message, exc.code)
             os.write(writer, msgspec.msgpack.encode(result))
             status = 0
         finally:
             os._exit(status)
 
-    def _collect(self, key: selectors.SelectorKey) -> CheckResult:
+    def _collect(self, key: selectors.SelectorKey) -> GuideCheckResult:
         """What a process wrote before it ended, or why it did not."""
         reader = key.fd
         request, pid = key.data
@@ -107,9 +107,9 @@ class Checks:
         os.close(reader)
         _, status = os.waitpid(pid, 0)
         if body:
-            return msgspec.msgpack.decode(body, type=CheckResult)
+            return msgspec.msgpack.decode(body, type=GuideCheckResult)
         refusal = not_usable(request.guide, _why(status, request.cpu_s))
-        return CheckResult(request.number, refusal.message, refusal.code)
+        return GuideCheckResult(request.number, refusal.message, refusal.code)
 
 
 def _limit(cpu_s: float) -> None:
@@ -137,7 +137,7 @@ def _why(status: int, cpu_s: float) -> str:
     return "it cannot be compiled"
 
 
-def _write(results: BinaryIO, result: CheckResult) -> None:
+def _write(results: BinaryIO, result: GuideCheckResult) -> None:
     results.write(frame(result))
     results.flush()
 

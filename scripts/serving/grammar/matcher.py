@@ -35,7 +35,7 @@ class Matcher:
         end_ids: tuple[int, ...],
         on_error: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_error` is called when llguidance gives up: its copies share what is broken."""
+        """`on_error` is called when llguidance fails: its copies share what is broken."""
         self._matcher, self._end_ids, self._on_error = matcher, end_ids, on_error
         self.num_words = num_words
         self.error = ""

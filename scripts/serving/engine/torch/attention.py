@@ -8,6 +8,7 @@ step the decode tokens come first, sorted into buckets of similar length; then p
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -57,16 +58,36 @@ def attend_paged(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    kv_step: AttentionStep,
+    kv_step: AttentionStep | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function registered with transformers under `NAME`."""
+    """The function registered with transformers under `NAME`.
+
+    The mask decides what a layer sees; what `attention_masks.learn_windows` found there is left on
+    the module. Some models say `sliding_window` without a mask of that kind, or the other way.
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = AttentionOptions(scale, sliding_window, softcap, s_aux)
-    return kv_step.attend(module.layer_idx, query[0], key[0], value[0], options)[None], None
+    window = module.__dict__.get("learned_window", sliding_window)
+    options = AttentionOptions(scale, window, softcap, s_aux)
+    step = _forward.step if kv_step is None else kv_step
+    return step.attend(module.layer_idx, query[0], key[0], value[0], options)[None], None
+
+
+class _Forward(threading.local):
+    """The step of this thread's forward pass, for models that hand no arguments down to layers."""
+
+    step: AttentionStep
+
+
+_forward = _Forward()
+
+
+def begin_forward(step: AttentionStep) -> None:
+    """`step` stands behind the attention layers of this thread from now on."""
+    _forward.step = step
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from serving.engine.manifest import (
     write_json,
 )
 from serving.engine.manifest import load_manifest as load_manifest  # workers look for it here
+from serving.engine.torch.build_check.serving_check import check_small_model
 from serving.engine.torch.weights.dummy import UNCHECKED, describe_dummy
 from serving.engine.torch.weights.load import pack_weights
 from serving.engine.torch.weights.source import Source
@@ -90,6 +91,8 @@ def _build(
     check_max_model_len(engine.max_model_len, model_max_len, manifest.id)
     layout = kv_layout(config, engine.block_size, kv_dtype(engine.dtype))
     source.save_tokenizer(staging)
+    if engine.backend == "torch":
+        check_small_model(config, staging, report)
     check, dummy = UNCHECKED, None
     if engine.weights == "dummy":
         source.save_config(staging)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from serving.engine.torch.attention import NAME
+from serving.engine.torch.attention_masks import learn_windows
 from serving.engine.torch.cpu import int8_weights, packed_linear
 from serving.engine.torch.cpu import kernels as cpu_kernels
 from serving.engine.torch.rewrite.cpu_layer import rewrite_for_cpu
@@ -48,6 +49,7 @@ def load_model(engine_dir: Path, dtype: str, device: torch.device) -> TorchModel
         if dtype in WEIGHT_ONLY_DTYPES:
             kernels = cpu_kernels.load(engine_dir)
         log.info("packed %d linear layers", packed_linear.pack_linears(model, kernels))
+    learn_windows(model)  # before rewriting, which keeps what attention is asked for
     if dtype in WEIGHT_ONLY_DTYPES:
         log.info("%s", rewrite_for_cpu(model))
     return TorchModel(model, kernels)

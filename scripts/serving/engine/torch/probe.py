@@ -26,6 +26,11 @@ class Probe:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """See `attention.AttentionStep`. Hands the queries back."""
+        if layer in self._shapes:
+            raise ModelError(
+                f"layer {layer} attends more than once for a token",
+                remedy="use `engine.backend: tensorrt_llm` on GPUs, or another model",
+            )
         self._shapes[layer] = ((key.shape[0], key.shape[2]), (value.shape[0], value.shape[2]))
         self._dtype = key.dtype
         return query.transpose(0, 1)

@@ -18,6 +18,7 @@ from serving.engine.torch.attention import (
     PagedStep,
     SequenceSpan,
     attend_paged,
+    begin_forward,
     order_decodes,
 )
 from serving.engine.torch.kv.pool import KvPool
@@ -194,6 +195,7 @@ class ModelRunner:
         step: AttentionStep,
     ) -> torch.Tensor:
         """Logits (float32) of `rows` of the flattened tokens `ids` `[T]`; None: of all."""
+        begin_forward(step)
         out = self._model(
             input_ids=ids[None],
             position_ids=positions[None],

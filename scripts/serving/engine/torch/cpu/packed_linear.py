@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import psutil
 import torch
@@ -59,6 +59,12 @@ class PackedLinear(nn.Module):
         self._column_major = weight.t().contiguous().t() if for_single_rows else None
         self._bias = None if bias is None else bias.detach()
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Unpacked anew each time; some routers look at the type of theirs."""
+        plain: torch.Tensor = self._packed.to_dense()
+        return plain
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-2] == 0:  # a step in which no sequence samples has no rows for the head
             return x.new_empty((*x.shape[:-1], self.out_features))
@@ -98,6 +104,13 @@ class PackedInt8Linear(nn.Module):
             )
             self._packed = torch.ops.quantized.linear_prepack(typed, None)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """See `PackedLinear.weight`."""
+        typed, _ = torch.ops.quantized.linear_unpack(self._packed)
+        plain: torch.Tensor = typed.dequantize()
+        return plain
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self._in_features)
         num_rows = len(rows)
@@ -132,6 +145,11 @@ class KernelLinear(nn.Module):
         self._multiply, self._bias = kernels.linear, bias
         self._weight, self._scale = weight.contiguous(), scale.contiguous()
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """See `PackedLinear.weight`."""
+        return self._weight.float() * self._scale[:, None]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self._in_features).contiguous()
         out = self._multiply(rows, self._weight, self._scale, self._bias)
@@ -147,11 +165,15 @@ class Siblings:
         self._input: torch.Tensor | None = None
         self._parts: dict[int, torch.Tensor] = {}
 
+    def split(self, joint: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+        """What belongs to each of the linears, of something that all of them share."""
+        return torch.split(joint, self._sizes, dim)
+
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         # Identity is safe: the input is kept alive until its last part is taken.
         if x is not self._input or index not in self._parts:
             self._input = x
-            self._parts = dict(enumerate(self.joint(x).split(self._sizes, dim=-1)))
+            self._parts = dict(enumerate(self.split(self.joint(x), dim=-1)))
         part = self._parts.pop(index)
         if not self._parts:
             self._input = None
@@ -164,6 +186,12 @@ class SiblingLinear(nn.Module):
     def __init__(self, siblings: Siblings, index: int, out_features: int) -> None:
         super().__init__()
         self.siblings, self.index, self.out_features = siblings, index, out_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """See `PackedLinear.weight`."""
+        joint: Any = self.siblings.joint
+        return self.siblings.split(joint.weight, dim=0)[self.index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.siblings.part(self.index, x)

@@ -15,7 +15,13 @@ import psutil
 
 from serving.engine.files import human, require_space
 from serving.engine.manifest import BuildCheck, ModelManifest
-from serving.engine.torch.weights.logits_check import compare, require_layout, run_prompts
+from serving.engine.torch.build_check.serving_check import check_real_model, real_references
+from serving.engine.torch.weights.logits_check import (
+    compare,
+    require_layout,
+    run_prompts,
+    tokenized_prompts,
+)
 from serving.engine.torch.weights.source import Source, load_model
 from serving.errors import ModelError
 from serving.kv_layout import DTYPE_BYTES, WEIGHT_ONLY_DTYPES, KvLayout, kv_dtype
@@ -73,7 +79,12 @@ def _reuse_weights(source: Source, staging: Path, layout: KvLayout, report: Repo
         _place(source.folder / name, staging / name, link=source.manifest.source != "local")
     model = load_model(staging, source.config, getattr(torch, layout.dtype), local_files_only=True)
     require_layout(model, layout)
-    positions = sum(len(logits) for logits in run_prompts(model, staging))
+    prompts = tokenized_prompts(staging)
+    positions = sum(len(logits) for logits in run_prompts(model, prompts))
+    references = real_references(model, prompts)
+    del model
+    gc.collect()
+    check_real_model(staging, layout.dtype, references, report)
     return BuildCheck(
         kind="same_files",
         num_positions=positions,
@@ -105,17 +116,22 @@ def _convert_weights(
     report(f"converting {num_weights / 1e6:.0f} million weights to {dtype}")
     model = source.load(torch.float32)
     require_layout(model, layout)
-    expected = run_prompts(model, staging)
+    prompts = tokenized_prompts(staging)
+    expected = run_prompts(model, prompts)
+    references = real_references(model, prompts)
     _save(model, staging, dtype, report)
     del model
     gc.collect()
     report("comparing the packed model with its source")
     packed = _load_packed(source, staging, dtype)
-    check = compare(expected, run_prompts(packed, staging), dtype)
+    check = compare(expected, run_prompts(packed, prompts), dtype)
     report(
         f"logits at {check.num_positions} positions: largest difference {check.max_abs_diff:.3g}, "
         f"same best token at {check.argmax_agreement:.0%}"
     )
+    del packed
+    gc.collect()
+    check_real_model(staging, dtype, references, report)
     return check
 
 

@@ -6,6 +6,7 @@ the weights and not the arithmetic of a narrow type.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,8 @@ makes it choose other tokens at half of all positions, 0.53.
 """
 
 
-def run_prompts(model: PreTrainedModel, tokenizer_dir: Path) -> list[torch.Tensor]:
-    """Logits `[num_tokens, vocab_size]` in float32 of each prompt. Raises ModelError if not finite."""
-    import torch
+def tokenized_prompts(tokenizer_dir: Path) -> list[list[int]]:
+    """The ids of `PROMPTS`. Raises ModelError for a damaged tokenizer."""
     from tokenizers import Tokenizer
 
     try:
@@ -42,11 +42,15 @@ def run_prompts(model: PreTrainedModel, tokenizer_dir: Path) -> list[torch.Tenso
         raise ModelError(
             f"the model's tokenizer.json is damaged: {exc}", remedy="fetch or copy the model again"
         ) from exc
-    logits = []
+    return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+
+
+def run_prompts(model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
+    """Logits `[num_tokens, vocab_size]` in float32 of each prompt. Raises ModelError if not finite."""
+    import torch
+
     with torch.inference_mode():
-        for prompt in PROMPTS:
-            ids = torch.tensor([tokenizer.encode(prompt).ids])
-            logits.append(model(ids, use_cache=False).logits[0].float())
+        logits = [model(torch.tensor([ids]), use_cache=False).logits[0].float() for ids in prompts]
     if not all(bool(torch.isfinite(each).all()) for each in logits):
         raise ModelError(
             "the model computes infinities or NaN",

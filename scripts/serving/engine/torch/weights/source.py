@@ -127,14 +127,22 @@ def save_tokenizer(
 def load_model(
     folder: Path, config: PreTrainedConfig, dtype: torch.dtype, **how: Any
 ) -> PreTrainedModel:
-    """Load for evaluation; every weight must be there. Raises ModelError."""
+    """Load for evaluation; every weight must be there. Raises ModelError.
+
+    Attention is `eager`: it honours every mask, cap and sink, where faster ones pass over some.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
     try:
         model, info = auto.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, **how
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+            **how,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as exc:
         raise ModelError(

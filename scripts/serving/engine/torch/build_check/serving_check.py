@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {"float32": 0.01, "bfloat16": 0.5, "float16": 0.1, "int8": 0.5}
+TOLERANCE = {"float32": 0.003, "bfloat16": 0.5, "float16": 0.1, "int8": 1.5}
 """Largest difference of a log-probability, in standard deviations of the logits around it. Another
-order of summation gives 1e-5 in float32; a window of another length or a missing scale gives 1."""
+order of summation gives 1e-5 in float32; a scaling that is off by 5% gives 0.01, a missing window 1."""
 
 _SEEDS = (0, 1)  # a difference must repeat: MoE routers can be within rounding of another expert
 _REAL_TOKENS = 6

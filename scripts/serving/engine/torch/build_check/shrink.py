@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 WINDOW = 20
 """Tokens in a shrunk window: not a multiple of any block."""
 VOCAB_SIZE = 256
-_CAP = 1.5
+_CAP = 4.0
 _INNER_SIZE = 96
 _LARGEST_WEIGHTS = 200_000_000
 _MAX_LAYERS = 8
@@ -250,7 +250,7 @@ def _draw_weights(model: torch.nn.Module) -> None:
 
     for name, parameter in model.named_parameters():
         if "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=0.02)
         elif parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=1.5 / min(parameter.shape[-2:]) ** 0.5)
         else:

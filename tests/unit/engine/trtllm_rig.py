@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import yaml
 from serving.config import EngineConfig
-from serving.engine.manifest import BuildCheck, EngineManifest
+from serving.engine.manifest import ENGINE_FORMAT, BuildCheck, EngineManifest
 from serving.engine.trtllm.engine import DEFAULT_TIMEOUTS, TensorRtLlmEngine, Timeouts
 from serving.protocol import BlocksRemoved, EngineOutput, EngineRequest, Role
 from unit.engine.torch_rig import DEADLINE_S, VOCAB, Sink, greedy, request, save_model
@@ -106,7 +106,7 @@ def make_engine_dir(
 
 def make_manifest(**changes: Any) -> EngineManifest:
     values: dict[str, Any] = {
-        "format": 2,
+        "format": ENGINE_FORMAT,
         "fingerprint": "tiny",
         "backend": "tensorrt_llm",
         "device": "cpu",

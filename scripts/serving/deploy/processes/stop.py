@@ -18,9 +18,9 @@ from serving.deploy.processes.launchers import RUN
 from serving.deploy.processes.supervisor import Supervisor
 from serving.deploy.processes.tags import deployed_processes
 from serving.deploy.processes.topology_record import (
-    TOPOLOGY_FILE,
     TopologyRecord,
     obsolete_programs,
+    remove_record,
     write_record,
 )
 from serving.errors import ConfigError, OperatorError
@@ -38,6 +38,7 @@ _LEFTOVERS = (
     "*.pid",
     "*.tmp",
     "*.lock",
+    "responses.sqlite*",
 )
 _FOLDERS = ("programs", "etcd", "slurm")
 """Secrets stay, since clients have the API keys, and other nodes have the join file."""
@@ -87,7 +88,7 @@ def _stop(supervisor: Supervisor, names: Sequence[str], report: Report) -> None:
 
 def _tidy() -> None:
     """Remove the files of the deployment by name: the folder may have others, too."""
-    (RUN / TOPOLOGY_FILE).unlink(missing_ok=True)
+    remove_record(RUN)
     for pattern in _LEFTOVERS:
         for path in RUN.glob(pattern):
             path.unlink(missing_ok=True)

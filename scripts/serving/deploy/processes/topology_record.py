@@ -13,6 +13,9 @@ from serving.deploy.planning.program import DeploymentPlan
 from serving.deploy.processes.launchers import ProcessInfo
 
 TOPOLOGY_FILE = "topology.json"
+DEPLOYED_FILE = "deployed.json"
+"""The same record, where Snakemake does not know it. It removes the output of a rule that is to run
+again, and a run that fails before that rule would leave no record of what still serves."""
 
 
 class TopologyRecord(Struct, frozen=True, kw_only=True):
@@ -33,18 +36,27 @@ def topology_record(plan: DeploymentPlan) -> TopologyRecord:
 
 def write_record(record: TopologyRecord, run_dir: Path) -> None:
     """Appears whole: other commands may read it at the same time."""
-    path = run_dir / TOPOLOGY_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
-    temporary.replace(path)
+    text = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
+    for name in (DEPLOYED_FILE, TOPOLOGY_FILE):
+        temporary = run_dir / f"{name}.tmp"
+        temporary.write_bytes(text)
+        temporary.replace(run_dir / name)
+
+
+def remove_record(run_dir: Path) -> None:
+    """Nothing is deployed any more."""
+    for name in (TOPOLOGY_FILE, DEPLOYED_FILE):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def read_record(run_dir: Path) -> TopologyRecord | None:
     """What is deployed, or None when nothing is."""
-    try:
-        return msgspec.json.decode((run_dir / TOPOLOGY_FILE).read_bytes(), type=TopologyRecord)
-    except (OSError, msgspec.MsgspecError):
-        return None
+    for name in (TOPOLOGY_FILE, DEPLOYED_FILE):
+        try:
+            return msgspec.json.decode((run_dir / name).read_bytes(), type=TopologyRecord)
+        except (OSError, msgspec.MsgspecError):
+            continue
+    return None
 
 
 def obsolete_programs(wanted: TopologyRecord, known: Mapping[str, ProcessInfo]) -> list[str]:

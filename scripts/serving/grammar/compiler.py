@@ -30,10 +30,10 @@ _NAMES = {
     "grammar": "grammar",
     "structural_tag": "structural tag",
 }
-# Fuel is work: about 15 ms of one core for a token's mask. A state of the lexer is about 2 kB.
+# Fuel is work: about 15 ms of a core for a token's mask. A state of the lexer is about 2 kB.
 _LIMITS: dict[str, Any] = {
-    "initial_lexer_fuel": 500_000,
-    "step_lexer_fuel": 100_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
     "max_lexer_states": 50_000,
     "verbose_errors": False,

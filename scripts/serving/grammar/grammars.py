@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serving.errors import InvalidRequest
 from serving.grammar.compiler import GuideCompiler
 from serving.grammar.matcher import Matcher
 from serving.protocol import Guide
@@ -36,6 +38,14 @@ class Grammars:
     @property
     def num_kept(self) -> int:
         return len(self._compiled)
+
+    def load(self) -> None:
+        """Read the tokenizer now: it can stop the process's other threads for a second.
+
+        A tokenizer that cannot be used is reported with each guide.
+        """
+        with self._compiling, suppress(InvalidRequest):
+            self._compiler.load_tokenizer()
 
     def matcher(self, guide: Guide) -> Matcher:
         """A matcher at the beginning of a text. Takes a millisecond, for huge guides up to a second.

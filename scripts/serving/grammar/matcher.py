@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -10,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.grammar.compiler import first_line
+from serving.grammar.work import WorkLimit
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 Words = npt.NDArray[np.uint32]
 
-MAX_MASK_S = 0.25
-"""CPU time of one mask. Other sequences of the batch wait for it."""
+MAX_WORK_S = 0.5
 _ANY_TOKEN = np.uint32(0xFFFFFFFF)
 
 
@@ -37,6 +36,7 @@ class Matcher:
     ) -> None:
         """`on_error` is called when llguidance fails: its copies share what is broken."""
         self._matcher, self._end_ids, self._on_error = matcher, end_ids, on_error
+        self._work = WorkLimit(MAX_WORK_S)
         self.num_words = num_words
         self.error = ""
         self.is_complete = False
@@ -51,12 +51,12 @@ class Matcher:
         if self.error:
             words[:] = _ANY_TOKEN
             return
-        started = time.thread_time()
-        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        with self._work.measured():
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if self._matcher.is_error():
             self._fail(first_line(self._matcher.get_error()))
-        elif (took_s := time.thread_time() - started) > MAX_MASK_S:
-            self._fail(f"its next token took {took_s:.2g} s to find")
+        elif self._work.is_exceeded:
+            self._fail("finding its tokens takes too long")
         elif not self._matcher.is_accepting() and not _has_token(words, self._end_ids):
             self._fail("no token of the model continues it")
         else:
@@ -81,7 +81,9 @@ class Matcher:
         """Append `tokens` to the text."""
         if self.error:
             return
-        if not self._matcher.consume_tokens(tokens) or self._matcher.is_error():
+        with self._work.measured():
+            is_consumed = self._matcher.consume_tokens(tokens)
+        if not is_consumed or self._matcher.is_error():
             self._fail(first_line(self._matcher.get_error()))
         elif self._matcher.is_stopped():
             if self._matcher.is_accepting():

@@ -6,67 +6,78 @@ Some limits of llguidance show only while a text grows. A guide that meets them 
 from __future__ import annotations
 
 import random
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from serving.grammar.compiler import GuideCompiler, first_line, not_usable
+from serving.grammar.matcher import Words
+from serving.grammar.work import WorkLimit
 from serving.protocol import Guide
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-MAX_MASK_S = 0.1
-"""CPU time for the next token. The engine allows more, so that what passes here passes there."""
-_NUM_TEXTS = 6
+MAX_WORK_S = 0.25
+"""Half of what the engine allows, so that a text that passes here passes there."""
+_NUM_FIRSTS = 16
 _NUM_TOKENS = 24
-_MAX_OPTIONS = 16
+_NUM_TOKENS_OF_LONGEST = 200
 
 
 def try_guide(compiler: GuideCompiler, guide: Guide) -> None:
     """Raises InvalidRequest."""
     compiled = compiler.compile(guide)
     trial = _Trial(compiler, guide)
-    options = trial.options(compiled.deep_copy())
-    rng = random.Random(0)
-    firsts = options if len(options) <= _MAX_OPTIONS else rng.sample(options, _NUM_TEXTS)
-    for first in firsts:
-        trial.write(compiled.deep_copy(), first, rng)
-    for _ in range(_NUM_TEXTS - len(firsts)):
-        trial.write(compiled.deep_copy(), rng.choice(firsts), rng)
+    trial.write(compiled.deep_copy(), _NUM_TOKENS_OF_LONGEST)
+    for first in trial.first_tokens(compiled.deep_copy()):
+        trial.write(compiled.deep_copy(), _NUM_TOKENS, first)
 
 
 class _Trial:
     def __init__(self, compiler: GuideCompiler, guide: Guide) -> None:
-        self._guide, self._end_ids = guide, set(compiler.end_ids)
-        self._words: npt.NDArray[np.uint32] = np.zeros(compiler.num_words, dtype=np.uint32)
+        self._guide, self._end_ids = guide, compiler.end_ids
+        self._words: Words = np.zeros(compiler.num_words, dtype=np.uint32)
+        self._rng = random.Random(0)
 
-    def write(self, matcher: LLMatcher, first: int, rng: random.Random) -> None:
-        """A random text that begins with the token `first`."""
+    def write(self, matcher: LLMatcher, num_tokens: int, first: int | None = None) -> None:
+        """A random text, which ends only where it must. Raises InvalidRequest."""
+        work = WorkLimit(MAX_WORK_S)
         token = first
-        for _ in range(_NUM_TOKENS):
-            if not matcher.consume_token(token):
-                raise not_usable(self._guide, first_line(matcher.get_error()))
-            if matcher.is_stopped():
+        for _ in range(num_tokens):
+            with work.measured():
+                if token is not None and not matcher.consume_token(token):
+                    raise not_usable(self._guide, first_line(matcher.get_error()))
+                if matcher.is_stopped():
+                    break
+                self._find_tokens(matcher)
+            if work.is_exceeded:
+                raise not_usable(self._guide, "finding its tokens takes too long")
+            if not self._words.any():
                 return
-            options = self.options(matcher)
-            if not options:
-                return
-            token = rng.choice(options)
+            token = self._random_token()
+        if matcher.is_error() or (matcher.is_stopped() and not matcher.is_accepting()):
+            raise not_usable(self._guide, first_line(matcher.get_error()))
 
-    def options(self, matcher: LLMatcher) -> list[int]:
-        """Tokens that may come next; none where the text can only end. Raises InvalidRequest."""
-        started = time.process_time()
+    def first_tokens(self, matcher: LLMatcher) -> list[int]:
+        """All of them, if there are few."""
+        self._find_tokens(matcher)
+        if np.count_nonzero(self._words) > _NUM_FIRSTS:
+            return [self._random_token() for _ in range(_NUM_FIRSTS // 4)]
+        bits = np.unpackbits(self._words.view(np.uint8), bitorder="little")
+        return [int(token) for token in np.flatnonzero(bits)[:_NUM_FIRSTS]]
+
+    def _find_tokens(self, matcher: LLMatcher) -> None:
+        """Sets the bits of the tokens that may come next, without those that end the text."""
         matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-        took_s = time.process_time() - started
         if matcher.is_error():
             raise not_usable(self._guide, first_line(matcher.get_error()))
-        if took_s > MAX_MASK_S:
-            raise not_usable(self._guide, f"finding the next token takes {took_s:.2g} s")
-        bits = np.unpackbits(self._words.view(np.uint8), bitorder="little")
-        options = [int(token) for token in np.flatnonzero(bits) if token not in self._end_ids]
-        if not options and not matcher.is_accepting():
+        for token in self._end_ids:
+            self._words[token // 32] &= ~np.uint32(1 << token % 32)
+        if not self._words.any() and not matcher.is_accepting():
             raise not_usable(self._guide, "no token of the model continues it")
-        return options
+
+    def _random_token(self) -> int:
+        place = int(self._rng.choice(np.flatnonzero(self._words)))
+        word = int(self._words[place])
+        return 32 * place + self._rng.choice([bit for bit in range(32) if word >> bit & 1])

@@ -209,6 +209,7 @@ async def test_request_id_of_another_frontend_is_refused(rig: RpcRig) -> None:
     "error",
     [
         InvalidRequest("m"),
+        InvalidRequest("m", param="logit_bias", code="invalid_token"),
         ModelNotFound("m"),
         Overloaded("m", retry_after_s=2.0),
         NoInstances("m", retry_after_s=2.0),
@@ -223,6 +224,8 @@ def test_errors_survive_the_journey(error: ServingError) -> None:
         raise_error(ErrorInfo.from_error(error))
     assert type(caught.value) is type(error)
     assert str(caught.value) == str(error)
+    for field in ("param", "code"):
+        assert getattr(caught.value, field, None) == getattr(error, field, None)
 
 
 @pytest.mark.parametrize("kind", ["KvTransferFailed", "InstanceLost", "SomethingNew", ""])

@@ -85,8 +85,10 @@ class TorchEngine(BlockEngine):
         self._thread = threading.Thread(
             target=self._run, args=(ready,), name="torch-engine", daemon=True
         )
+        guides = self._guides.load()
         self._thread.start()
         await ready
+        await asyncio.wrap_future(guides)
         scheduler = self._shared.scheduler
         self.spec = EngineSpec(
             max_model_len=self._limits.max_model_len,

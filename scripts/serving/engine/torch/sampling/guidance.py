@@ -34,6 +34,10 @@ class Guides:
         self._grammars = Grammars(engine_dir)
         self._executor = _executor_with_stack(_STACK_BYTES)
 
+    def load(self) -> Future[None]:
+        """Get ready for guides, before there are requests that would wait for it."""
+        return self._executor.submit(self._grammars.load)
+
     def begin(self, sequence: Sequence, on_done: Callable[[], None]) -> None:
         """Give a sequence its guidance if it wants one; `on_done` runs on the thread."""
         if sequence.sampling.guide is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 from serving.deploy.bench.aiperf import aiperf_command, run_aiperf, tokenizer_home
-from serving.deploy.bench.samples import Sampler
+from serving.deploy.bench.samples import FrontendSampler
 from serving.deploy.bench.summary import summarise
 from serving.deploy.bench.target import find_target
 from serving.deploy.bench.trace import cut_trace
@@ -33,7 +33,7 @@ with rule_script(snakemake) as (config, report):
         )
     report(f"aiperf against {target.topology} ({target.policy}) at {target.url}")
     python = Path(load.python or "results/bench/env/bin/python")
-    sampler = Sampler(target.url, service.headers)
+    sampler = FrontendSampler(target.url, service.headers)
     try:
         run_aiperf(
             aiperf_command(python, target, load, folder, trace, service.headers),

@@ -1,6 +1,6 @@
 """Recorded workloads: when requests came, how long they were, and what they have in common.
 
-Two formats, told apart by the file name:
+Two formats, recognised by the file name:
 
     .jsonl  `timestamp` (ms), `input_length`, `output_length`, `hash_ids` (one per 512 tokens;
             equal ids mean equal prefixes), as Mooncake and others publish them

@@ -69,7 +69,7 @@ class PreparedRequest(Struct, frozen=True):
     """One sample to generate: what the pipeline sends and what the detokenizer needs.
 
     `stop` holds strings, found by the detokenizer; token ids that stop are in `sampling`.
-    `session` names what the request belongs to, if the caller said.
+    `session` names what the request belongs to, if the caller named it.
     The last `num_generated` of the token ids are part of the answer already. `prompt_only`: the one token that has to be generated is not wanted. `answer` says how the
     answer is parsed; None: it is text.
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 from serving.config import BenchConfig
-from serving.deploy.bench.samples import Sample, Sampler
+from serving.deploy.bench.samples import FrontendSampler, Sample
 from serving.deploy.bench.target import Target
 from serving.errors import OperatorError
 from serving.progress import Report
@@ -89,7 +89,7 @@ def run_aiperf(
     arguments: Sequence[str],
     home: Path,
     log: Path,
-    sampler: Sampler,
+    sampler: FrontendSampler,
     timeout_s: float,
     report: Report,
 ) -> None:

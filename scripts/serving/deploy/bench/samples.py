@@ -30,8 +30,8 @@ class Sample(Struct, frozen=True):
     hit_tokens: dict[str, float]
 
 
-class Sampler:
-    """Raises httpx.HTTPError when the frontend does not answer."""
+class FrontendSampler:
+    """Samples the frontend's state. Raises httpx.HTTPError if the frontend does not answer."""
 
     def __init__(self, url: str, headers: Mapping[str, str]) -> None:
         self._client = httpx.Client(

@@ -17,9 +17,7 @@ with rule_script(snakemake) as (config, report):
     seed = secrets.randbelow(2**31) if config.bench.seed is None else config.bench.seed
     load = msgspec.structs.replace(config.bench, seed=seed)
     service = read_service_spec(Path("run"), config)
-    target = find_target(
-        service.url, service.headers, tokenizer_dir(Path("run")), service.max_model_len
-    )
+    target = find_target(service.url, service.headers, tokenizer_dir(Path("run")))
     summary_file = Path(snakemake.output.summary)
     folder = summary_file.parent / "aiperf"
     shutil.rmtree(folder, ignore_errors=True)

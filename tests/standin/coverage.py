@@ -81,6 +81,7 @@ def rendered(version: str) -> list[Use]:
         "engine": {
             "backend": "tensorrt_llm",
             "block_size": 32,
+            "max_model_len": 2048,
             "kv_cache_tokens": 4096,
             "host_cache_bytes": 1 << 20,
         },

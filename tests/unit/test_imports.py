@@ -21,6 +21,7 @@ LAYERS = [
         "progress",
         "console",
         "gpus",
+        "host_memory",
         "errors",
     },
 ]

@@ -44,15 +44,18 @@ class EngineConfig(Section, frozen=True):
         ),
     ] = "real"
     max_model_len: Annotated[
-        Positive, Meta(description="Longest prompt plus completion, in tokens.")
-    ] = 2048
+        Positive | Literal["auto"],
+        Meta(
+            description="Longest prompt plus completion, in tokens. `auto`: the model's own limit, or what a worker's KV pool holds, if that is less."
+        ),
+    ] = "auto"
     block_size: Annotated[
         Literal[8, 16, 32, 64, 128], Meta(description="Tokens in a KV block.")
     ] = 16
     kv_cache_tokens: Annotated[
         Positive | None,
         Meta(
-            description="Size of each worker's KV pool, in tokens. Default: what fits into free memory; for `mock`, `max_batch_size` requests of `max_model_len`."
+            description="Size of each worker's KV pool, in tokens. Default: `max_batch_size` requests of `max_model_len`, if the memory allows that. On CPU, the workers of a machine share half of its free memory (or of its cgroup's), and a pool takes memory as it fills; on CUDA see `gpu_memory_fraction`."
         ),
     ] = None
     kv_cache_dtype: Annotated[
@@ -91,6 +94,16 @@ class EngineConfig(Section, frozen=True):
             description="CPU threads of each worker. Default: the cores divided by the number of workers, at least one."
         ),
     ] = None
+
+    def context_tokens(self, longest: int) -> int:
+        """`max_model_len`, or for `auto` the `longest` that is possible."""
+        return longest if self.max_model_len == "auto" else self.max_model_len
+
+    @property
+    def resolved_context(self) -> int:
+        """`max_model_len` of a config in which it is no longer `auto`."""
+        assert self.max_model_len != "auto", "max_model_len must be resolved first"
+        return self.max_model_len
 
     def step_tokens(self, device: str = "cuda", role: Role = "agg") -> int:
         """`max_num_batched_tokens`, or its default for a worker of `role` on `device`.

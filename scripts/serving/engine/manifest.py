@@ -92,6 +92,7 @@ class EngineManifest(Struct, frozen=True, kw_only=True):
     file, beside engine.json, with the arguments of its `LLM`; `stamp` says what the engine was
     made for, with those of the keys `tensorrt_llm`, `gpus`, `compute_capability`, `driver` and
     `cuda` that were known. `kv_layout` is None where the library keeps its layout to itself.
+    `max_model_len` is the context that the engine was built for.
     """
 
     format: int
@@ -116,6 +117,7 @@ class EngineManifest(Struct, frozen=True, kw_only=True):
     flow: Flow | None = None
     stamp: dict[str, str] = {}
     llm_args: dict[Role, str] = {}
+    max_model_len: int | None = None
     dummy_weights: DummyWeights | None = None
 
 
@@ -131,13 +133,15 @@ def load_manifest(engine_dir: Path) -> EngineManifest:
     return manifest
 
 
-def check_max_model_len(max_model_len: int, model_max_len: int, model_id: str) -> None:
+def check_max_model_len(
+    max_model_len: int | Literal["auto"], model_max_len: int, model_id: str
+) -> None:
     """Raises ConfigError when the configured context is longer than the model's own."""
-    if max_model_len > model_max_len:
+    if max_model_len != "auto" and max_model_len > model_max_len:
         raise ConfigError(
             "engine.max_model_len",
             f"{max_model_len} tokens are more than {model_id} can attend to",
-            remedy=f"set it to {model_max_len} or less",
+            remedy=f"set it to {model_max_len} or less, or to auto",
         )
 
 

@@ -120,6 +120,7 @@ class Instances:
                 log.warning("%s has dummy weights: answers are noise", info.model.name)
             self.card = self.card or self._readable(info.model)
             self._clients[info.instance_id] = client
+            self._limit_context()
         self._unsynchronised.set()
         try:
             await lost.wait()
@@ -127,6 +128,7 @@ class Instances:
         finally:
             if self._clients.get(info.instance_id) is client:  # A successor may be up already.
                 del self._clients[info.instance_id]
+                self._limit_context()
                 self._reports.pop(info.instance_id, None)
                 self._router.remove_instance(info.instance_id, info.epoch)
                 self._metrics.forget_instance(info.instance_id)
@@ -134,6 +136,12 @@ class Instances:
     def _on_draining(self, info: InstanceInfo) -> None:
         log.info("%s drains: it gets no new requests", info.instance_id)
         self._router.remove_instance(info.instance_id, info.epoch)
+
+    def _limit_context(self) -> None:
+        """Offer the context that every instance has, since a request may go to any of them."""
+        contexts = [client.info.model.max_model_len for client in self._clients.values()]
+        if self.card is not None and contexts:
+            self.card = replace(self.card, max_model_len=min(contexts))
 
     def _readable(self, card: ModelCard) -> ModelCard:
         """The card with the path of the tokenizer on this machine."""

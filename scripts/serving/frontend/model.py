@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from serving.config import FrontendConfig
 from serving.errors import ModelNotFound, NoInstances
@@ -50,6 +51,10 @@ class ModelLoader:
             raise NoInstances("No worker has registered yet")
         if (loaded := self._loaded) is not None and loaded.card == card:
             return loaded
+        if loaded is not None and replace(loaded.card, max_model_len=card.max_model_len) == card:
+            preprocessor = loaded.preprocessor.with_context(card.max_model_len)
+            self._loaded = replace(loaded, preprocessor=preprocessor)
+            return self._loaded
         async with self._lock:
             if self._loaded is None or self._loaded.card != card:
                 await self._close_loaded()

@@ -122,6 +122,7 @@ class Pipeline:
         return {
             "topology": self._settings.topology,
             "model": self._settings.model_name,
+            "max_model_len": self.card and self.card.max_model_len,
             "dummy_weights": self.card is not None and self.card.dummy_weights,
             "policy": self._settings.router.policy,
             "instances": self._instances.describe(),

@@ -7,11 +7,13 @@ importing `transformers` costs seconds at start-up. It knows nothing about HTTP 
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 from tokenizers import Tokenizer
 
 from serving.errors import InvalidRequest, ModelError
@@ -135,6 +137,12 @@ class Preprocessor:
         self._special_pattern = special_token_pattern(self.answer_format.special_tokens)
         self._plain: Tokenizer | None = None
         self._segments = SegmentCache(self.tokenizer)
+
+    def with_context(self, max_model_len: int) -> Preprocessor:
+        """The same, for a service that now offers another context."""
+        other = copy.copy(self)
+        other.card = replace(self.card, max_model_len=max_model_len)
+        return other
 
     @classmethod
     async def load(

@@ -18,6 +18,7 @@ import uvloop
 
 from serving.config.process import WorkerSettings, announce_ready, read_settings
 from serving.errors import OperatorError
+from serving.protocol import InstanceInfo
 from serving.worker.instance import serve
 
 log = logging.getLogger("serving.worker")
@@ -29,13 +30,19 @@ async def run(settings: WorkerSettings) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     instances = settings.instances()
-    epochs: dict[str, int] = {}
+    infos: dict[str, InstanceInfo] = {}
 
-    def registered(instance_id: str, epoch: int) -> None:
-        epochs[instance_id] = epoch
-        if len(epochs) == len(instances):
-            own = epochs[settings.instance_id]
-            announce_ready(settings.ready_file, instance_id=settings.instance_id, epoch=own)
+    def registered(info: InstanceInfo) -> None:
+        infos[info.instance_id] = info
+        if len(infos) == len(instances):
+            own = infos[settings.instance_id]
+            announce_ready(
+                settings.ready_file,
+                instance_id=own.instance_id,
+                epoch=own.epoch,
+                max_model_len=own.model.max_model_len,
+                kv_cache_tokens=own.num_blocks * own.model.block_size,
+            )
 
     async with asyncio.TaskGroup() as tasks:
         for instance in instances:

@@ -21,7 +21,7 @@ from serving.engine.base import TransferringEngine
 from serving.events import EventPlane
 from serving.load_report import LoadReport
 from serving.protocol import EngineOutput, InstanceInfo, KvEvent
-from serving.worker.engines import load_engine
+from serving.worker.engines import load_engine, model_card
 from serving.worker.worker import Worker
 
 log = logging.getLogger("serving.worker")
@@ -30,15 +30,14 @@ REGISTER_DEADLINE_S = 60.0
 
 
 async def serve(
-    settings: WorkerSettings, stop: asyncio.Event, registered: Callable[[str, int], None]
+    settings: WorkerSettings, stop: asyncio.Event, registered: Callable[[InstanceInfo], None]
 ) -> None:
     """Serve until `stop` is set and the last request is over.
 
-    `registered` gets the instance's id and epoch once requests can be routed to it. Raises
-    OperatorError.
+    `registered` is called once requests can be routed to the instance. Raises OperatorError.
     """
     epoch = time.time_ns()
-    engine, card = load_engine(settings)
+    engine, manifest = load_engine(settings)
     control = settings.control
 
     async with AsyncExitStack() as stack:
@@ -70,7 +69,7 @@ async def serve(
             role=settings.role,
             rpc_addresses=addresses,
             kv_address=worker.handover.address,
-            model=card,
+            model=model_card(settings, manifest, engine.spec),
             num_blocks=engine.spec.num_blocks,
             max_batch_size=engine.spec.max_batch_size,
             pid=os.getpid(),
@@ -79,7 +78,7 @@ async def serve(
         )
         collect_rarely()
         await discovery.register(info, deadline_s=REGISTER_DEADLINE_S)
-        registered(settings.instance_id, epoch)
+        registered(info)
         log.info(
             "ready: %s at %s, KV %s", info.instance_id, addresses, info.kv_address or "by engine"
         )

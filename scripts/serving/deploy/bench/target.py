@@ -23,9 +23,7 @@ class Target(Struct, frozen=True):
     tokenizer_dir: str
 
 
-def find_target(
-    url: str, headers: Mapping[str, str], tokenizer_dir: Path, max_model_len: int
-) -> Target:
+def find_target(url: str, headers: Mapping[str, str], tokenizer_dir: Path) -> Target:
     """Raises OperatorError when nothing serves at `url`, or the service cannot be measured."""
     if url.startswith("https:"):
         raise OperatorError(
@@ -51,6 +49,6 @@ def find_target(
         topology=state["topology"],
         policy=state["policy"],
         num_instances=len(state["instances"]),
-        max_model_len=max_model_len,
+        max_model_len=state["max_model_len"],
         tokenizer_dir=str(tokenizer_dir.resolve()),
     )

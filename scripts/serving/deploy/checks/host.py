@@ -24,6 +24,7 @@ from serving.deploy.model.files import local_files
 from serving.deploy.planning.device import resolve_dtype
 from serving.deploy.planning.fingerprint import resolve_source
 from serving.engine.files import human
+from serving.host_memory import host_memory
 from serving.kv_transfer.transports.nixl import REMEDY as NIXL_REMEDY
 from serving.kv_transfer.transports.nixl import nixl_module
 
@@ -54,7 +55,7 @@ class HostFacts(Struct, frozen=True, kw_only=True):
 
 def observe_host(run_dir: Path) -> HostFacts:
     """Look at this machine. Leaves no files; `run_dir` is created if missing."""
-    memory = psutil.virtual_memory()
+    memory = host_memory()
     infiniband = Path("/sys/class/infiniband")
     return HostFacts(
         python=sys.version_info[:2],

@@ -165,10 +165,12 @@ def worker_environment(
     config: Config, worker: WorkerSettings, gpus: Sequence[int], num_cores: int
 ) -> dict[str, str]:
     """The environment of a worker; not part of its fingerprint. `gpus` are all indices handed out."""
-    share = max(1, num_cores // max(1, sum(worker_counts(config).values())))
+    num_workers = max(1, sum(worker_counts(config).values()))
+    share = max(1, num_cores // num_workers)
     threads = str(config.engine.num_threads or share)
     environment = {
         "OMP_NUM_THREADS": threads,
+        "SERVING_LOCAL_WORKERS": str(num_workers),  # they share the memory
         # Spinning threads would take the cores from the other workers.
         "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",

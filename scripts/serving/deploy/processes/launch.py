@@ -64,7 +64,18 @@ def launch(program: Program, config: Config, report: Report) -> None:
         if program.name == "frontend":
             require_first_answer(program)
     write_marker(info, RUN)
-    report(f"{program.name}: ready after {time.monotonic() - started:.1f} s")
+    offer = _offer(program.name)
+    report(f"{program.name}: ready after {time.monotonic() - started:.1f} s{offer}")
+
+
+def _offer(name: str) -> str:
+    """What a worker has announced beside that it is ready; empty for other programs."""
+    try:
+        announced = msgspec.json.decode((RUN / f"{name}.ready").read_bytes())
+        context, pool = announced["max_model_len"], announced["kv_cache_tokens"]
+    except (OSError, KeyError, msgspec.DecodeError):
+        return ""
+    return f", context of {context} tokens, KV pool of {pool}"
 
 
 @contextmanager

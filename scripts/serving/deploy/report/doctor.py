@@ -59,7 +59,7 @@ async def _prove_routing(spec: ServiceSpec, policy: str) -> Finding:
     try:
         async with ServiceClient(spec.url, spec.headers, spec.tls_cert_file) as service:
             await service.first_model()
-            prompt = long_prompt(spec)
+            prompt = long_prompt(spec.block_size, service.max_model_len)
             cold = cached_tokens(await service.chat(prompt, 4))
             await asyncio.sleep(0.5)  # its cache events are on their way to the index
             before = await service.samples("serving_prefix_hit_tokens_total")

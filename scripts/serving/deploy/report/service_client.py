@@ -41,6 +41,8 @@ class ServiceClient:
             verify=client_tls(FrontendConfig(tls_cert_file=tls_cert_file)) or True,
         )
         self.url, self.model = url, ""
+        self.max_model_len = 0
+        """Tokens of prompt and completion that the service offers; known with the model."""
 
     async def __aenter__(self) -> ServiceClient:
         return self
@@ -77,6 +79,7 @@ class ServiceClient:
         if not models:
             raise ServiceFailed(f"/v1/models answers {response.status_code} and names no model")
         self.model = str(models[0]["id"])
+        self.max_model_len = int(models[0].get("max_model_len") or 0)
         return self.model
 
     def _body(self, prompt: str, max_tokens: int | None, **more: Any) -> dict[str, Any]:

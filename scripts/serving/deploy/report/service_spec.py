@@ -30,7 +30,6 @@ class ServiceSpec(Struct, frozen=True, kw_only=True):
     disaggregated: bool
     transport: str
     block_size: int
-    max_model_len: int
     exact: bool
 
 
@@ -49,7 +48,6 @@ def read_service_spec(run_dir: Path, config: Config) -> ServiceSpec:
         disaggregated=topology.startswith("disagg"),
         transport="mock" if engine.backend == "mock" else transfer.transport,
         block_size=engine.block_size,
-        max_model_len=engine.max_model_len,
         exact=dtype == "float32",
     )
 

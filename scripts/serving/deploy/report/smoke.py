@@ -75,7 +75,8 @@ class Smoke:
         return f"{state['topology']}, policy {state['policy']}: {names}{noise}"
 
     async def models(self) -> str:
-        return await self._service.first_model()
+        name = await self._service.first_model()
+        return f"{name}, context of {self._service.max_model_len} tokens"
 
     async def chat(self) -> str:
         answer = await self._service.chat(_sentence(), 16, **_SOME_TEXT)
@@ -121,7 +122,7 @@ class Smoke:
     async def prefix_cache(self) -> str:
         """A prompt of several blocks, then the same again: blocks of the first are reused."""
         state = await self._service.ready()
-        prompt = long_prompt(self._spec)
+        prompt = long_prompt(self._spec.block_size, self._service.max_model_len)
         cold = cached_tokens(await self._service.chat(prompt, 4))
         # A policy that ignores the cache comes back to the first worker only after the others.
         repeats = 1 if state["policy"] == "kv" else 2 * len(state["instances"])
@@ -296,7 +297,7 @@ def _sentence() -> str:
     return f"{_word()} {_word()} {_word()}: write a few words about the sea."
 
 
-def long_prompt(spec: ServiceSpec) -> str:
+def long_prompt(block_size: int, max_model_len: int) -> str:
     """A new prompt of several blocks that fits the context, whether a token is a word or a character."""
-    num_chars = min(max(800, 20 * spec.block_size), spec.max_model_len // 2)
+    num_chars = min(max(800, 20 * block_size), max_model_len // 2)
     return " ".join(_word() for _ in range(num_chars // 5))

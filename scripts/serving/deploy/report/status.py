@@ -95,8 +95,10 @@ def _service_lines(config: Config, listen: FrontendConfig, answers: ServiceAnswe
     else:
         address = connect_address(listen.host, listen.port)
         last = f"URL       {url_scheme(listen)}://{address}/v1 ({verdict})"
+    context = ready.get("max_model_len")
     return [
         f"model     {model}{noise}",
+        *([f"context   {context} tokens, prompt and answer"] if context else []),
         f"topology  {_topology(answers)}, router: {ready.get('policy', '-')}",
         last,
         "",

@@ -28,11 +28,13 @@ class SchedulerLimits:
     max_waiting: int
 
     @classmethod
-    def from_config(cls, config: EngineConfig, step_tokens: int) -> SchedulerLimits:
-        """`step_tokens` is the resolved `max_num_batched_tokens` of a worker."""
+    def from_config(
+        cls, config: EngineConfig, step_tokens: int, max_model_len: int
+    ) -> SchedulerLimits:
+        """`step_tokens` and `max_model_len` are the values of a worker, which are never `auto`."""
         return cls(
             config.block_size,
-            config.max_model_len,
+            max_model_len,
             config.max_batch_size,
             step_tokens,
             config.max_waiting,

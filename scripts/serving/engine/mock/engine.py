@@ -42,6 +42,9 @@ from serving.protocol import (
     TokenLogprob,
 )
 
+FULL_BATCH_TOKENS = 8192
+"""Tokens of each request of a full batch for which a pool of unstated size has room. Hundreds of
+instances may share a process, so that the books of long contexts would take much memory."""
 CATCH_UP_S = 0.05
 """Steps that a late timer delayed are made up for, up to this much."""
 
@@ -65,16 +68,24 @@ class MockEngine(TransferringEngine):
         self._manifest, self._layout = manifest, manifest.kv_layout
         self._engine_dir, self._instance_id = engine_dir, instance_id
         self._speed = WorkerSpeed.from_mock(timing, self._layout.token_bytes)
-        self._limits = SchedulerLimits.from_config(config, config.step_tokens(role=role))
-        num_tokens = config.kv_cache_tokens or config.max_batch_size * config.max_model_len
-        if num_tokens < config.max_model_len:
+        model_limit = manifest.model_max_len
+        max_model_len = config.context_tokens(
+            min(model_limit, config.kv_cache_tokens or model_limit)
+        )
+        self._limits = SchedulerLimits.from_config(
+            config, config.step_tokens(role=role), max_model_len
+        )
+        num_tokens = config.kv_cache_tokens or max(
+            max_model_len, config.max_batch_size * min(max_model_len, FULL_BATCH_TOKENS)
+        )
+        if num_tokens < max_model_len:
             raise OperatorError(
                 f"`engine.kv_cache_tokens` {num_tokens} cannot hold one request of "
-                f"`engine.max_model_len` {config.max_model_len}",
+                f"`engine.max_model_len` {max_model_len}",
                 remedy="raise `engine.kv_cache_tokens` or lower `engine.max_model_len`",
             )
         self.spec = EngineSpec(
-            max_model_len=config.max_model_len,
+            max_model_len=max_model_len,
             block_size=config.block_size,
             num_blocks=-(-num_tokens // config.block_size),
             max_batch_size=config.max_batch_size,

@@ -28,6 +28,7 @@ from serving.engine.manifest import (
 )
 from serving.engine.manifest import load_manifest as load_manifest  # workers look for it here
 from serving.engine.torch.build_check.serving_check import check_small_model
+from serving.engine.torch.weights.context import model_max_len
 from serving.engine.torch.weights.dummy import UNCHECKED, describe_dummy
 from serving.engine.torch.weights.load import pack_weights
 from serving.engine.torch.weights.source import Source
@@ -82,13 +83,13 @@ def _build(
     source = Source(manifest)
     config = source.config
     require_supported(config)
-    model_max_len = getattr(config, "max_position_embeddings", None)
-    if not model_max_len:
+    limit = model_max_len(config)
+    if limit is None:
         raise ModelError(
             "config.json does not say how long a prompt may be",
             remedy="add max_position_embeddings to it",
         )
-    check_max_model_len(engine.max_model_len, model_max_len, manifest.id)
+    check_max_model_len(engine.max_model_len, limit, manifest.id)
     layout = kv_layout(config, engine.block_size, kv_dtype(engine.dtype))
     source.save_tokenizer(staging)
     if engine.backend == "torch":
@@ -113,7 +114,7 @@ def _build(
         architecture=model_class_of(config).__name__,
         dtype=engine.dtype,
         kv_layout=layout,
-        model_max_len=model_max_len,
+        model_max_len=limit,
         vocab_size=config.vocab_size,
         eos_token_ids=eos_token_ids,
         bos_token_id=config.bos_token_id,

@@ -58,16 +58,20 @@ class TorchEngine(BlockEngine):
         hash_salt: str,
         fingerprint: str,
         runner_class: type[ModelRunner] | None = None,
+        num_local_workers: int = 1,
     ) -> None:
         """`config.dtype` is resolved; `device` is torch's name of one, which overrides the config's.
 
         `hash_salt` and `fingerprint` are the built engine's. `runner_class` None: by `device`.
+        `num_local_workers` share this host's memory.
         """
         assert config.dtype != "auto", "dtype must be resolved before an engine is started"
         self._engine_dir, self._config, self._device = engine_dir, config, device
         self._hash_salt, self._fingerprint = hash_salt, fingerprint
         self._runner_class = runner_class
-        self._limits = SchedulerLimits.from_config(config, config.step_tokens(device, role))
+        self._num_local_workers = num_local_workers
+        self._step_tokens = config.step_tokens(device, role)
+        self._limits: SchedulerLimits  # known with the pool
         self._root = block_hash.root_hash(hash_salt)
         self._arrivals = itertools.count()
         self._thread: threading.Thread | None = None
@@ -176,17 +180,20 @@ class TorchEngine(BlockEngine):
                 shared.fail_all(f"{type(exc).__name__}: {exc}")
 
     def _load(self) -> None:
-        config, limits = self._config, self._limits
+        config = self._config
         if config.num_threads is not None and self._device == "cpu":
             torch.set_num_threads(config.num_threads)
         runner = self._make_runner()
-        if runner.max_positions is not None and limits.max_model_len > runner.max_positions:
+        positions = runner.max_positions
+        if positions is not None and config.context_tokens(positions) > positions:
             raise OperatorError(
-                f"`engine.max_model_len` {limits.max_model_len} is beyond the model's "
-                f"{runner.max_positions} positions",
-                remedy=f"set engine.max_model_len to {runner.max_positions} or less",
+                f"`engine.max_model_len` {config.max_model_len} is beyond the model's {positions} "
+                "positions",
+                remedy=f"set engine.max_model_len to {positions} or less",
             )
-        num_blocks = runner.allocate_pool()
+        num_blocks = runner.allocate_pool(self._num_local_workers)
+        limits = SchedulerLimits.from_config(config, self._step_tokens, runner.max_model_len)
+        self._limits = limits
         num_tokens = min(limits.max_num_batched_tokens, limits.max_model_len)
         runner.warm_up(min(num_tokens, 64))
         self._runner = runner
@@ -195,11 +202,13 @@ class TorchEngine(BlockEngine):
         tier = HostTier(self._host.num_blocks if self._host else 0)
         self._shared.scheduler = self._make_scheduler(BlockPool(num_blocks, tier))
         log.info(
-            "%s on %s: %s, %d threads, KV pool of %d blocks of %d tokens (%d tokens, %.0f MiB)",
+            "%s on %s: %s, %d threads, context of %d tokens, KV pool of %d blocks of %d tokens "
+            "(%d tokens, %.0f MiB)",
             self._engine_dir.name,
             self._device,
             config.dtype,
             torch.get_num_threads(),
+            limits.max_model_len,
             num_blocks,
             limits.block_size,
             num_blocks * limits.block_size,
@@ -221,5 +230,5 @@ class TorchEngine(BlockEngine):
 
                 runner_class = CudaRunner
         return (runner_class or ModelRunner)(
-            self._engine_dir, self._config, device, self._limits.max_num_batched_tokens
+            self._engine_dir, self._config, device, self._step_tokens
         )

@@ -49,10 +49,22 @@ def load_model(engine_dir: Path, dtype: str, device: torch.device) -> TorchModel
         if dtype in WEIGHT_ONLY_DTYPES:
             kernels = cpu_kernels.load(engine_dir)
         log.info("packed %d linear layers", packed_linear.pack_linears(model, kernels))
+        if dtype not in WEIGHT_ONLY_DTYPES:
+            _leave_file(model)
     learn_windows(model)  # before rewriting, which keeps what attention is asked for
     if dtype in WEIGHT_ONLY_DTYPES:
         log.info("%s", rewrite_for_cpu(model))
     return TorchModel(model, kernels)
+
+
+def _leave_file(model: torch.nn.Module) -> None:
+    """Copy the weights that no layer has packed, which are few, so that the file can be unmapped.
+
+    Otherwise the pages of all weights, read once for the packing, stay in memory beside the packed
+    ones.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _read(engine_dir: Path, dtype: str, torch_dtype: torch.dtype, device: torch.device) -> Any:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import AttentionInterface
 
@@ -25,12 +24,14 @@ from serving.engine.torch.kv.pool import KvPool
 from serving.engine.torch.loading import load_model
 from serving.engine.torch.probe import Probe
 from serving.engine.torch.sampling.sampler import Pending, Sampler, report_tokens
+from serving.engine.torch.weights.context import model_max_len
 from serving.errors import OperatorError
+from serving.host_memory import host_memory
 from serving.kv_layout import KvLayout
 from serving.protocol import TokenLogprob
 
-# Share of free memory that a KV pool of unstated size may take on CPU, where workers share a host.
-_CPU_SHARE = 0.25
+# Share of free memory that KV pools of unstated size may take on CPU, all workers of a host together.
+_CPU_SHARE = 0.5
 
 
 @dataclass
@@ -86,22 +87,26 @@ class ModelRunner:
         self._model, self._kernels = loaded.model, loaded.kernels
         model_config = self._model.config.get_text_config()
         self.vocab_size: int = model_config.vocab_size
-        self.max_positions: int | None = getattr(model_config, "max_position_embeddings", None)
+        self.max_positions = model_max_len(model_config)
         self.layout = self._probe_layout()
         self._sampler = Sampler(self.vocab_size, self.device)
         self.pool: KvPool
+        self.max_model_len: int  # known with the pool
 
-    def allocate_pool(self) -> int:
-        """Create the pool; returns its number of usable blocks.
+    def allocate_pool(self, num_local_workers: int = 1) -> int:
+        """Create the pool and find `max_model_len`; returns the number of usable blocks.
 
-        Raises OperatorError when it cannot hold one request of `max_model_len`.
+        `num_local_workers` share the memory of this host. Raises OperatorError when the pool cannot
+        hold one request of the configured `max_model_len`.
         """
-        max_model_len, kv_cache_tokens = self._config.max_model_len, self._config.kv_cache_tokens
+        kv_cache_tokens = self._config.kv_cache_tokens
         if kv_cache_tokens is None:
-            tokens = self.free_for_kv() // self.layout.token_bytes
+            tokens = self.free_for_kv(num_local_workers) // self.layout.token_bytes
         else:
             tokens = kv_cache_tokens
         num_blocks = tokens // self.layout.block_size
+        room = max(1, num_blocks) * self.layout.block_size
+        max_model_len = self._config.context_tokens(min(self.max_positions or room, room))
         needed = self.layout.num_blocks(max_model_len)
         if num_blocks < needed:
             least = needed * self.layout.block_size
@@ -112,9 +117,11 @@ class ModelRunner:
                 remedy=f"set engine.kv_cache_tokens to {least} or more "
                 f"({least * self.layout.token_bytes / 2**20:.0f} MiB), or lower engine.max_model_len",
             )
+        self.max_model_len = max_model_len
         try:
+            self._require_host_memory(num_blocks)
             self.pool = KvPool(self.layout, num_blocks, str(self.device), self._kernels)
-        except RuntimeError as exc:  # how torch reports that memory ran out
+        except (RuntimeError, MemoryError) as exc:  # how torch reports that memory ran out
             size = tokens * self.layout.token_bytes / 2**20
             raise OperatorError(
                 f"a KV pool of {tokens} tokens ({size:.0f} MiB) does not fit in memory",
@@ -123,13 +130,18 @@ class ModelRunner:
             ) from exc
         return num_blocks
 
-    def free_for_kv(self) -> int:
+    def _require_host_memory(self, num_blocks: int) -> None:
+        """Raises MemoryError. The pool would be allocated all the same, and end the process later."""
+        size = num_blocks * self.layout.block_bytes
+        if self.device.type == "cpu" and size > host_memory().available:
+            raise MemoryError(f"{size} bytes")
+
+    def free_for_kv(self, num_local_workers: int) -> int:
         """Bytes that a KV pool of unstated size takes."""
-        room = int(psutil.virtual_memory().available * _CPU_SHARE)
+        room = int(host_memory().available * _CPU_SHARE / num_local_workers)
+        longest = self._config.context_tokens(self.max_positions or room)
         # Whole blocks for every request of a full batch.
-        num_blocks = (
-            self._config.max_batch_size * self._config.max_model_len // self.layout.block_size + 1
-        )
+        num_blocks = self._config.max_batch_size * longest // self.layout.block_size + 1
         return min(room, num_blocks * self.layout.block_bytes)
 
     def launch(self, chunks: list[Chunk]) -> Launched:

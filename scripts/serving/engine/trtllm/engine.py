@@ -131,7 +131,7 @@ class TensorRtLlmEngine(TransferringEngine):
             await self._shut_down()
             raise
         self.spec = EngineSpec(
-            max_model_len=config.max_model_len,
+            max_model_len=config.resolved_context,
             block_size=config.block_size,
             num_blocks=self._num_blocks(),
             max_batch_size=config.max_batch_size,
@@ -286,7 +286,7 @@ class TensorRtLlmEngine(TransferringEngine):
         if by_level:
             return by_level[0]
         config = self._config
-        tokens = config.kv_cache_tokens or config.max_model_len * config.max_batch_size
+        tokens = config.kv_cache_tokens or config.resolved_context * config.max_batch_size
         return tokens // config.block_size
 
     # --- health --------------------------------------------------------------------------------

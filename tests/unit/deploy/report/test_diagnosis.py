@@ -141,7 +141,6 @@ async def test_prompt_sent_twice_shows_cold_and_warm_cached_tokens() -> None:
             disaggregated=True,
             transport="ucx",
             block_size=BLOCK_SIZE,
-            max_model_len=512,
             exact=True,
         )
         finding = await doctor._prove_routing(spec, "kv")

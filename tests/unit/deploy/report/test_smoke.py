@@ -19,7 +19,6 @@ async def run(fake: FakeService, *, disaggregated: bool = True) -> dict[str, smo
             disaggregated=disaggregated,
             transport="ucx",
             block_size=BLOCK_SIZE,
-            max_model_len=512,
             exact=True,
         )
         outcomes = await smoke.run_smoke(spec, lambda line: None, report_s=0.6, events_s=0.01)
@@ -84,10 +83,9 @@ async def test_unreachable_service_is_one_clear_failure() -> None:
 
 
 def test_prompts_differ_between_runs_and_fit_the_context() -> None:
-    spec = read_service_spec(Path("nowhere"), parse({"engine": {"max_model_len": 512}}))
-    first, second = smoke.long_prompt(spec), smoke.long_prompt(spec)
+    first, second = smoke.long_prompt(16, 512), smoke.long_prompt(16, 512)
     assert first[:40] != second[:40]
-    assert 4 * spec.block_size <= len(first) <= 512 // 2 + 5
+    assert 4 * 16 <= len(first) <= 512 // 2 + 5
 
 
 def test_settings_of_running_programs_take_precedence_over_the_config(tmp_path: Path) -> None:

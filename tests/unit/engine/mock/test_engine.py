@@ -346,6 +346,17 @@ def test_closing_ends_running_requests(tmp_path: Path) -> None:
     on_virtual_time(main())
 
 
+@pytest.mark.parametrize(
+    ("options", "context", "num_tokens"),
+    [({}, 4096, 8 * 4096), ({"kv_cache_tokens": 512}, 512, 512)],
+)
+def test_auto_context_is_the_models_or_what_the_pool_holds(
+    tmp_path: Path, options: dict[str, int], context: int, num_tokens: int
+) -> None:
+    spec = Rig(tmp_path, max_model_len="auto", **options).engine.spec
+    assert (spec.max_model_len, spec.num_blocks * spec.block_size) == (context, num_tokens)
+
+
 def test_pool_too_small_for_one_request_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OperatorError, match="kv_cache_tokens"):
         Rig(tmp_path, kv_cache_tokens=128)

@@ -172,9 +172,14 @@ def test_files_that_changed_since_the_download_are_refused(model: Path, tmp_path
 
 def test_context_longer_than_the_models_is_refused(model: Path, tmp_path: Path) -> None:
     edit(model / "config.json", max_position_embeddings=512)
+    engine = EngineConfig(device="cpu", dtype="float32", max_model_len=2048)
+    manifest = described(model)
     with pytest.raises(ConfigError, match=r"engine\.max_model_len.*2048") as failure:
-        built(model, tmp_path / "engine")
+        build_engine(manifest, tmp_path / "e", engine=engine, fingerprint="f", report=[].append)
     assert "512" in failure.value.remedy
+    auto = msgspec.structs.replace(engine, max_model_len="auto")
+    built = build_engine(manifest, tmp_path / "e", engine=auto, fingerprint="f", report=[].append)
+    assert built.model_max_len == 512
 
 
 def test_unknown_architecture_is_refused(model: Path, tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
-import psutil
 import torch
 from torch import nn
 from torch.nn.functional import linear as plain_linear
 
 from serving.engine.torch.cpu.int8_weights import Int8Linear
 from serving.engine.torch.cpu.kernels import CpuKernels
+from serving.host_memory import host_memory
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ def pack_linears(model: nn.Module, kernels: CpuKernels | None = None) -> int:
         else:
             log.warning("this CPU has no FBGEMM: int8 weights are widened to float32")
     num_bytes = sum(linear.weight.nbytes for linear in linears)
-    copies = num_bytes < psutil.virtual_memory().available * _COPY_SHARE
+    copies = num_bytes < host_memory().available * _COPY_SHARE
 
     def pack(linears: list[nn.Linear | Int8Linear]) -> nn.Module:
         return _packed(linears, kernels, copies=copies)

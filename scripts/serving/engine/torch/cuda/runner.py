@@ -59,7 +59,7 @@ class CudaRunner(ModelRunner):
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._graphs: dict[int, DecodeGraph] = {}
 
-    def free_for_kv(self) -> int:
+    def free_for_kv(self, num_local_workers: int) -> int:
         """Bytes that the KV pool may take: `gpu_memory_fraction` of the device, less what the
         weights and the largest step need, as measured by running one."""
         torch.cuda.synchronize(self.device)
@@ -91,7 +91,7 @@ class CudaRunner(ModelRunner):
 
     def warm_up(self, num_tokens: int) -> None:
         """Compile the kernels, then capture the decode graphs, largest batch first."""
-        width = self.layout.num_blocks(self._config.max_model_len)
+        width = self.layout.num_blocks(self.max_model_len)
         self._slots = Slots(self._max_batch, width)
         shape = (self._slots.count, width)
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -234,9 +234,7 @@ class CudaRunner(ModelRunner):
         return torch.where(ids == UNKNOWN_TOKEN, self._last_tokens[slots.long()], ids)
 
     def _decodes(self, count: int, slots: torch.Tensor, lengths: torch.Tensor) -> Decodes:
-        splits = num_splits(
-            count, self.layout.num_kv_heads, self._config.max_model_len, self._processors
-        )
+        splits = num_splits(count, self.layout.num_kv_heads, self.max_model_len, self._processors)
         return Decodes(count, slots, lengths, self._tables, splits)
 
     def _try_cudnn(self) -> bool:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 
 from serving.engine.core.host_tier import Copies
@@ -20,6 +19,7 @@ from serving.engine.core.step import Chunk
 from serving.engine.torch.kv.pool import KvPool
 from serving.engine.torch.runner import ModelRunner
 from serving.errors import OperatorError
+from serving.host_memory import host_memory
 from serving.protocol import EngineRequest, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class HostBlocks:
                 f"`engine.host_cache_bytes` {host_cache_bytes} is too little for one block",
                 remedy=f"set it to {block_bytes} or more, or to 0 for no host tier",
             )
-        available = psutil.virtual_memory().available
+        available = host_memory().available
         if host_cache_bytes > available:
             raise OperatorError(
                 f"`engine.host_cache_bytes` {host_cache_bytes} is more than the "

@@ -7,6 +7,8 @@ key/value) to gather, rows of tokens to write.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +37,12 @@ class KvPool:
     ) -> None:
         self.layout = layout
         shape = (num_blocks + 1, *layout.block_shape)
-        # Zeros, because padding and the unused rest of a block are read (and masked).
         self.dtype: torch.dtype = getattr(torch, layout.dtype)
-        self.tensor = torch.zeros(shape, dtype=self.dtype, device=device)
+        # Zeros, because padding and the unused rest of a block are read (and masked).
+        if torch.device(device).type == "cpu":
+            self.tensor = _untouched_zeros(shape, self.dtype)
+        else:
+            self.tensor = torch.zeros(shape, dtype=self.dtype, device=device)
         row = layout.block_size * layout.num_kv_heads * layout.head_dim
         # Torch indexes no float8, but its bytes.
         rows = self.tensor.view(torch.uint8) if self.dtype in _MAX else self.tensor
@@ -137,6 +142,19 @@ class KvPool:
             return tensor.view(torch.uint8)
         array = np.frombuffer(buffer, dtype=np.uint8)
         return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros on CPU whose pages take no memory before something is written to them.
+
+    `torch.zeros` writes to all of them. Raises MemoryError.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as exc:
+        raise MemoryError(f"{num_bytes} bytes: {exc.strerror}") from exc
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(tuple(shape))
 
 
 def _as_array(buffer: Any) -> np.ndarray:

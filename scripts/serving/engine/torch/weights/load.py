@@ -11,8 +11,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from serving.engine.files import human, require_space
 from serving.engine.manifest import BuildCheck, ModelManifest
 from serving.engine.torch.build_check.serving_check import check_real_model, real_references
@@ -24,6 +22,7 @@ from serving.engine.torch.weights.logits_check import (
 )
 from serving.engine.torch.weights.source import Source, load_model
 from serving.errors import ModelError
+from serving.host_memory import host_memory
 from serving.kv_layout import DTYPE_BYTES, WEIGHT_ONLY_DTYPES, KvLayout, kv_dtype
 from serving.progress import Report
 
@@ -186,7 +185,7 @@ def _count_weights(config: PreTrainedConfig) -> int:
 
 
 def _require_memory(num_bytes: int, what: str) -> None:
-    available = psutil.virtual_memory().available
+    available = host_memory().available
     if num_bytes > 0.9 * available:
         raise ModelError(
             f"{what} this model takes {human(num_bytes)} of memory, {human(available)} are free",

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+import msgspec
+
 from serving.config import Config
 from serving.engine.manifest import (
     ENGINE_FORMAT,
@@ -27,7 +29,7 @@ from serving.engine.manifest import (
 from serving.engine.trtllm.build import llm_args, tensorrt_flow
 from serving.engine.trtllm.build.checkpoint import Checkpoint, read_checkpoint, require_loadable
 from serving.engine.trtllm.build.installed import RunProgram, probe_library
-from serving.engine.trtllm.build.memory import require_memory
+from serving.engine.trtllm.build.memory import longest_context, require_memory
 from serving.engine.trtllm.build.quantization import (
     require_dtype,
     require_kv_dtype,
@@ -100,6 +102,13 @@ def _build(
     require_kv_dtype(config.tensorrt_llm, host.capabilities)
     require_dtype(engine.dtype, host.capabilities)
     check_max_model_len(engine.max_model_len, checkpoint.model_max_len, manifest.id)
+    if engine.max_model_len == "auto":
+        longest = longest_context(
+            checkpoint, config, spreads, dtype=engine.dtype, memory_bytes=host.memory_bytes
+        )
+        report(f"engine.max_model_len: {longest} of the model's {checkpoint.model_max_len} tokens")
+        engine = msgspec.structs.replace(engine, max_model_len=longest)
+        config = msgspec.structs.replace(config, engine=engine)
     for line in require_memory(
         checkpoint, config, spreads, dtype=engine.dtype, memory_bytes=host.memory_bytes
     ):
@@ -153,6 +162,7 @@ def _build(
         flow=flow,
         stamp=stamp(version, library.cuda, host),
         llm_args=rendered,
+        max_model_len=engine.resolved_context,
     )
 
 

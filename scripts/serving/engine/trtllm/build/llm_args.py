@@ -168,8 +168,8 @@ def arguments(
         everything |= {
             "dtype": dtype,
             "max_batch_size": engine.max_batch_size,
-            "max_seq_len": engine.max_model_len,
-            "max_input_len": engine.max_model_len,
+            "max_seq_len": engine.resolved_context,
+            "max_input_len": engine.resolved_context,
             "max_num_tokens": max(engine.step_tokens(), engine.max_batch_size),
         }
     else:
@@ -223,7 +223,7 @@ def _transceiver(config: Config, version: Version) -> Arguments:
     return {
         "backend": backend.lower() if version.line == (1, 0) else backend,
         "transceiver_runtime": "CPP",
-        "max_tokens_in_buffer": config.engine.max_model_len,
+        "max_tokens_in_buffer": config.engine.resolved_context,
         "kv_transfer_timeout_ms": int(1000 * max(moving.hold_s, moving.transfer_s)),
     }
 

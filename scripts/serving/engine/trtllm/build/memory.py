@@ -135,7 +135,7 @@ def require_memory(
             f"{role}: {human(found.weights)} of weights on each GPU of {human(memory_bytes)}, "
             f"room for about {room / found.kv_token:.3g} tokens of KV"
         )
-        if room < found.kv_token * config.engine.max_model_len:
+        if room < found.kv_token * config.engine.resolved_context:
             line += (
                 "; tight: if it runs out of memory while it captures CUDA graphs, lower "
                 "engine.max_batch_size"
@@ -144,8 +144,32 @@ def require_memory(
     return lines
 
 
+def longest_context(
+    checkpoint: Checkpoint,
+    config: Config,
+    parallelism: Mapping[Role, Parallelism],
+    *,
+    dtype: str,
+    memory_bytes: int,
+) -> int:
+    """What `engine.max_model_len: auto` means: the checkpoint's limit, bounded by the KV pool.
+
+    At least one block, so that `require_memory` can explain why nothing fits.
+    """
+    block, share = config.engine.block_size, config.tensorrt_llm.free_gpu_memory_fraction
+    bounds = [checkpoint.model_max_len, config.engine.kv_cache_tokens or checkpoint.model_max_len]
+    if memory_bytes:
+        bounds += [
+            estimate(checkpoint, config, role, spread, dtype).longest(memory_bytes, share)
+            // block
+            * block
+            for role, spread in parallelism.items()
+        ]
+    return max(block, min(bounds))
+
+
 def _require_pool(config: Config) -> None:
-    tokens, longest = config.engine.kv_cache_tokens, config.engine.max_model_len
+    tokens, longest = config.engine.kv_cache_tokens, config.engine.resolved_context
     if tokens is not None and tokens < longest:
         raise ConfigError(
             "engine.kv_cache_tokens",
@@ -156,7 +180,7 @@ def _require_pool(config: Config) -> None:
 
 
 def _require_fit(found: Estimate, config: Config, spread: Parallelism, memory_bytes: int) -> None:
-    length = config.engine.max_model_len
+    length = config.engine.resolved_context
     share = config.tensorrt_llm.free_gpu_memory_fraction
     longest = found.longest(memory_bytes, share)
     if longest >= length:

@@ -31,7 +31,9 @@ class OpenRequests:
         if self._refusal:
             raise EngineFailed(self._refusal)
         check_supported(request, self.context.guide_backend)
-        require_runnable(request, self.context.limits.max_model_len, self.context.vocabulary.size)
+        require_runnable(
+            request, self.context.limits.resolved_context, self.context.vocabulary.size
+        )
         if request.request_id in self._open:
             raise InvalidRequest(f"{request.request_id} is already running", code="duplicate_id")
         kv = None

@@ -291,7 +291,7 @@ class RunningRequest:
     # --- pieces --------------------------------------------------------------------------------
 
     def _num_to_generate(self, num_prompt: int) -> int:
-        return num_to_generate(self.request, num_prompt, self._context.limits.max_model_len)
+        return num_to_generate(self.request, num_prompt, self._context.limits.resolved_context)
 
     def _sampling_arguments(self, num_prompt: int, max_tokens: int) -> dict[str, Any]:
         """Keyword arguments of `SamplingParams`. Raises EngineFailed for a continued guide."""

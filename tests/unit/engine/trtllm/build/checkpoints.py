@@ -52,5 +52,10 @@ def checkpoint(**changed: Any) -> Checkpoint:
 
 def config(**engine: Any) -> Config:
     settings = engine.pop("tensorrt_llm", {})
-    raw = {"backend": "tensorrt_llm", "max_num_batched_tokens": 8192, **engine}
+    raw = {
+        "backend": "tensorrt_llm",
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 8192,
+        **engine,
+    }
     return parse({"engine": raw, "tensorrt_llm": settings})

@@ -132,6 +132,16 @@ def test_rebuilding_replaces_what_was_there(model: Path, tmp_path: Path) -> None
     assert (model / "model.safetensors").exists()
 
 
+def test_auto_context_is_resolved_by_the_build(model: Path, tmp_path: Path) -> None:
+    engine, lines = built(
+        model, tmp_path / "engine", settings=config(engine={"max_model_len": "auto"})
+    )
+    assert engine.max_model_len == engine.model_max_len
+    arguments = (tmp_path / "engine" / engine.llm_args["decode"]).read_text()
+    assert f"max_seq_len: {engine.model_max_len}" in arguments
+    assert any("engine.max_model_len" in line for line in lines)
+
+
 def test_a_build_that_fails_leaves_nothing(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="more than"):
         built(model, tmp_path / "engine", settings=config(engine={"max_model_len": 4096}))

@@ -32,7 +32,8 @@ SECTIONS = {
 def text(role: Any = "prefill", version: str = "1.3.0rc27", **changed: Any) -> str:
     flow = changed.pop("flow", "pytorch")
     spread = Parallelism(*changed.pop("spread", (1, 1)))
-    engine = {"backend": "tensorrt_llm", "block_size": 32, **changed.pop("engine", {})}
+    engine = {"backend": "tensorrt_llm", "block_size": 32, "max_model_len": 2048}
+    engine |= changed.pop("engine", {})
     return render(
         parse({"engine": engine, **changed}),
         role,

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 from serving.engine.trtllm.build.checkpoint import Checkpoint
-from serving.engine.trtllm.build.memory import estimate, num_graphs, require_memory
+from serving.engine.trtllm.build.memory import (
+    estimate,
+    longest_context,
+    num_graphs,
+    require_memory,
+)
 from serving.engine.trtllm.build.quantization import Quantization
 from serving.engine.trtllm.build.target import Parallelism
 from serving.errors import ConfigError, OperatorError
@@ -109,6 +114,29 @@ def test_too_long_context_names_the_length_that_fits() -> None:
     require(24 * GB, role="decode", max_model_len=lowered)
     with pytest.raises(OperatorError):
         require(24 * GB, role="decode", max_model_len=lowered + 16)
+
+
+def test_auto_context_is_the_longest_that_the_checks_accept() -> None:
+    def auto(memory_bytes: int, role: Any = "decode", **engine: Any) -> int:
+        return longest_context(
+            checkpoint(),
+            config(max_model_len="auto", **engine),
+            {role: Parallelism()},
+            dtype="bfloat16",
+            memory_bytes=memory_bytes,
+        )
+
+    whole = checkpoint().model_max_len
+    assert auto(0) == auto(400 * GB) == whole
+    assert auto(400 * GB, kv_cache_tokens=4096) == 4096
+    bounded = auto(24 * GB)
+    assert bounded % 16 == 0
+    assert 1000 < bounded < whole
+    require(24 * GB, role="decode", max_model_len=bounded)
+    with pytest.raises(OperatorError):
+        require(24 * GB, role="decode", max_model_len=bounded + 16)
+    with pytest.raises(OperatorError, match="GPUs with more memory"):
+        require(10**9, max_model_len=auto(10**9))
 
 
 def test_too_many_batched_tokens_name_the_number_that_fits() -> None:

@@ -52,6 +52,7 @@ async def refusal(checker: GuideChecker, guide: Guide) -> str:
         (Guide("json_schema", '{"$ref": "#"}'), "nothing can follow"),
         (Guide("regex", r"a[^\s\S]b"), "nothing can follow"),
         (Guide("regex", "a{1000000}"), ""),
+        (Guide("grammar", 'start: "ab" C\nC: /[^\\s\\S]/'), "nothing can follow"),
         (Guide("grammar", ALTERNATIVES), "items"),
         (Guide("grammar", 'start: a\na: a a | "x" | a a a'), "takes too long"),
         (Guide("json_schema", json.dumps(OPTIONAL)), "items"),

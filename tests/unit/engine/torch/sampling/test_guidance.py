@@ -256,6 +256,13 @@ async def test_guide_that_nothing_fits_never_ends_as_if_it_was_complete(
     [
         regex("a{1000000}"),
         Guide("grammar", "start: " + " | ".join(f'"w{i}" r' for i in range(3000)) + '\nr: "x"'),
+        # Only the end token is left after "ab", and the grammar does not accept it.
+        Guide("grammar", 'start: "ab" C\nC: /[^\\s\\S]/'),
+        Guide(
+            "json_schema",
+            '{"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}, "required": ["a"], '
+            '"$defs": {"x": {"$ref": "#/$defs/x"}}}',
+        ),
     ],
 )
 async def test_guide_that_fails_on_the_way_is_the_error_of_its_author_and_is_not_kept(

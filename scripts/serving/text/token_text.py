@@ -35,14 +35,15 @@ class TokenText:
         self._bytes_of = _byte_alphabet() if "ByteLevel" in decoder else None
         self.has_bytes = self._bytes_of is not None or "ByteFallback" in decoder
         """Whether the text of tokens is the text of their bytes."""
-        self._known: dict[int, tuple[str, bytes]] = {}
+        self.known: dict[int, tuple[str, bytes]] = {}
+        """Tokens that were asked for before."""
 
     def __call__(self, token_id: int) -> tuple[str, bytes]:
         """A token that is part of a character has replacement characters and its true bytes."""
-        known = self._known.get(token_id)
+        known = self.known.get(token_id)
         if known is None:
             data = self._token_bytes(token_id)
-            known = self._known[token_id] = data.decode("utf-8", "replace"), data
+            known = self.known[token_id] = data.decode("utf-8", "replace"), data
         return known
 
     def _token_bytes(self, token_id: int) -> bytes:
@@ -104,6 +105,7 @@ class _ByteDecoder:
         self, tokens: TokenText, prompt_token_ids: Sequence[int], skipped: frozenset[int]
     ) -> None:
         self._tokens, self._skipped = tokens, skipped
+        self._known = tokens.known
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         # A prompt of token ids may end inside a character: that one belongs to the new text.
         for token_id in prompt_token_ids[-SEED_TOKENS:]:
@@ -112,7 +114,8 @@ class _ByteDecoder:
     def step(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
-        return self._decode(self._tokens(token_id)[1])
+        known = self._known.get(token_id)
+        return self._decode(known[1] if known is not None else self._tokens(token_id)[1])
 
     def flush(self) -> str:
         return ""

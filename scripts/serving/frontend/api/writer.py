@@ -151,7 +151,7 @@ class ChoicesWriter(ResponseWriter):
 def json_text(text: str) -> bytes:
     """A JSON string. Line separators are escaped: some clients split events at them."""
     encoded = orjson.dumps(text)
-    if b"\xe2\x80" not in encoded and b"\xc2\x85" not in encoded:
+    if text.isascii():
         return encoded
     for raw, escaped in _LINE_ENDS:
         encoded = encoded.replace(raw, escaped)

@@ -21,6 +21,7 @@ from serving.frontend.metrics.registry import Metrics
 from serving.frontend.pipeline import Pipeline
 from serving.protocol import EngineOutput, TokenLogprob
 from serving.text.answer_parser import AnswerParser
+from serving.text.conversation import AnswerPlan
 from serving.text.detokenize import Delta, Detokenizer
 from serving.text.preprocess import PreparedRequest
 from serving.text.token_text import TokenText
@@ -116,20 +117,27 @@ class Generation:
             metrics.completion_tokens.add(sample.completion_tokens)
             metrics.cached_tokens.add(sample.cached_tokens)
 
-    async def _outputs(
+    def _outputs(
         self, prepared: PreparedRequest, parser: AnswerParser | None, sample: SampleProgress
+    ) -> AsyncGenerator[EngineOutput, None]:
+        answer = prepared.answer
+        if parser is None or answer is None or answer.reasoning_budget is None:
+            return self._pipeline.generate(prepared)
+        return self._within_budget(prepared, answer, parser, sample)
+
+    async def _within_budget(
+        self,
+        prepared: PreparedRequest,
+        answer: AnswerPlan,
+        parser: AnswerParser,
+        sample: SampleProgress,
     ) -> AsyncGenerator[EngineOutput, None]:
         """The pipeline's outputs. Reasoning that uses up its budget is ended, and the answer begun.
 
         The engine need not know: what was generated, and the end of the reasoning, become the
         beginning of a second request, whose blocks are cached.
         """
-        budget = prepared.answer.reasoning_budget if prepared.answer is not None else None
-        if parser is None or budget is None or prepared.answer is None:
-            async with aclosing(self._pipeline.generate(prepared)) as outputs:
-                async for output in outputs:
-                    yield output
-            return
+        budget = answer.reasoning_budget or 0
         generated: list[int] = []
         async with aclosing(self._pipeline.generate(prepared)) as outputs:
             async for output in outputs:
@@ -139,7 +147,7 @@ class Generation:
                     break
         if sample.finish_reason is not None:
             return
-        forced = prepared.answer.reasoning_end_ids
+        forced = answer.reasoning_end_ids
         left = prepared.sampling.max_tokens - len(generated) - len(forced)
         yield EngineOutput(prepared.request_id, list(forced), "length" if left < 1 else None)
         if left < 1:

@@ -37,26 +37,37 @@ class ChatWriter(ChoicesWriter):
                 b'{"index":%d,"delta":{"role":"assistant","content":"","refusal":null},'
                 b'"logprobs":null,"finish_reason":null}' % index
             )
+        if delta.parts is None and delta.token_ids is None:  # by far the most, and the cheapest
+            if delta.text or delta.logprobs:
+                logprobs = b"null" if self._token_text is None else self._logprobs(delta)
+                choices.append(
+                    b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}'
+                    % (index, json_text(delta.text), logprobs)
+                )
+        else:
+            choices += self._part_choices(index, delta)
+        if delta.finish_reason is not None:
+            choices.append(
+                b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%b"}'
+                % (index, delta.finish_reason.encode())
+            )
+        return choices
+
+    def _part_choices(self, index: int, delta: Delta) -> list[bytes]:
+        """Of an answer that is parsed, or whose token ids are asked for."""
+        choices = []
         logprobs = self._logprobs(delta)
         if delta.token_ids is not None:
             choices.append(
                 b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":null%b}'
                 % (index, token_ids_field(delta))
             )
-        if delta.parts is not None:
-            for part in delta.parts:
-                choices.append(_choice_delta(index, _part_delta(part), logprobs))
-                logprobs = b"null"
-            if not delta.parts and delta.logprobs:
-                choices.append(_choice_delta(index, b'{"content":""}', logprobs))
-        elif delta.text or delta.logprobs:
-            content = b'{"content":%b}' % json_text(delta.text)
-            choices.append(_choice_delta(index, content, logprobs))
-        if delta.finish_reason is not None:
-            choices.append(
-                b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%b"}'
-                % (index, delta.finish_reason.encode())
-            )
+        parts = delta.as_parts()
+        for part in parts:
+            choices.append(_choice_delta(index, _part_delta(part), logprobs))
+            logprobs = b"null"
+        if not parts and delta.logprobs:
+            choices.append(_choice_delta(index, b'{"content":""}', logprobs))
         return choices
 
     def _choice(self, index: int, delta: Delta) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from integration.mock_service import make_service
+from integration.frontend.mock_service import make_service
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import wait_until
 

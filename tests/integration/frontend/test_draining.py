@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from integration.mock_service import make_service
+from integration.frontend.mock_service import make_service
 from waiting import until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]

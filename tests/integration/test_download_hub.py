@@ -70,6 +70,17 @@ def test_download_fetches_only_needed_files_and_records_the_commit(
     assert any("model.safetensors: 100% of 3 MB" in line for line in lines)
 
 
+def test_shards_are_those_that_the_index_names(hub: Hub, tmp_path: Path) -> None:
+    files = hub.files[COMMIT]
+    shard = "model.safetensors-00001-of-00001.safetensors"
+    index = "model.safetensors.index.json"
+    files[shard] = files.pop("model.safetensors")
+    files[index] = json.dumps({"weight_map": {"weight": shard}}).encode()
+    fetch(tmp_path)
+    assert {shard, index} <= {path.name for path in (tmp_path / "files").iterdir()}
+    assert len(hub.fetched(index)) == 1
+
+
 def test_second_download_transfers_nothing(hub: Hub, tmp_path: Path) -> None:
     fetch(tmp_path)
     hub.requests.clear()
@@ -79,12 +90,13 @@ def test_second_download_transfers_nothing(hub: Hub, tmp_path: Path) -> None:
 
 def test_another_revision_replaces_every_file(hub: Hub, tmp_path: Path) -> None:
     hub.revisions["v2"] = OTHER_COMMIT
-    hub.files[OTHER_COMMIT] = {"config.json": CONFIG, "model.safetensors": b"smaller"}
+    small = {"config.json": CONFIG, "tokenizer.json": b"{}", "model.safetensors": b"smaller"}
+    hub.files[OTHER_COMMIT] = small
     fetch(tmp_path)
     manifest = fetch(tmp_path, revision="v2")
     assert (manifest.revision, manifest.commit) == ("v2", OTHER_COMMIT)
     names = sorted(path.name for path in (tmp_path / "files").iterdir())
-    assert names == ["config.json", "model.safetensors"]
+    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
     assert (tmp_path / "files" / "model.safetensors").read_bytes() == b"smaller"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -13,8 +14,18 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HIDDEN, LAYERS, HEADS, KV_HEADS, FEED_FORWARD = 64, 2, 4, 2, 128
 
 
-def write_gguf(path: Path, *, pre: str = "smollm", architecture: str = "llama") -> Path:
-    """A random two-layer Llama; its vocabulary has digits, and runs of spaces as one token."""
+def write_gguf(
+    path: Path,
+    *,
+    pre: str = "smollm",
+    architecture: str = "llama",
+    metadata: Mapping[str, float | str] | None = None,
+    tensors: Sequence[str] = (),
+) -> Path:
+    """A random two-layer Llama; its vocabulary has digits, and runs of spaces as one token.
+
+    `metadata` and `tensors` are extra ones.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = ["Ġ Ġ", "h e", "l l", "he ll"]
     tokens = [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in merges)]
@@ -41,6 +52,15 @@ def write_gguf(path: Path, *, pre: str = "smollm", architecture: str = "llama") 
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
+    for key, value in (metadata or {}).items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_float32(key, value)
+    for name in tensors:
+        writer.add_tensor(name, np.ones(HIDDEN // HEADS // 2, dtype=np.float32))
     random = np.random.default_rng(0)
     kv = HIDDEN * KV_HEADS // HEADS
     shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}

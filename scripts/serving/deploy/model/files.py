@@ -7,7 +7,7 @@ come from.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -23,15 +23,23 @@ _COMPANIONS = re.compile(
     r"config\.json|hf_quant_config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json"
     r"|special_tokens_map\.json|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt"
     r"|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|chat_template\.jinja"
+    r"|chat_template\.json"
 )
-_WEIGHTS: dict[ModelFormat, tuple[str, re.Pattern[str]]] = {
-    "safetensors": ("model.safetensors", re.compile(r"model-\d+-of-\d+\.safetensors")),
-    "pickle": ("pytorch_model.bin", re.compile(r"pytorch_model-\d+-of-\d+\.bin")),
+_WEIGHTS: dict[ModelFormat, str] = {
+    "safetensors": "model.safetensors",
+    "pickle": "pytorch_model.bin",
 }
 
-
-_TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
+_TOKENIZERS = {
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "vocab.txt"),
+}
 """Any one of these is enough to have a tokenizer."""
+_OTHER_TOKENIZERS = {"tekken.json", "tiktoken.model", "tokenizer.model.v3", "tokenizer.tiktoken"}
+"""These are not read."""
+
+ReadFile = Callable[[str], bytes]
+"""The content of a file of the model, by its name."""
 
 
 class _Index(Struct, frozen=True):
@@ -47,27 +55,31 @@ class WeightFiles(Struct, frozen=True):
 
 
 def select_files(
-    names: Iterable[str], *, where: str, allow_pickle: bool, weights: Weights = "real"
+    names: Iterable[str],
+    *,
+    read: ReadFile,
+    where: str,
+    allow_pickle: bool,
+    weights: Weights = "real",
+    needs_tokenizer: bool = False,
 ) -> tuple[ModelFormat, list[str]]:
     """The files to use out of the `names` that a repository or folder holds.
 
     These are the files that transformers would load. Training state and weights for other
-    frameworks stay behind; with dummy `weights`, so do all weights. Raises ModelError that names
-    what is missing.
+    frameworks stay behind; with dummy `weights`, so do all weights. An index, where there is one,
+    names the shards; `read` brings it. Raises ModelError that names what is missing.
     """
     present = set(names)
     if "config.json" not in present:
         raise ModelError(f"{where} has no config.json, so it is not a model", remedy=_hint(present))
     companions = [name for name in present if _COMPANIONS.fullmatch(name)]
     if weights == "dummy":
+        if needs_tokenizer:
+            _require_tokenizer(present, where)
         return "config", sorted(companions)
-    for kind, (single, shard) in _WEIGHTS.items():
+    for kind, single in _WEIGHTS.items():
         index = f"{single}.index.json"
-        if single in present:
-            files = [single]
-        elif index in present and (shards := [name for name in present if shard.fullmatch(name)]):
-            files = [index, *shards]
-        else:
+        if not {single, index} & present:
             continue
         if kind == "pickle" and not allow_pickle:
             raise ModelError(
@@ -75,6 +87,12 @@ def select_files(
                 remedy="choose a model with safetensors, or trust this one: "
                 "`model.allow_pickle: true`",
             )
+        if single in present:
+            files = [single]
+        else:
+            files = [index, *_shards(read(index), f"{where}: {index}", present)]
+        if needs_tokenizer:
+            _require_tokenizer(present, where)
         return kind, sorted([*companions, *files])
     raise ModelError(f"{where} has no model.safetensors", remedy=_hint(present))
 
@@ -89,30 +107,31 @@ def _hint(present: set[str]) -> str:
     return "check `model.id`: a folder or repository in Hugging Face layout is needed"
 
 
-def check_shards(folder: Path, names: Iterable[str]) -> None:
-    """Raises ModelError when an index names a shard that is not among `names`."""
-    present = set(names)
-    for index in sorted(name for name in present if name.endswith(".index.json")):
-        try:
-            listed = msgspec.json.decode((folder / index).read_bytes(), type=_Index).weight_map
-        except msgspec.DecodeError as exc:
-            raise ModelError(
-                f"{folder / index} is damaged: {exc}", remedy="fetch or copy the model again"
-            ) from exc
-        if missing := sorted(set(listed.values()) - present):
-            raise ModelError(
-                f"{folder / index} names {len(missing)} missing files: {', '.join(missing[:3])}",
-                remedy="complete the model, or fetch it again",
-            )
-
-
-def require_tokenizer(found: WeightFiles) -> None:
-    """Raises ModelError when a model without weights has no tokenizer either."""
-    if found.format == "config" and not _TOKENIZERS & set(found.names):
+def _shards(content: bytes, index: str, present: set[str]) -> list[str]:
+    """The files that an index names. Raises ModelError when some are not `present`."""
+    try:
+        listed = msgspec.json.decode(content, type=_Index).weight_map
+    except msgspec.DecodeError as exc:
+        raise ModelError(f"{index} is damaged: {exc}", remedy="fetch or copy it again") from exc
+    shards = sorted(set(listed.values()))
+    missing = [name for name in shards if name not in present]
+    if missing or not shards:
         raise ModelError(
-            f"{found.folder} has no tokenizer.json",
-            remedy="add one, or use another model's: set `model.tokenizer` to `bundled` or to a path",
+            f"{index} names {len(missing)} missing files: {', '.join(missing[:3]) or 'none at all'}",
+            remedy="complete the model, or fetch it again",
         )
+    return shards
+
+
+def _require_tokenizer(present: set[str], where: str) -> None:
+    if _TOKENIZERS & present:
+        return
+    found = sorted(_OTHER_TOKENIZERS & present)
+    only = f"; {found[0]} is of a kind that is not read" if found else ""
+    raise ModelError(
+        f"{where} has no tokenizer.json{only}",
+        remedy="add one, or use another model's: set `model.tokenizer` to `bundled` or to a path",
+    )
 
 
 def tokenizer_source(config: ModelConfig) -> Path | None:
@@ -160,6 +179,11 @@ def local_files(config: ModelConfig, *, weights: Weights = "real") -> WeightFile
     if "config.json" not in names and len(ggufs) == 1:
         return WeightFiles(path, "gguf", ggufs)
     kind, chosen = select_files(
-        names, where=str(path), allow_pickle=config.allow_pickle, weights=weights
+        names,
+        read=lambda name: (path / name).read_bytes(),
+        where=str(path),
+        allow_pickle=config.allow_pickle,
+        weights=weights,
+        needs_tokenizer=config.tokenizer is None,
     )
     return WeightFiles(path, kind, chosen)

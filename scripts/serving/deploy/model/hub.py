@@ -44,14 +44,25 @@ def fetch_from_hub(
     """
     api = _open_hub(config)
     commit, listed = _list_files(api, config)
-    where = f"{config.id} on the hub"
-    kind, names = select_files(
-        listed, where=where, allow_pickle=config.allow_pickle, weights=weights
-    )
-    wanted = [listed[name] for name in names]
     files_dir.mkdir(parents=True, exist_ok=True)
     pinned = msgspec.structs.replace(config, revision=commit)
     download = HubDownload(api, pinned, files_dir, report=report, retry_after_s=retry_after_s)
+
+    def read(name: str) -> bytes:
+        path = files_dir / name
+        if not listed[name].matches(path):
+            download.fetch(listed[name])
+        return path.read_bytes()
+
+    kind, names = select_files(
+        listed,
+        read=read,
+        where=f"{config.id} on the hub",
+        allow_pickle=config.allow_pickle,
+        weights=weights,
+        needs_tokenizer=config.tokenizer is None,
+    )
+    wanted = [listed[name] for name in names]
     _remove_others(files_dir, {download.partial(file).name for file in wanted} | set(names))
     missing = [file for file in wanted if not file.matches(files_dir / file.name)]
     here = sum(size_of(download.partial(file)) for file in missing)

@@ -12,9 +12,7 @@ from serving.config import ModelConfig, Weights
 from serving.deploy.model.bundled import fetch_bundled
 from serving.deploy.model.files import (
     WeightFiles,
-    check_shards,
     local_files,
-    require_tokenizer,
     tokenizer_source,
 )
 from serving.deploy.model.hub import fetch_from_hub
@@ -55,10 +53,7 @@ def fetch_model(
         found, files = fetch_bundled(files_dir, report=report)
     else:
         found, files, commit = fetch_from_hub(config, files_dir, weights=weights, report=report)
-    check_shards(found.folder, found.names)
     tokenizer = _other_tokenizer(config, out_dir, report)
-    if tokenizer is None:
-        require_tokenizer(found)
     manifest = ModelManifest(
         id=config.id,
         source=source,

@@ -32,7 +32,11 @@ from serving.engine.torch.weights.context import model_max_len
 from serving.engine.torch.weights.dummy import UNCHECKED, describe_dummy
 from serving.engine.torch.weights.load import pack_weights
 from serving.engine.torch.weights.source import Source
-from serving.engine.torch.weights.supported import model_class_of, require_supported
+from serving.engine.torch.weights.supported import (
+    model_class_of,
+    require_plain_weights,
+    require_supported,
+)
 from serving.errors import ModelError
 from serving.kv_layout import KvLayout, kv_dtype
 from serving.progress import Report
@@ -83,6 +87,8 @@ def _build(
     source = Source(manifest)
     config = source.config
     require_supported(config)
+    if engine.weights == "real":
+        require_plain_weights(Path(manifest.path))
     limit = model_max_len(config)
     if limit is None:
         raise ModelError(

@@ -44,6 +44,7 @@ def load_model(engine_dir: Path, dtype: str, device: torch.device) -> TorchModel
             f"{engine_dir} does not load: {exc}", remedy="rebuild the engine folder"
         ) from exc
     model = model.eval().to(device)
+    _fix_rotary_positions(model)
     kernels: cpu_kernels.CpuKernels | None = None
     if packed_linear.can_pack(device.type, torch_dtype):
         if dtype in WEIGHT_ONLY_DTYPES:
@@ -82,3 +83,17 @@ def _read(engine_dir: Path, dtype: str, torch_dtype: torch.dtype, device: torch.
             engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
         )
     return model
+
+
+def _fix_rotary_positions(model: Any) -> None:
+    """Keep the frequencies that hold up to `context.model_max_len`.
+
+    `dynamic` and `longrope` modules look at the positions of each step to choose others, which no
+    step of ours reaches; the look alone would keep decode steps out of CUDA graphs.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):
+            module.rope_type = dict.fromkeys(kind, "default")
+        elif isinstance(kind, str):
+            module.rope_type = "default"

@@ -1,5 +1,6 @@
 """Which files make a model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,17 @@ from serving.errors import ConfigError, ModelError
 
 
 def choose(*names: str, allow_pickle: bool = False) -> list[str]:
-    return select_files(names, where="m", allow_pickle=allow_pickle)[1]
+    return select_files(names, read=no_file, where="m", allow_pickle=allow_pickle)[1]
+
+
+def no_file(name: str) -> bytes:
+    raise AssertionError(f"{name} was read")
+
+
+def index_of(*shards: str) -> bytes:
+    return json.dumps(
+        {"weight_map": {f"tensor{i}": name for i, name in enumerate(shards)}}
+    ).encode()
 
 
 def test_takes_weights_and_companions_and_nothing_else() -> None:
@@ -23,11 +34,54 @@ def test_prefers_safetensors_even_when_pickle_is_allowed() -> None:
     assert names == ["config.json", "model.safetensors"]
 
 
-def test_sharded_weights_come_with_their_index() -> None:
-    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    index = "model.safetensors.index.json"
-    names = choose("config.json", index, *shards, "consolidated.safetensors")
-    assert names == sorted(["config.json", index, *shards])
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("stem", ["model-", "model.safetensors-", "anything."])
+def test_the_index_names_the_shards(stem: str) -> None:
+    shards = [f"{stem}0000{i}-of-00002.safetensors" for i in (1, 2)]
+    present = ["config.json", INDEX, *shards, "consolidated.safetensors"]
+    kind, names = select_files(
+        present, read=lambda name: index_of(*shards), where="m", allow_pickle=False
+    )
+    assert (kind, names) == ("safetensors", sorted(["config.json", INDEX, *shards]))
+
+
+def test_missing_shards_are_named_before_anything_is_fetched() -> None:
+    with pytest.raises(ModelError, match=r"names 1 missing files: b\.safetensors"):
+        select_files(
+            ["config.json", INDEX, "a.safetensors"],
+            read=lambda name: index_of("a.safetensors", "b.safetensors"),
+            where="m",
+            allow_pickle=False,
+        )
+
+
+def test_damaged_index_is_refused() -> None:
+    with pytest.raises(ModelError, match="is damaged"):
+        select_files(["config.json", INDEX], read=lambda name: b"{", where="m", allow_pickle=False)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reason"), [("README.md", "no tokenizer"), ("tekken.json", r"tekken\.json is of")]
+)
+def test_model_without_a_tokenizer_that_is_read_is_refused(tokenizer: str, reason: str) -> None:
+    present = ["config.json", "model.safetensors", tokenizer]
+
+    def select(needed: bool) -> list[str]:
+        return select_files(
+            present, read=no_file, where="m", allow_pickle=False, needs_tokenizer=needed
+        )[1]
+
+    with pytest.raises(ModelError, match=reason) as failure:
+        select(True)
+    assert "`model.tokenizer`" in failure.value.remedy
+    assert select(False) == ["config.json", "model.safetensors"]
+
+
+def test_chat_template_is_taken_in_every_form() -> None:
+    templates = ["chat_template.jinja", "chat_template.json"]
+    assert set(templates) <= set(choose("config.json", "model.safetensors", *templates))
 
 
 def test_variants_and_adapters_are_not_weights() -> None:

@@ -15,6 +15,7 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "mine"
     path.mkdir()
     (path / "config.json").write_text("{}")
+    (path / "tokenizer.json").write_text("{}")
     (path / "model.safetensors").write_bytes(b"weights")
     return path
 

@@ -233,3 +233,36 @@ def test_difference_beyond_rounding_is_refused() -> None:
         compare(logits, [logits[0] + 1.0], "bfloat16")
     with pytest.raises(ModelError, match="report the model"):
         compare(logits, [logits[0] + 0.04], "float32")
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "input_scale", "weight_zero_point"])
+def test_tensors_that_say_how_to_read_weights_are_not_passed_over(
+    name: str, model: Path, tmp_path: Path
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights[f"model.layers.0.mlp.down_proj.{name}"] = torch.ones(1)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"how to read its weights.*down_proj\.{name}"):
+        built(model, tmp_path / "engine")
+
+
+def test_template_in_a_file_of_its_own_becomes_the_engines(model: Path, tmp_path: Path) -> None:
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        (model / name).unlink(missing_ok=True)
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    built(model, tmp_path / "engine")
+    assert (tmp_path / "engine" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_shards_of_any_name_become_an_engine(model: Path, tmp_path: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names = [f"model.safetensors-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    shard_of = {tensor: names[i % 2] for i, tensor in enumerate(weights)}
+    for name in names:
+        part = {tensor: weights[tensor] for tensor in weights if shard_of[tensor] == name}
+        save_file(part, model / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": shard_of}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    engine, _ = built(model, tmp_path / "engine")
+    assert set(engine.weights) == set(names)

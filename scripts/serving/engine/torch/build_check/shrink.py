@@ -216,6 +216,8 @@ def _shrink_width(plain: dict[str, Any], config: PreTrainedConfig) -> None:
         plain[key] = _at_most(plain[key], _INNER_SIZE) if key in plain else None
         if plain[key] is None:
             del plain[key]
+    if plain.get("mamba_expand"):  # hybrid families check it where no layer uses it, too
+        plain["mamba_n_heads"], plain["mamba_d_head"] = 1, plain["mamba_expand"] * small_width
     _shrink_experts(plain)
 
 

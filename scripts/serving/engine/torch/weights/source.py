@@ -8,12 +8,13 @@ Nothing here reaches the network, and no code that came with a model is run.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.engine.manifest import ModelManifest
-from serving.engine.torch.weights import gguf_tokenizer
+from serving.engine.torch.weights import gguf_config, gguf_tokenizer, sentencepiece_tokenizer
 from serving.errors import ModelError
 
 if TYPE_CHECKING:
@@ -29,6 +30,13 @@ _TOKENIZER_FILES = (
 )
 
 
+# Tensors without which others mean something else: scales, zero points, positions of experts.
+_MEANINGFUL = re.compile(
+    r"scale|zero_?point|zeros|qweight|g_idx|absmax|amax|_packed|_blocks$|codebook|quant_state"
+    r"|rope_f|lora_|smooth"
+)
+
+
 class Source:
     """Raises ModelError when transformers does not know the architecture."""
 
@@ -41,6 +49,7 @@ class Source:
             self._how["gguf_file"] = manifest.files[0].path
             self.metadata = gguf_tokenizer.read_metadata(self.folder / manifest.files[0].path)
             gguf_tokenizer.require_exact(self.metadata)
+            gguf_config.require_complete(self.folder / manifest.files[0].path)
         self.config = self._read_config()
 
     def _read_config(self) -> PreTrainedConfig:
@@ -100,13 +109,23 @@ def save_tokenizer(
 
     `how` is for transformers; `metadata` is the GGUF file's own, empty where there is none.
     """
-    from transformers import AutoTokenizer
-
     if (folder / "tokenizer.json").exists() and not metadata:
         for name in _TOKENIZER_FILES:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, target / name)
-        return
+    else:
+        _convert_tokenizer(folder, metadata, target, max_len, **how)
+    if not metadata:
+        _save_chat_template(folder, target)
+
+
+def _convert_tokenizer(
+    folder: Path, metadata: gguf_tokenizer.Metadata, target: Path, max_len: int, **how: Any
+) -> None:
+    """Through transformers, from whatever form the tokenizer has."""
+    from transformers import AutoTokenizer
+
+    pieces = None if metadata else sentencepiece_tokenizer.find(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **how)
     except (OSError, ValueError, KeyError, ImportError) as exc:
@@ -116,12 +135,28 @@ def save_tokenizer(
         ) from exc
     if metadata:
         gguf_tokenizer.repair(tokenizer, metadata, max_len)
+    if pieces:
+        sentencepiece_tokenizer.require_same(tokenizer, pieces)
     tokenizer.save_pretrained(target)
     if not (target / "tokenizer.json").exists():
         raise ModelError(
             "the model's tokenizer cannot be written as a tokenizer.json",
             remedy="choose a model that comes with one",
         )
+
+
+def _save_chat_template(folder: Path, target: Path) -> None:
+    """Some repositories have their template in chat_template.json and nowhere else."""
+    path, tokenizer = folder / "chat_template.json", target / "tokenizer_config.json"
+    if not path.exists() or (target / "chat_template.jinja").exists():
+        return
+    try:
+        known = json.loads(tokenizer.read_bytes()) if tokenizer.exists() else {}
+        template = json.loads(path.read_bytes()).get("chat_template")
+    except (ValueError, AttributeError) as exc:
+        raise ModelError(f"{path} is damaged: {exc}", remedy="repair or remove it") from exc
+    if isinstance(template, str) and not known.get("chat_template"):
+        (target / "chat_template.jinja").write_text(template)
 
 
 def load_model(
@@ -148,6 +183,13 @@ def load_model(
         raise ModelError(
             f"{folder} cannot be loaded: {first_line(exc)}", remedy="fetch or copy the model again"
         ) from exc
+    if unused := sorted(name for name in info["unexpected_keys"] if _MEANINGFUL.search(name)):
+        raise ModelError(
+            f"{folder} has {len(unused)} tensors that say how to read its weights, and that the "
+            f"model would pass over: {', '.join(unused[:3])}",
+            remedy="use the unquantized original, or `engine.backend: tensorrt_llm` if its weights "
+            "are quantized",
+        )
     # transformers fills what is missing with random numbers and goes on.
     if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         raise ModelError(

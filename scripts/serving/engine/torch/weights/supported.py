@@ -7,6 +7,8 @@ breaks one of these is refused with the reason, before any weight is read.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import ModelError
@@ -16,13 +18,23 @@ if TYPE_CHECKING:
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
+# Fixed up to `context.model_max_len`: `dynamic` begins beyond max_position_embeddings.
+_FIXED_AT_FIRST = {"dynamic", "longrope"}
+_QUANTIZED_REMEDY = "use the unquantized original, or `engine.backend: tensorrt_llm` on GPUs"
+_MXFP4_REMEDY = "use `engine.backend: tensorrt_llm` on GPUs, or a copy converted to bfloat16"
 _REMEDY = "choose another model; README.md lists under Limits what is not supported"
 
 
 def require_supported(config: PreTrainedConfig) -> None:
     """Raises ModelError with the first reason why this engine cannot run `config` exactly."""
     if reason := refusal(config):
-        raise ModelError(f"the torch engine cannot run this model: {reason}", remedy=_REMEDY)
+        remedy = _REMEDY
+        if quantized := _quantized(config.to_dict()):
+            is_mxfp4 = reason == quantized and "mxfp4" in reason
+            remedy = (
+                _MXFP4_REMEDY if is_mxfp4 else _QUANTIZED_REMEDY if reason == quantized else remedy
+            )
+        raise ModelError(f"the torch engine cannot run this model: {reason}", remedy=remedy)
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
@@ -52,8 +64,10 @@ def _wrong_attention(plain: dict[str, Any]) -> str | None:
     kinds = plain.get("layer_types") or plain.get("layers_block_type") or plain.get("block_types")
     if other := set(kinds or []) - _LAYER_TYPES:
         return f"some layers are {', '.join(sorted(other))}, not softmax attention over KV"
+    # A hybrid family may have members whose layers all attend (Granite 4.0 micro).
+    all_attend = bool(kinds)
     stateful = [key for key in plain if key.startswith(("mamba_", "ssm_", "conv_L_cache"))]
-    if stateful or plain.get("state_size"):
+    if not all_attend and (stateful or plain.get("state_size")):
         return f"some layers keep a state instead of KV ({(stateful or ['state_size'])[0]})"
     if plain.get("num_kv_shared_layers") or plain.get("cla_share_factor"):
         return "some layers share the KV of others"
@@ -69,23 +83,43 @@ def _wrong_positions(plain: dict[str, Any]) -> str | None:
     attention = attention if isinstance(attention, dict) else {}
     if plain.get("alibi") or attention.get("alibi") or plain.get("model_type") in {"bloom", "mpt"}:
         return "its positions are ALiBi biases"
-    rope = plain.get("rope_parameters") or plain.get("rope_scaling") or {}
-    per_layer_type = [value for value in rope.values() if isinstance(value, dict)]
-    for parameters in per_layer_type or [rope]:
+    for parameters in _rotary(plain):
         kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind in {"dynamic", "longrope"}:
-            return f"its rotary positions ({kind}) change with the length of the prompt"
-        if kind not in _FIXED_ROPE:
+        if kind not in _FIXED_ROPE | _FIXED_AT_FIRST:
             return f"its rotary positions are of a kind not tested here ({kind})"
     return None
+
+
+def _rotary(plain: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of rotary positions: one set, or one for each type of layer."""
+    rope = plain.get("rope_parameters") or plain.get("rope_scaling") or {}
+    return [value for value in rope.values() if isinstance(value, dict)] or [rope]
 
 
 def _quantized(plain: dict[str, Any]) -> str | None:
     quantization = plain.get("quantization_config")
     if not quantization:
         return None
-    method = quantization.get("quant_method", "an unknown method")
-    return f"its weights are quantized ({method}); use the unquantized original"
+    return f"its weights are quantized ({quantization.get('quant_method', 'an unknown method')})"
+
+
+def require_plain_weights(folder: Path) -> None:
+    """Raises ModelError when hf_quant_config.json, which transformers does not read, says that the
+    weights are quantized (ModelOpt)."""
+    path = folder / "hf_quant_config.json"
+    if not path.exists():
+        return
+    try:
+        stated = json.loads(path.read_bytes()).get("quantization") or {}
+        algorithm = stated.get("quant_algo")
+    except (ValueError, AttributeError) as exc:
+        raise ModelError(f"{path} is damaged", remedy="fetch or copy the model again") from exc
+    if algorithm:
+        raise ModelError(
+            f"the torch engine cannot run this model: its weights are quantized ({algorithm} by "
+            "ModelOpt, as hf_quant_config.json says)",
+            remedy=_QUANTIZED_REMEDY,
+        )
 
 
 def model_class_of(config: PreTrainedConfig) -> Any:

@@ -103,7 +103,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         architecture=architectures[0],
         num_layers=_number(config, "num_hidden_layers", path),
         hidden_size=hidden,
-        intermediate_size=int(config.get("intermediate_size") or 4 * hidden),
+        intermediate_size=_largest(config.get("intermediate_size")) or 4 * hidden,
         num_heads=heads,
         num_kv_heads=kv_heads,
         kv_width=width,
@@ -220,6 +220,11 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} is damaged: {exc}", remedy="fetch or copy the model again"
         ) from exc
     return content if isinstance(content, dict) else {}
+
+
+def _largest(value: Any) -> int:
+    """Some families (Gemma 3n) have a list with a size for each layer."""
+    return int(max(value, default=0) if isinstance(value, list) else value or 0)
 
 
 def _number(config: Mapping[str, Any], key: str, path: Path) -> int:

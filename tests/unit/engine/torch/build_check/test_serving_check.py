@@ -29,6 +29,14 @@ def check(model_config: Any, tmp_path: Path) -> list[str]:
     return lines
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + i / 48 for i in range(48)],
+    "long_factor": [4.0] * 48,
+    "original_max_position_embeddings": 4096,
+}
+
 # Full-size configs: what is checked is a small model of the same features.
 EXACT = {
     "llama with scaled rope": config(
@@ -47,6 +55,17 @@ EXACT = {
         "qwen2_moe", use_sliding_window=True, max_window_layers=2, num_hidden_layers=4
     ),
     "arguments that do not reach layers": config("nemotron", num_key_value_heads=8),
+    "longrope": config("phi3", max_position_embeddings=131072, rope_parameters=LONGROPE),
+    "dynamic rope": config(
+        "llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    ),
+    "hybrid family without states": config(
+        "granitemoehybrid",
+        num_hidden_layers=4,
+        num_local_experts=0,
+        layer_types=["attention"] * 4,
+        position_embedding_type="rope",
+    ),
     "router that looks at its weight": config("hunyuan_v1_moe", head_dim=64),
 }
 

@@ -75,3 +75,43 @@ def test_damaged_gguf_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(ModelError, match="damaged"):
         build(path, tmp_path)
+
+
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+LINEAR = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "lost"),
+    [
+        (YARN, r"rope\.scaling\.type: yarn"),
+        (LINEAR, r"rope\.scaling\.type: linear"),
+        ({"llama.attention.sliding_window": 2047}, "sliding_window: 2047"),
+        ({"llama.logit_scale": 0.5}, "logit_scale"),
+    ],
+)
+def test_metadata_that_would_be_dropped_is_refused(
+    metadata: dict[str, float | str], lost: str, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", metadata=metadata)
+    with pytest.raises(ModelError, match=lost) as failure:
+        build(path, tmp_path)
+    assert "safetensors" in failure.value.remedy
+
+
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "rope_factors_long.weight"])
+def test_tensors_for_rotary_positions_that_would_be_dropped_are_refused(
+    name: str, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tensors=[name])
+    with pytest.raises(ModelError, match=name):
+        build(path, tmp_path)
+
+
+def test_metadata_that_changes_nothing_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    neutral: dict[str, float | str] = {
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.factor": 1.0,
+        "llama.attention.sliding_window": 0,
+    }
+    build(write_gguf(tmp_path / "tiny.gguf", metadata=neutral), tmp_path)

@@ -1,9 +1,16 @@
 """Which models are refused, and why."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.engine.torch.weights.supported import refusal, require_supported
+from serving.engine.torch.weights.context import model_max_len
+from serving.engine.torch.weights.supported import (
+    refusal,
+    require_plain_weights,
+    require_supported,
+)
 from serving.errors import ModelError
 from transformers import CONFIG_MAPPING
 
@@ -53,7 +60,6 @@ def test_models_with_plain_kv_are_accepted(model_type: str) -> None:
         ("llama4_text", {}, "chunked_attention"),
         ("llava", {}, "multimodal"),
         ("stablelm", {}, "of its own"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "Classification"),
     ],
@@ -67,10 +73,62 @@ def test_models_that_cannot_run_exactly_are_refused(
 
 
 def test_rotary_positions_of_one_layer_type_are_enough_to_refuse() -> None:
-    rope = {
-        "full_attention": {"rope_type": "longrope", "rope_theta": 1e6},
+    plain = config("gemma3_text")
+    plain.rope_parameters = {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    plain = config("gemma3_text")
-    plain.rope_parameters = rope
-    assert "longrope" in str(refusal(plain))
+    assert "proportional" in str(refusal(plain))
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 48,
+    "long_factor": [4.0] * 48,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def test_longrope_is_exact_up_to_its_original_length() -> None:
+    plain = config("phi3", max_position_embeddings=131072, rope_parameters=LONGROPE)
+    assert refusal(plain) is None
+    assert model_max_len(plain) == 4096
+
+
+def test_dynamic_positions_are_exact_up_to_the_models_length() -> None:
+    plain = config(
+        "llama",
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    )
+    assert refusal(plain) is None
+    assert model_max_len(plain) == 4096
+
+
+def test_hybrid_family_is_accepted_where_all_layers_attend() -> None:
+    layers = {"num_hidden_layers": 4, "num_local_experts": 0}
+    micro = config("granitemoehybrid", layer_types=["attention"] * 4, **layers)
+    assert refusal(micro) is None
+    assert "linear_attention" in str(refusal(config("granitemoehybrid", **layers)))
+
+
+def test_quantized_checkpoints_are_told_where_they_can_run() -> None:
+    for method, remedy in (("mxfp4", "converted to bfloat16"), ("fp8", "unquantized original")):
+        with pytest.raises(ModelError, match=method) as failure:
+            require_supported(config("gpt_oss", quantization_config={"quant_method": method}))
+        assert remedy in failure.value.remedy
+        assert "tensorrt_llm" in failure.value.remedy
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])
+def test_quantization_that_only_modelopts_own_file_states_is_refused(
+    algorithm: str, tmp_path: Path
+) -> None:
+    require_plain_weights(tmp_path)
+    stated = tmp_path / "hf_quant_config.json"
+    stated.write_text(json.dumps({"quantization": {"quant_algo": None}}))
+    require_plain_weights(tmp_path)
+    stated.write_text(json.dumps({"quantization": {"quant_algo": algorithm}}))
+    with pytest.raises(ModelError, match=rf"quantized \({algorithm} by ModelOpt"):
+        require_plain_weights(tmp_path)

@@ -61,6 +61,13 @@ def test_stated_head_size_and_older_dtype_name_are_used(folder: Path) -> None:
     assert found.stored_dtype == "float16"
 
 
+def test_a_size_for_each_layer_is_read_as_the_largest(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"intermediate_size": [128, 256]}
+    path.write_text(json.dumps(config))
+    assert read_checkpoint(folder).intermediate_size == 256
+
+
 def test_missing_kv_heads_are_as_many_as_heads(folder: Path) -> None:
     assert described(folder, num_key_value_heads=None).num_kv_heads == 8
 

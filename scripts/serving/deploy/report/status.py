@@ -95,14 +95,23 @@ def _service_lines(config: Config, listen: FrontendConfig, answers: ServiceAnswe
     else:
         address = connect_address(listen.host, listen.port)
         last = f"URL       {url_scheme(listen)}://{address}/v1 ({verdict})"
-    context = ready.get("max_model_len")
+    context, answers_by = ready.get("max_model_len"), ready.get("answers") or {}
     return [
         f"model     {model}{noise}",
         *([f"context   {context} tokens, prompt and answer"] if context else []),
+        *([_answer_line(answers_by)] if answers_by else []),
         f"topology  {_topology(answers)}, router: {ready.get('policy', '-')}",
         last,
         "",
     ]
+
+
+def _answer_line(answers: dict[str, str]) -> str:
+    """The formats in which the model calls tools and reasons, and the reasons for them."""
+    return (
+        f"answers   tool calls: {answers['tool_parser']} ({answers['tool_parser_reason']}); "
+        f"reasoning: {answers['reasoning_parser']} ({answers['reasoning_parser_reason']})"
+    )
 
 
 def _instance_lines(answers: ServiceAnswers) -> list[str]:

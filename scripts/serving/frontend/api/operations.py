@@ -28,12 +28,19 @@ def operations_routes(state: AppState) -> list[Route]:
 
     async def ready(request: Request) -> Response:
         is_ready, reason = state.pipeline.ready()
+        answers: dict[str, str] = {}
         if is_ready:
             try:  # Ready means that the first request will not wait for the tokenizer.
-                await state.models.load(state.card)
+                model = await state.models.load(state.card)
+                answers = model.preprocessor.answer_format.describe()
             except ServingError as exc:
                 is_ready, reason = False, str(exc)
-        content = {"ready": is_ready, "reason": reason, **state.pipeline.describe()}
+        content = {
+            "ready": is_ready,
+            "reason": reason,
+            **state.pipeline.describe(),
+            "answers": answers,
+        }
         if state.slot is not None:
             content["process"] = state.slot.number
         return json_response(content, 200 if is_ready else 503)

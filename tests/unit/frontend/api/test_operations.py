@@ -44,7 +44,19 @@ async def test_ready_has_the_reason_when_not_ready(
 ) -> None:
     response = await client.get("/ready")
     assert response.status_code == 200
-    assert response.json() == {"ready": True, "reason": "", "topology": "disagg", "instances": []}
+    answers = {
+        "tool_parser": "json",
+        "tool_parser_reason": "the chat template renders no tools",
+        "reasoning_parser": "none",
+        "reasoning_parser_reason": "the chat template has no markers for reasoning",
+    }
+    assert response.json() == {
+        "ready": True,
+        "reason": "",
+        "topology": "disagg",
+        "instances": [],
+        "answers": answers,
+    }
     pipeline.reason = "no decode worker"
     response = await client.get("/ready")
     assert response.status_code == 503

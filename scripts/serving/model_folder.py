@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 from tokenizers import Tokenizer
 
 from serving.errors import ModelError
+from serving.protocol import Pooling
+
+_MODE = "pooling_mode_"
+_POOLINGS: dict[str, Pooling] = {"lasttoken": "last", "mean_tokens": "mean", "mean": "mean"}
+_MODES = {
+    *("cls_token", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens"),
+    *_POOLINGS,
+}
 
 
 def json_object(file: Path) -> dict[str, Any]:
@@ -20,6 +30,37 @@ def json_object(file: Path) -> dict[str, Any]:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
     except (ValueError, OSError) as exc:
         raise ModelError(f"{file} cannot be read: {exc}") from exc
+
+
+POOLING_FILES = ("modules.json", "1_Pooling/config.json")
+"""Of sentence-transformers: the steps from text to embedding, and how hidden states are pooled."""
+
+
+class EmbeddingRule(Struct, frozen=True):
+    """How a model's embeddings are made, and how many numbers they have (0: unknown)."""
+
+    pooling: Pooling = "last"
+    normalize: bool = True
+    size: int = 0
+
+
+@functools.lru_cache(maxsize=8)
+def embedding_rule(folder: Path) -> EmbeddingRule:
+    """As `POOLING_FILES` and config.json say. Raises ModelError for a pooling not computed here."""
+    config = json_object(folder / POOLING_FILES[1])
+    modes = {name.removeprefix(_MODE) for name, value in config.items() if value is True}
+    modes = {str(config["pooling_mode"])} if "pooling_mode" in config else modes & _MODES
+    if modes - set(_POOLINGS) or len(modes) > 1:
+        named = ", ".join(sorted(modes))
+        raise ModelError(
+            f"the model's embeddings are pooled by {named}, which is not computed here"
+        )
+    modules = folder / POOLING_FILES[0]
+    return EmbeddingRule(
+        pooling=_POOLINGS[modes.pop()] if modes else "last",
+        normalize=not modules.is_file() or b"Normalize" in modules.read_bytes(),
+        size=_text_config(json_object(folder / "config.json")).get("hidden_size") or 0,
+    )
 
 
 def model_vocab_size(folder: Path) -> int:

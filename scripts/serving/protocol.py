@@ -16,6 +16,8 @@ from serving.load_report import LoadReport
 
 Role = Literal["agg", "prefill", "decode"]
 Phase = Literal["agg", "prefill", "decode"]
+Pooling = Literal["last", "mean"]
+"""Which hidden states make an embedding: the last token's, or the mean of all."""
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Tier = Literal["device", "host"]
 """Where a KV block lies: in the engine's pool, or in host memory, from which it is copied back."""
@@ -107,6 +109,9 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
     the KV for a decode worker. `decode`: fetch the KV described by `kv_transfer_params`, go on.
     With `follows_prefill` the prefill is still running: `token_ids` lacks the token that it will
     sample, which comes with the KV.
+
+    With `pooling` nothing is generated (`max_tokens` is 1, the phase `agg`): the one output has the
+    pooled hidden states of the prompt.
     """
 
     request_id: str
@@ -118,6 +123,7 @@ class EngineRequest(Struct, frozen=True, omit_defaults=True):
     deadline_s: float = 600.0
     follows_prefill: bool = False
     queue_s: float | None = None
+    pooling: Pooling | None = None
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True):
@@ -155,6 +161,7 @@ class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):
     the first output only. So do `prompt_logprobs`, for all prompt tokens but the first. An output
     with `kv_transfer_params` and neither tokens nor finish_reason: the prefill's KV can be fetched
     from now on. `stop_token_id` is the token that ended the request; it is not in `token_ids`.
+    `embedding` answers a request with `pooling`: float32 numbers, little-endian.
     """
 
     request_id: str
@@ -166,6 +173,7 @@ class EngineOutput(Struct, frozen=True, array_like=True, omit_defaults=True):
     kv_transfer_params: TransferParams | None = None
     error: ErrorInfo | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    embedding: bytes | None = None
 
 
 class Generate(Struct, frozen=True, tag="generate"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from serving.kv_layout import KvLayout
 from serving.protocol import KvTransferParams
 from transformers import AutoModelForCausalLM
 from unit.engine.torch_rig import (
+    embedding_of,
     generate,
     greedy,
+    hidden_states,
     random_prompts,
     request,
     running,
@@ -78,6 +81,22 @@ async def test_blocks_of_one_gpu_engine_continue_in_another(model: Path) -> None
         source.kv.release("r")
         await target_sink.finished("r")
         assert source_sink.tokens["r"] + target_sink.tokens["r"] == expected
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+async def test_embeddings_are_transformers_hidden_states(model: Path, pooling: Any) -> None:
+    """Beside a request that decodes, and of prompts of which one token is left to compute."""
+    (prompt,) = random_prompts([90], seed=3)
+    lengths = [90, 81, 3]
+    async with running(model, device="cuda", max_num_batched_tokens=32) as (engine, sink):
+        engine.submit(request("decoding", random_prompts([9])[0], greedy(80)))
+        await sink.started("decoding", 2)
+        for length in lengths:
+            engine.submit(request(str(length), prompt[:length], greedy(1), pooling=pooling))
+            await sink.finished(str(length))
+    for length in lengths:
+        expected = hidden_states(model, prompt[:length], pooling)
+        assert embedding_of(sink, str(length)) == pytest.approx(expected, abs=2e-3, rel=1e-2)
 
 
 async def test_bfloat16_is_as_close_to_float32_as_transformers_is(model: Path) -> None:

@@ -28,6 +28,17 @@ def greedy_by_transformers(folder: Path, prompt: list[int], num_tokens: int) -> 
     return tokens
 
 
+def embedding_by_transformers(folder: Path, prompt: list[int]) -> list[float]:
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        state = model(torch.tensor([prompt])).last_hidden_state[0, -1]
+    vector: list[float] = (state / state.norm()).tolist()
+    return vector
+
+
 def test_default_deployment_serves_a_prompt_of_6000_tokens(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path / "here")
     del deployment.config["engine"]
@@ -50,6 +61,11 @@ def test_default_deployment_serves_a_prompt_of_6000_tokens(tmp_path: Path) -> No
         assert answer["usage"]["prompt_tokens"] == NUM_TOKENS
         tokens = answer["choices"][0]["token_ids"]
 
+        body = {"model": model["id"], "input": prompt[:3000]}
+        embedded = httpx.post(f"{deployment.url}/v1/embeddings", json=body, timeout=120)
+        assert embedded.status_code == 200, embedded.text
+        vector = embedded.json()["data"][0]["embedding"]
+
         too_long = {"model": model["id"], "prompt": [100] * 9000, "max_tokens": 8}
         refusal = httpx.post(f"{deployment.url}/v1/completions", json=too_long)
         assert refusal.status_code == 400
@@ -60,3 +76,4 @@ def test_default_deployment_serves_a_prompt_of_6000_tokens(tmp_path: Path) -> No
     assert json.loads(built.read_text())["model_max_len"] == 8192
     expected = greedy_by_transformers(built.parent, prompt, 4)
     assert tokens[: len(expected)] == expected
+    assert vector == pytest.approx(embedding_by_transformers(built.parent, prompt[:3000]), abs=1e-4)

@@ -168,12 +168,22 @@ class TransferringEngine(Engine):
         """Nobody will fetch what a finished prefill holds. Unknown ids are ignored."""
 
 
+def refuse_pooling(request: EngineRequest, backend: str) -> None:
+    """Raises InvalidRequest for an embedding, which engines of this kind do not compute."""
+    if request.pooling is not None:
+        raise InvalidRequest(
+            f"the {backend} engine computes no embeddings; the torch engine does "
+            "(`engine.backend: torch`)",
+            code="unsupported_by_engine",
+        )
+
+
 def require_runnable(request: EngineRequest, max_model_len: int, vocab_size: int) -> None:
     """Raises InvalidRequest for what no engine of this context and vocabulary can ever run."""
     tokens = request.token_ids
     if not 1 <= request.num_prompt_tokens <= len(tokens):
         raise InvalidRequest("the prompt is empty", code="empty_prompt")
-    if len(tokens) + 1 > max_model_len:
+    if len(tokens) + (request.pooling is None) > max_model_len:
         raise InvalidRequest(
             f"{len(tokens)} tokens leave no room for output: the context is {max_model_len} tokens",
             code="context_length_exceeded",

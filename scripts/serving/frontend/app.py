@@ -25,6 +25,7 @@ from serving.discovery import Discovery
 from serving.events import EventPlane
 from serving.frontend.api import completions
 from serving.frontend.api.chat import api as chat
+from serving.frontend.api.embeddings import embedding_routes
 from serving.frontend.api.errors import routing_error, to_api_error
 from serving.frontend.api.messages import api as messages
 from serving.frontend.api.messages.api import messages_routes
@@ -61,6 +62,7 @@ def create_app(state: AppState) -> Starlette:
             *responses_routes(state.responses),
             *messages_routes(state),
             *token_routes(state),
+            *embedding_routes(state),
             *operations_routes(state),
         ],
         exception_handlers={HTTPException: _on_routing_error, Exception: _on_failure},

@@ -99,6 +99,8 @@ class Pipeline:
             return attempts.aggregated(request, "prefill")
         if not self._router.instances("prefill", exclude=tried):
             return attempts.aggregated(request, "decode")
+        if request.prepared.pooling is not None:  # computed in one place, and no KV moves
+            return attempts.aggregated(request, "prefill")
         return attempts.local_prefill(request) or attempts.disaggregated(request)
 
     def _can_retry(self, request: RequestState) -> bool:

@@ -72,6 +72,7 @@ class RequestState:
             num_prompt_tokens=len(self.prepared.token_ids) - self.prepared.num_generated,
             sampling=self.prepared.sampling,
             phase=phase,
+            pooling=self.prepared.pooling,
             deadline_s=left_s,
             # An answer that has begun is finished, however long it queues.
             queue_s=self.deadlines.queue_s if self.awaits_first_token(phase) else None,

@@ -135,6 +135,7 @@ def _is_plain(output: EngineOutput) -> bool:
     """Whether it carries only tokens, and perhaps their end. Plain outputs can be merged."""
     return (
         output.kv_transfer_params is None
+        and output.embedding is None
         and output.error is None
         and output.finish_reason in (None, "stop", "length")
     )

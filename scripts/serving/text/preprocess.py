@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from serving.errors import InvalidRequest, ModelError
 from serving.model_folder import eos_token_ids, json_object, model_vocab_size
-from serving.protocol import ModelCard, SamplingParams
+from serving.protocol import ModelCard, Pooling, SamplingParams
 from serving.text.answer_format import answer_format
 from serving.text.chat_template import ChatTemplate, load_chat_template
 from serving.text.conversation import (
@@ -73,7 +73,7 @@ class PreparedRequest(Struct, frozen=True):
     `stop` holds strings, found by the detokenizer; token ids that stop are in `sampling`.
     `session` names what the request belongs to, if the caller named it.
     The last `num_generated` of the token ids are part of the answer already. `prompt_only`: the one token that has to be generated is not wanted. `answer` says how the
-    answer is parsed; None: it is text.
+    answer is parsed; None: it is text. With `pooling` it is an embedding.
     """
 
     request_id: str
@@ -89,6 +89,7 @@ class PreparedRequest(Struct, frozen=True):
     include_stop: bool = False
     num_generated: int = 0
     return_token_ids: bool = False
+    pooling: Pooling | None = None
 
 
 class Preprocessor:

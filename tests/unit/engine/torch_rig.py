@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from serving.config import EngineConfig
 from serving.engine.torch.engine import TorchEngine
@@ -23,7 +24,7 @@ from serving.protocol import (
     Tier,
     TokenLogprob,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 VOCAB = 256
 DEADLINE_S = 30.0
@@ -152,6 +153,25 @@ class Sink:
     async def _next(self) -> None:
         self._delivery.clear()
         await self._delivery.wait()
+
+
+def hidden_states(folder: Path, prompt: list[int], pooling: str) -> np.ndarray:
+    """Those of transformers: the last token's, or the mean of all."""
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        states = model(torch.tensor([prompt])).last_hidden_state[0]
+    pooled = states[-1] if pooling == "last" else states.mean(0)
+    found: np.ndarray = pooled.numpy()
+    return found
+
+
+def embedding_of(sink: Sink, request_id: str) -> np.ndarray:
+    """What a request with `pooling` ended with."""
+    output = sink.last[request_id]
+    assert output.finish_reason == "stop"
+    assert output.token_ids == []
+    assert output.embedding is not None
+    return np.frombuffer(output.embedding, dtype="<f4")
 
 
 def make_engine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class FakePipeline:
         self.fail_after: int | None = None
         self.error: Exception = RuntimeError("broken")
         self.endless = False
+        self.vector = [1.0, 2.0, 2.0]
         self.seen: list[PreparedRequest] = []
         self.active = 0
         self.aborted: list[str] = []
@@ -121,6 +123,10 @@ class FakePipeline:
             if self.fail_after is not None and step == self.fail_after:
                 raise self.error
             await asyncio.sleep(self.delay_s)
+            if prepared.pooling is not None:
+                vector = array("f", self.vector).tobytes()
+                yield EngineOutput(prepared.request_id, [], "stop", embedding=vector)
+                return
             start = step * self.per_step
             some = tokens[start : start + self.per_step]
             if self.endless:

@@ -17,11 +17,14 @@ from serving.config import ModelConfig, Weights
 from serving.engine.manifest import ModelFormat
 from serving.errors import ConfigError, ModelError
 
+POOLING_FILE = "1_Pooling/config.json"
+"""Of sentence-transformers: how hidden states make an embedding."""
 BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _COMPANIONS = re.compile(
     r"config\.json|hf_quant_config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json"
     r"|special_tokens_map\.json|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt"
+    r"|modules\.json|1_Pooling/config\.json"
     r"|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|chat_template\.jinja"
     r"|chat_template\.json"
 )
@@ -175,6 +178,7 @@ def local_files(config: ModelConfig, *, weights: Weights = "real") -> WeightFile
             "model.id", f"{path} does not exist", remedy="set it to a folder or a `.gguf` file"
         )
     names = [entry.name for entry in path.iterdir() if entry.is_file()]
+    names += [POOLING_FILE] * (path / POOLING_FILE).is_file()
     ggufs = [name for name in names if name.endswith(".gguf")]
     if "config.json" not in names and len(ggufs) == 1:
         return WeightFiles(path, "gguf", ggufs)

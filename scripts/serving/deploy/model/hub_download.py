@@ -76,7 +76,7 @@ class HubDownload:
         self.report, self.retry_after_s = report, retry_after_s
 
     def partial(self, file: HubFile) -> Path:
-        return self.folder / f".{file.name}.{file.digest[:16]}.partial"
+        return self.folder / f".{file.name.replace('/', '--')}.{file.digest[:16]}.partial"
 
     def fetch(self, file: HubFile) -> None:
         """Complete and verify `file`. Raises ModelError; what arrived is kept unless it is wrong."""
@@ -104,7 +104,9 @@ class HubDownload:
                 f"{file.name} arrived with a wrong checksum and was removed",
                 remedy="run the same command again; if it stays wrong, a proxy or mirror alters it",
             )
-        partial.replace(self.folder / file.name)
+        target = self.folder / file.name
+        target.parent.mkdir(exist_ok=True)
+        partial.replace(target)
 
     def _append(self, file: HubFile, partial: Path) -> None:
         """One request for the rest of `file`. Raises _Retry when another request may help."""

@@ -244,6 +244,13 @@ class Scheduler:
         request_id = sequence.request_id
         index = len(sequence.tokens) - sequence.num_unknown
         sequence.num_unknown -= 1
+        if sequence.request.pooling is not None:
+            del sequence.tokens[index:]  # nobody asked for it
+            self._finish(
+                sequence,
+                EngineOutput(request_id, [], "stop", cached, embedding=sequence.embedding),
+            )
+            return
         guidance = sequence.guidance
         if guidance is not None and (error := guidance.error):
             # The token was chosen without a grammar: even one that would stop means nothing.

@@ -86,6 +86,7 @@ class Sequence:
     # Loop time at which it will have waited too long to begin. None if it may wait for ever, and
     # from its first admission on, also after a preemption.
     queued_until: float | None = None
+    embedding: bytes | None = None  # of a request with `pooling`, once its prompt is computed
     # Where a CUDA runner keeps its block table, and how many of its blocks are in there.
     slot: int | None = None
     num_tabled: int = 0
@@ -126,6 +127,11 @@ class Sequence:
     @property
     def sampling(self) -> SamplingParams:
         return self.request.sampling
+
+    @property
+    def computes_whole_prompt(self) -> bool:
+        """Whether what is wanted of each prompt token is lost where its KV is found in the cache."""
+        return self.wants_prompt_logprobs or self.request.pooling == "mean"
 
     @property
     def needs_token_values(self) -> bool:

@@ -25,14 +25,14 @@ class SequenceBlocks:
         num_tokens = len(sequence.tokens)
         if sequence.is_reservation:
             return 1
-        if sequence.wants_prompt_logprobs:
+        if sequence.computes_whole_prompt:
             return num_tokens
         hashes = sequence.block_hashes((num_tokens - 1) // self.block_size)
         return num_tokens - self.pool.num_stored(hashes) * self.block_size
 
     def is_being_computed(self, sequence: Sequence) -> bool:
         """Whether a running request is about to store the next block that this one needs."""
-        if not self._computing or sequence.is_reservation or sequence.wants_prompt_logprobs:
+        if not self._computing or sequence.is_reservation or sequence.computes_whole_prompt:
             return False
         hashes = sequence.block_hashes((len(sequence.tokens) - 1) // self.block_size)
         num_stored = self.pool.num_stored(hashes)
@@ -47,7 +47,7 @@ class SequenceBlocks:
         # reservation brings that token along and needs the KV of the others only.
         hashes = sequence.block_hashes((len(sequence.tokens) - 1) // self.block_size)
         # Of a prompt that is to be computed whole, nothing counts as known.
-        known = [] if sequence.wants_prompt_logprobs else hashes
+        known = [] if sequence.computes_whole_prompt else hashes
         matched = self.pool.match(known)
         num_new = self.num_blocks(num_tokens) - len(matched)
         if not self.pool.fits(matched, num_new + num_spare):

@@ -18,7 +18,13 @@ import msgspec
 
 from serving import block_hash
 from serving.config import EngineConfig, MockConfig
-from serving.engine.base import EngineSpec, StepSink, TransferringEngine, require_runnable
+from serving.engine.base import (
+    EngineSpec,
+    StepSink,
+    TransferringEngine,
+    refuse_pooling,
+    require_runnable,
+)
 from serving.engine.core.admission import SchedulerLimits
 from serving.engine.core.block_pool import BlockPool
 from serving.engine.core.host_tier import HostTier
@@ -144,6 +150,7 @@ class MockEngine(TransferringEngine):
             raise InvalidRequest(
                 "the mock engine answers at random and follows no grammar", code="unsupported"
             )
+        refuse_pooling(request, "mock")
         require_runnable(request, self._limits.max_model_len, self._manifest.vocab_size)
         params = request.kv_transfer_params
         if params is not None and not self._is_fetchable(request):

@@ -98,6 +98,7 @@ def _build(
     check_max_model_len(engine.max_model_len, limit, manifest.id)
     layout = kv_layout(config, engine.block_size, kv_dtype(engine.dtype))
     source.save_tokenizer(staging)
+    source.save_pooling(staging)
     if engine.backend == "torch":
         check_small_model(config, staging, report)
     check, dummy = UNCHECKED, None

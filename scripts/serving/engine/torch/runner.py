@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from serving.engine.torch.attention import (
 )
 from serving.engine.torch.kv.pool import KvPool
 from serving.engine.torch.loading import load_model
+from serving.engine.torch.pooling import Pooled, Pooler
 from serving.engine.torch.probe import Probe
 from serving.engine.torch.sampling.sampler import Pending, Sampler, report_tokens
 from serving.engine.torch.weights.context import model_max_len
@@ -46,6 +47,7 @@ class Launched:
     # Log-probabilities of the prompts' own tokens, chunk by chunk, where requests want them.
     prompt_report: Pending | None = None
     end: Any = None
+    pooled: Pooled = field(default_factory=Pooled)
 
     def result(self) -> tuple[list[int], list[TokenLogprob | None]]:
         """Wait for the step; the tokens of the chunks that sample, in their order.
@@ -56,6 +58,7 @@ class Launched:
         """
         if self.end is not None:
             self.end.synchronize()
+        self.pooled.deliver()
         if self.prompt_report is not None:
             entries = self.prompt_report.result()[1]
             for chunk in self.chunks:
@@ -89,6 +92,7 @@ class ModelRunner:
         self.vocab_size: int = model_config.vocab_size
         self.max_positions = model_max_len(model_config)
         self.layout = self._probe_layout()
+        self._pooler = Pooler(self._model)
         self._sampler = Sampler(self.vocab_size, self.device)
         self.pool: KvPool
         self.max_model_len: int  # known with the pool
@@ -162,8 +166,11 @@ class ModelRunner:
             positions += range(chunk.start, end)
             if chunk.samples:
                 rows.append(len(ids) - 1)
-        logits = self._compute_rows(ids, positions, rows + reported, step)
-        return self._choose(ordered, logits)
+        with self._pooler.catching(ordered) as caught:
+            logits = self._compute_rows(ids, positions, rows + reported, step)
+        launched = self._choose(ordered, logits)
+        launched.pooled = self._pooler.pool(ordered, caught)
+        return launched
 
     def _choose(self, chunks: list[Chunk], logits: torch.Tensor) -> Launched:
         """Sample from the first rows of `logits`; the other rows are for prompt log-probabilities."""

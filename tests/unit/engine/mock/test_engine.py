@@ -346,6 +346,15 @@ def test_closing_ends_running_requests(tmp_path: Path) -> None:
     on_virtual_time(main())
 
 
+def test_embeddings_are_refused_with_the_reason(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Rig(tmp_path) as rig:
+            with pytest.raises(InvalidRequest, match="the mock engine computes no embeddings"):
+                rig.submit("r", [5], 1, pooling="last")
+
+    on_virtual_time(main())
+
+
 @pytest.mark.parametrize(
     ("options", "context", "num_tokens"),
     [({}, 4096, 8 * 4096), ({"kv_cache_tokens": 512}, 512, 512)],

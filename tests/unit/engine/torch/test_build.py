@@ -18,6 +18,7 @@ from serving.engine.manifest import EngineManifest, ModelManifest, load_manifest
 from serving.engine.torch.build import build_engine
 from serving.engine.torch.weights.logits_check import compare, require_layout
 from serving.errors import ConfigError, ModelError
+from serving.model_folder import embedding_rule
 from transformers import AutoModelForCausalLM
 
 
@@ -180,6 +181,16 @@ def test_context_longer_than_the_models_is_refused(model: Path, tmp_path: Path) 
     auto = msgspec.structs.replace(engine, max_model_len="auto")
     built = build_engine(manifest, tmp_path / "e", engine=auto, fingerprint="f", report=[].append)
     assert built.model_max_len == 512
+
+
+def test_rules_for_embeddings_are_kept(model: Path, tmp_path: Path) -> None:
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (model / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling"}]')
+    built(model, tmp_path / "engine")
+    rule = embedding_rule(tmp_path / "engine")
+    assert (rule.pooling, rule.normalize) == ("mean", False)
+    assert rule.size > 0
 
 
 def test_unknown_architecture_is_refused(model: Path, tmp_path: Path) -> None:

@@ -120,13 +120,17 @@ class CudaRunner(ModelRunner):
         ordered = decodes + prefills
         for chunk in ordered:
             self._slots.assign(chunk.sequence)
-        is_plain = not prefills and all(chunk.samples for chunk in decodes)
+        is_plain = not prefills and all(
+            chunk.samples and chunk.sequence.request.pooling is None for chunk in decodes
+        )
         size = self._graph_size(len(decodes)) if is_plain else None
-        if size is not None:
-            logits, slots = self._replay(self._graphs[size], decodes)
-        else:
-            logits, slots = self._compute(decodes, prefills)
+        with self._pooler.catching(ordered) as caught:
+            if size is not None:
+                logits, slots = self._replay(self._graphs[size], decodes)
+            else:
+                logits, slots = self._compute(decodes, prefills)
         launched = self._choose(ordered, logits)
+        launched.pooled = self._pooler.pool(ordered, caught)
         if launched.pending is not None:
             self._last_tokens[slots.long()] = launched.pending.tokens.int()
         else:

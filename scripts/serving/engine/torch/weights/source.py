@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from serving.engine.manifest import ModelManifest
 from serving.engine.torch.weights import gguf_config, gguf_tokenizer, sentencepiece_tokenizer
 from serving.errors import ModelError
+from serving.model_folder import POOLING_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,14 @@ class Source:
             self.config.save_pretrained(target)
         else:
             shutil.copyfile(self.folder / "config.json", target / "config.json")
+
+    def save_pooling(self, target: Path) -> None:
+        """Copy what sentence-transformers wrote about embeddings, if it did."""
+        own = {file.path for file in self.manifest.files}
+        for name in POOLING_FILES:
+            if name in own:
+                (target / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(self.folder / name, target / name)
 
     def save_tokenizer(self, target: Path) -> None:
         """Write tokenizer.json and its companions. Raises ModelError."""

@@ -46,6 +46,7 @@ def stage_checkpoint(
         if file.path.endswith(".safetensors"):
             _link(folder / file.path, staging / file.path)
         else:  # small, and some are written anew below: a person's own must not change
+            (staging / file.path).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / file.path, staging / file.path)
     add_older_names(staging / "config.json")
     source = Source(manifest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from serving.engine.base import require_runnable
+from serving.engine.base import refuse_pooling, require_runnable
 from serving.engine.trtllm.requests.context import RequestContext
 from serving.engine.trtllm.requests.guided import check_supported
 from serving.engine.trtllm.requests.prefilled_kv import read_prefilled_kv
@@ -31,6 +31,7 @@ class OpenRequests:
         if self._refusal:
             raise EngineFailed(self._refusal)
         check_supported(request, self.context.guide_backend)
+        refuse_pooling(request, "tensorrt_llm")
         require_runnable(
             request, self.context.limits.resolved_context, self.context.vocabulary.size
         )

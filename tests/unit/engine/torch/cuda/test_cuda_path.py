@@ -31,8 +31,10 @@ from unit.engine import torch_rig
 from unit.engine.torch_rig import (
     SIZES,
     Sink,
+    embedding_of,
     generate,
     greedy,
+    hidden_states,
     random_prompts,
     request,
     running,
@@ -195,6 +197,23 @@ async def test_guides_and_prompt_logprobs_beside_rows_that_run_ahead(
     assert [entry.token_id for entry in told] == prompts[1][1:]
     for one, other in zip(told, expected, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+async def test_embeddings_are_transformers_hidden_states(
+    tmp_path: Path, no_gpu: None, pooling: Any
+) -> None:
+    """Also of a prompt of which only the last token is computed, as if it decoded."""
+    model = save_model(tmp_path)
+    (prompt,) = random_prompts([21])
+    options = {"max_model_len": 32, "max_num_batched_tokens": 16}
+    async with running(model, runner_class=InterpretedRunner, **options) as (engine, sink):
+        for name, length in (("long", 21), ("hit", 17)):
+            engine.submit(request(name, prompt[:length], greedy(1), pooling=pooling))
+            await sink.finished(name)
+    for name, length in (("long", 21), ("hit", 17)):
+        expected = hidden_states(model, prompt[:length], pooling)
+        assert embedding_of(sink, name) == pytest.approx(expected, abs=2e-4, rel=1e-3)
 
 
 async def test_preemption_waits_for_the_step_under_way(tmp_path: Path, no_gpu: None) -> None:

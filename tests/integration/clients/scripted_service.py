@@ -24,6 +24,7 @@ from serving.frontend.http.limits import InFlight
 from serving.frontend.metrics.registry import Metrics
 from serving.protocol import EngineOutput
 from serving.text.preprocess import PreparedRequest
+from starlette.applications import Starlette
 from tokenizers import Tokenizer
 from unit.frontend.fakes import MODEL, TOOL_TEMPLATE, FakePipeline, make_card, write_tokenizer
 from waiting import wait_until
@@ -86,22 +87,17 @@ class ScriptedService:
 
 @contextmanager
 def scripted_service(folder: Path) -> Iterator[ScriptedService]:
-    """Runs the frontend in a thread until the end."""
-    pipeline: Any = ScriptedPipeline(folder / "model")
-    metrics = Metrics()
-    responses = ResponseStore(folder / "responses.sqlite", 16 * 1024 * 1024, 3600.0)
-    state = AppState(
-        pipeline=pipeline,
-        metrics=metrics,
-        in_flight=InFlight(64, metrics.in_flight),
-        model_name=MODEL,
-        max_body_bytes=4 * 1024 * 1024,  # the default of `frontend.max_body_bytes`
-        responses=responses,
-    )
+    """Runs the frontend in a thread of its own until the end."""
+    pipeline = ScriptedPipeline(folder / "model")
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(state), http="httptools", ws="none", access_log=False, log_config=None
+            _application(pipeline, folder / "responses.sqlite"),
+            factory=True,
+            http="httptools",
+            ws="none",
+            access_log=False,
+            log_config=None,
         )
     )
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
@@ -113,5 +109,22 @@ def scripted_service(folder: Path) -> Iterator[ScriptedService]:
         server.should_exit = True
         thread.join(timeout=20)
         listener.close()
-        responses.close()
     assert not thread.is_alive()
+
+
+def _application(pipeline: Any, database: Path) -> Callable[[], Starlette]:
+    """Makes the application in the thread that runs it: SQLite binds a connection to its thread."""
+
+    def make() -> Starlette:
+        metrics = Metrics()
+        state = AppState(
+            pipeline=pipeline,
+            metrics=metrics,
+            in_flight=InFlight(64, metrics.in_flight),
+            model_name=MODEL,
+            max_body_bytes=4 * 1024 * 1024,  # the default of `frontend.max_body_bytes`
+            responses=ResponseStore(database, 16 * 1024 * 1024, 3600.0),
+        )
+        return create_app(state)
+
+    return make

@@ -80,6 +80,11 @@ def to_api_error(exc: Exception) -> ApiError:
         case EngineFailed():
             log.error("engine failed: %s", exc)
             return ApiError(500, str(exc), "server_error", code="engine_failed")
+        case RecursionError():
+            # Only what a caller sends is nested: schemas, arguments of calls, template variables.
+            log.info("a request is nested too deeply: %s", exc)
+            message = "The request is nested too deeply"
+            return ApiError(400, message, "invalid_request_error", code="invalid_value")
     log.error("unexpected %s: %s", type(exc).__name__, exc, exc_info=exc)
     return ApiError(
         500, "The server failed; its log has the details", "server_error", code="internal_error"

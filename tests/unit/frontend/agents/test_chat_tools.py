@@ -204,3 +204,15 @@ async def test_reasoning_ends_when_its_budget_is_used_up(
     # The scripted model says its whole text again; none of it is reasoning any more.
     assert message["content"].endswith("Yes.")
     assert pipeline.aborted == [first.request_id]
+
+
+async def test_deeply_nested_request_is_the_callers_error(client: httpx.AsyncClient) -> None:
+    depth = 250
+    schema = '{"type": "object", "properties": {"a": ' * depth + "{}" + "}}" * depth
+    function = f'{{"name": "f", "strict": true, "parameters": {schema}}}'
+    body = json.dumps({**CHAT, "tools": [{"type": "function", "function": "FUNCTION"}]})
+    response = await client.post(
+        "/v1/chat/completions", content=body.replace('"FUNCTION"', function)
+    )
+    assert response.status_code == 400, response.text
+    assert "nested too deeply" in response.json()["error"]["message"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import httpx
+import pytest
 from unit.frontend.agents.thinking_model import (
     MESSAGES,
+    PARAMETERS,
     events,
     prompt_of,
 )
@@ -95,3 +97,33 @@ async def test_message_errors_have_the_shape_of_that_api(client: httpx.AsyncClie
     }
     response = await client.post("/v1/messages", json={**MESSAGES, "model": "other"})
     assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
+
+
+async def test_message_has_the_form_of_its_output_config(
+    client: httpx.AsyncClient, pipeline: FakePipeline
+) -> None:
+    format = {"type": "json_schema", "schema": PARAMETERS}
+    body = {key: value for key, value in MESSAGES.items() if key != "tools"}
+    body |= {"output_config": {"format": format, "effort": "low"}}
+    assert (await client.post("/v1/messages", json=body)).status_code == 200
+    guide = pipeline.seen[-1].sampling.guide
+    assert guide is not None
+    assert '"additionalProperties":false' in guide.text.replace(": ", ":")
+    bad = {**body, "output_config": {"format": {"type": "json_schema", "schema": {"type": "odd"}}}}
+    response = await client.post("/v1/messages", json=bad)
+    assert response.status_code == 400, response.text
+
+
+NESTED = "[" * 300 + "]" * 300
+
+
+@pytest.mark.parametrize("arguments", [f'{{"a": {10**30}}}', f'{{"a": {NESTED}}}'])
+async def test_arguments_that_cannot_be_written_again_are_no_failure(
+    client: httpx.AsyncClient, pipeline: FakePipeline, arguments: str
+) -> None:
+    pipeline.say(f'<tool_call>\n{{"name": "get_weather", "arguments": {arguments}}}\n</tool_call>')
+    response = await client.post("/v1/messages", json={**MESSAGES, "max_tokens": 2000})
+    assert response.status_code == 200, response.text
+    (block,) = response.json()["content"]
+    assert block["type"] == "tool_use"
+    assert block["input"] in ({"a": 1e30}, {})

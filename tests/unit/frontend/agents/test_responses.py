@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import httpx
+import pytest
 from unit.frontend.agents.thinking_model import (
     RESPONSES,
     events,
@@ -101,3 +102,23 @@ async def test_response_that_hits_its_limit_is_incomplete(client: httpx.AsyncCli
     body = (await client.post("/v1/responses", json={**RESPONSES, "max_output_tokens": 5})).json()
     assert body["status"] == "incomplete"
     assert body["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+async def test_response_repeats_only_a_user_that_the_request_names(
+    client: httpx.AsyncClient,
+) -> None:
+    """The specification has no null there."""
+    assert "user" not in (await client.post("/v1/responses", json=RESPONSES)).json()
+    named = await client.post("/v1/responses", json={**RESPONSES, "user": "me"})
+    assert named.json()["user"] == "me"
+
+
+@pytest.mark.parametrize("value", [str(10**30), "[" * 250 + "]" * 250])
+async def test_request_that_a_response_cannot_repeat_is_refused(
+    client: httpx.AsyncClient, pipeline: FakePipeline, value: str
+) -> None:
+    tool = {"type": "function", "name": "f", "parameters": {"type": "object", "x": "VALUE"}}
+    body = json.dumps({**RESPONSES, "tools": [tool]}).replace('"VALUE"', value)
+    response = await client.post("/v1/responses", content=body)
+    assert response.status_code == 400, response.text
+    assert not pipeline.seen

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from serving.errors import InvalidRequest
 from serving.frontend.api.fields import RequestDecoder
-from serving.frontend.api.tools import read_tool
+from serving.frontend.api.tools import closed_schema, read_tool
+from serving.protocol import Guide
 from serving.text.conversation import Conversation, Message, ToolChoice
 from serving.text.tool_calls.base import Tool
 
@@ -38,6 +40,18 @@ class Thinking(Struct):
     budget_tokens: int | None = None
 
 
+class JsonFormat(Struct):
+    """Of the answer's text."""
+
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(Struct):
+    format: JsonFormat | None = None
+    effort: str | None = None
+
+
 class MessagesRequest(Struct, kw_only=True):
     """What it has in common with Anthropic's API; unknown fields are dropped."""
 
@@ -48,6 +62,7 @@ class MessagesRequest(Struct, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: ToolChoiceField | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -78,6 +93,22 @@ class MessagesRequest(Struct, kw_only=True):
                     raise InvalidRequest("`tool_choice.name` is required", param="tool_choice.name")
                 return ToolChoice("required", (choice.name,))
         return ToolChoice("auto")
+
+    def guide(self) -> Guide | None:
+        """Of the answer's text. Its objects are closed, as Anthropic's specification has them."""
+        if self.output_config is None or self.output_config.format is None:
+            return None
+        schema = closed_schema(self.output_config.format.schema)
+        return Guide("json_schema", msgspec.json.encode(schema).decode())
+
+    def template_variables(self) -> dict[str, Any]:
+        """What the request says about thinking, by the names that chat templates use."""
+        variables: dict[str, Any] = {}
+        if self.thinking is not None and self.thinking.type != "adaptive":
+            variables["enable_thinking"] = self.thinking.type == "enabled"
+        if self.output_config is not None and self.output_config.effort is not None:
+            variables["reasoning_effort"] = self.output_config.effort
+        return variables
 
 
 _decoder = RequestDecoder(MessagesRequest)
@@ -115,16 +146,15 @@ def conversation(request: MessagesRequest) -> tuple[Conversation, list[str]]:
             messages += _user(message.role, message.content, where, names)
     tools, ignored = request.function_tools()
     parallel = request.tool_choice is None or not request.tool_choice.disable_parallel_tool_use
-    variables: dict[str, Any] = {}
-    if request.thinking is not None and request.thinking.type != "adaptive":
-        variables["enable_thinking"] = request.thinking.type == "enabled"
     return (
         Conversation(
             messages=messages,
             tools=tools,
             tool_choice=request.choice(),
             parallel_tool_calls=parallel,
-            template_variables=variables,
+            answer_guide=request.guide(),
+            guide_param="output_config.format",
+            template_variables=request.template_variables(),
             reasoning_budget=request.thinking.budget_tokens if request.thinking else None,
             # An answer that the client began is continued.
             add_generation_prompt=messages[-1]["role"] != "assistant",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import orjson
 
 from serving.frontend.api.errors import ApiError
@@ -136,10 +135,14 @@ class MessagesWriter(ResponseWriter):
 
 
 def _input(text: str) -> Any:
-    """A call's arguments; cut ones are none, since the API has no place for a part of JSON."""
+    """A call's arguments; cut ones are none, since the API has no place for a part of JSON.
+
+    Nor for what cannot be written again: the model decides how deep it nests.
+    """
     try:
-        value = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+        value = orjson.loads(text)  # Turns integers of more than 64 bits into floats.
+        orjson.dumps([[[value]]])  # as deep as in a message
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
         return {}
     return value if isinstance(value, dict) else {}
 

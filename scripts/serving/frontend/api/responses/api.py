@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -49,7 +50,9 @@ def responses_api(store: ResponseStore) -> CompletionApi[ResponsesRequest]:
             store.put(request_id, StoredResponse(response, own, request.previous_response_id))
 
         keeps = store.is_enabled and request.store is not False
-        writer = ResponsesWriter(request_id, _echo(request, keeps), save if keeps else None)
+        echo = _echo(request, keeps)
+        _check_repeatable([echo, own])
+        writer = ResponsesWriter(request_id, echo, save if keeps else None)
         return CompletionPlan(
             samples=samples, writer=writer, stream=bool(request.stream), ignored=tuple(ignored)
         )
@@ -107,6 +110,14 @@ def responses_routes(store: ResponseStore) -> list[Route]:
     ]
 
 
+def _check_repeatable(parts: list[Any]) -> None:
+    """Raises InvalidRequest for parts of a request that its response could not repeat."""
+    try:
+        orjson.dumps([[[parts]]])  # deeper than any event has them
+    except orjson.JSONEncodeError as exc:
+        raise InvalidRequest(f"The request cannot be repeated in its response: {exc}") from None
+
+
 def _echo(request: ResponsesRequest, stored: bool) -> dict[str, Any]:
     """The fields of a response that repeat its request, with what they mean when absent."""
     reasoning = request.reasoning
@@ -135,5 +146,5 @@ def _echo(request: ResponsesRequest, stored: bool) -> dict[str, Any]:
         "top_logprobs": 0,
         "top_p": 1.0 if request.top_p is None else request.top_p,
         "truncation": "disabled",
-        "user": request.user,
+        **({"user": request.user} if request.user is not None else {}),
     }

@@ -122,3 +122,30 @@ async def test_request_that_a_response_cannot_repeat_is_refused(
     response = await client.post("/v1/responses", content=body)
     assert response.status_code == 400, response.text
     assert not pipeline.seen
+
+
+async def test_response_without_usage_has_no_such_field(client: httpx.AsyncClient) -> None:
+    """The specification has no null there."""
+    first, *_, last = events(await client.post("/v1/responses", json={**RESPONSES, "stream": True}))
+    assert "usage" not in first["response"]
+    assert last["response"]["usage"]["output_tokens"] > 0
+
+
+async def test_response_repeats_only_what_the_specification_allows(
+    client: httpx.AsyncClient,
+) -> None:
+    function = {**RESPONSES["tools"][0], "description": 5, "odd": 1}
+    format = {"type": "json_schema", "schema": {"type": "object"}}
+    body = {
+        **RESPONSES,
+        "tools": [{"type": "file_search", "ranking_options": {"ranker": None}}, function],
+        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [None]},
+        "reasoning": {"effort": "some", "summary": "odd"},
+        "text": {"format": format},
+    }
+    response = (await client.post("/v1/responses", json=body)).json()
+    plain = {**RESPONSES["tools"][0], "description": None, "strict": None}
+    assert response["tools"] == [plain]
+    assert response["tool_choice"]["tools"] == []
+    assert response["reasoning"] == {"effort": None, "summary": None}
+    assert response["text"]["format"] == {**format, "name": "answer", "strict": None}

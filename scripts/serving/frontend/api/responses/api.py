@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -13,6 +12,7 @@ from serving.errors import InvalidRequest, ServingError
 from serving.frontend.api.answer import BasicSampling, prepare_answer
 from serving.frontend.api.errors import to_api_error
 from serving.frontend.api.plan import CompletionApi, CompletionPlan
+from serving.frontend.api.responses.echo import check_encodable, echoed_fields
 from serving.frontend.api.responses.request import ResponsesRequest, conversation, parse
 from serving.frontend.api.responses.store import ResponseStore, StoredResponse
 from serving.frontend.api.responses.writer import ResponsesWriter
@@ -50,8 +50,8 @@ def responses_api(store: ResponseStore) -> CompletionApi[ResponsesRequest]:
             store.put(request_id, StoredResponse(response, own, request.previous_response_id))
 
         keeps = store.is_enabled and request.store is not False
-        echo = _echo(request, keeps)
-        _check_repeatable([echo, own])
+        echo = echoed_fields(request, keeps)
+        check_encodable([echo, own])
         writer = ResponsesWriter(request_id, echo, save if keeps else None)
         return CompletionPlan(
             samples=samples, writer=writer, stream=bool(request.stream), ignored=tuple(ignored)
@@ -108,43 +108,3 @@ def responses_routes(store: ResponseStore) -> list[Route]:
         Route("/v1/responses/{id}/cancel", cancel, methods=["POST"]),
         Route("/v1/responses/{id}/input_items", input_items, methods=["GET"]),
     ]
-
-
-def _check_repeatable(parts: list[Any]) -> None:
-    """Raises InvalidRequest for parts of a request that its response could not repeat."""
-    try:
-        orjson.dumps([[[parts]]])  # deeper than any event has them
-    except orjson.JSONEncodeError as exc:
-        raise InvalidRequest(f"The request cannot be repeated in its response: {exc}") from None
-
-
-def _echo(request: ResponsesRequest, stored: bool) -> dict[str, Any]:
-    """The fields of a response that repeat its request, with what they mean when absent."""
-    reasoning = request.reasoning
-    format = request.text.format if request.text is not None else None
-    text: dict[str, Any] = {"format": {"type": format.type if format is not None else "text"}}
-    if format is not None and format.type == "json_schema":
-        text["format"] |= {"name": format.name, "schema": format.schema, "strict": format.strict}
-    return {
-        "background": False,
-        "instructions": request.instructions,
-        "max_output_tokens": request.max_output_tokens,
-        "metadata": request.metadata or {},
-        "model": request.model,
-        "parallel_tool_calls": request.parallel_tool_calls is not False,
-        "previous_response_id": request.previous_response_id,
-        "reasoning": {
-            "effort": reasoning.effort if reasoning is not None else None,
-            "summary": reasoning.summary if reasoning is not None else None,
-        },
-        "service_tier": "default",
-        "store": stored,
-        "temperature": 1.0 if request.temperature is None else request.temperature,
-        "text": text,
-        "tool_choice": request.tool_choice or "auto",
-        "tools": [{"strict": None, "parameters": None, **tool} for tool in request.tools or []],
-        "top_logprobs": 0,
-        "top_p": 1.0 if request.top_p is None else request.top_p,
-        "truncation": "disabled",
-        **({"user": request.user} if request.user is not None else {}),
-    }

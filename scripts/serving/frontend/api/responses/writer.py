@@ -109,7 +109,6 @@ class ResponsesWriter(ResponseWriter):
             "error": None,
             "incomplete_details": None,
             "output": list(self._output),
-            "usage": None,
         }
 
     # --- items ---------------------------------------------------------------------------------

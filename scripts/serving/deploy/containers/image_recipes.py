@@ -29,7 +29,7 @@ WORKER_PACKAGES = ("etcd3aio", "msgspec", "nats-py", "psutil", "uvloop", "xxhash
 """What every worker imports. TensorRT-LLM's own image brings torch, transformers and the like."""
 TORCH_PACKAGES = (
     *("accelerate", "gguf", "jinja2", "llguidance", "numpy"),
-    *("safetensors", "tokenizers", "torch", "transformers", "ucxx-cu13"),
+    *("safetensors", "sentencepiece", "tokenizers", "torch", "transformers", "ucxx-cu13"),
 )
 MOCK_PACKAGES = ("numpy", "tokenizers")
 

@@ -211,7 +211,7 @@ def worker_imports(backend: str) -> set[str]:
     """Distributions whose modules are imported anywhere in what a worker with this engine runs."""
     unused = {"deploy", "frontend", "kv_router", "simulate", "text", "console.py"}
     theirs = {"torch": {"engine/trtllm", "engine/tensorrt_llm.py", "gpus.py"}}
-    theirs["tensorrt_llm"] = {"engine/torch", "kv_transfer", "grammar.py"}
+    theirs["tensorrt_llm"] = {"engine/torch", "kv_transfer", "grammar"}
     distributions, found = packages_distributions(), set()
     for path in PACKAGE.rglob("*.py"):
         relative = path.relative_to(PACKAGE)

@@ -207,7 +207,7 @@ def _shrink_width(plain: dict[str, Any], config: PreTrainedConfig) -> None:
         plain[kv_key] = small_kv
     small_width = small_heads * head_dim
     if width != heads * head_dim:  # in the original they differ, so they do here
-        small_width = max(64, small_width // 2)
+        small_width = max(64, small_width // 32 * 16)  # kernels want whole vectors
     plain[width_key] = small_width
     for key in _SAME_WIDTH:
         if plain.get(key) == width:

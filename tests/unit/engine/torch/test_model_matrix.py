@@ -1,0 +1,42 @@
+"""A fast part of the model matrix: one row of each kind of attention, position and checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from benchmarks.model_matrix import ROWS, Result, Row, run, table
+
+FAST = {
+    ("Llama 3.x", "sharded"),
+    ("Llama 3.x", "tensors with scales"),
+    ("Llama 3.x", "FP8 by ModelOpt"),
+    ("Mistral", "tekken.json alone"),
+    ("gpt-oss", "MXFP4"),
+    ("Qwen2-MoE, windows", "safetensors"),
+    ("PhiMoE", "safetensors"),
+    ("Nemotron-4, Minitron", "safetensors"),
+    ("Granite 4.0 micro", "safetensors"),
+    ("OLMo 3", "safetensors"),
+    ("Doge", "safetensors"),
+    ("DiffLlama", "safetensors"),
+    ("DeepSeek V3", "safetensors"),
+}
+ROWS_HERE = [row for row in ROWS if (row.name, row.form) in FAST]
+
+
+@pytest.mark.parametrize("row", ROWS_HERE, ids=lambda row: f"{row.name}, {row.form}")
+def test_a_model_is_exact_or_refused_as_the_table_says(row: Row, tmp_path: Path) -> None:
+    result = run(row, tmp_path)
+    assert result.verdict == row.expected, result.note
+
+
+def test_the_fast_part_is_in_the_matrix() -> None:
+    assert {(row.name, row.form) for row in ROWS_HERE} == FAST
+
+
+def test_table_gives_verdict_memory_and_reason() -> None:
+    row = Row("A model", "llama")
+    text = table([(row, Result("exact", kv_bytes=2048)), (row, Result("refused", "too odd"))])
+    assert "| A model | safetensors | exact | 2.0 KiB |  |" in text
+    assert "| A model | safetensors | refused |  | too odd |" in text

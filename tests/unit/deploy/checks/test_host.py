@@ -103,10 +103,11 @@ def test_size_of_weights_is_taken_from_the_name(
 
 
 def test_size_of_a_local_model_is_that_of_its_files(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     config = parse({"model": {"id": str(tmp_path)}})
-    assert checks_host.weight_bytes(config) == 1002
+    assert checks_host.weight_bytes(config) == 1004
 
 
 def test_dummy_weights_are_not_looked_for_on_disk(tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ def test_fingerprint_changes_with_library_versions() -> None:
 
 
 def test_fingerprint_changes_with_the_files_of_a_local_model(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
     before, key = fingerprint(model={"id": str(tmp_path)}), model_key(ModelConfig(id=str(tmp_path)))
@@ -167,7 +168,8 @@ def test_fingerprint_changes_with_the_files_of_a_local_model(tmp_path: Path) -> 
 
 
 def test_dummy_weights_need_no_weights_and_give_another_engine(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
     model, dummy = {"id": str(tmp_path)}, {"weights": "dummy"}

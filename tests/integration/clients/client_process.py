@@ -21,6 +21,7 @@ def run_client(
     *,
     folder: Path,
     env: Mapping[str, str] | None = None,
+    timeout_s: float = CLIENT_S,
 ) -> str:
     """What a client prints. It runs in `folder`, which is its home too, and sees no setting of
     this person's: no keys, no configuration of a client that is installed here."""
@@ -38,7 +39,7 @@ def run_client(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=CLIENT_S,
+        timeout=timeout_s,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout

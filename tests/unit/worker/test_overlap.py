@@ -117,7 +117,7 @@ async def test_a_prefill_preempted_while_it_is_fetched_starts_over(
     prompt, other = random_prompts([220, 16], seed=3)  # 28 of 32 blocks, and 3 that become more
     step_gate.append(slow_prefill(0.005))
     async with running_pair(model, kv_cache_tokens=256, max_num_batched_tokens=8) as pair:
-        older = EngineRequest("older", other, len(other), greedy(60))
+        older = EngineRequest("older", other, len(other), greedy(110))
         async with pair.prefill.client.generate(older) as outputs:
             await anext(outputs)
             answering = asyncio.create_task(pair.answer("a", prompt, greedy(NUM_TOKENS)))

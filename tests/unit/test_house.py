@@ -16,6 +16,7 @@ MAX_LINES = 400
 MAX_MODULES = 15
 LARGE_FOLDERS = {
     "scripts": 25,  # one short script for each rule
+    "tests/benchmarks": 20,  # one script for each thing that is measured
 }
 """Folders that may hold more modules, and how many."""
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from benchmarks.model_matrix import ROWS, Result, Row, run, table
+from benchmarks.models.all_rows import ROWS
+from benchmarks.models.row import Result, Row
+from benchmarks.models.run_row import run
+from benchmarks.models.support_table import table
 
 FAST = {
     ("Llama 3.x", "sharded"),

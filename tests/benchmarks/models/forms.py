@@ -1,0 +1,94 @@
+"""Forms that a checkpoint comes in: each turns a folder in Hugging Face's format, float32, into one.
+
+To add a form, write a function and name it in `FORMS`, or in a module of its own that is merged into
+`FORMS` at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`path` is what `model.id` names; `generate` runs on the folder `reference` (float32)."""
+
+    path: Path
+    reference: Path
+
+
+Form = Callable[[Path], Checkpoint | None]
+"""Changes the folder in place. Returns a checkpoint when `path` or `reference` is another place."""
+
+
+def _as_is(folder: Path) -> None:
+    """One safetensors file in float32."""
+
+
+def _in_bfloat16(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def _sharded(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model.safetensors-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    shard_of = {name: names[i % 2] for i, name in enumerate(weights)}
+    for shard in names:
+        part = {name: weights[name] for name in weights if shard_of[name] == shard}
+        save_file(part, folder / shard, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
+
+
+def _pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _with_scales(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("down_proj.weight"))
+    weights[f"{name}_scale"] = torch.ones(1)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def _by_modelopt(folder: Path) -> None:
+    stated = {"quantization": {"quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(stated))
+
+
+def _quantized(method: str) -> Form:
+    def apply(folder: Path) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}
+        path.write_text(json.dumps(config))
+
+    return apply
+
+
+def _without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder / "tekken.json")
+
+
+FORMS: dict[str, Form] = {
+    "safetensors": _as_is,
+    "bfloat16": _in_bfloat16,
+    "sharded": _sharded,
+    "pickle": _pickled,
+    "tensors with scales": _with_scales,
+    "FP8 by ModelOpt": _by_modelopt,
+    "GPTQ": _quantized("gptq"),
+    "MXFP4": _quantized("mxfp4"),
+    "tekken.json alone": _without_tokenizer,
+}

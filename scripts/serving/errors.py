@@ -96,6 +96,15 @@ class EngineFailed(ServingError):
     """The engine could not finish a request for a reason of its own (HTTP 500)."""
 
 
+class KvNotFetched(EngineFailed):
+    """A decode worker could not fetch KV while it was being computed. Its engine is well."""
+
+
+class RequestQuarantined(ServingError):
+    """Instances failed one after the other while they computed it, so it is not tried on another
+    (HTTP 500)."""
+
+
 # --- the person at the terminal can act --------------------------------------------------------
 
 

@@ -190,10 +190,22 @@ class ReleaseKv(Struct, frozen=True, tag="release"):
     request_id: str
 
 
+class Ping(Struct, frozen=True, tag="ping"):
+    """The frontend asks whether the worker still computes."""
+
+
+class Pong(Struct, frozen=True, tag="pong"):
+    """The answer to a ping, from the event loop that serves the requests. `late_s`: by how many
+    seconds the engine's step outlasts what such a step may take."""
+
+    late_s: float = 0.0
+
+
 class Hello(Struct, frozen=True, tag="hello"):
     """First message in both directions: both sides check the version, the frontend the epoch.
 
     `nonce` is fresh, `proof` the worker's (`rpc/handshake.py`); empty where there is no secret.
+    `pings`: the worker answers pings, which older ones do not know.
     """
 
     version: int
@@ -201,6 +213,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     epoch: int = 0
     nonce: bytes = b""
     proof: bytes = b""
+    pings: bool = False
 
 
 class Proof(Struct, frozen=True, tag="proof"):
@@ -219,8 +232,8 @@ class Draining(Struct, frozen=True, tag="draining"):
     """The worker accepts no more requests; running ones are finished."""
 
 
-ToWorker = Hello | Proof | Generate | Abort | ReleaseKv
-ToFrontend = Hello | Step | Draining
+ToWorker = Hello | Proof | Generate | Abort | ReleaseKv | Ping
+ToFrontend = Hello | Step | Draining | Pong
 
 
 # --- discovery (etcd, `discovery/`) ------------------------------------------------------------

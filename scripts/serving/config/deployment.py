@@ -11,6 +11,7 @@ from serving.protocol import Role
 
 Topology = Literal["agg", "agg_router", "disagg", "disagg_router", "disagg_multinode"]
 MULTINODE: Topology = "disagg_multinode"
+Restart = Literal["on_failure", "never"]
 
 
 class DeploymentConfig(Section, frozen=True):
@@ -30,6 +31,33 @@ class DeploymentConfig(Section, frozen=True):
     stop_s: Annotated[
         Seconds, Meta(description="Time that a program gets to drain before it is killed.")
     ] = 20.0
+    restart: Annotated[
+        Restart,
+        Meta(
+            description="`on_failure`: a program that ends by itself, or is silent for `silent_s`, is replaced. `never`: the next serve target replaces it."
+        ),
+    ] = "on_failure"
+    max_restarts: Annotated[
+        Positive,
+        Meta(
+            description="A program that has been replaced this often within `restart_window_s` and fails again stays down. `snakemake status` says why."
+        ),
+    ] = 5
+    restart_window_s: Annotated[
+        Seconds, Meta(description="Time over which `max_restarts` counts.")
+    ] = 180.0
+    silent_s: Annotated[
+        Seconds,
+        Meta(
+            description="A program that gives no sign of life for this time is killed and replaced. For workers and frontends, the event loop gives it."
+        ),
+    ] = 10.0
+    hang_s: Annotated[
+        Seconds,
+        Meta(
+            description="A worker ends, and is replaced, when a step of its engine takes this much longer than the slowest steps so far let expect. Much earlier, requests go elsewhere."
+        ),
+    ] = 30.0
 
 
 class ContainerConfig(Section, frozen=True):

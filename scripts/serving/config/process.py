@@ -7,8 +7,11 @@ which is the deployment's folder. There are no secrets in them, only names of fi
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +28,7 @@ from serving.config import (
 )
 from serving.protocol import Role
 
+BEAT_S = 1.0
 ETCD_SERVER_NAME = "serving-etcd"
 """The name in the certificate of an etcd off loopback, whatever its address."""
 
@@ -45,7 +49,8 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
     """`run/worker-{role}-{index}.json`, and the settings of one instance of that worker.
 
     `gpus` are the indices that the worker computes on; empty on CPU. `engine_dir` holds engine.json;
-    the worker refuses one with another fingerprint than `engine_fingerprint`.
+    the worker refuses one with another fingerprint than `engine_fingerprint`. A step of the engine
+    that is `hang_s` late ends the worker.
     """
 
     instance_id: str  # "{role}-{index}"
@@ -64,6 +69,7 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
     control: ControlServices
     kv_transfer: KvTransferConfig
     drain_s: float
+    hang_s: float = 30.0
     mock: MockConfig | None = None  # only for the mock engine
     num_instances: int = 1
 
@@ -113,6 +119,26 @@ def announce_ready(path: str | Path, **facts: Any) -> None:
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_bytes(msgspec.json.encode(content))
     temporary.replace(target)
+
+
+@asynccontextmanager
+async def beating(ready_file: str | Path) -> AsyncIterator[None]:
+    """Touch `ready_file` each second, once it is there, while the context lasts.
+
+    The event loop that serves does it, so that its silence shows (`deploy/healing/`).
+    """
+
+    async def beat() -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            with suppress(OSError):  # not announced yet, or the disk is away
+                os.utime(ready_file)
+
+    task = asyncio.create_task(beat(), name="beat")
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def collect_rarely() -> None:

@@ -34,6 +34,14 @@ class EngineSpec(Struct, frozen=True):
     device: str
 
 
+class EngineHealth(Struct, frozen=True):
+    """`failure`: why it computes nothing any more; empty while it does. `late_s`: by how many
+    seconds the step under way has outlasted what such a step may take; 0 while it has not."""
+
+    failure: str = ""
+    late_s: float = 0.0
+
+
 class StepSink(Protocol):
     """Receives what one step produced: outputs (may be empty), cache events in order, and load."""
 
@@ -74,6 +82,10 @@ class Engine(ABC):
     @abstractmethod
     def load(self) -> LoadReport:
         """The engine's own figures; the worker adds its name and the KV transfers."""
+
+    def health(self) -> EngineHealth:
+        """Whether it still computes: a process that lives proves nothing."""
+        return EngineHealth()
 
     @abstractmethod
     def snapshot(self, tier: Tier = "device") -> list[int]:

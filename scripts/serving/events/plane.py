@@ -167,9 +167,13 @@ class EventPlane:
                 await client.publish(subject, payload)
                 self.counters.published += 1
             except FAILURES as exc:
+                # Revealed by the next connection, or behind the next message that is sent. Now,
+                # the message that reveals it would fail like this one, at once and for ever.
                 self._lose()
                 log.debug("not published to %s: %s", subject, exc)
-            if self._queue.empty() and self._connection.client is not None:
+                await asyncio.sleep(0)  # a failed publish does not yield
+                continue
+            if self._queue.empty():
                 self._reveal_loss()
 
     # --- frontends ---------------------------------------------------------------------------

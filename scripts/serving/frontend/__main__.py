@@ -19,7 +19,13 @@ import uvloop
 from starlette.types import ASGIApp
 
 from serving.config import FrontendConfig
-from serving.config.process import FrontendSettings, announce_ready, collect_rarely, read_settings
+from serving.config.process import (
+    FrontendSettings,
+    announce_ready,
+    beating,
+    collect_rarely,
+    read_settings,
+)
 from serving.errors import OperatorError
 from serving.frontend.api.responses.store import ResponseStore
 from serving.frontend.api.state import AppState
@@ -39,7 +45,8 @@ log = logging.getLogger("serving.frontend")
 async def run(settings: FrontendSettings, slot: ProcessSlot | None) -> None:
     """Serve until SIGTERM or SIGINT; uvicorn handles both and drains."""
     metrics = Metrics()
-    async with lifespan(settings, metrics, slot) as pipeline:
+    ready_file = settings.ready_file if slot is None else ""
+    async with beating(ready_file), lifespan(settings, metrics, slot) as pipeline:
         state = AppState(
             pipeline=pipeline,
             metrics=metrics,

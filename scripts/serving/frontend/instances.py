@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -93,6 +94,7 @@ class Instances:
             client = RpcClient(info, secret=self._secret, merge=True)
             client.on_lost = lost.set
             client.on_draining = lambda: self._on_draining(info)
+            client.on_wedged = partial(self._on_wedged, client)
             try:
                 await client.connect(CONNECT_S)
                 pause_s = RECONNECT_MIN_S
@@ -136,6 +138,35 @@ class Instances:
     def _on_draining(self, info: InstanceInfo) -> None:
         log.info("%s drains: it gets no new requests", info.instance_id)
         self._router.remove_instance(info.instance_id, info.epoch)
+
+    def _on_wedged(self, client: RpcClient, reason: str) -> None:
+        """It lives and does not compute, or computes again. Its requests go on elsewhere, unless it
+        is the last instance: then waiting is the only chance that they have."""
+        info = client.info
+        if self._clients.get(info.instance_id) is not client or client.draining:
+            return
+        is_routed = any(one.epoch == info.epoch for one in self._same_name(info))
+        if reason and is_routed and self._has_others(info):
+            log.warning("%s gets no requests: %s", info.instance_id, reason)
+            self._router.remove_instance(info.instance_id, info.epoch)
+        elif not reason and not is_routed:
+            log.info("%s computes again", info.instance_id)
+            self._router.add_instance(info)
+            self._unsynchronised.set()
+        if reason and self._has_others(info):
+            client.fail_streams(reason)
+
+    def _same_name(self, info: InstanceInfo) -> list[InstanceInfo]:
+        return [
+            one for one in self._router.instances(info.role) if one.instance_id == info.instance_id
+        ]
+
+    def _has_others(self, info: InstanceInfo) -> bool:
+        """Whether another instance of any role could take its requests."""
+        return any(
+            self._router.instances(role, exclude={info.instance_id})
+            for role in ("agg", "prefill", "decode")
+        )
 
     def _limit_context(self) -> None:
         """Offer the context that every instance has, since a request may go to any of them."""
@@ -222,6 +253,7 @@ class Instances:
                 "host": info.host,
                 "synchronised": instance_id not in unsynchronised,
                 "breaker": breakers.get(instance_id, "closed"),
+                "wedged": self._clients[instance_id].wedged,
             }
             row |= ready_row(report)
             row["num_blocks"] = info.num_blocks  # known before the first report

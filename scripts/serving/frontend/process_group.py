@@ -22,7 +22,7 @@ from contextlib import ExitStack
 import msgspec
 from msgspec import Struct
 
-from serving.config.process import FrontendSettings, announce_ready
+from serving.config.process import FrontendSettings, announce_ready, beating
 from serving.errors import OperatorError
 from serving.frontend import decision_log
 
@@ -110,7 +110,7 @@ class _ProcessGroup:
 
     async def run(self) -> None:
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with beating(self._settings.ready_file), asyncio.TaskGroup() as tasks:
                 for slot in self._slots:
                     tasks.create_task(self._keep(slot), name=f"frontend-{slot.number}")
         finally:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from serving.config import DeadlinesConfig
+from serving.frontend.quarantine import Failures
 from serving.kv_router.router import KvRouter, PromptHashes
-from serving.protocol import EngineOutput, EngineRequest, Phase
+from serving.protocol import EngineOutput, EngineRequest, InstanceInfo, Phase
 from serving.text.preprocess import PreparedRequest
 
 
 class RequestState:
     """One request in progress, over all of its attempts.
 
-    `tried` holds the instances that it must not go to again. `deadline`, `first_token_deadline`
+    `tried` holds the instances that it must not go to again, `failures` those that failed while
+    they computed it. `deadline`, `first_token_deadline`
     and `now` are in the event loop's time.
     """
 
@@ -26,6 +29,8 @@ class RequestState:
         self.attempt = 1
         self.token_ids = list(prepared.token_ids)
         self.tried: set[str] = set()
+        self._tried_epochs: dict[str, int] = {}
+        self.failures = Failures()
         self.has_output = False
         self.num_queue_timeouts = 0
         self._hashes: PromptHashes | None = None
@@ -53,6 +58,17 @@ class RequestState:
             output = msgspec.structs.replace(output, cached_tokens=None)
         self.has_output = True
         return output
+
+    def avoid(self, instance: InstanceInfo) -> None:
+        """Never go to this instance again; its successor of the same name is welcome."""
+        self.tried.add(instance.instance_id)
+        self._tried_epochs[instance.instance_id] = instance.epoch
+
+    def welcome(self, instances: Iterable[InstanceInfo]) -> None:
+        """Allow those that have been replaced since it was there."""
+        for instance in instances:
+            if self._tried_epochs.get(instance.instance_id, instance.epoch) < instance.epoch:
+                self.tried.discard(instance.instance_id)
 
     def awaits_first_token(self, phase: Phase) -> bool:
         """Whether an instance that runs `phase` must produce the first token.

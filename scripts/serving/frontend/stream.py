@@ -10,7 +10,15 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from serving.errors import DeadlineExceeded, EngineFailed, InstanceLost, Overloaded, ServingError
+from serving.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InstanceLost,
+    KvNotFetched,
+    Overloaded,
+    RequestQuarantined,
+    ServingError,
+)
 from serving.frontend.instances import Instances
 from serving.frontend.metrics.registry import Metrics
 from serving.frontend.request import RequestState
@@ -34,10 +42,10 @@ class InstanceStreams:
 
         Iterate at once: the stream owns `route`, and its load counts until the stream ends.
         `transfer` are further fields of the EngineRequest. Raises InstanceLost, Overloaded,
-        EngineFailed, DeadlineExceeded.
+        EngineFailed, DeadlineExceeded; RequestQuarantined when it has failed its last instance.
         """
         loop, deadlines = asyncio.get_running_loop(), request.deadlines
-        has_output = False
+        has_output = is_sent = False
         end = request.deadline
         if request.awaits_first_token(phase):
             end = min(end, request.first_token_deadline)
@@ -50,6 +58,7 @@ class InstanceStreams:
             try:
                 message = request.engine_request(phase, request.deadline - loop.time(), **transfer)
                 async with self._instances.client(route.instance_id).generate(message) as stream:
+                    is_sent = True
                     due = loop.time() + deadlines.prefill_s
                     shortest_s = min(deadlines.prefill_s, deadlines.token_s)
                     with StreamDeadline(shortest_s, end, expire, loop) as deadline:
@@ -76,6 +85,13 @@ class InstanceStreams:
                             due = loop.time() + deadlines.token_s
             except (InstanceLost, Overloaded, EngineFailed, DeadlineExceeded) as exc:
                 self._record_failure(request, route, exc)
+                if is_sent and _is_suspicious(exc):
+                    request.failures.add(had_output=has_output)
+                    if request.failures.is_cause:
+                        raise RequestQuarantined(
+                            f"{request.failures.count} workers failed while they computed this "
+                            f"request, and it is not tried again; the last one: {exc}"
+                        ) from exc
                 raise
 
     def _expired(
@@ -95,10 +111,11 @@ class InstanceStreams:
     def _record_failure(self, request: RequestState, route: Route, exc: ServingError) -> None:
         """Keep the request away from the instance, and other requests if it is broken."""
         instance_id, epoch = route.instance_id, route.instance.epoch
+        if not isinstance(exc, KvNotFetched):
+            request.avoid(route.instance)
         if isinstance(exc, EngineFailed):
             self._router.answered_error(instance_id, epoch)
             return
-        request.tried.add(instance_id)
         # A busy instance is not broken. Nor is one whose answer reaches the request's total
         # deadline, or whose first token is late because of time spent elsewhere.
         is_broken = isinstance(exc, InstanceLost) or (
@@ -106,6 +123,11 @@ class InstanceStreams:
         )
         if is_broken:
             self._router.failed(instance_id, epoch)
+
+
+def _is_suspicious(exc: ServingError) -> bool:
+    """Whether the request itself may be why the instance failed."""
+    return isinstance(exc, InstanceLost | EngineFailed) and not isinstance(exc, KvNotFetched)
 
 
 def _exceeded(phase: str, deadline_s: float) -> DeadlineExceeded:

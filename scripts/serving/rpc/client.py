@@ -18,6 +18,8 @@ from serving.protocol import (
     EngineRequest,
     Hello,
     InstanceInfo,
+    Ping,
+    Pong,
     Proof,
     ReleaseKv,
     Step,
@@ -25,6 +27,7 @@ from serving.protocol import (
 )
 from serving.rpc.connection import STALL_S, RpcConnection
 from serving.rpc.handshake import frontend_proof, new_nonce, same, worker_proof
+from serving.rpc.liveness import Liveness
 from serving.rpc.output_stream import OutputStream
 
 
@@ -35,6 +38,7 @@ class WorkerConnection(RpcConnection):
         super().__init__(msgspec.msgpack.Decoder(ToFrontend), stall_s)
         self._client = client
         self._streams: dict[str, OutputStream] = {}
+        self.liveness: Liveness | None = None
         self.hello: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
 
     def open(self, request_id: str, stream: OutputStream) -> None:
@@ -58,18 +62,32 @@ class WorkerConnection(RpcConnection):
                 stream.put(output)
         elif isinstance(message, Draining):
             self._client.drains()
+        elif isinstance(message, Pong):
+            if self.liveness is not None:
+                self.liveness.answered(message.late_s)
         elif self.hello.done():
             raise ProtocolError("a second hello")
         else:
             self.hello.set_result(message)
 
-    def disconnected(self, reason: str) -> None:
+    def watch(self, on_wedged: Callable[[str], None]) -> None:
+        """Ping the worker from now on, if it answers pings."""
+        if self.hello.result().pings:
+            self.liveness = Liveness(lambda: self.send(Ping()), on_wedged)
+
+    def fail_streams(self, reason: str) -> None:
+        """Running requests raise InstanceLost, so that they can go on elsewhere."""
         lost = InstanceLost(self._client.info.instance_id, reason)
-        if not self.hello.done():
-            self.hello.set_exception(lost)
-            self.hello.exception()  # nobody may be waiting for it
         for stream in self._streams.values():
             stream.fail(lost)
+
+    def disconnected(self, reason: str) -> None:
+        if self.liveness is not None:
+            self.liveness.close()
+        if not self.hello.done():
+            self.hello.set_exception(InstanceLost(self._client.info.instance_id, reason))
+            self.hello.exception()  # nobody may be waiting for it
+        self.fail_streams(reason)
         self._streams.clear()
         self._client.disconnected(self)
 
@@ -99,6 +117,9 @@ class RpcClient:
         """Called once, when an established connection drops; not on `close`."""
         self.on_draining: Callable[[], None] | None = None
         """Called once when the worker announces that it drains."""
+        self.on_wedged: Callable[[str], None] | None = None
+        """Called each second with a reason while the worker does not compute, and once with an
+        empty reason when it does again."""
         self.merge = merge
         self._stall_s = stall_s
         self._connection: WorkerConnection | None = None
@@ -111,6 +132,7 @@ class RpcClient:
                 for address in self.info.rpc_addresses:
                     try:
                         self._connection = await self._open(address)
+                        self._connection.watch(self._wedged)
                     except (OSError, ValueError, InstanceLost) as exc:
                         reasons.append(f"{address}: {exc}")
                     else:
@@ -164,6 +186,21 @@ class RpcClient:
             connection.send(Proof(frontend_proof(self._secret, mine, theirs)))
         elif theirs.nonce:
             raise InstanceLost(self.info.instance_id, "it asks for a secret")
+
+    @property
+    def wedged(self) -> str:
+        """Why the worker does not compute, as far as its pings tell; empty when it does."""
+        connection = self._connection
+        return connection.liveness.reason if connection and connection.liveness else ""
+
+    def _wedged(self, reason: str) -> None:
+        if self.on_wedged is not None:
+            self.on_wedged(reason)
+
+    def fail_streams(self, reason: str) -> None:
+        """Running requests raise InstanceLost; the connection stays."""
+        if self._connection is not None:
+            self._connection.fail_streams(reason)
 
     @property
     def connected(self) -> bool:

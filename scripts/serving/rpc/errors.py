@@ -10,6 +10,7 @@ from serving.errors import (
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
+    KvNotFetched,
     ModelNotFound,
     NoInstances,
     Overloaded,
@@ -26,6 +27,7 @@ _REBUILT: dict[str, Callable[[ErrorInfo], ServingError]] = {
     "Overloaded": lambda info: Overloaded(info.message, retry_after_s=info.retry_after_s),
     "NoInstances": lambda info: NoInstances(info.message, retry_after_s=info.retry_after_s),
     "QueuedTooLong": lambda info: QueuedTooLong(info.message, retry_after_s=info.retry_after_s),
+    "KvTransferFailed": lambda info: KvNotFetched(info.message),
     "DeadlineExceeded": lambda info: _deadline_exceeded(info.message),
 }
 _DEADLINE = re.compile(r"(.*) ran past its deadline of (\S+) s(?: \(`(.*)`\))?")

@@ -57,9 +57,13 @@ class OutputStream:
 
     async def __aenter__(self) -> OutputStream:
         """Sends the request. Raises InstanceLost without a connection."""
-        self._connection = self._connect()
-        self._connection.open(self._request.request_id, self)
-        self._connection.send(Generate(self._request))
+        connection = self._connection = self._connect()
+        connection.open(self._request.request_id, self)
+        try:
+            connection.send(Generate(self._request))
+        except BaseException:  # such as a field that cannot be encoded
+            connection.drop(self._request.request_id, self)
+            raise
         return self
 
     async def __aexit__(

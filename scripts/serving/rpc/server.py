@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from serving.protocol import (
     ErrorInfo,
     Generate,
     Hello,
+    Ping,
+    Pong,
     Proof,
     ReleaseKv,
     Step,
@@ -86,6 +89,8 @@ class FrontendConnection(RpcConnection):
             self._server.abort(self, message.request_id)
         elif isinstance(message, ReleaseKv):
             self._server.release(message.request_id)
+        elif isinstance(message, Ping):
+            self.send(Pong(self._server.late_s()))
         else:
             raise ProtocolError("a second hello")
 
@@ -142,10 +147,12 @@ class RpcServer:
         secret: bytes = b"",
         stall_s: float = STALL_S,
         handshake_s: float = HANDSHAKE_S,
+        late_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """With a `secret`, serves only frontends that prove to know it."""
-        self.secret = secret
-        self.hello = Hello(PROTOCOL_VERSION, instance_id, epoch)
+        """With a `secret`, serves only frontends that prove to know it. `late_s()` is what pings
+        are answered with."""
+        self.secret, self.late_s = secret, late_s
+        self.hello = Hello(PROTOCOL_VERSION, instance_id, epoch, pings=True)
         self.stall_s, self.handshake_s = stall_s, handshake_s
         self.draining = False
         self._handler = handler
@@ -203,7 +210,22 @@ class RpcServer:
                 del self._owners[output.request_id]
                 owner.live.discard(output.request_id)
         for owner, batch in batches.items():
-            owner.send(Step(batch))
+            try:
+                owner.send(Step(batch))
+            except Exception:
+                log.exception("a step of %d outputs could not be encoded", len(batch))
+                self._send_one_by_one(owner, batch)
+
+    def _send_one_by_one(self, owner: FrontendConnection, batch: list[EngineOutput]) -> None:
+        """So that an output that cannot be sent ends its own request only."""
+        for output in batch:
+            try:
+                owner.send(Step([output]))
+            except Exception as exc:
+                error = ErrorInfo("EngineFailed", f"its output cannot be sent: {exc}")
+                owner.send(Step([EngineOutput(output.request_id, [], "error", error=error)]))
+                if output.finish_reason is None:
+                    self.abort(owner, output.request_id)
 
     def announce_drain(self) -> None:
         """Ask all frontends, present and future, to send no more requests."""

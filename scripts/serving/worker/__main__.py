@@ -16,9 +16,10 @@ from typing import Any
 
 import uvloop
 
-from serving.config.process import WorkerSettings, announce_ready, read_settings
+from serving.config.process import WorkerSettings, announce_ready, beating, read_settings
 from serving.errors import OperatorError
 from serving.protocol import InstanceInfo
+from serving.worker.health import BROKEN_STATUS, EngineBroken
 from serving.worker.instance import serve
 
 log = logging.getLogger("serving.worker")
@@ -44,7 +45,7 @@ async def run(settings: WorkerSettings) -> None:
                 kv_cache_tokens=own.num_blocks * own.model.block_size,
             )
 
-    async with asyncio.TaskGroup() as tasks:
+    async with beating(settings.ready_file), asyncio.TaskGroup() as tasks:
         for instance in instances:
             tasks.create_task(serve(instance, stop, registered), name=instance.instance_id)
     log.info("stopped")
@@ -61,7 +62,8 @@ def main() -> None:
     except* OperatorError as group:  # task groups wrap their errors
         for line in dict.fromkeys(map(str, leaves(group))):  # instances tend to fail alike
             log.critical("%s", line)  # `deploy/processes/launch.py` looks for it
-        sys.exit(1)
+        is_broken = any(isinstance(exc, EngineBroken) for exc in leaves(group))
+        sys.exit(BROKEN_STATUS if is_broken else 1)
 
 
 def leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:

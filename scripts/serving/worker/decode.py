@@ -1,6 +1,7 @@
 """The decode endpoint: fetches a prompt's KV, then lets the engine go on from it.
 
-A failed transfer never fails the request: the prompt is prefilled here instead, and counted. When
+A failed transfer never fails the request, whatever it failed with: the prompt is prefilled here
+instead, and counted. Nor does it ever end the worker or another fetch. When
 the fetch began while the prompt was still being computed, the request goes back to the frontend
 with the error. The frontend has the first token or gets it, and asks again with it.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable
 import msgspec
 
 from serving.engine.base import BlockEngine, KvReservation
-from serving.errors import KvTransferFailed, ServingError
+from serving.errors import EngineFailed, KvTransferFailed, ServingError
 from serving.kv_transfer import KvTransfer
 from serving.load_report import KvTransferTotals
 from serving.protocol import EngineOutput, EngineRequest, ErrorInfo, KvTransferParams
@@ -63,7 +64,7 @@ class DecodeEndpoint:
     async def _run(self, request: EngineRequest) -> None:
         try:
             try:
-                await self._fetch(request)
+                await self._fetch_contained(request)
             except KvTransferFailed as exc:
                 self.transfers.kv_transfer_failures += 1
                 if request.follows_prefill:
@@ -72,8 +73,28 @@ class DecodeEndpoint:
                 self.transfers.local_prefill_fallbacks += 1
                 self._engine.submit(msgspec.structs.replace(request, kv_transfer_params=None))
         except ServingError as exc:
-            error = ErrorInfo.from_error(exc)
-            self._fail(EngineOutput(request.request_id, [], finish_reason="error", error=error))
+            self._refuse(request, exc)
+        except Exception as exc:
+            log.exception("%s could not be prefilled here", request.request_id)
+            self._refuse(request, EngineFailed(f"{type(exc).__name__}: {exc}"))
+
+    def _refuse(self, request: EngineRequest, exc: ServingError) -> None:
+        error = ErrorInfo.from_error(exc)
+        self._fail(EngineOutput(request.request_id, [], finish_reason="error", error=error))
+
+    async def _fetch_contained(self, request: EngineRequest) -> None:
+        """Raises ServingError only: any other exception would end the task group, and with it the
+        worker and all its requests."""
+        try:
+            await self._fetch(request)
+        except ServingError:
+            raise
+        except Exception as exc:
+            log.exception("the KV of %s could not be fetched", request.request_id)
+            params = request.kv_transfer_params
+            source = params.source_instance if params is not None else "nowhere"
+            why = f"{type(exc).__name__}: {exc}"
+            raise KvTransferFailed(request.request_id, source, why) from exc
 
     async def _fetch(self, request: EngineRequest) -> None:
         params = request.kv_transfer_params

@@ -22,6 +22,7 @@ from serving.events import EventPlane
 from serving.load_report import LoadReport
 from serving.protocol import EngineOutput, InstanceInfo, KvEvent
 from serving.worker.engines import load_engine, model_card
+from serving.worker.health import watch_engine
 from serving.worker.worker import Worker
 
 log = logging.getLogger("serving.worker")
@@ -59,8 +60,9 @@ async def serve(
         await events.serve_snapshots(
             settings.instance_id, epoch, engine.snapshot, lambda: engine.snapshot("host")
         )
-        reports = tasks.create_task(worker.report_forever(), name="load-reports")
-        stack.callback(reports.cancel)
+        health = watch_engine(engine, settings.instance_id, settings.hang_s, worker.rpc.close)
+        for work, name in ((worker.report_forever(), "load-reports"), (health, "engine-health")):
+            stack.callback(tasks.create_task(work, name=name).cancel)
 
         discovery = await stack.enter_async_context(Discovery.from_settings(control))
         info = InstanceInfo(

@@ -19,7 +19,7 @@ from serving.engine.base import BlockEngine, TransferringEngine
 from serving.errors import Overloaded
 from serving.events import EventPlane
 from serving.load_report import LoadReport
-from serving.protocol import EngineOutput, EngineRequest, KvEvent
+from serving.protocol import EngineOutput, EngineRequest, ErrorInfo, KvEvent
 from serving.rpc import RpcServer
 from serving.rpc.handshake import read_secret
 from serving.worker.handover import make_handover
@@ -48,6 +48,7 @@ class Worker:
             settings.instance_id,
             epoch,
             secret=read_secret(settings.control.rpc_secret_file),
+            late_s=lambda: engine.health().late_s,
         )
         self.handover = make_handover(settings, epoch, engine, tasks, self._send)
         self._draining = False
@@ -88,12 +89,28 @@ class Worker:
     def on_step(self, outputs: list[EngineOutput], events: list[KvEvent], load: LoadReport) -> None:
         """Pass on what one engine step produced."""
         if outputs:
-            passed = map(self.handover.on_output, outputs)
+            passed = map(self._passed_on, outputs)
             self.rpc.send([output for output in passed if output is not None])
         if events:
             self._events.publish_kv(events, self._report(load))
         else:
             self._events.publish_load(self._report(load))
+
+    def _passed_on(self, output: EngineOutput) -> EngineOutput | None:
+        """What the frontend gets of an output. A failure here ends this request and no other."""
+        try:
+            return self.handover.on_output(output)
+        except Exception as exc:
+            log.exception("an output of %s could not be handed over", output.request_id)
+            self._abort_quietly(output.request_id)
+            error = ErrorInfo("EngineFailed", f"{type(exc).__name__}: {exc}")
+            return EngineOutput(output.request_id, [], "error", error=error)
+
+    def _abort_quietly(self, request_id: str) -> None:
+        try:
+            self.on_abort(request_id)
+        except Exception:
+            log.exception("%s could not be aborted", request_id)
 
     def _send(self, output: EngineOutput) -> None:
         """Send an output that no engine step produced."""

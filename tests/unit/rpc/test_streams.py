@@ -19,9 +19,11 @@ from serving.protocol import (
     PROTOCOL_VERSION,
     Draining,
     EngineOutput,
+    EngineRequest,
     ErrorInfo,
     Generate,
     Hello,
+    SamplingParams,
     Step,
 )
 from serving.rpc import OutputStream, RpcClient, raise_error
@@ -112,6 +114,31 @@ async def test_release_reaches_the_worker_after_the_request_ended(rig: RpcRig) -
     client.release("r1")
     await until(lambda: rig.handler.released == ["r1"])
     assert rig.handler.aborted == []
+
+
+async def test_request_that_cannot_be_sent_leaves_no_stream_behind(rig: RpcRig) -> None:
+    client = await rig.client()
+    unsendable = EngineRequest("r1", [1], 1, SamplingParams(max_tokens=2**70))
+    with pytest.raises(OverflowError):
+        async with client.generate(unsendable):
+            pass
+    assert not client.connection()._streams
+    async with client.generate(request("r1")) as outputs:  # the id is free
+        await until(lambda: rig.handler.requests)
+        rig.server.send([token("r1", 1, last=True)])
+        assert [output.token_ids async for output in outputs] == [[1]]
+
+
+async def test_output_that_cannot_be_sent_ends_its_own_request_only(rig: RpcRig) -> None:
+    client = await rig.client()
+    async with client.generate(request("r1")) as bad, client.generate(request("r2")) as good:
+        await until(lambda: len(rig.handler.requests) == 2)
+        rig.server.send([EngineOutput("r1", [2**70]), token("r2", 7, last=True)])
+        assert [output.token_ids async for output in good] == [[7]]
+        with pytest.raises(EngineFailed, match="cannot be sent"):
+            await anext(bad)
+    await until(lambda: rig.handler.aborted == ["r1"])
+    assert rig.server.num_live == 0
 
 
 async def test_cancelled_consumer_aborts_on_the_worker(rig: RpcRig) -> None:

@@ -212,7 +212,7 @@ async def test_a_decode_that_cannot_start_early_costs_no_request(
         assert refused.is_set()
 
 
-async def test_a_failed_prefill_ends_its_early_decode(
+async def test_a_failed_prefill_ends_its_early_decode_and_is_computed_elsewhere(
     model: Path, step_gate: list[Callable[[int], None]]
 ) -> None:
     [prompt] = random_prompts([LENGTH])
@@ -226,8 +226,9 @@ async def test_a_failed_prefill_ends_its_early_decode(
 
     step_gate += [slow_prefill(), fail_at_the_fourth]
     async with running_pair(model) as pair:
-        with pytest.raises(Exception, match="a step that fails"):
-            await pair.answer("a", prompt, greedy(NUM_TOKENS))
+        expected = generate(model, prompt, NUM_TOKENS)
+        assert await pair.answer("a", prompt, greedy(NUM_TOKENS)) == expected
+        assert len(steps) >= 4
         await pair.check_nothing_is_left()
 
 

@@ -83,6 +83,7 @@ def _worker_program(
         kv_transfer=config.kv_transfer,
         # It should finish draining before it is killed.
         drain_s=0.75 * config.deployment.stop_s,
+        hang_s=config.deployment.hang_s,
         mock=config.mock if config.engine.backend == "mock" else None,
         num_instances=config.workers.instances_per_process,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import msgspec
 from serving import block_hash
 from serving.config import EngineConfig, MockConfig
 from serving.engine.base import (
+    EngineHealth,
     EngineSpec,
     StepSink,
     TransferringEngine,
@@ -47,6 +49,8 @@ from serving.protocol import (
     Tier,
     TokenLogprob,
 )
+
+log = logging.getLogger(__name__)
 
 FULL_BATCH_TOKENS = 8192
 """Tokens of each request of a full batch for which a pool of unstated size has room. Hundreds of
@@ -112,6 +116,7 @@ class MockEngine(TransferringEngine):
         self._fetches: dict[str, asyncio.Handle] = {}
         self._holds: dict[str, asyncio.Handle] = {}
         self._is_delivering = self._is_closed = False
+        self._failure = ""
         # Hashes that the sink knows from events.
         self._delivered: dict[Tier, set[int]] = {"device": set(), "host": set()}
         self._loop: asyncio.AbstractEventLoop
@@ -144,8 +149,8 @@ class MockEngine(TransferringEngine):
     # --- requests ------------------------------------------------------------------------------
 
     def submit(self, request: EngineRequest) -> None:
-        if self._is_closed:
-            raise EngineFailed("the engine is closing")
+        if self._is_closed or self._failure:
+            raise EngineFailed(self._failure or "the engine is closing")
         if request.sampling.guide is not None:
             raise InvalidRequest(
                 "the mock engine answers at random and follows no grammar", code="unsupported"
@@ -185,6 +190,9 @@ class MockEngine(TransferringEngine):
     def load(self) -> LoadReport:
         return self._scheduler.load()
 
+    def health(self) -> EngineHealth:
+        return EngineHealth(self._failure)
+
     def snapshot(self, tier: Tier = "device") -> list[int]:
         return list(self._delivered[tier])
 
@@ -203,13 +211,23 @@ class MockEngine(TransferringEngine):
 
     def _wake(self) -> None:
         """Begin a step soon, unless one is under way: another step follows that one anyway."""
-        if self._next is None and not self._is_closed:
+        if self._next is None and not self._is_closed and not self._failure:
             self._due = self._loop.time()
             self._next = self._loop.call_soon(self._resume)
 
     def _resume(self) -> None:
-        self._begin()
+        self._contained(self._begin)
         if self._step is None:  # nothing to compute, yet evictions or admissions may have happened
+            self._deliver_soon()
+
+    def _contained(self, part: Callable[[], None]) -> None:
+        """Run a part of a step. What it raises means that the bookkeeping failed."""
+        try:
+            part()
+        except Exception as exc:
+            log.exception("the engine stops: its bookkeeping failed")
+            self._failure = f"{type(exc).__name__}: {exc}"
+            self._scheduler.fail_all(self._failure)
             self._deliver_soon()
 
     def _begin(self) -> None:
@@ -223,10 +241,10 @@ class MockEngine(TransferringEngine):
         self._scheduler.launched(plan.chunks)
         self._step = plan
         if seconds == 0.0:
-            self._next = self._loop.call_soon(self._end)
+            self._next = self._loop.call_soon(self._contained, self._end)
         else:
             self._due = max(self._due, self._loop.time() - CATCH_UP_S) + seconds
-            self._next = self._loop.call_at(self._due, self._end)
+            self._next = self._loop.call_at(self._due, self._contained, self._end)
 
     def _end(self) -> None:
         assert self._step is not None, "only a step under way ends"

@@ -17,6 +17,7 @@ from serving import block_hash
 from serving.config import EngineConfig
 from serving.engine.base import (
     BlockEngine,
+    EngineHealth,
     EngineSpec,
     StepSink,
     require_runnable,
@@ -79,6 +80,7 @@ class TorchEngine(BlockEngine):
         self._shared = SharedScheduler()
         self._queue_timer = QueueTimer(self._shared.expire)
         self._runner: ModelRunner
+        self._step_loop: StepLoop
         self._host: HostBlocks | None = None
 
     # --- life ----------------------------------------------------------------------------------
@@ -133,6 +135,9 @@ class TorchEngine(BlockEngine):
     def load(self) -> LoadReport:
         return self._shared.load()
 
+    def health(self) -> EngineHealth:
+        return EngineHealth(self._shared.failure, self._step_loop.clock.late_s())
+
     def snapshot(self, tier: Tier = "device") -> list[int]:
         return self._shared.snapshot(tier)
 
@@ -174,7 +179,7 @@ class TorchEngine(BlockEngine):
                 return
             shared.on_loop(lambda: None if ready.done() else ready.set_result(None))
             try:
-                StepLoop(shared, self._runner, self._host).run()
+                self._step_loop.run()
             except Exception as exc:
                 log.exception("the engine stops: its bookkeeping failed")
                 shared.fail_all(f"{type(exc).__name__}: {exc}")
@@ -201,6 +206,7 @@ class TorchEngine(BlockEngine):
             self._host = open_host_blocks(runner, config.host_cache_bytes, num_tokens)
         tier = HostTier(self._host.num_blocks if self._host else 0)
         self._shared.scheduler = self._make_scheduler(BlockPool(num_blocks, tier))
+        self._step_loop = StepLoop(self._shared, runner, self._host)
         log.info(
             "%s on %s: %s, %d threads, context of %d tokens, KV pool of %d blocks of %d tokens "
             "(%d tokens, %.0f MiB)",

@@ -187,6 +187,11 @@ class ModelRunner:
         report = report_tokens(logits[count:], tokens, widths) if tokens else None
         return Launched(chunks, pending, report)
 
+    def prove(self) -> None:
+        """Raises when the device computes nothing any more, as after an illegal access on a GPU:
+        then no step of any request would succeed."""
+        torch.ones(1, device=self.device).add_(1).item()
+
     def warm_up(self, num_tokens: int) -> None:
         """Run a prefill and a decode step on blocks that no request holds yet, then clear them."""
         num_tokens = max(2, min(num_tokens, self.max_positions or num_tokens))

@@ -51,6 +51,11 @@ class SharedScheduler:
         self._loop, self._sink = asyncio.get_running_loop(), sink
 
     @property
+    def failure(self) -> str:
+        """Why nothing can be computed any more; empty while it can."""
+        return self._failure
+
+    @property
     def refusal(self) -> str:
         """Why no request can be taken any more; empty while requests are welcome."""
         return self._failure or ("the engine is closing" if self._is_closing else "")

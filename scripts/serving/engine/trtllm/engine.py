@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from serving import block_hash
 from serving.config import EngineConfig
-from serving.engine.base import EngineSpec, StepSink, TransferringEngine
+from serving.engine.base import EngineHealth, EngineSpec, StepSink, TransferringEngine
 from serving.engine.manifest import EngineManifest
 from serving.engine.trtllm.arguments import LlmArguments, read_arguments
 from serving.engine.trtllm.environment import scrub_mpi_environment, set_transport_defaults
@@ -208,6 +208,9 @@ class TensorRtLlmEngine(TransferringEngine):
 
     def abort(self, request_id: str) -> None:
         self._requests.abort(request_id)
+
+    def health(self) -> EngineHealth:
+        return EngineHealth("it generates nothing any more" if self._is_broken else "")
 
     def snapshot(self, tier: Tier = "device") -> list[int]:
         # Its events do not name the tier: a block can be reused from either.

@@ -17,6 +17,7 @@ from serving.errors import (
     NoInstances,
     NotFound,
     Overloaded,
+    RequestQuarantined,
     RequestTooLarge,
 )
 from serving.frontend.http.body import UnsupportedMedia
@@ -77,6 +78,8 @@ def to_api_error(exc: Exception) -> ApiError:
             return ApiError(503, str(exc), "server_error", code="instance_lost", retry_after_s=1.0)
         case DeadlineExceeded():
             return ApiError(504, str(exc), "server_error", code="deadline_exceeded")
+        case RequestQuarantined():
+            return ApiError(500, str(exc), "server_error", code="request_quarantined")
         case EngineFailed():
             log.error("engine failed: %s", exc)
             return ApiError(500, str(exc), "server_error", code="engine_failed")

@@ -87,6 +87,10 @@ class Metrics:
         )
         for phase in get_args(DeadlinePhase):
             self.deadlines_exceeded.add(0, phase)  # so that the first one shows as a rise
+        self.quarantined_requests = Counter(
+            "serving_quarantined_requests",
+            "Requests that were ended because workers failed while they computed them.",
+        )
         self._instances = InstanceMetrics()
         for collector in vars(self).values():
             if isinstance(collector, Counter | Histogram | Gauge | InstanceMetrics):

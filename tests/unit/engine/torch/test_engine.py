@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.errors import InvalidRequest, ModelError, OperatorError, Overloaded
+from serving.errors import EngineFailed, InvalidRequest, ModelError, OperatorError, Overloaded
 from serving.protocol import SamplingParams
 from transformers import (
     Gemma2Config,
@@ -29,6 +29,7 @@ from unit.engine.torch_rig import (
     save_model,
     settled,
 )
+from waiting import until
 
 NUM_TOKENS = 12
 
@@ -275,6 +276,49 @@ async def test_failing_step_ends_its_requests_and_the_engine_goes_on(
         engine.submit(request("b", prompt, greedy(4)))
         await sink.finished("b")
     assert sink.tokens["b"] == generate(model, prompt, 4)
+
+
+async def test_step_that_fails_ends_only_the_requests_that_fail_alone(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others of the step get the tokens that they would have got without it."""
+    prompts = random_prompts([20, 30, 40])
+    async with running(model) as (engine, sink):
+        original = engine._runner.launch
+        together: set[int] = set()
+
+        def fail_with_b(chunks: Any) -> Any:
+            if any(chunk.sequence.request_id == "b" for chunk in chunks):
+                together.add(len(chunks))
+                raise RuntimeError("out of luck")
+            return original(chunks)
+
+        monkeypatch.setattr(engine._runner, "launch", fail_with_b)
+        for name, prompt in zip("abc", prompts, strict=True):
+            engine.submit(request(name, prompt, greedy(6)))
+        await sink.finished("a", "b", "c")
+        assert together == {1, 3}, "they were computed in one step, and then alone"
+        assert sink.last["b"].finish_reason == "error"
+        assert sink.tokens["a"] == generate(model, prompts[0], 6)
+        assert sink.tokens["c"] == generate(model, prompts[2], 6)
+        engine.check_integrity()
+
+
+async def test_device_that_computes_nothing_any_more_ends_the_engine(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("an illegal memory access")
+
+    async with running(model) as (engine, sink):
+        for name in ("launch", "prove"):
+            monkeypatch.setattr(engine._runner, name, broken)
+        engine.submit(request("a", random_prompts([20])[0], greedy(4)))
+        await sink.finished("a")
+        await until(lambda: engine.health().failure)
+        assert "illegal memory access" in engine.health().failure
+        with pytest.raises(EngineFailed):
+            engine.submit(request("b", random_prompts([20])[0], greedy(4)))
 
 
 async def test_close_cancels_running_requests_and_joins_the_thread(model: Path) -> None:

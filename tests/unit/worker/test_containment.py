@@ -1,0 +1,68 @@
+"""What goes wrong with one request ends that request at most."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving.protocol import EngineOutput
+from unit.engine.torch_rig import generate, greedy, random_prompts, save_model
+from unit.worker.pair import running_pair
+
+NUM_TOKENS = 8
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+async def test_unexpected_exception_in_a_fetch_costs_neither_the_worker_nor_the_request(
+    model: Path,
+) -> None:
+    prompts = random_prompts([LENGTH, LENGTH + 1])
+    async with running_pair(model, overlap=False) as pair:
+        transfer = pair.decode.handover._transfer
+        pull, broken = transfer.pull, asyncio.Event()
+
+        async def break_once(*args: Any, **options: Any) -> int:
+            num_bytes = await pull(*args, **options)
+            if not broken.is_set():
+                broken.set()
+                raise ZeroDivisionError("a mistake of ours")
+            return num_bytes
+
+        transfer.pull = break_once  # type: ignore[method-assign]
+        answers = await asyncio.gather(
+            *(pair.answer(f"r{i}", prompt, greedy(NUM_TOKENS)) for i, prompt in enumerate(prompts))
+        )
+        assert answers == [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
+        totals = pair.decode.handover.transfers
+        assert (totals.kv_transfer_failures, totals.local_prefill_fallbacks) == (1, 1)
+
+
+async def test_output_that_cannot_be_handed_over_ends_its_own_request_only(model: Path) -> None:
+    prompts = random_prompts([LENGTH, LENGTH + 1])
+    async with running_pair(model, overlap=False) as pair:
+        endpoint = pair.prefill.handover._prefill
+        on_output = endpoint.on_output
+        broken: list[str] = []
+
+        def break_one(output: EngineOutput) -> EngineOutput | None:
+            if output.request_id.startswith("bad") and not broken:
+                broken.append(output.request_id)
+                raise ZeroDivisionError("a mistake of ours")
+            return on_output(output)
+
+        endpoint.on_output = break_one  # type: ignore[method-assign]
+        good, bad = await asyncio.gather(
+            pair.answer("good", prompts[0], greedy(NUM_TOKENS)),
+            pair.answer("bad", prompts[1], greedy(NUM_TOKENS)),
+        )
+        assert broken == ["bad"]
+        assert good == generate(model, prompts[0], NUM_TOKENS)
+        # It was tried once more, elsewhere.
+        assert bad == generate(model, prompts[1], NUM_TOKENS)

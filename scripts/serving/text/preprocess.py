@@ -31,8 +31,7 @@ from serving.text.conversation import (
 from serving.text.segment_cache import SegmentCache
 from serving.text.special_tokens import (
     QUOTE_BEGIN,
-    quote_special_tokens,
-    special_token_pattern,
+    SpecialTokenQuotes,
     split_quoted,
 )
 
@@ -135,7 +134,7 @@ class Preprocessor:
         )
         self.document_start_id = self._document_start(folder)
         self._special_tokens_in_text = special_tokens_in_text
-        self._special_pattern = special_token_pattern(self.answer_format.special_tokens)
+        self._quotes = SpecialTokenQuotes(self.answer_format.special_tokens)
         self._plain: Tokenizer | None = None
         self._segments = SegmentCache(self.tokenizer)
 
@@ -208,11 +207,12 @@ class Preprocessor:
 
     def _render(self, template: ChatTemplate, conversation: Conversation) -> str:
         messages = messages_for(conversation, self.answer_format)
-        if not self._special_tokens_in_text:
-            messages = quote_special_tokens(messages, self._special_pattern)
         variables = dict(conversation.template_variables)
         if conversation.tools and self.answer_format.tools.template_knows_tools:
             variables["tools"] = template_tools(conversation.callable_tools()) or None
+        if not self._special_tokens_in_text:
+            messages = self._quotes.quote(messages)
+            variables = self._quotes.quote_large(variables)
         last = messages[-1]["content"] if conversation.continue_final_message else None
         text = template.render(
             messages,

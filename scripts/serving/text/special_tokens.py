@@ -1,46 +1,65 @@
-"""Special tokens in the text of messages: `<|im_end|>` in a user's text must not end the turn.
+"""Special tokens in the text of messages and tools: `<|im_end|>` in a user's text must not end the turn.
 
-Before a template renders messages, each special token in their text is enclosed by two characters
+Before a template renders them, each special token in their text is enclosed by two characters
 of Unicode's private use. After rendering, what they enclose is tokenized as ordinary text.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import orjson
 
 QUOTE_BEGIN, QUOTE_END = "\ue0e0", "\ue0e1"
 _QUOTED = re.compile(f"{QUOTE_BEGIN}([^{QUOTE_END}]*){QUOTE_END}")
 
 
-def special_token_pattern(special_tokens: Iterable[str]) -> re.Pattern[str]:
-    """Finds special tokens, and characters that would be taken for quotes."""
-    names = sorted((name for name in special_tokens if name), key=len, reverse=True)
-    return re.compile("|".join([*map(re.escape, names), QUOTE_BEGIN, QUOTE_END]))
+class SpecialTokenQuotes:
+    """Quotes special tokens in what a request brings: messages, and the tools that it describes."""
 
+    def __init__(self, special_tokens: Iterable[str]) -> None:
+        names = sorted((name for name in special_tokens if name), key=len, reverse=True)
+        escaped = [*map(re.escape, names)]
+        # Apart from the quotes, names mostly share their first character, which `re` finds fast.
+        self._names = re.compile("|".join(escaped)) if names else None
+        self._pattern = re.compile("|".join([*escaped, QUOTE_BEGIN, QUOTE_END]))
+        self._survive_json = not any(json.dumps(name) != f'"{name}"' for name in names)
 
-def quote_special_tokens(
-    messages: list[dict[str, Any]], pattern: re.Pattern[str]
-) -> list[dict[str, Any]]:
-    """The messages with every special token in their text quoted; the same list if there is none."""
-    quoted = [_quoted(message, pattern) for message in messages]
-    if all(new is old for new, old in zip(quoted, messages, strict=True)):
-        return messages
-    return quoted
+    def quote(self, value: Any) -> Any:
+        """`value`, JSON, with every special token in its texts quoted; itself if there is none."""
+        if isinstance(value, str):
+            return self._pattern.sub(_quote, value) if self._is_in(value) else value
+        if isinstance(value, Mapping):
+            # Keys too: a template may write the names of a tool's parameters.
+            items = {self.quote(key): self.quote(each) for key, each in value.items()}
+            same = all(
+                new is old and items[new] is value[old]
+                for new, old in zip(items, value, strict=False)
+            )
+            return value if same and len(items) == len(value) else items
+        if isinstance(value, list):
+            values = [self.quote(each) for each in value]
+            changed = any(new is not old for new, old in zip(values, value, strict=True))
+            return values if changed else value
+        return value
 
+    def quote_large(self, value: Any) -> Any:
+        """The same as `quote`, and quicker for a large value of many texts without such tokens."""
+        if self._survive_json:
+            try:
+                if not self._is_in(orjson.dumps(value).decode()):
+                    return value
+            except (TypeError, ValueError):  # integers beyond 64 bits
+                pass
+        return self.quote(value)
 
-def _quoted(value: Any, pattern: re.Pattern[str]) -> Any:
-    if isinstance(value, str):
-        return pattern.sub(_quote, value) if pattern.search(value) else value
-    if isinstance(value, Mapping):
-        items = {key: _quoted(each, pattern) for key, each in value.items()}
-        return items if any(items[key] is not value[key] for key in items) else value
-    if isinstance(value, list):
-        values = [_quoted(each, pattern) for each in value]
-        changed = any(new is not old for new, old in zip(values, value, strict=True))
-        return values if changed else value
-    return value
+    def _is_in(self, text: str) -> bool:
+        if QUOTE_BEGIN in text or QUOTE_END in text:
+            return True
+        return self._names is not None and self._names.search(text) is not None
 
 
 def _quote(match: re.Match[str]) -> str:

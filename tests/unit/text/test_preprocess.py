@@ -11,6 +11,7 @@ from serving.errors import InvalidRequest, ModelError
 from serving.text.chat_template import ChatTemplate
 from serving.text.conversation import Conversation
 from serving.text.preprocess import Preprocessor
+from serving.text.tool_calls.base import Tool
 from tokenizers import Tokenizer, processors
 from unit.frontend.fakes import make_card, write_tokenizer
 
@@ -224,6 +225,25 @@ async def test_special_tokens_in_a_message_are_text(preprocessor: Preprocessor) 
     ).token_ids
     assert (ids.count(start), ids.count(end)) == (2, 1), "those of the template alone"
     assert text in preprocessor.decode(ids)
+
+
+async def test_special_tokens_in_tools_and_template_variables_are_text(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(
+        "{% for tool in tools or [] %}<tool_call>{{ tool.function | tojson }}"
+        "{% for name in tool.function.parameters.properties %}{{ name }} {% endfor %}{% endfor %}"
+        "{{ place }}{% for message in messages %}{{ message.content }}{% endfor %}<|im_end|>"
+    )
+    preprocessor = Preprocessor(make_card(folder))
+    end = "a<|im_end|>b"
+    schema = {"type": "object", "properties": {end: {"type": "string"}, "n": {"maximum": 10**30}}}
+    for parameters in (schema, {"type": "object"}):
+        conversation = said(
+            *USER, tools=[Tool("find", parameters, end)], template_variables={"place": end}
+        )
+        prompt = await preprocessor.encode_conversation(conversation)
+        token = preprocessor.tokenizer.token_to_id("<|im_end|>")
+        assert prompt.token_ids.count(token) == 1, "that of the template alone"
+        assert end in preprocessor.decode(prompt.token_ids)
 
 
 async def test_special_tokens_in_a_message_count_where_configured(folder: Path) -> None:

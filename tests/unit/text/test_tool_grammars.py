@@ -11,7 +11,7 @@ from serving.text.answer_parser import AnswerParser
 from serving.text.parts import assemble
 from serving.text.reasoning import BY_NAME as REASONING
 from serving.text.tool_calls.base import Tool
-from serving.text.tool_calls.guide import required_calls, triggered_calls
+from serving.text.tool_calls.guide import MAX_CALLS, required_calls, triggered_calls
 from serving.text.tool_calls.select import BY_NAME
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -129,6 +129,19 @@ def test_required_call_is_always_valid(name: str, specials: bool) -> None:
         assert not answer.text.strip(), text
         for call in answer.tool_calls:
             check(call.arguments, BY_TOOL[call.name])
+
+
+def test_number_of_calls_is_bounded() -> None:
+    format = BY_NAME["json"]
+    guided = Guided((), lambda ids: required_calls(format, TOOLS, ids, parallel=True))
+    call = guided.sample(1, [guided.ids(each) for each in CLOSINGS]).splitlines()[0]
+    more = guided.ids(format.separator + call)
+    matcher = guided.matcher.deep_copy()
+    assert matcher.consume_tokens(guided.ids(call))
+    for _ in range(MAX_CALLS - 1):
+        assert matcher.consume_tokens(more)
+    assert matcher.is_accepting()
+    assert matcher.validate_tokens(more) < len(more)
 
 
 @pytest.mark.parametrize("name", [name for name, each in BY_NAME.items() if each.trigger])

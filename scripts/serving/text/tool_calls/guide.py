@@ -21,6 +21,9 @@ from serving.protocol import Guide
 from serving.text.reasoning import ReasoningFormat
 from serving.text.tool_calls.base import Tool, ToolFormat
 
+MAX_CALLS = 32
+"""Calls of one answer that a grammar lets pass: a weak model would repeat itself to the length limit."""
+
 
 def required_calls(
     format: ToolFormat,
@@ -61,7 +64,7 @@ def triggered_calls(
         return grammar.lark(_join(thinking, f"({calls} | {format.plain_answer(grammar)})"))
     section = _calls(grammar, format, tools, parallel=parallel, after=format.trigger)
     opened = grammar.text_until_opened(format.trigger)
-    repeat = "*" if parallel else "?"
+    repeat = f"{{0,{MAX_CALLS}}}" if parallel else "?"
     return (
         grammar.lark(_join(thinking, f"({opened} {section}){repeat} TEXT"))
         + f"TEXT: /{ANY_TEXT}/\n"
@@ -112,7 +115,7 @@ def _calls(
     call = alternatives(rules)
     more = ""
     if parallel:
-        more = f"({_join(grammar.literal(format.separator), call)})*"
+        more = f"({_join(grammar.literal(format.separator), call)}){{0,{MAX_CALLS - 1}}}"
     return _join(grammar.literal(begin.removeprefix(after)), call, more, grammar.literal(end))
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from pathlib import Path
 
 import httpx
 import pytest
+from serving.frontend.api.responses.store import ResponseStore
 from unit.frontend.agents.thinking_model import (
     RESPONSES,
     events,
@@ -96,6 +99,29 @@ async def test_response_that_is_not_stored_cannot_be_fetched(client: httpx.Async
     body = (await client.post("/v1/responses", json={**RESPONSES, "store": False})).json()
     assert body["store"] is False
     assert (await client.get(f"/v1/responses/{body['id']}")).status_code == 404
+
+
+async def test_answer_is_complete_where_it_cannot_be_stored(
+    client: httpx.AsyncClient, responses: ResponseStore, tmp_path: Path
+) -> None:
+    assert responses.is_enabled
+    stored = (await client.post("/v1/responses", json=RESPONSES)).json()
+    writer = sqlite3.connect(tmp_path / "responses.sqlite", isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    answer = await client.post("/v1/responses", json=RESPONSES)
+    assert (answer.status_code, answer.json()["store"]) == (200, False)
+    writer.execute("ROLLBACK")
+    writer.execute("DROP TABLE responses")
+    writer.close()
+    answer = await client.post("/v1/responses", json=RESPONSES)
+    assert (answer.status_code, answer.json()["store"]) == (200, False)
+    assert (await client.get(f"/v1/responses/{stored['id']}")).status_code == 503
+
+
+def test_database_that_cannot_be_opened_turns_storing_off(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    path.write_text("no database " * 100)
+    assert not ResponseStore(path, 1024, 1.0).is_enabled
 
 
 async def test_response_that_hits_its_limit_is_incomplete(client: httpx.AsyncClient) -> None:

@@ -46,8 +46,9 @@ def responses_api(store: ResponseStore) -> CompletionApi[ResponsesRequest]:
             session=request.prompt_cache_key or request.user,
         )
 
-        def save(response: dict[str, Any]) -> None:
-            store.put(request_id, StoredResponse(response, own, request.previous_response_id))
+        def save(response: dict[str, Any]) -> bool:
+            stored = StoredResponse(response, own, request.previous_response_id)
+            return store.put(request_id, stored)
 
         keeps = store.is_enabled and request.store is not False
         echo = echoed_fields(request, keeps)

@@ -25,9 +25,9 @@ class ResponsesWriter(ResponseWriter):
         self,
         response_id: str,
         template: dict[str, Any],
-        save: Callable[[dict[str, Any]], None] | None = None,
+        save: Callable[[dict[str, Any]], bool] | None = None,
     ) -> None:
-        """`save` keeps a complete response."""
+        """`save` keeps a complete response, or returns False."""
         self._save = save
         self._template = {
             "id": response_id,
@@ -98,8 +98,8 @@ class ResponsesWriter(ResponseWriter):
             "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
-        if self._save is not None:
-            self._save(response)
+        if self._save is not None and not self._save(response):
+            response["store"] = False
         return response
 
     def _response(self, status: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 On the wire a run of blocks is C-contiguous
 `[num_blocks, num_layers, 2 (key, value), block_size, num_kv_heads, head_dim]`,
+or with 1 for 2 where values are a part of keys (latent attention, whose one "head" is the latent),
 whatever the engine's pool looks like inside.
 """
 
@@ -26,18 +27,23 @@ def kv_dtype(weights: str) -> str:
 
 
 class KvLayout(Struct, frozen=True):
-    """Everything that decides the bytes of a block; `dtype` is torch's name."""
+    """Everything that decides the bytes of a block; `dtype` is torch's name.
+
+    `num_planes` 2: keys and values; 1: keys, of which values are a part.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     block_size: int
     dtype: str
+    num_planes: int = 2
 
     @property
     def token_bytes(self) -> int:
         """Bytes of keys and values of one token over all layers."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        num_vectors = self.num_layers * self.num_planes * self.num_kv_heads
+        return num_vectors * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def block_bytes(self) -> int:
@@ -45,7 +51,7 @@ class KvLayout(Struct, frozen=True):
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        return (self.num_layers, 2, self.block_size, self.num_kv_heads, self.head_dim)
+        return (self.num_layers, self.num_planes, self.block_size, self.num_kv_heads, self.head_dim)
 
     @property
     def fingerprint(self) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from serving.engine.torch.kv.pool import KvPool
+from serving.engine.torch.latent import Latent, latent_of
 
 NAME = "serving_paged"
 
@@ -25,18 +26,24 @@ _MAX_PADDING_TOKENS = 512
 
 
 class AttentionOptions(NamedTuple):
-    """What a layer asks for beyond plain causal attention. `sinks` is one logit per query head."""
+    """What a layer asks for beyond plain causal attention. `sinks` is one logit per query head.
+
+    With `latent`, keys are what the KV cache keeps of each token, for all heads `[1, T, D]`, and
+    values are a part of them.
+    """
 
     scaling: float
     window: int | None
     softcap: float | None
     sinks: torch.Tensor | None
+    latent: Latent | None = None
 
 
 class AttentionStep(Protocol):
     """Something that can stand behind the attention layers for one forward pass.
 
-    `query` is `[Hq, T, D]`, `key` and `value` are `[Hkv, T, D]`; returns `[T, Hq, D]`.
+    `query` is `[Hq, T, D]`, `key` and `value` are `[Hkv, T, D]`; returns `[T, Hq, D]`, where D is
+    that of the values.
     """
 
     def attend(
@@ -71,7 +78,7 @@ def attend_paged(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = module.__dict__.get("learned_window", sliding_window)
-    options = AttentionOptions(scale, window, softcap, s_aux)
+    options = AttentionOptions(scale, window, softcap, s_aux, latent_of(module))
     step = _forward.step if kv_step is None else kv_step
     return step.attend(module.layer_idx, query[0], key[0], value[0], options)[None], None
 
@@ -129,6 +136,7 @@ class PagedStep:
         """`decodes` must be sorted by falling `end`, as `order_decodes` does."""
         self._pool = pool
         self._layout = pool.layout
+        self._num_planes = self._layout.num_layers * self._layout.num_planes  # of a block
         self._device = pool.tensor.device
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
         self._writes = self._write_rows([*decodes, *chunks])
@@ -152,15 +160,22 @@ class PagedStep:
         options: AttentionOptions,
     ) -> torch.Tensor:
         pool, rows = self._pool, self._writes[layer]
-        kept = pool.rounded(key), pool.rounded(value)
-        pool.write_tokens(rows[0], kept[0].transpose(0, 1))
-        pool.write_tokens(rows[1], kept[1].transpose(0, 1))
+        latent = options.latent
+        new = [key] if latent else [key, value]
+        kept = [pool.rounded(each) for each in new]
+        for each, at in zip(kept, rows, strict=True):
+            pool.write_tokens(at, each.transpose(0, 1))
         # A chunk attends to its own tokens as later ones will, or outputs would depend on chunking.
-        key, value = (each.to(query.dtype) for each in kept)
-        outputs = []
+        key, value = (kept[i].to(query.dtype) for i in (0, -1))
+        outputs: list[torch.Tensor] = []
         for index, part in enumerate(self._parts):
             part_query = query[:, part.tokens]
-            if part.num_sequences == part_query.shape[1]:
+            if latent:
+                new_kept = key[:, part.tokens]
+                outputs.append(
+                    self._attend_latent(layer, index, part_query, new_kept, options, latent)
+                )
+            elif part.num_sequences == part_query.shape[1]:
                 outputs.append(self._decode(layer, index, part_query, options))
             elif part.first_position == 0:
                 own = (key[:, part.tokens], value[:, part.tokens])
@@ -169,19 +184,47 @@ class PagedStep:
                 outputs.append(self._prefill_after_prefix(layer, index, part_query, options))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def _attend_latent(
+        self,
+        layer: int,
+        index: int,
+        query: torch.Tensor,
+        own: torch.Tensor,
+        options: AttentionOptions,
+        latent: Latent,
+    ) -> torch.Tensor:
+        """`own` is what is kept of the part's new tokens, `[1, T, D]`."""
+        part, num_queries = self._parts[index], query.shape[1]
+        if part.num_sequences == num_queries:
+            return latent.project(self._decode(layer, index, latent.absorb(query), options))
+        is_first = part.first_position == 0
+        kept = own if is_first else self._gather(layer, part, query.dtype)[0][0]
+        if not is_first and not latent.prefers_expansion(num_queries, part.longest):
+            # One head for all of the query's, without copies.
+            shared = kept.expand(latent.num_heads, -1, -1)[None]
+            absorbed = latent.absorb(query)
+            return latent.project(self._masked_prefill(index, absorbed, shared, shared, options))
+        key, value = latent.expand(kept, pad_values=True)
+        if is_first:
+            attended = self._prefill(index, query, key, value, options)
+        else:
+            attended = self._masked_prefill(index, query, key[None], value[None], options)
+        return attended[..., : latent.value_dim]
+
     # --- tables --------------------------------------------------------------------------------
 
     def _write_rows(self, spans: list[SequenceSpan]) -> torch.Tensor:
-        """`[num_layers, 2, T]`: where each new token's key and value go in `token_rows`."""
-        size = self._layout.block_size
+        """`[num_layers, planes, T]`: where each new token's key and value go in `token_rows`."""
+        size, num_planes = self._layout.block_size, self._num_planes
         rows = []
         for span in spans:
             positions = np.arange(span.start, span.end)
             blocks = np.asarray(span.blocks)[positions // size]
-            rows.append(blocks * (self._layout.num_layers * 2 * size) + positions % size)
-        planes = np.arange(self._layout.num_layers * 2) * size
+            rows.append(blocks * (num_planes * size) + positions % size)
+        planes = np.arange(num_planes) * size
         table = planes[:, None] + np.concatenate(rows)[None, :]
-        return torch.from_numpy(table).view(self._layout.num_layers, 2, -1).to(self._device)
+        shape = (self._layout.num_layers, self._layout.num_planes, -1)
+        return torch.from_numpy(table).view(shape).to(self._device)
 
     def _add_part(self, spans: list[SequenceSpan], tokens: slice) -> None:
         lengths = np.asarray([span.end for span in spans])
@@ -190,8 +233,8 @@ class PagedStep:
         for row, span in enumerate(spans):
             used = self._layout.num_blocks(span.end)
             table[row, :used] = span.blocks[:used]
-        planes = np.arange(self._layout.num_layers * 2)
-        rows = table.reshape(1, -1) * (self._layout.num_layers * 2) + planes[:, None]
+        planes = np.arange(self._num_planes)
+        rows = table.reshape(1, -1) * self._num_planes + planes[:, None]
         rows = rows.reshape(self._layout.num_layers, -1)  # keys of all blocks, then values
         device_rows = torch.from_numpy(rows).to(self._device)
         self._parts.append(
@@ -203,12 +246,15 @@ class PagedStep:
     def _gather(
         self, layer: int, part: _Part, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the part's sequences: `[B, Hkv, S, D]` each, S the longest."""
+        """Keys and values of the part's sequences: `[B, Hkv, S, D]` each, S the longest.
+
+        Twice the same where values are a part of keys.
+        """
         layout = self._layout
         rows = self._pool.read_blocks(part.rows[layer], dtype)
-        shape = (2, part.num_sequences, -1, layout.num_kv_heads, layout.head_dim)
+        shape = (layout.num_planes, part.num_sequences, -1, layout.num_kv_heads, layout.head_dim)
         kv = rows.view(shape)[:, :, : part.longest].transpose(2, 3)
-        return kv[0], kv[1]
+        return kv[0], kv[-1]
 
     # --- the three kinds of part ---------------------------------------------------------------
 

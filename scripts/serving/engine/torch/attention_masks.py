@@ -15,6 +15,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from serving.engine.torch.attention import NAME
+from serving.engine.torch.latent import latent_of, require_latents
 from serving.errors import ModelError
 
 PROBE_NAME = "serving_mask_probe"
@@ -147,6 +148,9 @@ def _observe(
         if isinstance(argument, torch.Tensor) and name not in _KNOWN:
             raise _unknown(f"its attention also takes `{name}`")
     _learning.windows[layer] = (module, _window(module, attention_mask, options))
+    if latent := latent_of(module):
+        require_latents(latent, key, value)
+        value = latent.expand(key[0])[1][None]
     attended = query if value.shape[-1] == query.shape[-1] else value
     return attended.transpose(1, 2).contiguous(), None
 

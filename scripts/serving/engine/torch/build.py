@@ -156,6 +156,9 @@ def require_unchanged(manifest: ModelManifest) -> None:
 
 def kv_layout(config: PreTrainedConfig, block_size: int, dtype: str) -> KvLayout:
     num_heads = config.num_attention_heads
+    if rank := getattr(config, "kv_lora_rank", None):
+        kept_dim = rank + config.qk_rope_head_dim
+        return KvLayout(config.num_hidden_layers, 1, kept_dim, block_size, dtype, num_planes=1)
     return KvLayout(
         num_layers=config.num_hidden_layers,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,

@@ -17,6 +17,7 @@ from serving.engine.torch.attention import NAME
 from serving.engine.torch.attention_masks import learn_windows
 from serving.engine.torch.cpu import int8_weights, packed_linear
 from serving.engine.torch.cpu import kernels as cpu_kernels
+from serving.engine.torch.latent import keep_latents
 from serving.engine.torch.rewrite.cpu_layer import rewrite_for_cpu
 from serving.engine.torch.weights import dummy as dummy_weights
 from serving.errors import ModelError, OperatorError
@@ -45,6 +46,8 @@ def load_model(engine_dir: Path, dtype: str, device: torch.device) -> TorchModel
         ) from exc
     model = model.eval().to(device)
     _fix_rotary_positions(model)
+    if num_latents := keep_latents(model):
+        log.info("%d attention modules keep latents", num_latents)
     kernels: cpu_kernels.CpuKernels | None = None
     if packed_linear.can_pack(device.type, torch_dtype):
         if dtype in WEIGHT_ONLY_DTYPES:

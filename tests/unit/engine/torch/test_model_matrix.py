@@ -9,6 +9,7 @@ from benchmarks.models.all_rows import ROWS
 from benchmarks.models.row import Result, Row
 from benchmarks.models.run_row import run
 from benchmarks.models.support_table import table
+from serving.engine.torch.build import kv_layout
 
 FAST = {
     ("Llama 3.x", "sharded"),
@@ -23,7 +24,9 @@ FAST = {
     ("OLMo 3", "safetensors"),
     ("Doge", "safetensors"),
     ("DiffLlama", "safetensors"),
+    ("DeepSeek V2 Lite", "safetensors"),
     ("DeepSeek V3", "safetensors"),
+    ("MiniCPM3", "safetensors"),
 }
 ROWS_HERE = [row for row in ROWS if (row.name, row.form) in FAST]
 
@@ -32,6 +35,12 @@ ROWS_HERE = [row for row in ROWS if (row.name, row.form) in FAST]
 def test_a_model_is_exact_or_refused_as_the_table_says(row: Row, tmp_path: Path) -> None:
     result = run(row, tmp_path)
     assert result.verdict == row.expected, result.note
+
+
+def test_kv_of_latents_is_what_the_architecture_promises() -> None:
+    [row] = [row for row in ROWS if row.name == "DeepSeek V3"]
+    layout = kv_layout(row.config, 16, "bfloat16")
+    assert layout.token_bytes == 61 * (512 + 64) * 2
 
 
 def test_the_fast_part_is_in_the_matrix() -> None:

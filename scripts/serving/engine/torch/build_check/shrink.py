@@ -150,7 +150,9 @@ def _shrink_layers(plain: dict[str, Any]) -> None:
     picked = [i for i in picked if i < len(kinds)]
     for key, value in lists.items():
         plain[key] = [value[i] for i in picked]
-    plain[name] = len(picked)
+    for key in _LAYERS:  # some configs also count layers that attend several times
+        if isinstance(count := plain.get(key), int):
+            plain[key] = max(1, len(picked) * count // total)
     for key, value in plain.items():
         if key.endswith("_layers") and key not in lists and isinstance(value, list):
             plain[key] = [i for i in value if not isinstance(i, int) or i < len(picked)]

@@ -22,7 +22,9 @@ from serving.engine.torch.attention import AttentionOptions
 from serving.engine.torch.cuda.graphs import DecodeGraph, graph_sizes
 from serving.engine.torch.cuda.inputs import Packer, PrefillSpan, Slots
 from serving.engine.torch.cuda.kernels.decode_attention import num_splits
+from serving.engine.torch.cuda.kernels.latent_decode import num_latent_splits
 from serving.engine.torch.cuda.kernels.rotary import Rotation
+from serving.engine.torch.cuda.latent_step import LatentStep, can_decode
 from serving.engine.torch.cuda.step import (
     CUDNN_TOKENS,
     Chunks,
@@ -31,6 +33,7 @@ from serving.engine.torch.cuda.step import (
     cudnn_causal,
     flash_varlen,
 )
+from serving.engine.torch.latent import latent_of
 from serving.engine.torch.probe import Probe
 from serving.engine.torch.rewrite.cuda_layer import rewrite_for_cuda
 from serving.engine.torch.runner import Launched, ModelRunner
@@ -58,6 +61,9 @@ class CudaRunner(ModelRunner):
         self._packer = Packer(self.device)
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._graphs: dict[int, DecodeGraph] = {}
+        self._latent = next(filter(None, map(latent_of, self._model.modules())), None)
+        self._step_class = LatentStep if self._latent else CudaStep
+        self._has_paged_kernel = True
 
     def free_for_kv(self, num_local_workers: int) -> int:
         """Bytes that the KV pool may take: `gpu_memory_fraction` of the device, less what the
@@ -97,12 +103,16 @@ class CudaRunner(ModelRunner):
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._last_tokens = torch.zeros(shape[0], dtype=torch.int32, device=self.device)
         started = time.monotonic()
-        self._has_cudnn = self._try_cudnn()
+        if self._latent:
+            self._has_paged_kernel = can_decode(self._latent, self.pool)
+        self._has_cudnn = not self._latent and self._try_cudnn()
         for start in (0, self.layout.block_size):
             self._warm_chunk(start, max(2, num_tokens))
         try:
             memory: Any = None
-            for size in self.graph_sizes(self._max_batch):
+            # Gathering needs to know on the host how long sequences are.
+            sizes = self.graph_sizes(self._max_batch) if self._has_paged_kernel else []
+            for size in sizes:
                 self._graphs[size] = graph = self.graph_class(size, self.device, self._decode)
                 memory = graph.capture(memory)
         except RuntimeError as exc:  # a model whose layers look at values on the host
@@ -172,7 +182,8 @@ class CudaRunner(ModelRunner):
     def _decode(self, inputs: torch.Tensor) -> torch.Tensor:
         """The logits of a step of decodes; `inputs` are `[5, size]`, as in `DecodeGraph`."""
         ids, positions, rows, slots, lengths = inputs.unbind()
-        step = CudaStep(self.pool, rows, self._decodes(len(ids), slots, lengths), None)
+        decodes = self._decodes(len(ids), slots, lengths)
+        step = self._step_class(self.pool, rows, decodes, None)
         return self._forward(self._resolve(ids, slots), positions, None, step)
 
     # --- steps with prefill ----------------------------------------------------------------------
@@ -211,10 +222,11 @@ class CudaRunner(ModelRunner):
         )  # fmt: skip
         if len(at):
             self._update_tables(packed[10], packed[11])
-        step = CudaStep(
+        longest = max((chunk.start + 1 for chunk in decodes), default=0)
+        step = self._step_class(
             self.pool,
             packed[2],
-            self._decodes(len(decodes), packed[3], packed[4]) if decodes else None,
+            self._decodes(len(decodes), packed[3], packed[4], longest) if decodes else None,
             Chunks(
                 [c.start for c in prefills],
                 [c.length for c in prefills],
@@ -237,9 +249,19 @@ class CudaRunner(ModelRunner):
         """Input tokens, those that the host does not know yet from the device."""
         return torch.where(ids == UNKNOWN_TOKEN, self._last_tokens[slots.long()], ids)
 
-    def _decodes(self, count: int, slots: torch.Tensor, lengths: torch.Tensor) -> Decodes:
-        splits = num_splits(count, self.layout.num_kv_heads, self.max_model_len, self._processors)
-        return Decodes(count, slots, lengths, self._tables, splits)
+    def _decodes(
+        self, count: int, slots: torch.Tensor, lengths: torch.Tensor, longest: int | None = None
+    ) -> Decodes:
+        """`longest` of `lengths`, if the host knows."""
+        if self._latent:
+            splits = num_latent_splits(
+                count, self._latent.num_heads, self.max_model_len, self._processors
+            )
+        else:
+            heads = self.layout.num_kv_heads
+            splits = num_splits(count, heads, self.max_model_len, self._processors)
+        gathered = None if self._has_paged_kernel else longest
+        return Decodes(count, slots, lengths, self._tables, splits, gathered)
 
     def _try_cudnn(self) -> bool:
         """Whether cuDNN's attention runs and agrees with FlashAttention; prepares its plans."""
@@ -283,7 +305,7 @@ class CudaRunner(ModelRunner):
         )
         chunks = Chunks([start], [length], queries, keys, kv if start else None)
         last = torch.tensor([length - 1], device=self.device)
-        self._forward(ids, positions, last, CudaStep(self.pool, own, None, chunks))
+        self._forward(ids, positions, last, self._step_class(self.pool, own, None, chunks))
         self.pool.clear(range(1, num_blocks + 1))
 
 

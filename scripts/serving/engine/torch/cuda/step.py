@@ -20,6 +20,7 @@ from serving.engine.torch.cuda.kernels.rotary import Rotation, rotate_and_store
 from serving.engine.torch.kv.pool import KvPool
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
+_FLASH_DIM = 256
 CUDNN_TOKENS = 1024  # cuDNN attends over multiples of this
 
 
@@ -32,6 +33,8 @@ class Decodes:
     lengths: torch.Tensor  # [count], KV tokens including the row's own
     tables: torch.Tensor  # [slots, width], block numbers
     splits: int
+    # The largest of `lengths`, where latents are gathered; None: the paged kernel reads them.
+    longest: int | None = None
 
 
 @dataclass
@@ -63,7 +66,8 @@ class CudaStep:
         self._decodes, self._chunks = decodes, chunks
         self._num_kv_heads = pool.layout.num_kv_heads
         self._kv_index: torch.Tensor | None = None
-        if chunks is not None and chunks.kv_rows is not None:
+        has_values = pool.layout.num_planes == 2
+        if has_values and chunks is not None and chunks.kv_rows is not None:
             self._kv_index = _plane_rows(pool, chunks.kv_rows)
 
     def attend(
@@ -116,9 +120,7 @@ class CudaStep:
             )
         if chunks is not None:
             key, value = self._chunk_kv(layer, qkv[first:, num_q_heads:], query.dtype)
-            is_plain = options.softcap is None and options.sinks is None
-            attend = _flash if is_plain and query.dtype in _FLASH_DTYPES else _by_hand
-            outputs.append(attend(query[first:], key, value, chunks, options))
+            outputs.append(attend_chunks(query[first:], key, value, chunks, options))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _chunk_kv(
@@ -140,6 +142,20 @@ def _plane_rows(pool: KvPool, rows: torch.Tensor) -> torch.Tensor:
     base = rows // size * (num_planes * size) + rows % size
     planes = torch.arange(num_planes, dtype=torch.int32, device=rows.device) * size
     return (planes[:, None] + base[None, :]).view(layout.num_layers, 2, -1)
+
+
+def attend_chunks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    chunks: Chunks,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Queries `[T, Hq, D]` of all chunks over keys and values `[K, Hkv, D]`: `[T, Hq, D]`."""
+    is_plain = options.softcap is None and options.sinks is None
+    is_fused = is_plain and query.dtype in _FLASH_DTYPES and key.shape == value.shape
+    is_fused &= query.shape[-1] <= _FLASH_DIM and query.shape[-1] % 8 == 0
+    return (_flash if is_fused else _by_hand)(query, key, value, chunks, options)
 
 
 def _flash(

@@ -27,7 +27,7 @@ _MAX = {torch.float8_e4m3fn: 448.0}
 
 
 class KvPool:
-    """`tensor` is `[1 + num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
+    """`tensor` is `[1 + num_blocks, *layout.block_shape]`.
 
     Block 0 stays zero: it pads block tables. `kernels`, if any, attend to blocks in place.
     """
@@ -49,7 +49,8 @@ class KvPool:
         self.block_rows = rows.view(-1, row)
         self.token_rows = rows.view(-1, layout.num_kv_heads, layout.head_dim)
         self._bytes = self.tensor.view(num_blocks + 1, -1).view(torch.uint8)
-        self.kernels = kernels if kernels and kernels.can_attend(self.tensor) else None
+        can_attend = kernels and layout.num_planes == 2 and kernels.can_attend(self.tensor)
+        self.kernels = kernels if can_attend else None
         self._copies: BlockCopies | None = None
         if self.tensor.is_cuda:
             from serving.engine.torch.kv.block_copies import BlockCopies
@@ -82,6 +83,14 @@ class KvPool:
     def read_blocks(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of `block_rows`, in `dtype`."""
         return self.block_rows.index_select(0, rows).view(self.dtype).to(dtype)
+
+    def layer_tokens(self, layer: int) -> torch.Tensor:
+        """What is kept of one layer's tokens, where values are a part of keys:
+        `[1 + num_blocks, block_size, num_kv_heads * key_dim]`, a view."""
+        layout = self.layout
+        size = layout.block_size * layout.num_kv_heads * layout.head_dim
+        rows = self.tensor.view(len(self.tensor), -1)[:, layer * size : (layer + 1) * size]
+        return rows.view(len(rows), layout.block_size, -1)
 
     def gather(self, blocks: Sequence[int], out: Any) -> None:
         """Copy blocks into `out`: a writable host buffer, or memory of the pool's GPU.

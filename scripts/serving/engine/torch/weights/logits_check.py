@@ -88,14 +88,16 @@ def require_layout(model: PreTrainedModel, layout: KvLayout) -> None:
 
     with torch.inference_mode():
         cache = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+    found = []
+    for layer in getattr(cache, "layers", []):
+        tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+        shapes = [(t.shape[1], t.shape[3]) for t in tensors if t is not None and t.dim() == 4]
+        if layout.num_planes == 1 and len(shapes) == 2 and shapes[0][0] == shapes[1][0]:
+            # A latent, and beside it the part of the key that it does not give.
+            shapes = [(shapes[0][0], shapes[0][1] + shapes[1][1])]
+        found += shapes
     expected = (layout.num_kv_heads, layout.head_dim)
-    found = [
-        (tensor.shape[1], tensor.shape[3])
-        for layer in getattr(cache, "layers", [])
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if tensor is not None and tensor.dim() == 4
-    ]
-    if found != [expected] * (2 * layout.num_layers):
+    if found != [expected] * (layout.num_planes * layout.num_layers):
         raise ModelError(
             f"the torch engine cannot run this model: {layout.num_layers} layers of (KV heads, "
             f"dimension) {expected} were expected, its cache has {sorted(set(found))}",

@@ -59,11 +59,11 @@ def _wrong_kind(config: PreTrainedConfig, plain: dict[str, Any]) -> str | None:
 
 
 def _wrong_attention(plain: dict[str, Any]) -> str | None:
-    if plain.get("kv_lora_rank"):
-        return "its attention is multi-head latent (MLA)"
     kinds = plain.get("layer_types") or plain.get("layers_block_type") or plain.get("block_types")
     if other := set(kinds or []) - _LAYER_TYPES:
         return f"some layers are {', '.join(sorted(other))}, not softmax attention over KV"
+    if plain.get("index_topk"):
+        return "an indexer picks the tokens that its layers attend to"
     # A hybrid family may have members whose layers all attend (Granite 4.0 micro).
     all_attend = bool(kinds)
     stateful = [key for key in plain if key.startswith(("mamba_", "ssm_", "conv_L_cache"))]
@@ -87,6 +87,15 @@ def _wrong_positions(plain: dict[str, Any]) -> str | None:
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in _FIXED_ROPE | _FIXED_AT_FIRST:
             return f"its rotary positions are of a kind not tested here ({kind})"
+        if plain.get("kv_lora_rank") and kind != "default" and "factor" not in parameters:
+            # transformers' latent attention reads it for every kind, and fails without. This is
+            # what it computes elsewhere when no factor is stated.
+            length = plain.get("max_position_embeddings") or 1
+            factor = length / (parameters.get("original_max_position_embeddings") or length)
+            return (
+                f"its rotary positions ({kind}) state no `factor`, without which transformers "
+                f'cannot make the model; add `"factor": {factor}` to them in config.json'
+            )
     return None
 
 

@@ -56,6 +56,12 @@ def test_experts_and_their_groups_stay_consistent() -> None:
     assert (config.first_k_dense_replace, config.num_hidden_layers) == (1, 2)
 
 
+def test_layers_that_are_counted_twice_stay_consistent() -> None:
+    """Each of LongCat's layers attends twice; its config counts both."""
+    config = small("longcat_flash")
+    assert (config.num_layers, config.num_hidden_layers) == (1, 2)
+
+
 def test_width_that_is_not_that_of_the_heads_stays_so() -> None:
     config = small("qwen3", hidden_size=1024, num_attention_heads=16, head_dim=128)
     assert config.hidden_size != config.num_attention_heads * config.head_dim

@@ -6,7 +6,6 @@ What only a GPU can show (graphs, streams, FlashAttention, speed) is in `tests/g
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +13,6 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install -e '.[test]'")
 
-from serving.engine.torch.cpu import packed_linear
-from serving.engine.torch.cuda.graphs import DecodeGraph
 from serving.engine.torch.cuda.kernels.decode_attention import paged_decode
 from serving.engine.torch.cuda.runner import CudaRunner
 from serving.protocol import Guide, SamplingParams
@@ -27,7 +24,8 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
 )
-from unit.engine import torch_rig
+from unit.engine.interpreted_cuda import InterpretedRunner
+from unit.engine.interpreted_cuda import no_gpu as no_gpu
 from unit.engine.torch_rig import (
     SIZES,
     Sink,
@@ -80,35 +78,6 @@ MODELS: dict[str, tuple[Any, dict[str, int]]] = {
         {"norms": 5},
     ),
 }
-
-
-class InterpretedGraph(DecodeGraph):
-    """A graph that computes its step anew each time; everything around it is the product's."""
-
-    def capture(self, memory: Any) -> None:
-        self.logits = self._step().clone()
-
-    def replay(self) -> None:
-        self.logits.copy_(self._step())
-
-
-class InterpretedRunner(CudaRunner):
-    """The CUDA path on a CPU."""
-
-    graph_class = InterpretedGraph
-    graph_sizes = staticmethod(lambda _: [4, 2])
-
-
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`CudaRunner` runs on the CPU."""
-    monkeypatch.setattr(torch_rig, "DEADLINE_S", 120.0)
-    monkeypatch.setattr(packed_linear, "can_pack", lambda *_: False)
-    nothing = {name: lambda *_: None for name in ("synchronize", "empty_cache")}
-    for name, fake in nothing.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    processors = SimpleNamespace(multi_processor_count=4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processors)
 
 
 @pytest.mark.parametrize(("config", "replaced"), MODELS.values(), ids=MODELS.keys())

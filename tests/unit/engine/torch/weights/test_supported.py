@@ -38,16 +38,36 @@ def config(model_type: str, **values: Any) -> Any:
         "smollm3",
         "cohere2",
         "mixtral",
+        "deepseek_v2",
+        "deepseek_v3",
+        "glm4_moe_lite",
+        "minicpm3",
+        "longcat_flash",
     ],
 )
-def test_models_with_plain_kv_are_accepted(model_type: str) -> None:
+def test_models_with_plain_or_latent_kv_are_accepted(model_type: str) -> None:
     assert refusal(config(model_type)) is None
 
 
 @pytest.mark.parametrize(
     ("model_type", "values", "reason"),
     [
-        ("deepseek_v3", {}, "latent"),
+        ("deepseek_v32", {}, "sparse_attention"),
+        ("glm_moe_dsa", {"layer_types": None}, "indexer|sparse"),
+        ("kimi_linear", {}, "linear_attention"),
+        (
+            "minicpm3",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 16,
+                    "long_factor": [2.0] * 16,
+                    "original_max_position_embeddings": 32768,
+                }
+            },
+            "state no `factor`",
+        ),
         ("mamba", {}, "state"),
         ("jamba", {}, "state"),
         ("qwen3_next", {}, "linear_attention"),

@@ -185,9 +185,8 @@ def paged_decode(
         (num_rows, num_q_heads, splits, dim), dtype=torch.float32, device=query.device
     )
     lse = torch.empty((num_rows, num_q_heads, splits), dtype=torch.float32, device=query.device)
-    out = torch.empty((num_rows, num_q_heads, dim), dtype=query.dtype, device=query.device)
     if num_rows == 0:
-        return out
+        return query.new_empty((0, num_q_heads, dim))
     padded = triton.next_power_of_2(dim)
     wide = query.dtype == torch.float32
     _decode_kernel[(num_kv_heads, splits, num_rows)](
@@ -220,6 +219,16 @@ def paged_decode(
         num_warps=4,
         num_stages=2 if wide else 3,
     )
+    return merge_splits(part, lse, query.dtype, sinks)
+
+
+def merge_splits(
+    part: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention `[B, Hq, D]` of what was attended to in each split, `[B, Hq, splits, D]`, and the
+    log-sum-exp of its scores, `[B, Hq, splits]`."""
+    num_rows, num_q_heads, splits, dim = part.shape
+    out = torch.empty((num_rows, num_q_heads, dim), dtype=dtype, device=part.device)
     _merge_kernel[(num_rows * num_q_heads,)](
         part,
         lse,
@@ -229,7 +238,7 @@ def paged_decode(
         triton.next_power_of_2(splits),
         num_q_heads,
         dim,
-        padded,
+        triton.next_power_of_2(dim),
         sinks is not None,
         num_warps=2,
     )

@@ -6,6 +6,7 @@ from benchmarks.models.rows import (
     checkpoint_forms,
     dense,
     experts,
+    gguf,
     kv_groups,
     latent,
     multimodal,
@@ -22,6 +23,7 @@ KINDS = {
     "Attention, masks and positions that the engine does not compute, and layers that keep a state": other_attention.ROWS,
     "Forms of an unquantized checkpoint, and files that it may lack": checkpoint_forms.ROWS,
     "Quantized checkpoints": quantized.ROWS,
+    "GGUF files": gguf.ROWS,
 }
 """Rows by the heading that they have in the table."""
 

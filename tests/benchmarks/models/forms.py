@@ -7,26 +7,14 @@ To add a form, write a function and name it in `FORMS`, or in a module of its ow
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from benchmarks.models.checkpoint import Form
+from benchmarks.models.gguf_checkpoint import as_gguf
 from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """`path` is what `model.id` names; `generate` runs on the folder `reference` (float32)."""
-
-    path: Path
-    reference: Path
-
-
-Form = Callable[[Path], Checkpoint | None]
-"""Changes the folder in place. Returns a checkpoint when `path` or `reference` is another place."""
 
 
 def _as_is(folder: Path) -> None:
@@ -91,4 +79,5 @@ FORMS: dict[str, Form] = {
     "GPTQ": _quantized("gptq"),
     "MXFP4": _quantized("mxfp4"),
     "tekken.json alone": _without_tokenizer,
+    **{f"GGUF {kind}": as_gguf(kind) for kind in ("F16", "Q8_0", "Q4_K")},
 }

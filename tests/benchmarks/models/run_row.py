@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.models.forms import FORMS, Checkpoint
+from benchmarks.models.checkpoint import Checkpoint
+from benchmarks.models.forms import FORMS
 from benchmarks.models.row import Result, Row
 from safetensors.torch import save_file
 from serving.config import EngineConfig, ModelConfig

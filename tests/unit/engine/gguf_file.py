@@ -20,7 +20,7 @@ def write_gguf(
     pre: str = "smollm",
     architecture: str = "llama",
     metadata: Mapping[str, float | str] | None = None,
-    tensors: Sequence[str] = (),
+    tensors: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
     """A random two-layer Llama; its vocabulary has digits, and runs of spaces as one token.
 
@@ -38,7 +38,8 @@ def write_gguf(
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    if f"{architecture}.rope.dimension_count" not in (metadata or {}):
+        writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
@@ -59,8 +60,8 @@ def write_gguf(
             writer.add_uint32(key, value)
         else:
             writer.add_float32(key, value)
-    for name in tensors:
-        writer.add_tensor(name, np.ones(HIDDEN // HEADS // 2, dtype=np.float32))
+    for name, numbers in (tensors or {}).items():
+        writer.add_tensor(name, np.array(numbers, dtype=np.float32))
     random = np.random.default_rng(0)
     kv = HIDDEN * KV_HEADS // HEADS
     shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}

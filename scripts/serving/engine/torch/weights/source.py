@@ -44,14 +44,20 @@ class Source:
     def __init__(self, manifest: ModelManifest) -> None:
         self.manifest = manifest
         self.folder = Path(manifest.path)
-        self.metadata: gguf_tokenizer.Metadata = {}
+        self._gguf: Path | None = None
         self._how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         if manifest.format == "gguf":
-            self._how["gguf_file"] = manifest.files[0].path
-            self.metadata = gguf_tokenizer.read_metadata(self.folder / manifest.files[0].path)
-            gguf_tokenizer.require_exact(self.metadata)
-            gguf_config.require_complete(self.folder / manifest.files[0].path)
+            self._gguf = self.folder / manifest.files[0].path
+            self._how["gguf_file"] = self._gguf.name
+            self._facts = self._read_facts(self._gguf)
         self.config = self._read_config()
+
+    def _read_facts(self, path: Path) -> gguf_config.GgufFacts:
+        """What a GGUF file says, when its tokenizer and its architecture are known to be exact."""
+        gguf_tokenizer.require_exact(gguf_tokenizer.read_metadata(path))
+        facts = gguf_config.GgufFacts(path)
+        facts.require_known()
+        return facts
 
     def _read_config(self) -> PreTrainedConfig:
         from transformers import AutoConfig
@@ -63,17 +69,20 @@ class Source:
                 f"transformers does not know this model: {first_line(exc)}",
                 remedy="use a model of a released architecture; code inside models is never run",
             ) from exc
+        if self._gguf:
+            config = gguf_config.complete(config, self._facts)
+            gguf_config.require_all_read(config, self._facts)
         return config
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model with all weights in `dtype` on the CPU. Raises ModelError."""
         weights = {"use_safetensors": self.manifest.format == "safetensors"}
-        how = self._how if self.metadata else self._how | weights
+        how = self._how if self._gguf else self._how | weights
         return load_model(self.folder, self.config, dtype, **how)
 
     def save_config(self, target: Path) -> None:
         """Write config.json: the model's own, or what its GGUF file implies."""
-        if self.metadata:
+        if self._gguf:
             self.config.save_pretrained(target)
         else:
             shutil.copyfile(self.folder / "config.json", target / "config.json")
@@ -89,17 +98,11 @@ class Source:
     def save_tokenizer(self, target: Path) -> None:
         """Write tokenizer.json and its companions. Raises ModelError."""
         max_len = self.config.max_position_embeddings
-        if lent := self.manifest.tokenizer:
-            path = Path(lent)
-            if path.is_file():
-                metadata = gguf_tokenizer.read_metadata(path)
-                gguf_tokenizer.require_exact(metadata)
-                how = {"local_files_only": True, "gguf_file": path.name}
-                save_tokenizer(path.parent, metadata, target, max_len, **how)
-            else:
-                save_tokenizer(path, {}, target, max_len)
+        path = Path(self.manifest.tokenizer) if self.manifest.tokenizer else self._gguf
+        if path is not None and path.is_file():
+            gguf_tokenizer.save(path, target, max_len)
         else:
-            save_tokenizer(self.folder, self.metadata, target, max_len, **self._how)
+            save_tokenizer(path or self.folder, target)
 
     def generation_config(self) -> dict[str, Any]:
         """The content of generation_config.json; empty when there is none."""
@@ -111,39 +114,31 @@ class Source:
         return found
 
 
-def save_tokenizer(
-    folder: Path, metadata: gguf_tokenizer.Metadata, target: Path, max_len: int, **how: Any
-) -> None:
-    """Write the tokenizer of `folder`, or of a GGUF file in it, to `target`. Raises ModelError.
-
-    `how` is for transformers; `metadata` is the GGUF file's own, empty where there is none.
-    """
-    if (folder / "tokenizer.json").exists() and not metadata:
+def save_tokenizer(folder: Path, target: Path) -> None:
+    """Write the tokenizer of a Hugging Face `folder` to `target`. Raises ModelError."""
+    if (folder / "tokenizer.json").exists():
         for name in _TOKENIZER_FILES:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, target / name)
     else:
-        _convert_tokenizer(folder, metadata, target, max_len, **how)
-    if not metadata:
-        _save_chat_template(folder, target)
+        _convert_tokenizer(folder, target)
+    _save_chat_template(folder, target)
 
 
-def _convert_tokenizer(
-    folder: Path, metadata: gguf_tokenizer.Metadata, target: Path, max_len: int, **how: Any
-) -> None:
+def _convert_tokenizer(folder: Path, target: Path) -> None:
     """Through transformers, from whatever form the tokenizer has."""
     from transformers import AutoTokenizer
 
-    pieces = None if metadata else sentencepiece_tokenizer.find(folder)
+    pieces = sentencepiece_tokenizer.find(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError) as exc:
         raise ModelError(
             f"the tokenizer cannot be read: {first_line(exc)}",
             remedy="add a tokenizer.json to the model",
         ) from exc
-    if metadata:
-        gguf_tokenizer.repair(tokenizer, metadata, max_len)
     if pieces:
         sentencepiece_tokenizer.require_same(tokenizer, pieces)
     tokenizer.save_pretrained(target)

@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 def save(folder: Path, target: Path) -> Tokenizer:
     target.mkdir()
-    save_tokenizer(folder, {}, target, 128, local_files_only=True)
+    save_tokenizer(folder, target)
     return Tokenizer.from_file(str(target / "tokenizer.json"))
 
 

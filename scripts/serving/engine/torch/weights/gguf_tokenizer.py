@@ -45,7 +45,7 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
-class Vocabulary(Struct, frozen=True):
+class GgufTokens(Struct, frozen=True):
     """The lists of a file; `scores` and `merges` are empty where it has none."""
 
     tokens: list[str]
@@ -125,7 +125,7 @@ def save(path: Path, target: Path, model_max_len: int) -> None:
     ).save_pretrained(target)
 
 
-def _read_vocabulary(path: Path) -> Vocabulary:
+def _read_vocabulary(path: Path) -> GgufTokens:
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
@@ -140,10 +140,10 @@ def _read_vocabulary(path: Path) -> Vocabulary:
         raise ModelError(
             f"{path.name} has {len(tokens)} tokens and {len(types)} types of them", remedy=_REMEDY
         )
-    return Vocabulary(tokens, types, values("scores"), values("merges"))
+    return GgufTokens(tokens, types, values("scores"), values("merges"))
 
 
-def tokenizer_of(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
+def tokenizer_of(vocabulary: GgufTokens, metadata: Metadata) -> Tokenizer:
     """Raises ModelError when the lists do not make a tokenizer."""
     from tokenizers import processors
 
@@ -171,7 +171,7 @@ def tokenizer_of(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
 # --- byte-level tokenizers ------------------------------------------------------------------------
 
 
-def _of_bytes(vocabulary: Vocabulary, rule: WordRule) -> Tokenizer:
+def _of_bytes(vocabulary: GgufTokens, rule: WordRule) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     merges = [_split_merge(merge) for merge in vocabulary.merges]
@@ -203,7 +203,7 @@ def _ids_of(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _add_special(
-    tokenizer: Tokenizer, vocabulary: Vocabulary, names: Sequence[str], *, eats_spaces: bool = False
+    tokenizer: Tokenizer, vocabulary: GgufTokens, names: Sequence[str], *, eats_spaces: bool = False
 ) -> None:
     """Tokens that are cut out of a text before anything else. `names` are as they stand in it."""
     from tokenizers import AddedToken
@@ -222,7 +222,7 @@ def _add_special(
 # --- SentencePiece tokenizers ---------------------------------------------------------------------
 
 
-def _of_pieces(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
+def _of_pieces(vocabulary: GgufTokens, metadata: Metadata) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     architecture = str(metadata.get("general.architecture"))
@@ -257,7 +257,7 @@ def _of_pieces(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
 
 
 def _merges_of(
-    vocabulary: Vocabulary, pieces: Sequence[str], ids: dict[str, int]
+    vocabulary: GgufTokens, pieces: Sequence[str], ids: dict[str, int]
 ) -> list[tuple[str, str]]:
     """Every split of a piece into two pieces, best first, as tokenizer.json files list them.
 

@@ -23,7 +23,14 @@ with rule_script(snakemake) as (config, report):
     out_dir = Path(snakemake.output[0]).parent
     fingerprint = snakemake.params.fingerprint
     if engine.backend != "tensorrt_llm":
-        build_engine(model, out_dir, engine=engine, fingerprint=fingerprint, report=report)
+        build_engine(
+            model,
+            out_dir,
+            engine=engine,
+            fingerprint=fingerprint,
+            report=report,
+            text_only=config.model.text_only,
+        )
     else:
         gpus, host = [], Host()
         if config.device == "cuda":

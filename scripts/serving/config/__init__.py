@@ -24,7 +24,7 @@ from serving.config.deployment import MULTINODE, ContainerConfig, DeploymentConf
 from serving.config.engine import EngineConfig, MockConfig, TensorRtLlmConfig, Weights
 from serving.config.frontend import DeadlinesConfig, FrontendConfig
 from serving.config.kv_transfer import KvTransferConfig
-from serving.config.model import ModelConfig
+from serving.config.model import ModelConfig, TextOnly
 from serving.config.parsing import Config, as_plain, nest, parse
 from serving.config.resolve import ResolvedConfig
 from serving.config.router import Policy, RouterConfig
@@ -53,6 +53,7 @@ __all__ = [
     "RouterConfig",
     "SlurmConfig",
     "TensorRtLlmConfig",
+    "TextOnly",
     "Topology",
     "Weights",
     "WorkersConfig",

@@ -10,6 +10,9 @@ from serving.config.base import Section
 from serving.config.engine import Weights
 from serving.errors import ConfigError
 
+TextOnly = Literal["auto"] | bool
+"""Of a multimodal model: `False` refuses it; anything else serves its language model."""
+
 
 class ModelConfig(Section, frozen=True):
     """Which model to serve, and where its files come from."""
@@ -44,6 +47,12 @@ class ModelConfig(Section, frozen=True):
             description="Accept `.bin` weights, which can run code when loaded. Off: safetensors only."
         ),
     ] = False
+    text_only: Annotated[
+        TextOnly,
+        Meta(
+            description="`auto` and `true`: the torch engine serves the language model of a multimodal checkpoint, and leaves the rest of it out. `false`: it refuses multimodal models."
+        ),
+    ] = "auto"
     tokenizer: Annotated[
         str | None,
         Meta(

@@ -81,6 +81,13 @@ class BuildCheck(Struct, frozen=True, kw_only=True):
     tolerance: float
 
 
+class TextOf(Struct, frozen=True):
+    """The multimodal model whose language model alone is served, and its modules left out."""
+
+    architecture: str
+    left_out: list[str]
+
+
 class EngineManifest(Struct, frozen=True, kw_only=True):
     """`engine.json`: what was built, from what, and what a worker must agree with.
 
@@ -93,6 +100,8 @@ class EngineManifest(Struct, frozen=True, kw_only=True):
     made for, with those of the keys `tensorrt_llm`, `gpus`, `compute_capability`, `driver` and
     `cuda` that were known. `kv_layout` is None where the library keeps its layout to itself.
     `max_model_len` is the context that the engine was built for.
+
+    `architecture` is the class that is served; `text_of` says where it was taken from.
     """
 
     format: int
@@ -119,6 +128,7 @@ class EngineManifest(Struct, frozen=True, kw_only=True):
     llm_args: dict[Role, str] = {}
     max_model_len: int | None = None
     dummy_weights: DummyWeights | None = None
+    text_of: TextOf | None = None
 
 
 def load_manifest(engine_dir: Path) -> EngineManifest:

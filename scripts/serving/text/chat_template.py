@@ -35,6 +35,15 @@ _TEMPLATE_FAILURES = (
 )
 
 
+# A conversation in which each role speaks, and a text that no template has.
+_PROBES = {
+    "user": ("user",),
+    "system": ("system", "user"),
+    "assistant": ("user", "assistant", "user"),
+}
+_MARK = "the-probed-text"
+
+
 class ChatTemplate:
     """One compiled template, and the variant for conversations with tools if the model has one."""
 
@@ -46,6 +55,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._template = _compiled(source)
         self._tool_template = self._template if tool_source is None else _compiled(tool_source)
+        self._roles_in_parts = frozenset(role for role in _PROBES if self._wants_parts(role))
 
     def render(
         self,
@@ -60,7 +70,7 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
             **(extra or {}),
-            "messages": messages,
+            "messages": self._in_parts(messages) if self._roles_in_parts else messages,
             "add_generation_prompt": add_generation_prompt,
         }
         template = self._tool_template if variables["tools"] else self._template
@@ -70,6 +80,34 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"The model's chat template cannot render these messages: {exc}", param="messages"
             ) from exc
+
+    def _in_parts(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        return [
+            {**message, "content": [{"type": "text", "text": content}]}
+            if message.get("role") in self._roles_in_parts
+            and isinstance(content := message.get("content"), str)
+            else message
+            for message in messages
+        ]
+
+    def _wants_parts(self, role: str) -> bool:
+        """Templates of multimodal models may pass over text that is not in a list of parts."""
+        return not self._shows(role, _MARK) and self._shows(role, [{"type": "text", "text": _MARK}])
+
+    def _shows(self, role: str, content: Any) -> bool:
+        other: Any = [{"type": "text", "text": "x"}] if isinstance(content, list) else "x"
+        messages: list[dict[str, Any]] = [
+            {"role": each, "content": other} for each in _PROBES[role]
+        ]
+        probed = next(each for each in reversed(messages) if each["role"] == role)
+        probed["content"] = content
+        variables = {**self._special_tokens, "tools": None, "documents": None}
+        try:
+            return _MARK in self._template.render(
+                variables, messages=messages, add_generation_prompt=True
+            )
+        except _TEMPLATE_FAILURES:
+            return False
 
 
 def load_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:

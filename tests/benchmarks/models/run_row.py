@@ -11,6 +11,7 @@ import torch
 from benchmarks.models.checkpoint import Checkpoint
 from benchmarks.models.forms import FORMS
 from benchmarks.models.row import Result, Row
+from benchmarks.models.small_multimodal import small_multimodal_of
 from safetensors.torch import save_file
 from serving.config import EngineConfig, ModelConfig
 from serving.deploy.model.prepare import fetch_model
@@ -22,9 +23,10 @@ from serving.engine.torch.build_check.serving_check import (
     reference,
 )
 from serving.engine.torch.build_check.shrink import VOCAB_SIZE, WINDOW, small_model_of
+from serving.engine.torch.weights.multimodal.outer_model import is_multimodal
 from serving.errors import ConfigError, ModelError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedTokenizerFast
 
 
 def run(row: Row, folder: Path, device: str = "cpu") -> Result:
@@ -34,14 +36,15 @@ def run(row: Row, folder: Path, device: str = "cpu") -> Result:
     result = _run(row, config, folder, device)
     result.seconds = time.monotonic() - started
     if result.verdict == "exact":
-        result.kv_bytes = kv_layout(config, BLOCK_SIZE, "bfloat16").token_bytes
+        result.kv_bytes = kv_layout(config.get_text_config(), BLOCK_SIZE, "bfloat16").token_bytes
     return result
 
 
 def _run(row: Row, config: Any, folder: Path, device: str) -> Result:
     source = folder / "model"
     try:
-        small_model_of(config, source, seed=3)
+        small = small_multimodal_of if is_multimodal(config) else small_model_of
+        small(config, source, seed=3)
     except ModelError as failure:
         # What is refused from its config alone need not come in a small form.
         source.mkdir(exist_ok=True)
@@ -49,7 +52,7 @@ def _run(row: Row, config: Any, folder: Path, device: str) -> Result:
         save_file({"weight": torch.ones(1)}, source / "model.safetensors")
         if row.expected == "exact":
             return Result("CRASH", str(failure).splitlines()[0])
-    _save_tokenizer(source)
+    save_tokenizer(source)
     checkpoint = FORMS[row.form](source) or Checkpoint(source, source)
     try:
         fetched = fetch_model(
@@ -73,7 +76,8 @@ def _run(row: Row, config: Any, folder: Path, device: str) -> Result:
         return Result("refused" if failure.remedy else "UNCLEAR", reason)
     except Exception as failure:
         return Result("CRASH", f"{type(failure).__name__}: {failure}".splitlines()[0])
-    model = AutoModelForCausalLM.from_pretrained(
+    auto = AutoModelForMultimodalLM if is_multimodal(config) else AutoModelForCausalLM
+    model = auto.from_pretrained(
         checkpoint.reference, dtype=torch.float32, attn_implementation="eager"
     )
     references = [reference(model, case) for case in cases]
@@ -97,7 +101,7 @@ def _cases() -> Iterator[Case]:
     yield Case("KV from another engine", tokens(3 * WINDOW + 2), 8)
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

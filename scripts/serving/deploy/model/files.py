@@ -26,7 +26,7 @@ _COMPANIONS = re.compile(
     r"|special_tokens_map\.json|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt"
     r"|modules\.json|1_Pooling/config\.json"
     r"|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|chat_template\.jinja"
-    r"|chat_template\.json"
+    r"|chat_template\.json|processor_config\.json"
 )
 _WEIGHTS: dict[ModelFormat, str] = {
     "safetensors": "model.safetensors",

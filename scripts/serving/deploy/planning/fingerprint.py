@@ -154,6 +154,8 @@ def _model_identity(config: ModelConfig, weights: Weights) -> dict[str, Any]:
         found: WeightFiles = local_files(config, weights=weights)
         identity["id"] = str(found.folder)
         identity["files"] = [_file_identity(found.folder / name) for name in found.names]
+    if config.text_only is False:  # a multimodal model is then refused, not built
+        identity["text_only"] = False
     if weights == "dummy":
         identity |= {"weights": weights, "tokenizer": config.tokenizer}
         if lent := tokenizer_source(config):

@@ -17,10 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving.config import EngineConfig
+from serving.config import EngineConfig, TextOnly
 from serving.engine.files import sha256_of
 from serving.engine.manifest import (
     ENGINE_FORMAT,
+    BuildCheck,
     EngineManifest,
     ModelManifest,
     check_max_model_len,
@@ -52,8 +53,11 @@ def build_engine(
     engine: EngineConfig,
     fingerprint: str,
     report: Report,
+    text_only: TextOnly = "auto",
 ) -> EngineManifest:
     """Build into `out_dir`, replacing what is there. `engine.device` and `.dtype` are not `auto`.
+
+    `text_only` is `model.text_only`.
 
     Raises ModelError (the model cannot be run exactly, or its files changed) or ConfigError.
     """
@@ -64,7 +68,7 @@ def build_engine(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        built = _build(manifest, staging, engine, fingerprint, report)
+        built = _build(manifest, staging, engine, fingerprint, report, text_only)
         write_json(staging / "engine.json", built)
         if out_dir.exists():
             shutil.rmtree(out_dir)
@@ -81,11 +85,18 @@ def _build(
     engine: EngineConfig,
     fingerprint: str,
     report: Report,
+    text_only: TextOnly,
 ) -> EngineManifest:
     require_unchanged(manifest)
     report(f"reading {manifest.id}")
-    source = Source(manifest)
+    source = Source(manifest, text_only)
     config = source.config
+    if source.outer:
+        source.outer.require_text_model()
+        report(
+            f"serving text only: the language model of {source.outer.architecture}, without "
+            f"{', '.join(source.outer.text_of.left_out)}"
+        )
     require_supported(config)
     if engine.weights == "real":
         require_plain_weights(Path(manifest.path))
@@ -100,13 +111,13 @@ def _build(
     source.save_tokenizer(staging)
     source.save_pooling(staging)
     if engine.backend == "torch":
-        check_small_model(config, staging, report)
+        check_small_model(config, staging, report, source.reference_model)
     check, dummy = UNCHECKED, None
     if engine.weights == "dummy":
         source.save_config(staging)
         dummy = describe_dummy(config, staging, layout, report)
     else:
-        check = pack_weights(source, staging, engine.dtype, layout, report)
+        check = _pack(source, staging, engine.dtype, layout, report)
     eos_token_ids = write_generation_config(source, staging)
     weights = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
     identity = f"{dummy} {sha256_of(staging / 'config.json')}" if dummy else json.dumps(weights)
@@ -135,7 +146,21 @@ def _build(
         check=check,
         created=int(time.time()),
         dummy_weights=dummy,
+        text_of=source.outer.text_of if source.outer else None,
     )
+
+
+def _pack(
+    source: Source, staging: Path, dtype: str, layout: KvLayout, report: Report
+) -> BuildCheck:
+    """Of a multimodal model, its language model becomes a checkpoint of its own first."""
+    folder = staging.with_name(f"{staging.name}-text")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        return pack_weights(source.text_checkpoint(folder, report), staging, dtype, layout, report)
+    finally:
+        shutil.rmtree(folder)
 
 
 def require_unchanged(manifest: ModelManifest) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from serving.engine.torch.attention import NAME
 from serving.engine.torch.attention_masks import learn_windows
@@ -20,6 +20,7 @@ from serving.engine.torch.cpu import kernels as cpu_kernels
 from serving.engine.torch.latent import keep_latents
 from serving.engine.torch.rewrite.cpu_layer import rewrite_for_cpu
 from serving.engine.torch.weights import dummy as dummy_weights
+from serving.engine.torch.weights.multimodal.text_class import with_text_class
 from serving.errors import ModelError, OperatorError
 from serving.kv_layout import WEIGHT_ONLY_DTYPES, kv_dtype
 
@@ -82,8 +83,13 @@ def _read(engine_dir: Path, dtype: str, torch_dtype: torch.dtype, device: torch.
     elif dtype in WEIGHT_ONLY_DTYPES:
         model = int8_weights.load(engine_dir, attention=NAME)
     else:
+        config = AutoConfig.from_pretrained(engine_dir, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
-            engine_dir, dtype=torch_dtype, attn_implementation=NAME, local_files_only=True
+            engine_dir,
+            config=with_text_class(config),
+            dtype=torch_dtype,
+            attn_implementation=NAME,
+            local_files_only=True,
         )
     return model
 

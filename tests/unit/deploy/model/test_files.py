@@ -80,7 +80,7 @@ def test_model_without_a_tokenizer_that_is_read_is_refused(tokenizer: str, reaso
 
 
 def test_chat_template_is_taken_in_every_form() -> None:
-    templates = ["chat_template.jinja", "chat_template.json"]
+    templates = ["chat_template.jinja", "chat_template.json", "processor_config.json"]
     assert set(templates) <= set(choose("config.json", "model.safetensors", *templates))
 
 

@@ -27,6 +27,10 @@ FAST = {
     ("DeepSeek V2 Lite", "safetensors"),
     ("DeepSeek V3", "safetensors"),
     ("MiniCPM3", "safetensors"),
+    ("Ministral 3", "safetensors"),
+    ("Qwen2-VL", "safetensors"),
+    ("Qwen3-VL (MoE)", "safetensors"),
+    ("GLM-4.5V", "safetensors"),
 }
 ROWS_HERE = [row for row in ROWS if (row.name, row.form) in FAST]
 

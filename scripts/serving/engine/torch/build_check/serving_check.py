@@ -9,11 +9,12 @@ small error is one.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,6 +40,7 @@ TOLERANCE = {"float32": 0.003, "bfloat16": 0.5, "float16": 0.1, "int8": 1.5}
 order of summation gives 1e-5 in float32; a scaling that is off by 5% gives 0.01, a missing window 1."""
 
 _SEEDS = (0, 1)  # a difference must repeat: MoE routers can be within rounding of another expert
+_KINDS = ("token_type_ids", "mm_token_type_ids")
 _REAL_TOKENS = 6
 _REAL_S = 20.0
 
@@ -65,10 +67,15 @@ class Difference(NamedTuple):
         )
 
 
-def check_small_model(config: PreTrainedConfig, near: Path, report: Report) -> None:
+def check_small_model(
+    config: PreTrainedConfig,
+    near: Path,
+    report: Report,
+    reference_model: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
+) -> None:
     """Raises ModelError unless a small model of `config` is served as `generate` computes it.
 
-    Temporary files go beside the folder `near`.
+    `reference_model` makes the model that generates of the small one. Temporary files go beside the folder `near`.
     """
     started = time.monotonic()
     found: Difference | None = None
@@ -82,6 +89,7 @@ def check_small_model(config: PreTrainedConfig, near: Path, report: Report) -> N
                 folder, "float32", "cpu", cases.together, cases.after, exported=cases.exported
             )
             model = _load(folder)
+            model = reference_model(model) if reference_model else model
             references = [reference(model, case) for case in cases.everything]
         except OperatorError:
             raise
@@ -182,10 +190,13 @@ def reference(model: Any, case: Case) -> Reference:
 
     plain: Any = GenerationConfig
     ids = torch.tensor([case.prompt])
+    # What processors say of the tokens of a text, where a multimodal model wants to know it.
+    kinds = {name: torch.zeros_like(ids) for name in _kinds_of_tokens(model)}
     with torch.inference_mode():
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
+            **kinds,
             generation_config=plain(
                 max_new_tokens=case.num_tokens,
                 do_sample=False,
@@ -196,6 +207,12 @@ def reference(model: Any, case: Case) -> Reference:
         )
     tokens: list[int] = out.sequences[0, len(case.prompt) :].tolist()
     return Reference(case, tokens, torch.stack([step[0].float() for step in out.logits]))
+
+
+def _kinds_of_tokens(model: Any) -> list[str]:
+    if not hasattr(model.config, "text_config"):
+        return []
+    return [name for name in _KINDS if name in inspect.signature(model.forward).parameters]
 
 
 def first_difference(

@@ -91,7 +91,7 @@ def small_model_of(config: PreTrainedConfig, folder: Path, seed: int) -> None:
             with torch.random.fork_rng(devices=[]), torch.inference_mode():
                 torch.manual_seed(seed)
                 model = auto.from_config(small, dtype=torch.float32).eval()
-                _draw_weights(model)
+                draw_weights(model)
         except Exception as exc:  # whatever a family's config and layers raise
             log.debug("no small model (keep_width=%s)", keep_width, exc_info=True)
             failure = failure or exc
@@ -244,7 +244,7 @@ def _largest(value: Any) -> int:
     return value if type(value) is int else 0
 
 
-def _draw_weights(model: torch.nn.Module) -> None:
+def draw_weights(model: torch.nn.Module) -> None:
     """Weights under which everything matters.
 
     With the usual ones attention is nearly uniform, biases are zero and norms one, so that a model

@@ -105,10 +105,12 @@ def load(folder: Path, attention: str | None = None) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    from serving.engine.torch.weights.multimodal.text_class import with_text_class
+
     auto: Any = AutoModelForCausalLM
     how = {} if attention is None else {"attn_implementation": attention}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = with_text_class(AutoConfig.from_pretrained(folder, local_files_only=True))
         with no_init_weights():
             # Its float32 weights are never touched, so they take addresses, not memory.
             model: nn.Module = auto.from_config(config, dtype=torch.float32, **how)

@@ -73,8 +73,10 @@ def make_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from serving.engine.torch.weights.multimodal.text_class import with_text_class
+
     auto: Any = AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(engine_dir, local_files_only=True)
+    config = with_text_class(AutoConfig.from_pretrained(engine_dir, local_files_only=True))
     gpus = [device] if device.type == "cuda" else []
     started = time.monotonic()
     try:

@@ -80,7 +80,7 @@ def _reuse_weights(source: Source, staging: Path, layout: KvLayout, report: Repo
     require_layout(model, layout)
     prompts = tokenized_prompts(staging)
     positions = sum(len(logits) for logits in run_prompts(model, prompts))
-    references = real_references(model, prompts)
+    references = real_references(source.reference_model(model), prompts)
     del model
     gc.collect()
     check_real_model(staging, layout.dtype, references, report)
@@ -117,7 +117,7 @@ def _convert_weights(
     require_layout(model, layout)
     prompts = tokenized_prompts(staging)
     expected = run_prompts(model, prompts)
-    references = real_references(model, prompts)
+    references = real_references(source.reference_model(model), prompts)
     _save(model, staging, dtype, report)
     del model
     gc.collect()

@@ -13,10 +13,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serving.config import TextOnly
 from serving.engine.manifest import ModelManifest
 from serving.engine.torch.weights import gguf_config, gguf_tokenizer, sentencepiece_tokenizer
+from serving.engine.torch.weights.multimodal.extract import extract_text
+from serving.engine.torch.weights.multimodal.outer_model import OuterModel, is_multimodal
 from serving.errors import ModelError
 from serving.model_folder import POOLING_FILES
+from serving.progress import Report
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +35,8 @@ _TOKENIZER_FILES = (
 )
 
 
+_PROCESSOR_TEMPLATES = ("chat_template.json", "processor_config.json")
+
 # Tensors without which others mean something else: scales, zero points, positions of experts.
 _MEANINGFUL = re.compile(
     r"scale|zero_?point|zeros|qweight|g_idx|absmax|amax|_packed|_blocks$|codebook|quant_state"
@@ -39,9 +45,12 @@ _MEANINGFUL = re.compile(
 
 
 class Source:
-    """Raises ModelError when transformers does not know the architecture."""
+    """Raises ModelError when transformers does not know the architecture.
 
-    def __init__(self, manifest: ModelManifest) -> None:
+    `config` is the language model's; `outer` is the multimodal model around it, or None.
+    """
+
+    def __init__(self, manifest: ModelManifest, text_only: TextOnly = "auto") -> None:
         self.manifest = manifest
         self.folder = Path(manifest.path)
         self._gguf: Path | None = None
@@ -51,6 +60,10 @@ class Source:
             self._how["gguf_file"] = self._gguf.name
             self._facts = self._read_facts(self._gguf)
         self.config = self._read_config()
+        self.outer: OuterModel | None = None
+        if text_only is not False and is_multimodal(self.config):
+            self.outer = OuterModel(self.config)
+            self.config = self.outer.text_config
 
     def _read_facts(self, path: Path) -> gguf_config.GgufFacts:
         """What a GGUF file says, when its tokenizer and its architecture are known to be exact."""
@@ -80,9 +93,22 @@ class Source:
         how = self._how if self._gguf else self._how | weights
         return load_model(self.folder, self.config, dtype, **how)
 
+    def text_checkpoint(self, folder: Path, report: Report) -> Source:
+        """The checkpoint of the language model alone, extracted to the empty `folder`; itself, where
+        there is nothing else in it. Raises ModelError."""
+        if self.outer is None:
+            return self
+        text = Source(extract_text(self.manifest, self.outer, folder, report))
+        text.reference_model = self.reference_model  # type: ignore[method-assign]
+        return text
+
+    def reference_model(self, model: PreTrainedModel) -> PreTrainedModel:
+        """What `model`, the language model, must answer like: the multimodal model around it."""
+        return self.outer.around(model) if self.outer else model
+
     def save_config(self, target: Path) -> None:
-        """Write config.json: the model's own, or what its GGUF file implies."""
-        if self._gguf:
+        """Write config.json: the model's own, or what its GGUF file or multimodal one implies."""
+        if self._gguf or self.outer:
             self.config.save_pretrained(target)
         else:
             shutil.copyfile(self.folder / "config.json", target / "config.json")
@@ -150,17 +176,19 @@ def _convert_tokenizer(folder: Path, target: Path) -> None:
 
 
 def _save_chat_template(folder: Path, target: Path) -> None:
-    """Some repositories have their template in chat_template.json and nowhere else."""
-    path, tokenizer = folder / "chat_template.json", target / "tokenizer_config.json"
-    if not path.exists() or (target / "chat_template.jinja").exists():
-        return
-    try:
-        known = json.loads(tokenizer.read_bytes()) if tokenizer.exists() else {}
-        template = json.loads(path.read_bytes()).get("chat_template")
-    except (ValueError, AttributeError) as exc:
-        raise ModelError(f"{path} is damaged: {exc}", remedy="repair or remove it") from exc
-    if isinstance(template, str) and not known.get("chat_template"):
-        (target / "chat_template.jinja").write_text(template)
+    """Some repositories have their template among the files of their processor and nowhere else."""
+    tokenizer = target / "tokenizer_config.json"
+    for name in _PROCESSOR_TEMPLATES:
+        path = folder / name
+        if not path.exists() or (target / "chat_template.jinja").exists():
+            continue
+        try:
+            known = json.loads(tokenizer.read_bytes()) if tokenizer.exists() else {}
+            template = json.loads(path.read_bytes()).get("chat_template")
+        except (ValueError, AttributeError) as exc:
+            raise ModelError(f"{path} is damaged: {exc}", remedy="repair or remove it") from exc
+        if isinstance(template, str) and not known.get("chat_template"):
+            (target / "chat_template.jinja").write_text(template)
 
 
 def load_model(

@@ -22,6 +22,9 @@ _FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
 _FIXED_AT_FIRST = {"dynamic", "longrope"}
 _QUANTIZED_REMEDY = "use the unquantized original, or `engine.backend: tensorrt_llm` on GPUs"
 _MXFP4_REMEDY = "use `engine.backend: tensorrt_llm` on GPUs, or a copy converted to bfloat16"
+_MULTIMODAL_REMEDY = (
+    "set `model.text_only: auto` to serve its language model, or choose a text model"
+)
 _REMEDY = "choose another model; README.md lists under Limits what is not supported"
 
 
@@ -29,6 +32,8 @@ def require_supported(config: PreTrainedConfig) -> None:
     """Raises ModelError with the first reason why this engine cannot run `config` exactly."""
     if reason := refusal(config):
         remedy = _REMEDY
+        if reason.startswith("it is multimodal"):
+            remedy = _MULTIMODAL_REMEDY
         if quantized := _quantized(config.to_dict()):
             is_mxfp4 = reason == quantized and "mxfp4" in reason
             remedy = (
@@ -55,6 +60,8 @@ def _wrong_kind(config: PreTrainedConfig, plain: dict[str, Any]) -> str | None:
     parts = [key for key in ("vision_config", "audio_config", "text_config") if plain.get(key)]
     if parts:
         return f"it is multimodal ({parts[0]})"
+    if plain.get("thinker_config"):
+        return "it is multimodal (thinker_config)"
     return None
 
 

@@ -44,7 +44,8 @@ def describe_dummy(
 
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto.from_config(config)
+        # On this device, torch multiplies experts in bfloat16 only; shapes do not depend on it.
+        model = auto.from_config(config, dtype=torch.bfloat16)
         require_layout(model, layout)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     _fit_tokenizer(staging / "tokenizer.json", config.vocab_size, report)

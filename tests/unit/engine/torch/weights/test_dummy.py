@@ -17,7 +17,9 @@ from serving.engine.torch.build import build_engine
 from serving.engine.torch.weights import dummy as dummy_weights
 from serving.errors import ConfigError, ModelError
 from tokenizers import Tokenizer
+from transformers import CONFIG_MAPPING
 from unit.engine.gguf_file import write_gguf
+from unit.engine.latent_models import FAMILIES
 from unit.engine.torch_rig import greedy, request, running
 
 PROMPT = list(range(5, 45))
@@ -83,6 +85,15 @@ def test_config_and_a_lent_tokenizer_make_an_engine_without_weights(
     assert built.kv_layout is not None
     assert built.kv_layout.block_shape == (2, 2, 16, 2, 16)
     assert any("answers are noise" in line for line in lines)
+
+
+async def test_experts_and_latents_make_an_engine(tokenizer: Path, tmp_path: Path) -> None:
+    config = CONFIG_MAPPING["deepseek_v3"](**{**FAMILIES["deepseek_v3"], "vocab_size": 384})
+    config.save_pretrained(tmp_path / "shape")
+    built = build(tmp_path / "shape", tmp_path, tokenizer)
+    assert built.kv_layout is not None
+    assert built.kv_layout.num_planes == 1
+    assert len(await tokens_of(tmp_path / "engine")) == 12
 
 
 def test_the_manifest_counts_the_weights_of_the_model(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from benchmarks.models.checkpoint import Form
 from benchmarks.models.gguf_checkpoint import as_gguf
+from benchmarks.models.quantizers import QUANTIZED_FORMS
 from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
@@ -51,20 +52,6 @@ def _with_scales(folder: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def _by_modelopt(folder: Path) -> None:
-    stated = {"quantization": {"quant_algo": "FP8"}}
-    (folder / "hf_quant_config.json").write_text(json.dumps(stated))
-
-
-def _quantized(method: str) -> Form:
-    def apply(folder: Path) -> None:
-        path = folder / "config.json"
-        config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}
-        path.write_text(json.dumps(config))
-
-    return apply
-
-
 def _without_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").rename(folder / "tekken.json")
 
@@ -75,9 +62,7 @@ FORMS: dict[str, Form] = {
     "sharded": _sharded,
     "pickle": _pickled,
     "tensors with scales": _with_scales,
-    "FP8 by ModelOpt": _by_modelopt,
-    "GPTQ": _quantized("gptq"),
-    "MXFP4": _quantized("mxfp4"),
     "tekken.json alone": _without_tokenizer,
+    **QUANTIZED_FORMS,
     **{f"GGUF {kind}": as_gguf(kind) for kind in ("F16", "Q8_0", "Q4_K")},
 }

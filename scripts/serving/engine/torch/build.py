@@ -35,7 +35,6 @@ from serving.engine.torch.weights.load import pack_weights
 from serving.engine.torch.weights.source import Source
 from serving.engine.torch.weights.supported import (
     model_class_of,
-    require_plain_weights,
     require_supported,
 )
 from serving.errors import ModelError
@@ -98,8 +97,6 @@ def _build(
             f"{', '.join(source.outer.text_of.left_out)}"
         )
     require_supported(config)
-    if engine.weights == "real":
-        require_plain_weights(Path(manifest.path))
     limit = model_max_len(config)
     if limit is None:
         raise ModelError(
@@ -153,12 +150,14 @@ def _build(
 def _pack(
     source: Source, staging: Path, dtype: str, layout: KvLayout, report: Report
 ) -> BuildCheck:
-    """Of a multimodal model, its language model becomes a checkpoint of its own first."""
-    folder = staging.with_name(f"{staging.name}-text")
+    """What is quantized is unpacked first, and a multimodal model's language model taken out."""
+    folder = staging.with_name(f"{staging.name}-plain")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        return pack_weights(source.text_checkpoint(folder, report), staging, dtype, layout, report)
+        source = source.unpacked(folder / "unpacked", kv_dtype(dtype), report)
+        source = source.text_checkpoint(folder / "text", report)
+        return pack_weights(source, staging, dtype, layout, report)
     finally:
         shutil.rmtree(folder)
 

@@ -6,7 +6,22 @@ from benchmarks.models.row import Row
 
 ROWS = [
     Row("Llama 3.x", "llama", "refused", form="tensors with scales"),
-    Row("Llama 3.x", "llama", "refused", form="FP8 by ModelOpt"),
-    Row("Llama 3.x", "llama", "refused", form="GPTQ"),
-    Row("gpt-oss", "gpt_oss", "refused", form="MXFP4"),
-]  # fmt: skip
+    Row("Llama 3.x", "llama", "refused", form="HQQ"),
+    Row("Qwen3", "qwen3", form="FP8 in blocks"),
+    Row("Qwen3-MoE", "qwen3_moe", form="FP8 in blocks"),
+    Row("Llama 3.x", "llama", form="FP8 by FBGEMM"),
+    Row("Llama 3.x", "llama", form="FP8 by ModelOpt"),
+    Row("Llama 3.x", "llama", form="NVFP4 by ModelOpt"),
+    Row("gpt-oss", "gpt_oss", form="MXFP4"),
+    Row("Llama 3.x", "llama", form="FP8 by compressed-tensors"),
+    Row("Llama 3.x", "llama", form="int8 by compressed-tensors"),
+    Row("Llama 3.x", "llama", form="int4 by compressed-tensors"),
+    Row("Llama 3.x", "llama", form="asymmetric int4 by compressed-tensors"),
+    Row("Llama 3.x", "llama", form="NVFP4 by compressed-tensors"),
+    Row("Llama 3.x", "llama", form="AWQ"),
+    Row("Llama 3.x", "llama", form="GPTQ"),
+    Row("Qwen2", "qwen2", form="GPTQ, 8 bits in the order of activations"),
+    Row("Llama 3.x", "llama", form="GPTQ v2, 3 bits"),
+    Row("Llama 3.x", "llama", form="bitsandbytes NF4"),
+    Row("Llama 3.x", "llama", form="bitsandbytes int8"),
+]

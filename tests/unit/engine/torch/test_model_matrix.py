@@ -14,7 +14,10 @@ from serving.engine.torch.build import kv_layout
 FAST = {
     ("Llama 3.x", "sharded"),
     ("Llama 3.x", "tensors with scales"),
-    ("Llama 3.x", "FP8 by ModelOpt"),
+    ("Llama 3.x", "HQQ"),
+    ("Llama 3.x", "AWQ"),
+    ("Qwen2", "GPTQ, 8 bits in the order of activations"),
+    ("Qwen3-MoE", "FP8 in blocks"),
     ("Mistral", "tekken.json alone"),
     ("gpt-oss", "MXFP4"),
     ("Qwen2-MoE, windows", "safetensors"),

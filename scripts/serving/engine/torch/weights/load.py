@@ -76,7 +76,13 @@ def _reuse_weights(source: Source, staging: Path, layout: KvLayout, report: Repo
         require_space(staging, size, "the engine")
     for name in ["config.json", *names]:
         _place(source.folder / name, staging / name, link=source.manifest.source != "local")
-    model = load_model(staging, source.config, getattr(torch, layout.dtype), local_files_only=True)
+    model = load_model(
+        staging,
+        source.config,
+        getattr(torch, layout.dtype),
+        source.manifest.id,
+        local_files_only=True,
+    )
     require_layout(model, layout)
     prompts = tokenized_prompts(staging)
     positions = sum(len(logits) for logits in run_prompts(model, prompts))
@@ -139,7 +145,9 @@ def _load_packed(source: Source, staging: Path, dtype: str) -> PreTrainedModel:
     import torch
 
     if dtype not in WEIGHT_ONLY_DTYPES:
-        return load_model(staging, source.config, torch.float32, local_files_only=True)
+        return load_model(
+            staging, source.config, torch.float32, source.manifest.id, local_files_only=True
+        )
     from serving.engine.torch.cpu import int8_weights, packed_linear
     from serving.engine.torch.cpu import kernels as cpu_kernels
 

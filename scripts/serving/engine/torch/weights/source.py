@@ -18,6 +18,7 @@ from serving.engine.manifest import ModelManifest
 from serving.engine.torch.weights import gguf_config, gguf_tokenizer, sentencepiece_tokenizer
 from serving.engine.torch.weights.multimodal.extract import extract_text
 from serving.engine.torch.weights.multimodal.outer_model import OuterModel, is_multimodal
+from serving.engine.torch.weights.quantized.select import quantized_form
 from serving.errors import ModelError
 from serving.model_folder import POOLING_FILES
 from serving.progress import Report
@@ -40,14 +41,15 @@ _PROCESSOR_TEMPLATES = ("chat_template.json", "processor_config.json")
 # Tensors without which others mean something else: scales, zero points, positions of experts.
 _MEANINGFUL = re.compile(
     r"scale|zero_?point|zeros|qweight|g_idx|absmax|amax|_packed|_blocks$|codebook|quant_state"
-    r"|rope_f|lora_|smooth"
+    r"|rope_f|lora_|smooth|proj\.bias$"
 )
 
 
 class Source:
     """Raises ModelError when transformers does not know the architecture.
 
-    `config` is the language model's; `outer` is the multimodal model around it, or None.
+    `config` is the language model's, as if it were not quantized; `outer` is the multimodal model
+    around it, or None.
     """
 
     def __init__(self, manifest: ModelManifest, text_only: TextOnly = "auto") -> None:
@@ -59,8 +61,10 @@ class Source:
             self._gguf = self.folder / manifest.files[0].path
             self._how["gguf_file"] = self._gguf.name
             self._facts = self._read_facts(self._gguf)
+        self.quantized = None if self._gguf else quantized_form(self.folder)
         self.config = self._read_config()
         self.outer: OuterModel | None = None
+        self._text_only = text_only
         if text_only is not False and is_multimodal(self.config):
             self.outer = OuterModel(self.config)
             self.config = self.outer.text_config
@@ -85,19 +89,38 @@ class Source:
         if self._gguf:
             config = gguf_config.complete(config, self._facts)
             gguf_config.require_all_read(config, self._facts)
+        for each in (config, config.get_text_config()):
+            if hasattr(each, "quantization_config"):
+                del each.quantization_config
         return config
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model with all weights in `dtype` on the CPU. Raises ModelError."""
         weights = {"use_safetensors": self.manifest.format == "safetensors"}
         how = self._how if self._gguf else self._how | weights
-        return load_model(self.folder, self.config, dtype, **how)
+        return load_model(self.folder, self.config, dtype, self.manifest.id, **how)
+
+    def unpacked(self, folder: Path, dtype: str, report: Report) -> Source:
+        """The checkpoint with plain weights in `dtype`, written to the new `folder`; itself, where
+        they are plain already. Raises ModelError."""
+        if self.quantized is None:
+            return self
+        import torch
+
+        from serving.engine.torch.weights.quantized.unpack import unpack_checkpoint
+
+        folder.mkdir()
+        plain = unpack_checkpoint(
+            self.manifest, self.quantized, folder, getattr(torch, dtype), report
+        )
+        return Source(plain, self._text_only)
 
     def text_checkpoint(self, folder: Path, report: Report) -> Source:
-        """The checkpoint of the language model alone, extracted to the empty `folder`; itself, where
+        """The checkpoint of the language model alone, extracted to the new `folder`; itself, where
         there is nothing else in it. Raises ModelError."""
         if self.outer is None:
             return self
+        folder.mkdir()
         text = Source(extract_text(self.manifest, self.outer, folder, report))
         text.reference_model = self.reference_model  # type: ignore[method-assign]
         return text
@@ -108,7 +131,7 @@ class Source:
 
     def save_config(self, target: Path) -> None:
         """Write config.json: the model's own, or what its GGUF file or multimodal one implies."""
-        if self._gguf or self.outer:
+        if self._gguf or self.outer or self.quantized:
             self.config.save_pretrained(target)
         else:
             shutil.copyfile(self.folder / "config.json", target / "config.json")
@@ -192,9 +215,9 @@ def _save_chat_template(folder: Path, target: Path) -> None:
 
 
 def load_model(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, **how: Any
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, model_id: str, **how: Any
 ) -> PreTrainedModel:
-    """Load for evaluation; every weight must be there. Raises ModelError.
+    """Load for evaluation; every weight must be there. Raises ModelError, which names `model_id`.
 
     Attention is `eager`: it honours every mask, cap and sink, where faster ones pass over some.
     """
@@ -213,19 +236,20 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as exc:
         raise ModelError(
-            f"{folder} cannot be loaded: {first_line(exc)}", remedy="fetch or copy the model again"
+            f"{model_id} cannot be loaded: {first_line(exc)}",
+            remedy="fetch or copy the model again",
         ) from exc
     if unused := sorted(name for name in info["unexpected_keys"] if _MEANINGFUL.search(name)):
         raise ModelError(
-            f"{folder} has {len(unused)} tensors that say how to read its weights, and that the "
+            f"{model_id} has {len(unused)} tensors that say how to read its weights, and that the "
             f"model would pass over: {', '.join(unused[:3])}",
-            remedy="use the unquantized original, or `engine.backend: tensorrt_llm` if its weights "
-            "are quantized",
+            remedy="use a copy whose config.json states how its weights are quantized, or one in "
+            "bfloat16",
         )
     # transformers fills what is missing with random numbers and goes on.
     if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         raise ModelError(
-            f"{folder} lacks {len(lacking)} weights: {', '.join(lacking[:3])}",
+            f"{model_id} lacks {len(lacking)} weights: {', '.join(lacking[:3])}",
             remedy="complete the model: it would run with random numbers in their place",
         )
     loaded: PreTrainedModel = model.eval()

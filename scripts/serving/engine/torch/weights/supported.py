@@ -7,8 +7,6 @@ breaks one of these is refused with the reason, before any weight is read.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import ModelError
@@ -20,8 +18,6 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
 # Fixed up to `context.model_max_len`: `dynamic` begins beyond max_position_embeddings.
 _FIXED_AT_FIRST = {"dynamic", "longrope"}
-_QUANTIZED_REMEDY = "use the unquantized original, or `engine.backend: tensorrt_llm` on GPUs"
-_MXFP4_REMEDY = "use `engine.backend: tensorrt_llm` on GPUs, or a copy converted to bfloat16"
 _MULTIMODAL_REMEDY = (
     "set `model.text_only: auto` to serve its language model, or choose a text model"
 )
@@ -34,11 +30,6 @@ def require_supported(config: PreTrainedConfig) -> None:
         remedy = _REMEDY
         if reason.startswith("it is multimodal"):
             remedy = _MULTIMODAL_REMEDY
-        if quantized := _quantized(config.to_dict()):
-            is_mxfp4 = reason == quantized and "mxfp4" in reason
-            remedy = (
-                _MXFP4_REMEDY if is_mxfp4 else _QUANTIZED_REMEDY if reason == quantized else remedy
-            )
         raise ModelError(f"the torch engine cannot run this model: {reason}", remedy=remedy)
 
 
@@ -49,7 +40,6 @@ def refusal(config: PreTrainedConfig) -> str | None:
         _wrong_kind(config, plain)
         or _wrong_attention(plain)
         or _wrong_positions(plain)
-        or _quantized(plain)
         or _wrong_class(config, plain)
     )
 
@@ -110,32 +100,6 @@ def _rotary(plain: dict[str, Any]) -> list[dict[str, Any]]:
     """The parameters of rotary positions: one set, or one for each type of layer."""
     rope = plain.get("rope_parameters") or plain.get("rope_scaling") or {}
     return [value for value in rope.values() if isinstance(value, dict)] or [rope]
-
-
-def _quantized(plain: dict[str, Any]) -> str | None:
-    quantization = plain.get("quantization_config")
-    if not quantization:
-        return None
-    return f"its weights are quantized ({quantization.get('quant_method', 'an unknown method')})"
-
-
-def require_plain_weights(folder: Path) -> None:
-    """Raises ModelError when hf_quant_config.json, which transformers does not read, says that the
-    weights are quantized (ModelOpt)."""
-    path = folder / "hf_quant_config.json"
-    if not path.exists():
-        return
-    try:
-        stated = json.loads(path.read_bytes()).get("quantization") or {}
-        algorithm = stated.get("quant_algo")
-    except (ValueError, AttributeError) as exc:
-        raise ModelError(f"{path} is damaged", remedy="fetch or copy the model again") from exc
-    if algorithm:
-        raise ModelError(
-            f"the torch engine cannot run this model: its weights are quantized ({algorithm} by "
-            "ModelOpt, as hf_quant_config.json says)",
-            remedy=_QUANTIZED_REMEDY,
-        )
 
 
 def model_class_of(config: PreTrainedConfig) -> Any:

@@ -17,6 +17,7 @@ from serving.config import EngineConfig, ModelConfig
 from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import EngineManifest, ModelManifest
 from serving.engine.torch.build import build_engine
+from serving.engine.torch.weights import shards
 from serving.engine.torch.weights.multimodal import extract
 from serving.engine.torch.weights.multimodal.outer_model import OuterModel
 from serving.errors import ModelError
@@ -125,7 +126,7 @@ def test_int8_engine_of_a_text_class_of_our_own(tmp_path: Path) -> None:
 def test_large_language_models_come_in_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extract, "_SHARD_BYTES", 200_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
     model = save(tmp_path / "model")
     build(model, tmp_path)
     engine = tmp_path / "engine"

@@ -1,14 +1,11 @@
 """Which models are refused, and why."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from serving.engine.torch.weights.context import model_max_len
 from serving.engine.torch.weights.supported import (
     refusal,
-    require_plain_weights,
     require_supported,
 )
 from serving.errors import ModelError
@@ -80,7 +77,6 @@ def test_models_with_plain_or_latent_kv_are_accepted(model_type: str) -> None:
         ("llama4_text", {}, "chunked_attention"),
         ("llava", {}, "multimodal"),
         ("stablelm", {}, "of its own"),
-        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "Classification"),
     ],
 )
@@ -131,24 +127,3 @@ def test_hybrid_family_is_accepted_where_all_layers_attend() -> None:
     micro = config("granitemoehybrid", layer_types=["attention"] * 4, **layers)
     assert refusal(micro) is None
     assert "linear_attention" in str(refusal(config("granitemoehybrid", **layers)))
-
-
-def test_quantized_checkpoints_are_told_where_they_can_run() -> None:
-    for method, remedy in (("mxfp4", "converted to bfloat16"), ("fp8", "unquantized original")):
-        with pytest.raises(ModelError, match=method) as failure:
-            require_supported(config("gpt_oss", quantization_config={"quant_method": method}))
-        assert remedy in failure.value.remedy
-        assert "tensorrt_llm" in failure.value.remedy
-
-
-@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])
-def test_quantization_that_only_modelopts_own_file_states_is_refused(
-    algorithm: str, tmp_path: Path
-) -> None:
-    require_plain_weights(tmp_path)
-    stated = tmp_path / "hf_quant_config.json"
-    stated.write_text(json.dumps({"quantization": {"quant_algo": None}}))
-    require_plain_weights(tmp_path)
-    stated.write_text(json.dumps({"quantization": {"quant_algo": algorithm}}))
-    with pytest.raises(ModelError, match=rf"quantized \({algorithm} by ModelOpt"):
-        require_plain_weights(tmp_path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +21,12 @@ import msgspec
 from serving.engine.files import human, require_space
 from serving.engine.manifest import ModelFile, ModelManifest
 from serving.engine.torch.weights.multimodal.outer_model import REMEDY, OuterModel
+from serving.engine.torch.weights.shards import write_shards
 from serving.errors import ModelError
 from serving.progress import Report
 
 if TYPE_CHECKING:
     import torch
-
-_SHARD_BYTES = 2 << 30
 
 
 class TensorPlace(NamedTuple):
@@ -83,7 +81,7 @@ def extract_text(
             report(
                 f"taking the language model's {human(size)} out of the checkpoint, without {names}"
             )
-            written = _write(_made(readers, recipes, outer), target)
+            written = write_shards(_made(readers, recipes, outer), target)
     except SafetensorError as exc:
         raise ModelError(
             f"the weights are damaged: {exc}", remedy="fetch or copy the model again"
@@ -180,38 +178,6 @@ def _made(
 
 def _reading(reader: Any, name: str) -> Any:
     return lambda: reader.get_tensor(name)
-
-
-def _write(weights: Iterator[tuple[str, torch.Tensor]], target: Path) -> list[str]:
-    """Shards and their index, or one file. Returns the names of the files."""
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        save_file(pending, target / _shard_name(len(shards)), metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in weights:
-        if pending and sum(each.nbytes for each in pending.values()) + tensor.nbytes > _SHARD_BYTES:
-            flush()
-        pending[name] = tensor.contiguous()
-    flush()
-    if len(shards) == 1:
-        (target / _shard_name(0)).rename(target / "model.safetensors")
-        return ["model.safetensors"]
-    places = {name: _shard_name(index) for index, names in enumerate(shards) for name in names}
-    size = sum((target / _shard_name(index)).stat().st_size for index in range(len(shards)))
-    content = {"metadata": {"total_size": size}, "weight_map": places}
-    index = "model.safetensors.index.json"
-    (target / index).write_text(json.dumps(content))
-    return [index, *map(_shard_name, range(len(shards)))]
-
-
-def _shard_name(index: int) -> str:
-    return f"model-{index + 1:05}.safetensors"
 
 
 def _open(folder: Path, files: Sequence[str], opened: contextlib.ExitStack) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Programs are killed, settings change: the service survives or recovers as promised."""
+"""Programs are killed, settings change: the service survives, and the next run restores it.
+
+Nothing is replaced by itself here (`healing/` tests that).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Any:
     """Two decode workers and one prefill worker of a tiny random model."""
     deployment = Deployment(
-        tmp_path_factory.mktemp("faults"), model=str(model), workers={"decode": 2}
+        tmp_path_factory.mktemp("faults"),
+        model=str(model),
+        workers={"decode": 2},
+        deployment={"restart": "never"},
     )
     with running(deployment, "serve_disagg"):
         yield deployment

@@ -19,6 +19,7 @@ LAYERS = [
         "config",
         "model_folder",
         "progress",
+        "restarts",
         "console",
         "gpus",
         "host_memory",

@@ -25,7 +25,12 @@ class KvTransferConfig(Section, frozen=True):
     connect_s: Annotated[Seconds, Meta(description="Deadline for reaching the prefill worker.")] = (
         5.0
     )
-    transfer_s: Annotated[Seconds, Meta(description="Deadline for one request's blocks.")] = 30.0
+    transfer_s: Annotated[
+        Seconds,
+        Meta(
+            description="Longest deadline for one request's blocks. It is shorter, by the size and by the pace of earlier transfers, once there were any: at least 3 s."
+        ),
+    ] = 30.0
     hold_s: Annotated[
         Seconds,
         Meta(description="A prefill worker frees blocks that nobody fetched after this time."),

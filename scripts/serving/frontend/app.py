@@ -39,6 +39,7 @@ from serving.frontend.http.call import CompletionRoute
 from serving.frontend.http.replies import error_response
 from serving.frontend.instances import Instances
 from serving.frontend.metrics.registry import Metrics
+from serving.frontend.metrics.restarts import RestartMetrics
 from serving.frontend.metrics.router import RouterMetrics
 from serving.frontend.pipeline import Pipeline
 from serving.frontend.process_group import ProcessSlot
@@ -94,6 +95,7 @@ async def lifespan(
         events.on_reconnect = instances.on_reconnect
         await events.subscribe(instances.on_kv, instances.on_load)
         metrics.add(RouterMetrics(router, events.counters))
+        metrics.add(RestartMetrics())
         discovery = await stack.enter_async_context(Discovery.from_settings(control))
         forever = [
             tasks.create_task(instances.synchronise_forever(), name="synchronise"),

@@ -32,6 +32,7 @@ from serving.kv_transfer.messages import (
     Stopped,
     chunk_ranges,
 )
+from serving.kv_transfer.pace import TransferPace
 from serving.kv_transfer.staging import StagingMemory
 from serving.kv_transfer.staging_pool import BorrowedBuffers, Buffer
 from serving.kv_transfer.transport import SETTLE_S, TransferChannel, TransferEndpoint
@@ -53,6 +54,7 @@ class Puller:
         self._none_running = asyncio.Event()
         self._none_running.set()
         self._closed = False
+        self._pace = TransferPace(endpoint.config.transfer_s)
         # The upper bits are random, so that a late chunk of an earlier process or of a failed pull
         # is never mistaken for a chunk of this one.
         self._tags = itertools.count(secrets.randbits(39) << 24, 1 << 24)
@@ -100,7 +102,10 @@ class Puller:
             tag=next(self._tags),
             more_follows=more_follows,
         )
-        async with self._deadline(params, self._endpoint.config.transfer_s):
+        num_bytes = num_blocks * self._endpoint.layout.block_bytes
+        began = asyncio.get_running_loop().time()
+        limit_s = self._pace.limit_s(num_bytes, len(self._running))
+        async with self._deadline(params, limit_s):
             on_gpu = in_place = False
             if num_blocks:
                 on_gpu, in_place = await self._channels.memory_paths(params.address)
@@ -108,7 +113,9 @@ class Puller:
                 await self._pull_in_place(params.address, request, sink)
             else:
                 await self._pull_staged(params.address, request, on_gpu, sink)
-        return num_blocks * self._endpoint.layout.block_bytes
+        if num_bytes:
+            self._pace.took(num_bytes, asyncio.get_running_loop().time() - began)
+        return num_bytes
 
     async def close(self) -> None:
         """Fail the pulls under way, then close every channel."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving.kv_transfer import pace
 from serving.protocol import EngineOutput
 from unit.engine.torch_rig import generate, greedy, random_prompts, save_model
 from unit.worker.pair import running_pair
@@ -42,6 +45,28 @@ async def test_unexpected_exception_in_a_fetch_costs_neither_the_worker_nor_the_
         assert answers == [generate(model, prompt, NUM_TOKENS) for prompt in prompts]
         totals = pair.decode.handover.transfers
         assert (totals.kv_transfer_failures, totals.local_prefill_fallbacks) == (1, 1)
+
+
+async def test_fetch_from_a_source_that_stops_ends_long_before_the_configured_deadline(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "LEAST_S", 0.2)
+    prompts = random_prompts([LENGTH, LENGTH + 1])
+    async with running_pair(model, overlap=False, hold_s=2.0) as pair:
+        await pair.answer("first", prompts[0], greedy(NUM_TOKENS))
+        read, released = pair.prefill.engine.kv.read, threading.Event()
+
+        def wait_and_read(*args: Any) -> None:
+            released.wait(20)
+            read(*args)
+
+        pair.prefill.engine.kv.read = wait_and_read  # type: ignore[method-assign]
+        began = time.monotonic()
+        answer = await pair.answer("second", prompts[1], greedy(NUM_TOKENS))
+        assert time.monotonic() - began < 10, "transfer_s is 30 s"
+        released.set()
+        assert answer == generate(model, prompts[1], NUM_TOKENS)
+        assert pair.decode.handover.transfers.local_prefill_fallbacks == 1
 
 
 async def test_output_that_cannot_be_handed_over_ends_its_own_request_only(model: Path) -> None:

@@ -136,6 +136,14 @@ class SlurmJobs:
         _file(spec.name, "json").write_bytes(msgspec.json.encode(job))
         return self._info(spec.name, job)
 
+    def requeue(self, name: str) -> str:
+        """Let a job that ended run again, under its number. Returns Slurm's words when it refuses."""
+        job = _submitted(name)
+        if job is None:
+            return "it was not submitted"
+        done = run_slurm(["scontrol", "requeue", str(job.job_id)], command_s=self._command_s)
+        return done.stderr.strip() or "no reason" if done.returncode else ""
+
     def stop(self, names: Sequence[str]) -> None:
         """Let these jobs drain together, then cancel what is left.
 

@@ -19,6 +19,7 @@ from msgspec import Struct
 from serving.config import ResolvedConfig
 from serving.config.resolve import gpus_per_worker, is_joining_node, topology_roles, uses_slurm
 from serving.deploy.cluster.slurm import SlurmJobs
+from serving.deploy.healing.restart_policy import restart_policy
 from serving.deploy.planning.gpu_assignment import existing_gpus, usable_gpus
 from serving.deploy.planning.invocation import Invocation, from_terminal, read_command_line
 from serving.deploy.planning.plan import plan_deployment
@@ -80,7 +81,7 @@ class Deployment(Struct, frozen=True, kw_only=True):
     @property
     def record(self) -> TopologyRecord:
         """What to write down as deployed."""
-        return topology_record(self.plan)
+        return topology_record(self.plan, restart_policy(self.config))
 
     @property
     def starts_for_smoke_test(self) -> bool:

@@ -22,6 +22,9 @@ from serving.deploy.cluster.slurm import SlurmJobs
 from serving.deploy.cluster.slurm_commands import inside_allocation, step_command
 from serving.deploy.containers.run_command import runs_in_container
 from serving.deploy.containers.worker_command import contain_worker
+from serving.deploy.healing.etcd_data import DAMAGED, set_etcd_data_aside
+from serving.deploy.healing.kept_programs import KeptProgram, keep, let_go, remove_traces
+from serving.deploy.healing.watcher_program import ensure_watcher
 from serving.deploy.planning.control_services import NATS_TOKEN
 from serving.deploy.planning.gpu_assignment import existing_gpus, usable_gpus
 from serving.deploy.planning.plan import worker_environment
@@ -41,6 +44,7 @@ from serving.deploy.security.secret_files import (
 )
 from serving.errors import OperatorError
 from serving.progress import Report
+from serving.restarts import forget_restarts
 
 _SET_ON_THE_NODE = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"}
 """Variables that a Slurm job sets by itself."""
@@ -60,12 +64,31 @@ def launch(program: Program, config: Config, report: Report) -> None:
             info = _start(launcher, program, config)
             report(f"{program.name}: started ({_location(info)}), log: {log.path}")
         wait_for_resources(launcher, program.name, config, report)
-        wait_until_ready(launcher, program, info, log, report)
+        try:
+            wait_until_ready(launcher, program, info, log, report)
+        except OperatorError as exc:
+            if program.name != "etcd":
+                raise
+            info = _start_etcd_empty(launcher, program, config, report, exc)
+            wait_until_ready(launcher, program, info, log, report)
         if program.name == "frontend":
             require_first_answer(program)
     write_marker(info, RUN)
+    _keep_running(launcher, program, config)
     offer = _offer(program.name)
     report(f"{program.name}: ready after {time.monotonic() - started:.1f} s{offer}")
+
+
+def _start_etcd_empty(
+    launcher: Launcher, program: Program, config: Config, report: Report, failure: OperatorError
+) -> ProcessInfo:
+    """It holds leases only, so data that it cannot use are no loss. Raises `failure` without any."""
+    launcher.stop([program.name])
+    if not set_etcd_data_aside():
+        raise failure
+    report(f"{program.name}: {failure.what.splitlines()[0]}")
+    report(f"{program.name}: its data are set aside in {DAMAGED}; it starts empty")
+    return _start(launcher, program, config)
 
 
 def _offer(name: str) -> str:
@@ -83,6 +106,7 @@ def _stopped_on_failure(launcher: Launcher, name: str) -> Iterator[None]:
     try:
         yield
     except OperatorError:
+        let_go([name])
         launcher.stop([name])
         raise
 
@@ -94,6 +118,14 @@ def _launcher(program: Program, config: Config) -> Launcher:
     return Supervisor()
 
 
+def _keep_running(launcher: Launcher, program: Program, config: Config) -> None:
+    """Let the watcher start it again, from now on."""
+    spec = _slurm_spec(_spec(program, config), program, config)
+    supervisor = launcher if isinstance(launcher, Supervisor) else Supervisor()
+    keep(KeptProgram(program=program, spec=supervisor.with_environment(spec)))
+    ensure_watcher(supervisor)
+
+
 def _location(info: ProcessInfo) -> str:
     return info.location or f"pid {info.pid}"
 
@@ -103,7 +135,9 @@ def _is_slurm_worker(program: Program, config: Config) -> bool:
 
 
 def _start(launcher: Launcher, program: Program, config: Config) -> ProcessInfo:
+    let_go([program.name])
     launcher.stop([program.name])
+    forget_restarts(program.name)
     ports.require_ports(program.host, program.ports, RUN)
     _write_settings(program)
     spec = _spec(program, config)
@@ -158,8 +192,7 @@ def _slurm_spec(spec: ProgramSpec, program: Program, config: Config) -> ProgramS
 
 def _write_settings(program: Program) -> None:
     """Remove the files of an earlier start, and write the settings and the secrets they name."""
-    for leftover in ("ready", "sock", "up"):
-        (RUN / f"{program.name}.{leftover}").unlink(missing_ok=True)
+    remove_traces(program.name)
     text = program.settings
     ensure_named_secrets(text + " ".join(program.command), program.host)
     if not program.settings_file:

@@ -14,6 +14,9 @@ from msgspec import Struct
 
 RUN = Path("run")
 LOGS = Path("logs")
+WATCHER = "watcher"
+"""The program that starts the others again. Like supervisord it is part of the machinery: it is in
+no plan, and no launcher lists it."""
 
 
 class ProgramSpec(Struct, frozen=True, kw_only=True):
@@ -23,6 +26,7 @@ class ProgramSpec(Struct, frozen=True, kw_only=True):
     that reads its log dies, a Go program dies with its next log line, and a Python program does
     not. `removal` is a command that removes what may outlive the process: its container.
     `num_gpus` is the number of GPUs that the program computes on; only Slurm needs it.
+    `by_supervisord`: supervisord starts it again whenever it ends, as it does only for the watcher.
     """
 
     name: str
@@ -34,6 +38,7 @@ class ProgramSpec(Struct, frozen=True, kw_only=True):
     owns_log: bool = False
     removal: Sequence[str] = ()
     num_gpus: int = 0
+    by_supervisord: bool = False
 
 
 class ProcessInfo(Struct, frozen=True, kw_only=True):

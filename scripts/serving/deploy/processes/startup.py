@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from serving.config import Config
+from serving.deploy.healing.exits import how_it_ended
 from serving.deploy.planning.program import Program
 from serving.deploy.processes.launchers import Launcher, ProcessInfo
 from serving.deploy.processes.program_log import ProgramLog
@@ -12,6 +13,8 @@ from serving.deploy.processes.readiness import probe_for
 from serving.errors import OperatorError
 from serving.progress import Report
 
+OUT_OF_SPACE = "NOSPACE"
+"""etcd's alarm, which stays raised when there is room again."""
 REPORT_EVERY_S = 5.0
 REPORT_PENDING_EVERY_S = 30.0
 
@@ -43,8 +46,15 @@ def wait_until_ready(
         now = time.monotonic()
         current = launcher.state().get(program.name)
         if current is None or not current.running or current.pid != info.pid:
-            how = f"exit status {current.exit_status}" if current is not None else "it was stopped"
+            how = "it was stopped"
+            if current is not None:
+                how = how_it_ended(program.name, current.exit_status)
             raise log.startup_failure(program.name, how)
+        if OUT_OF_SPACE in missing:
+            raise OperatorError(
+                f"{program.name} stores nothing any more: {missing}",
+                remedy="free space on the disk of `run/`, or delete run/etcd: it only holds leases",
+            )
         if now - started > program.start_s:
             raise OperatorError(
                 f"{program.name} was not ready after {program.start_s:g} s: {missing}",

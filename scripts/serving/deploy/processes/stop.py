@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from serving.config import Config
 from serving.config.resolve import is_joining_node
 from serving.deploy.cluster.slurm import SlurmJobs
+from serving.deploy.healing.kept_programs import remove_traces
+from serving.deploy.healing.watcher_program import ensure_watcher
 from serving.deploy.planning.program import stop_tiers
 from serving.deploy.processes import ports
-from serving.deploy.processes.launchers import RUN
+from serving.deploy.processes.launchers import RUN, WATCHER
 from serving.deploy.processes.supervisor import Supervisor
 from serving.deploy.processes.tags import deployed_processes
 from serving.deploy.processes.topology_record import (
@@ -25,6 +27,7 @@ from serving.deploy.processes.topology_record import (
 )
 from serving.errors import ConfigError, OperatorError
 from serving.progress import Report
+from serving.restarts import forget_restarts
 
 _LEFTOVERS = (
     "*.up",
@@ -40,7 +43,7 @@ _LEFTOVERS = (
     "*.lock",
     "responses.sqlite*",
 )
-_FOLDERS = ("programs", "etcd", "slurm")
+_FOLDERS = ("programs", "etcd", "etcd.damaged", "slurm", "restarts")
 """Secrets stay, since clients have the API keys, and other nodes have the join file."""
 
 
@@ -51,6 +54,7 @@ def stop_obsolete(wanted: TopologyRecord, report: Report) -> None:
     running = {**supervisor.state(), **SlurmJobs().state()}
     _stop(supervisor, obsolete_programs(wanted, running), report)
     write_record(wanted, RUN)
+    ensure_watcher(supervisor)
 
 
 def stop_all(config: Config, report: Report) -> None:
@@ -60,7 +64,8 @@ def stop_all(config: Config, report: Report) -> None:
     """
     supervisor = Supervisor()
     names = [*supervisor.state(), *SlurmJobs().state()]
-    strays = sorted({tag.program for _, tag in supervisor.orphans()} - {""})
+    strays = sorted({tag.program for _, tag in supervisor.orphans()} - {"", WATCHER})
+    supervisor.stop([WATCHER])
     _stop(supervisor, names, report)
     if strays:
         report(f"stopping {', '.join(strays)}, which run without their supervisor")
@@ -82,8 +87,9 @@ def _stop(supervisor: Supervisor, names: Sequence[str], report: Report) -> None:
         supervisor.stop(tier)
         SlurmJobs().stop(tier)
         for name in tier:
-            for leftover in ("up", "ready", "sock", "json"):
-                (RUN / f"{name}.{leftover}").unlink(missing_ok=True)
+            remove_traces(name)
+            (RUN / f"{name}.json").unlink(missing_ok=True)
+            forget_restarts(name)
 
 
 def _tidy() -> None:

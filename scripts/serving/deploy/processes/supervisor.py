@@ -24,8 +24,9 @@ import psutil
 from msgspec.structs import replace
 
 from serving.deploy.containers.removal import remove_container
+from serving.deploy.healing.kept_programs import keep_file, let_go
 from serving.deploy.processes import tags
-from serving.deploy.processes.launchers import LOGS, RUN, ProcessInfo, ProgramSpec
+from serving.deploy.processes.launchers import LOGS, RUN, WATCHER, ProcessInfo, ProgramSpec
 from serving.deploy.processes.supervisor_conf import (
     CONF,
     LOG,
@@ -75,7 +76,14 @@ class Supervisor:
             return False
 
     def state(self) -> dict[str, ProcessInfo]:
-        """Every program supervisord knows; empty when it does not answer."""
+        """Every program supervisord knows, without the watcher; empty when it does not answer."""
+        return {name: info for name, info in self._state().items() if name != WATCHER}
+
+    def watcher(self) -> ProcessInfo | None:
+        """The program that keeps the others running; None when it was not started."""
+        return self._state().get(WATCHER)
+
+    def _state(self) -> dict[str, ProcessInfo]:
         try:
             rows = self._rpc.call("getAllProcessInfo")
         except OSError:
@@ -111,8 +119,9 @@ class Supervisor:
             self._stop_orphans()
             for stale in (SOCKET, RUN / "supervisord.pid"):
                 stale.unlink(missing_ok=True)
-            for conf in PROGRAMS.glob("*.conf"):
-                conf.unlink()
+            for pattern in ("*.conf", "*.keep"):
+                for file in PROGRAMS.glob(pattern):
+                    file.unlink()
             CONF.write_text(supervisord_conf())
             self._boot()
 
@@ -122,28 +131,51 @@ class Supervisor:
         Raises OperatorError when it cannot be executed; then nothing of it stays behind.
         """
         self.stop([spec.name])
+        spec = self.with_environment(spec)
+        with self._lock():
+            return self._launch(spec)
+
+    def restart(self, spec: ProgramSpec) -> ProcessInfo | None:
+        """Start a program again that has ended by itself, as a new launch.
+
+        None when it runs, or when somebody stops it meanwhile. Raises OperatorError as `start`
+        does. `spec` must be what `with_environment` returned.
+        """
+        end_processes(self._tagged([spec.name]), grace_s=KILL_GRACE_S)  # of a group without leader
+        self._remove_leftovers([spec.name])
+        with self._lock():
+            info = self._state().get(spec.name)
+            if not keep_file(spec.name).exists() or (info and info.state in _LIVE):
+                return None
+            self._tolerant("removeProcessGroup", spec.name)
+            return self._launch(spec)
+
+    def with_environment(self, spec: ProgramSpec) -> ProgramSpec:
+        """`spec` with the variables that a person exported since supervisord began."""
+        return replace(spec, env={**self._environment_since_boot(), **spec.env})
+
+    def _launch(self, spec: ProgramSpec) -> ProcessInfo:
+        """Called under the lock, when supervisord does not have the program."""
         if spec.removal:
             remove_container(spec.removal)  # left by a deployment whose `run` folder was deleted
             self._removal(spec.name).write_text(json.dumps(list(spec.removal)))
         launch_id = secrets.token_hex(16)
         conf = PROGRAMS / f"{spec.name}.conf"
         temporary = conf.with_suffix(".tmp")
-        spec = replace(spec, env={**self._environment_since_boot(), **spec.env})
         temporary.write_text(program_conf(spec, self.deployment, launch_id))
-        with self._lock():
-            temporary.replace(conf)
-            try:
-                self._rpc.call("reloadConfig")
-                self._rpc.call("addProcessGroup", spec.name)
-                self._rpc.call("startProcess", spec.name, False)
-            except xmlrpc.client.Fault as fault:
-                self._tolerant("removeProcessGroup", spec.name)
-                conf.unlink()
-                raise OperatorError(
-                    f"{spec.name} cannot be started: {fault.faultString}",
-                    remedy=f"check that {spec.command[0]} exists and can be executed; see {LOG}",
-                ) from None
-        info = self.state()[spec.name]
+        temporary.replace(conf)
+        try:
+            self._rpc.call("reloadConfig")
+            self._rpc.call("addProcessGroup", spec.name)
+            self._rpc.call("startProcess", spec.name, False)
+        except xmlrpc.client.Fault as fault:
+            self._tolerant("removeProcessGroup", spec.name)
+            conf.unlink()
+            raise OperatorError(
+                f"{spec.name} cannot be started: {fault.faultString}",
+                remedy=f"check that {spec.command[0]} exists and can be executed; see {LOG}",
+            ) from None
+        info = self._state()[spec.name]
         # The process may not have executed the program yet, so its environment is no evidence.
         return replace(info, fingerprint=spec.fingerprint, engine=spec.engine, launch_id=launch_id)
 
@@ -155,15 +187,16 @@ class Supervisor:
         """
         if not RUN.is_dir():
             return
-        known = self.state()
+        with self._lock():  # from here on, the watcher starts none of them
+            let_go(names)
+        known = self._state()
         mine = [name for name in names if name in known]
         for name in mine:
             if known[name].state in _LIVE:
                 self._tolerant("stopProcess", name, False)
         self._wait_stopped(mine)
         # Whatever left its process group, or outlived its leader, is found by its tag.
-        left = [p for p, tag in deployed_processes(RUN) if tag.program and tag.program in names]
-        end_processes(left, grace_s=KILL_GRACE_S)
+        end_processes(self._tagged(names), grace_s=KILL_GRACE_S)
         with self._lock():
             for name in mine:
                 self._tolerant("removeProcessGroup", name)
@@ -183,6 +216,9 @@ class Supervisor:
         self._remove_leftovers([path.stem for path in PROGRAMS.glob("*.removal")])
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _tagged(self, names: Sequence[str]) -> list[psutil.Process]:
+        return [p for p, tag in deployed_processes(RUN) if tag.program and tag.program in names]
 
     def _stop_orphans(self) -> None:
         """Programs that serve requests first, so that they can drain; a stray supervisord last."""
@@ -243,7 +279,7 @@ class Supervisor:
             promised = [row["stopwaitsecs"] for row in rows if row["name"] in names]
         ends = time.monotonic() + max(promised, default=0.0) + KILL_GRACE_S
         while time.monotonic() < ends:
-            state = self.state()
+            state = self._state()
             if not any(name in state and state[name].state in _LIVE for name in names):
                 return
             time.sleep(_POLL_S)

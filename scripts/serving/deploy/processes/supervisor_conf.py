@@ -22,6 +22,8 @@ LOG = LOGS / "supervisord.log"
 
 _LOG_BYTES = 20 * 1024 * 1024
 _LOG_BACKUPS = 3
+_LEFT_ALONE = "autorestart = false\nstartretries = 0\nstartsecs = 0"
+_RESTARTED = "autorestart = true\nstartretries = 100\nstartsecs = 1"
 _OPEN_FILES = 8192
 
 
@@ -76,9 +78,7 @@ def program_conf(spec: ProgramSpec, deployment: str, launch_id: str) -> str:
 command = {_escaped("command", shlex.join(command))}
 environment = {settings}
 autostart = false
-autorestart = false
-startretries = 0
-startsecs = 0
+{_RESTARTED if spec.by_supervisord else _LEFT_ALONE}
 stopsignal = TERM
 stopasgroup = true
 killasgroup = true

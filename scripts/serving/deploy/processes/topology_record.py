@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from serving.config import Topology
+from serving.deploy.healing.restart_policy import RestartPolicy
 from serving.deploy.planning.program import DeploymentPlan
 from serving.deploy.processes.launchers import ProcessInfo
 
@@ -19,18 +20,21 @@ again, and a run that fails before that rule would leave no record of what still
 
 
 class TopologyRecord(Struct, frozen=True, kw_only=True):
-    """A deployment plan without its programs' settings."""
+    """A deployment plan without its programs' settings. The watcher reads `restart` here, so that
+    a change of it restarts no program."""
 
     topology: Topology
     programs: list[str]
     engine_fingerprint: str
+    restart: RestartPolicy = RestartPolicy()
 
 
-def topology_record(plan: DeploymentPlan) -> TopologyRecord:
+def topology_record(plan: DeploymentPlan, restart: RestartPolicy | None = None) -> TopologyRecord:
     return TopologyRecord(
         topology=plan.topology,
         programs=list(plan.fingerprints),
         engine_fingerprint=plan.engine_fingerprint,
+        restart=restart or RestartPolicy(),
     )
 
 

@@ -27,7 +27,8 @@ class Evidence(Struct, frozen=True, kw_only=True):
     `logs` has the last lines of those that do not run. `ready` is the body of the frontend's
     `/ready`. `own_instances` are those that workers of this machine host. `reporting` are the instances whose load reports arrived, and `snapshots` the number
     of block hashes that each instance caches, or why it did not answer. With a `position` other
-    than `alone`, other machines have workers too; a `node` has no frontend.
+    than `alone`, other machines have workers too; a `node` has no frontend. `restarts` describes the
+    programs that ended by themselves.
     """
 
     supervisor: bool
@@ -42,6 +43,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     ready: dict[str, Any] | None = None
     reporting: set[str] | None = None
     snapshots: dict[str, int | str] = {}
+    restarts: dict[str, str] = {}
     position: Position = "alone"
 
 
@@ -76,7 +78,18 @@ def _programs(evidence: Evidence) -> Iterable[Finding]:
         state = evidence.states.get(name, "not started")
         last_lines = " | ".join(evidence.logs.get(name, []))
         detail = f"{state}; its log ends: {last_lines}" if last_lines else state
+        history = evidence.restarts.get(name, "")
+        if state != "RUNNING" and history:
+            detail = f"{history}; {detail}"
         yield Finding(name, state == "RUNNING", detail, f"read logs/{name}.log; then {_START}")
+        if state == "RUNNING" and history:
+            yield Finding(
+                f"{name} stays up",
+                False,
+                history,
+                f"logs/{name}.log shows what happened before it ended",
+                warning=True,
+            )
 
 
 def _control_services(evidence: Evidence) -> Iterable[Finding]:
@@ -158,6 +171,14 @@ def _frontend(evidence: Evidence) -> Iterable[Finding]:
         yield Finding(f"{instance} accepted", False, f"refused: {reason}", "restart it: " + _START)
     connected = {row["instance_id"] for row in state["instances"]}
     lost = {info.instance_id for info in evidence.instances or []} - connected
+    for row in state["instances"]:
+        if row.get("wedged"):
+            yield Finding(
+                f"{row['instance_id']} computes",
+                False,
+                f"it gets no requests: {row['wedged']}",
+                f"it is replaced by itself; logs/worker-{row['instance_id']}.log shows where it hung",
+            )
     for instance in sorted(lost - set(state.get("refused", {}))):
         yield Finding(
             f"{instance} connected",

@@ -6,6 +6,7 @@ Collecting changes nothing and sends no request to a model. `diagnosis` judges t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from serving.config import MULTINODE, Config
 from serving.config.process import ControlServices
 from serving.config.resolve import is_joining_node
 from serving.deploy.cluster.slurm import SlurmJobs
+from serving.deploy.healing.restart_policy import describe
 from serving.deploy.processes.launchers import LOGS, RUN
 from serving.deploy.processes.supervisor import Supervisor
 from serving.deploy.report.diagnosis import Evidence, Position
@@ -27,6 +29,7 @@ from serving.errors import OperatorError, ServingError
 from serving.events import EventPlane
 from serving.load_report import LoadReport
 from serving.protocol import InstanceInfo, KvEventBatch
+from serving.restarts import read_restarts
 
 ASK_S = 3.0
 LISTEN_S = 2.5
@@ -54,9 +57,17 @@ async def collect_evidence(spec: ServiceSpec, position: Position) -> Evidence:
         programs = ["etcd", "nats", *programs]
     answers_supervisor = supervisor.answers()
     logs = {name: last_words(name) for name in programs if states.get(name) != "RUNNING"}
+    now = time.time()
+    restarts = {name: describe(record, now) for name, record in read_restarts().items()}
     control = frontend.control if frontend else workers[0].control if workers else None
     if control is None:
-        return Evidence(supervisor=answers_supervisor, programs=programs, states=states, logs=logs)
+        return Evidence(
+            supervisor=answers_supervisor,
+            programs=programs,
+            states=states,
+            logs=logs,
+            restarts=restarts,
+        )
     etcd_error, nats_error = await asyncio.gather(_try_etcd(control), _try_nats(control.nats_url))
     ready, frontend_error = None, ""
     if position != "node":
@@ -84,6 +95,7 @@ async def collect_evidence(spec: ServiceSpec, position: Position) -> Evidence:
         ready=ready,
         reporting=reporting,
         snapshots=snapshots,
+        restarts=restarts,
         position=position,
     )
 

@@ -14,8 +14,10 @@ from serving.config.process import ControlServices, FrontendSettings, read_setti
 from serving.config.resolve import is_joining_node
 from serving.console import coloured, table_lines
 from serving.deploy.cluster.slurm import SlurmJobs
+from serving.deploy.healing.exits import how_it_ended
+from serving.deploy.healing.restart_policy import describe
 from serving.deploy.planning.program import stop_tiers
-from serving.deploy.processes.launchers import LOGS, RUN, ProcessInfo
+from serving.deploy.processes.launchers import LOGS, RUN, WATCHER, ProcessInfo
 from serving.deploy.processes.markers import read_marker
 from serving.deploy.processes.supervisor import Supervisor
 from serving.deploy.processes.tags import deployed_processes
@@ -30,6 +32,9 @@ from serving.deploy.report.service_spec import read_running_settings
 from serving.deploy.security.api_access import url_scheme
 from serving.load_report import LoadReport, status_columns
 from serving.progress import Report
+from serving.restarts import RestartRecord, read_restarts
+
+_WEDGED = "gets no requests"
 
 
 def report_status(config: Config, report: Report) -> None:
@@ -40,7 +45,9 @@ def report_status(config: Config, report: Report) -> None:
 
 def status_lines(config: Config) -> list[str]:
     programs = {**Supervisor().state(), **SlurmJobs().state()} if RUN.is_dir() else {}
-    strays = {tag.program for _, tag in deployed_processes(RUN)} - {""} if not programs else set()
+    strays = set()
+    if not programs:
+        strays = {tag.program for _, tag in deployed_processes(RUN)} - {"", WATCHER}
     if not programs and not strays:
         return ["", "Nothing runs here. Start it with: snakemake serve_disagg", ""]
     listen = _frontend_config(config)
@@ -73,7 +80,11 @@ def _program_lines(
     """Programs in the order of their start, then those that should run and do not."""
     record = read_record(RUN)
     ordered = [name for tier in reversed(stop_tiers(sorted(programs))) for name in tier]
-    rows = [_program_row(programs[name], control, answers) for name in ordered]
+    restarts = read_restarts()
+    rows = [
+        _program_row(programs[name], control, answers, restarts.get(name, RestartRecord()))
+        for name in ordered
+    ]
     rows += [
         (name, "missing", "-", "-", "run the serve target again")
         for name in (record.programs if record else [])
@@ -87,6 +98,8 @@ def _service_lines(config: Config, listen: FrontendConfig, answers: ServiceAnswe
     ready = answers.ready
     model = str(ready.get("model") or config.model.name or config.model.id)
     verdict = coloured("ready")
+    if missing := ready.get("missing_roles"):
+        verdict += f", without {' and '.join(missing)} workers"
     if not ready.get("ready"):
         verdict = f"{coloured('not ready')}: {ready.get('reason') or 'no answer'}"
     noise = " (dummy weights: answers are noise)" if ready.get("dummy_weights") else ""
@@ -164,18 +177,30 @@ def _topology(answers: ServiceAnswers) -> str:
 
 
 def _program_row(
-    info: ProcessInfo, control: ControlServices | None, answers: ServiceAnswers
+    info: ProcessInfo,
+    control: ControlServices | None,
+    answers: ServiceAnswers,
+    restarts: RestartRecord,
 ) -> tuple[str, ...]:
+    history = describe(restarts, time.time())
     if not info.running:
-        state = f"{info.state.lower()} ({info.exit_status})"
-        return (info.name, state, "-", "-", f"see {LOGS / info.name}.log")
+        how = how_it_ended(info.name, info.exit_status)
+        state = f"{info.state.lower()} ({how})" if not info.location else info.state.lower()
+        return (info.name, state, "-", "-", _end_note(info, history))
     marker = read_marker(RUN / f"{info.name}.up")
     proven = marker is not None and marker.launch_id == info.launch_id
     health = _health(info.name, control, answers) if proven else "starting"
     pid = info.location or str(info.pid)
     if info.state != "RUNNING" and info.location:
         return (info.name, "waiting", pid, "-", SlurmJobs().pending_reason(info.name))
-    return (info.name, "running", pid, duration(time.time() - info.started), health)
+    state = "wedged" if health.startswith(_WEDGED) else "running"
+    shown = f"{health}; {history}" if history else health
+    return (info.name, state, pid, duration(time.time() - info.started), shown)
+
+
+def _end_note(info: ProcessInfo, history: str) -> str:
+    see = f"see {LOGS / info.name}.log"
+    return f"{history}; {see}" if history else see
 
 
 def _health(name: str, control: ControlServices | None, answers: ServiceAnswers) -> str:
@@ -195,6 +220,11 @@ def _health(name: str, control: ControlServices | None, answers: ServiceAnswers)
         row.get("instance_id"): row.get("breaker") for row in answers.ready.get("instances") or []
     }
     instance_id = name.removeprefix("worker-")
+    wedged = {
+        row.get("instance_id"): row.get("wedged") for row in answers.ready.get("instances") or []
+    }
+    if reason := wedged.get(instance_id):
+        return f"{_WEDGED}: {reason}"
     if instance_id not in breakers:
         return "not registered" if answers.ready.get("joined") else "not routed to"
     return "ready" if breakers[instance_id] in (None, "closed") else "failed recently: avoided"

@@ -61,7 +61,7 @@ class EngineConfig(Section, frozen=True):
     kv_cache_dtype: Annotated[
         Literal["auto", "bfloat16", "float8_e4m3fn"],
         Meta(
-            description="Type of KV in the torch engine. `auto`: the type of the weights. `float8_e4m3fn` needs a quarter of float32's memory and keeps 3 bits of mantissa."
+            description="Type of KV in the torch engine. `auto`: the type of the weights. `float8_e4m3fn` needs a quarter of float32's memory and keeps 3 bits of mantissa; models with latent attention (MLA) refuse it."
         ),
     ] = "auto"
     host_cache_bytes: Annotated[

@@ -65,5 +65,4 @@ ROWS = [
     Row("DeepSeek V3.2", "deepseek_v32", "refused"),
     Row("GLM-5", "glm_moe_dsa", "refused"),
     Row("Kimi Linear", "kimi_linear", "refused"),
-    Row("Mistral 4 (text)", "mistral4", "refused"),
 ]  # fmt: skip

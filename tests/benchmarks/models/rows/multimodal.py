@@ -72,6 +72,9 @@ ROWS = [
         "text_config": {"model_type": "ministral3"},
         "vision_config": {**_VIT, "model_type": "pixtral"}, "tie_word_embeddings": True,
     }),
+    Row("Mistral Small 4", "mistral3", values={
+        "text_config": {"model_type": "mistral4"}, "vision_config": {**_VIT, "model_type": "pixtral"},
+    }),
     Row("Qwen2-VL", "qwen2_vl", values={"text_config": _QWEN2_TEXT, "vision_config": {**_QWEN2_VIT, "hidden_size": 64}}),
     Row("Qwen2.5-VL", "qwen2_5_vl", values={"text_config": _QWEN2_TEXT, "vision_config": _QWEN25_VIT}),
     Row("Qwen3-VL", "qwen3_vl", values={

@@ -70,6 +70,8 @@ class EtcdClient:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", int(MAX_BACKOFF_S * 1000)),
+            # A proxy of the environment is for the world outside, never for our own programs.
+            ("grpc.enable_http_proxy", 0),
         ]
         if join_file:
             certificate, key, authority = read_join_file(join_file)

@@ -204,3 +204,26 @@ def test_int8_is_for_the_torch_engine_on_cpu(other: dict[str, Any]) -> None:
     error = refusal({"engine": {"dtype": "int8", **other}})
     assert error.key == "engine.dtype"
     assert "engine.device: cpu" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "said"),
+    [
+        ("router: {policy: kvv}", "router.policy", "did you mean `kv`? choose one of: kv, "),
+        ("engine: {dtype: flot32}", "engine.dtype", "did you mean `float32`? choose one of: "),
+        ("cluster: {head_roles: [deco]}", "cluster.head_roles[0]", "choose one of: decode, prefill"),
+        ("router: {policy: no}", "router.policy", "choose one of: kv, "),
+        ("model: {name: 007}", "model.name", "put it into quotes"),
+        ("model: {aliases: foo}", "model.aliases", "write a list: [foo]"),
+        ("workers: [1, 2]", "workers", "write its keys below it"),
+        ("workers: {1: 2}", "workers", "quotes"),
+        ("1: 2", "1", "a section is a word"),
+        ("yes: 1", "True", "a section is a word"),
+    ],
+)
+def test_yaml_that_means_something_else_is_refused_with_what_to_write(
+    text: str, key: str, said: str
+) -> None:
+    error = refusal(yaml.safe_load(text))
+    assert error.key == key
+    assert said in error.remedy

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import msgspec
+import msgspec.inspect
 from msgspec import Struct
 
 from serving.config.cluster import ClusterConfig, NetworkConfig, SlurmConfig
@@ -96,6 +97,11 @@ def nest(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     Snakemake refuses dots in `--config` keys, hence the dash; no section has one in its name.
     """
+    for key in raw:
+        if not isinstance(key, str):
+            raise ConfigError(
+                str(key), "is no section", remedy="a section is a word, such as `router`"
+            )
     nested = {
         k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items() if not _DOTTED.search(k)
     }
@@ -128,14 +134,78 @@ def _explain(message: str, raw: Mapping[str, Any]) -> ConfigError:
         return _no_such_key(match.group(2), match.group(1), list(get_args(Role)))
     match = _INVALID.match(message)
     problem, key = (match.group(1), match.group(2) or "") if match else (message, "")
-    key = key.removesuffix("[...]")  # msgspec does not say which value of a map it refused
+    if " - at `key` in `$." in message:
+        key = message.rpartition("`$.")[2].rstrip("`")
+        return ConfigError(
+            key, "has a key that is no word", remedy="put keys that are numbers into quotes"
+        )
+    path = [part for part in re.split(r"[.\[\]]+", key) if part and part != "..."]
     value: Any = raw
-    for part in key.split(".") if key else []:
-        value = value.get(part) if isinstance(value, Mapping) else None
+    for part in path:  # msgspec does not say which value of a map it refused
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdigit():
+            value = value[int(part)]
     problem = problem[:1].lower() + problem[1:]
     return ConfigError(
-        key, f"{problem}, got {value!r}", remedy="config/README.md lists the values it takes"
+        key.removesuffix("[...]"),
+        f"{_in_words_of_yaml(problem)}, got {value!r}",
+        remedy=_remedy(path, value, problem),
     )
+
+
+def _in_words_of_yaml(problem: str) -> str:
+    for theirs, ours in (("`object`", "a section with keys"), ("`array`", "a list")):
+        problem = problem.replace(theirs, ours)
+    return re.sub(r"invalid enum value '.*'", "no such choice", problem)
+
+
+def _remedy(path: Sequence[str], value: Any, problem: str) -> str:
+    """What to write instead: a choice, a list, a section, quotes."""
+    if choices := _choices(path):
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        return f"{hint}choose one of: {', '.join(choices)}"
+    if "`str" in problem and isinstance(value, bool | int | float):
+        return "put it into quotes: YAML reads it as a number, or as yes or no"
+    if "expected `array`" in problem:
+        return f"write a list: [{value}]"
+    if "expected `object`" in problem:
+        return "write its keys below it, indented by two spaces; config/README.md lists them"
+    return "config/README.md lists the values it takes"
+
+
+def _choices(path: Sequence[str]) -> list[str]:
+    """The words that the key at `path` takes; empty when it takes others, too."""
+    kind: Any = msgspec.inspect.type_info(Config)
+    for part in path:
+        if isinstance(kind, msgspec.inspect.StructType):
+            fields = {field.encode_name: field.type for field in kind.fields}
+            kind = _bare(fields.get(part))
+        elif isinstance(kind, msgspec.inspect.DictType):
+            kind = _bare(kind.value_type)
+        elif isinstance(kind, msgspec.inspect.CollectionType):
+            kind = _bare(kind.item_type)
+    kinds = kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,)
+    others = [
+        each
+        for each in kinds
+        if not isinstance(each, msgspec.inspect.LiteralType | msgspec.inspect.NoneType)
+    ]
+    words = [
+        str(value)
+        for each in kinds
+        if isinstance(each, msgspec.inspect.LiteralType)
+        for value in each.values
+    ]
+    return [] if others else words
+
+
+def _bare(kind: Any) -> Any:
+    """A type without its description and bounds."""
+    while isinstance(kind, msgspec.inspect.Metadata):
+        kind = kind.type
+    return kind
 
 
 def _no_such_key(section: str, key: str, known: list[str]) -> ConfigError:

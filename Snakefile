@@ -1,14 +1,8 @@
 """From a model ID to a running, OpenAI-compatible service. `snakemake --list` names the targets."""
 
-from pathlib import Path
-
 from snakemake.utils import min_version
 
 min_version("9.0")
-
-if Path("config/config.yaml").exists():
-
-    configfile: "config/config.yaml"
 
 
 include: "rules/common.smk"

@@ -49,6 +49,7 @@ rule run_bench:
     """Run the load generator, and sample the service meanwhile."""
     input:
         [] if BENCH.python else "results/bench/env/ready",
+        ancient(served_first()),
     output:
         summary=f"{BENCH_FOLDER}/summary.json",
         requests=f"{BENCH_FOLDER}/requests.json",

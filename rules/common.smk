@@ -7,16 +7,37 @@ sys.path.insert(0, f"{workflow.basedir}/scripts")
 from snakemake.exceptions import WorkflowError
 
 from serving.deploy.planning import deployment, run_state
+from serving.deploy.planning.config_file import config_file_to_read
 from serving.deploy.planning.invocation import from_terminal
 from serving.deploy.rule_script import script_config
+from serving.deploy.planning.shell_word import quote_interpreter, require_usable_paths
 from serving.errors import OperatorError
+
+
+def end_with(exc):
+    """End the run with the paragraph of `exc`."""
+    if from_terminal():
+        sys.exit(f"\n{exc}\n")  # a WorkflowError comes with a traceback
+    raise WorkflowError(str(exc)) from None
+
+
+try:
+    require_usable_paths(Path(workflow.basedir), Path.cwd())
+    CONFIG_FILE = config_file_to_read(Path(workflow.basedir))
+except OperatorError as exc:
+    end_with(exc)
+
+quote_interpreter()
+
+if CONFIG_FILE is not None:
+
+    configfile: CONFIG_FILE
+
 
 try:
     DEPLOYMENT = deployment.prepare(config, main=workflow.is_main_process)
 except OperatorError as exc:
-    if from_terminal():
-        sys.exit(f"\n{exc}\n")  # a WorkflowError comes with a traceback
-    raise WorkflowError(str(exc)) from None
+    end_with(exc)
 
 CONFIG, PLAN, INVOCATION = DEPLOYMENT.config, DEPLOYMENT.plan, DEPLOYMENT.invocation
 # Scripts get the resolved configuration, and no key as the person wrote it.
@@ -76,8 +97,14 @@ def markers():
     return [f"run/{program.name}.up" for program in PLAN.programs]
 
 
+def served_first():
+    """What must run before a command that is about the service, when one run asks for both."""
+    complete = INVOCATION.announces or INVOCATION.joins
+    return [*checks(), "run/topology.json", *markers()] if complete else []
+
+
 def announce():
-    if INVOCATION.announces:
+    if INVOCATION.executes and (INVOCATION.announces or INVOCATION.joins):
         print(DEPLOYMENT.announcement(), file=sys.stderr)
 
 

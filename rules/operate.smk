@@ -1,5 +1,7 @@
 rule status:
     """Show what runs here."""
+    input:
+        served_first(),
     log:
         "logs/status.log",
     conda:

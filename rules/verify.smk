@@ -12,6 +12,8 @@ rule smoke_test:
 
 rule doctor:
     """Find out why the service does not work."""
+    input:
+        served_first(),
     log:
         "logs/doctor.log",
     conda:

@@ -211,7 +211,11 @@ def test_int8_is_for_the_torch_engine_on_cpu(other: dict[str, Any]) -> None:
     [
         ("router: {policy: kvv}", "router.policy", "did you mean `kv`? choose one of: kv, "),
         ("engine: {dtype: flot32}", "engine.dtype", "did you mean `float32`? choose one of: "),
-        ("cluster: {head_roles: [deco]}", "cluster.head_roles[0]", "choose one of: decode, prefill"),
+        (
+            "cluster: {head_roles: [deco]}",
+            "cluster.head_roles[0]",
+            "choose one of: decode, prefill",
+        ),
         ("router: {policy: no}", "router.policy", "choose one of: kv, "),
         ("model: {name: 007}", "model.name", "put it into quotes"),
         ("model: {aliases: foo}", "model.aliases", "write a list: [foo]"),

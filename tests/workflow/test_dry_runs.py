@@ -175,3 +175,34 @@ def test_folder_of_an_older_version_is_served_again(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "build_engine" in done.stdout
     assert "start_frontend" in done.stdout
+
+
+def test_run_that_leaves_steps_out_does_not_claim_to_serve(tmp_path: Path) -> None:
+    """Its markers may be new and its jobs done: only programs that answer are announced."""
+    done = snakemake(
+        tmp_path, "serve_agg", "--until", "check_host", "--config", "engine-device=cpu"
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Serving" not in done.stdout
+    assert "the service is not complete: etcd, nats, worker-agg-0, frontend" in done.stdout
+    done = snakemake(tmp_path, "serve_agg", "--touch")
+    assert "Serving" not in done.stdout
+
+
+def test_python_in_a_folder_with_spaces_runs_the_scripts(tmp_path: Path) -> None:
+    folder = tmp_path / "it's 100% odd"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    [packages] = folder.glob("lib/python3*/site-packages")
+    own = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "packages.pth").write_text("".join(f"{path}\n" for path in own))
+    (folder / "work").mkdir()
+    done = subprocess.run(
+        [folder / "bin/python", "-m", "snakemake", "-s", ROOT / "Snakefile", "status"],
+        cwd=folder / "work",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Nothing runs here" in done.stdout

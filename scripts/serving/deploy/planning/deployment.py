@@ -20,8 +20,15 @@ from serving.config import ResolvedConfig
 from serving.config.resolve import gpus_per_worker, is_joining_node, topology_roles, uses_slurm
 from serving.deploy.cluster.slurm import SlurmJobs
 from serving.deploy.healing.restart_policy import restart_policy
+from serving.deploy.planning.config_file import has_sections
 from serving.deploy.planning.gpu_assignment import existing_gpus, usable_gpus
-from serving.deploy.planning.invocation import Invocation, from_terminal, read_command_line
+from serving.deploy.planning.invocation import (
+    JOIN,
+    SERVE,
+    Invocation,
+    from_terminal,
+    read_command_line,
+)
 from serving.deploy.planning.plan import plan_deployment
 from serving.deploy.planning.program import DeploymentPlan, Program
 from serving.deploy.planning.resolve import resolve
@@ -30,13 +37,18 @@ from serving.deploy.planning.source_digest import SCRIPTS, source_digest
 from serving.deploy.processes import ports
 from serving.deploy.processes.launchers import RUN
 from serving.deploy.processes.markers import remove_stale_markers
+from serving.deploy.processes.proof import unproven
 from serving.deploy.processes.supervisor import Supervisor
 from serving.deploy.processes.topology_record import (
     TopologyRecord,
     read_record,
     topology_record,
 )
-from serving.deploy.report.announcement import announce_joined, announce_service
+from serving.deploy.report.announcement import (
+    announce_incomplete,
+    announce_joined,
+    announce_service,
+)
 from serving.errors import ConfigError, OperatorError
 from serving.gpus import Links, nvlink_pairs
 from serving.protocol import Role
@@ -94,6 +106,11 @@ class Deployment(Struct, frozen=True, kw_only=True):
         return self.invocation.serves or smoke_test
 
     def announcement(self) -> str:
+        """What this machine serves by now, as far as every program proves it at this moment."""
+        running = {**Supervisor().state(), **SlurmJobs().state()} if RUN.is_dir() else {}
+        if missing := unproven(self.plan, running, RUN):
+            target = next(iter(SERVE.intersection(self.invocation.targets)), "serve")
+            return announce_incomplete(missing, JOIN if self.invocation.joins else target)
         if is_joining_node(self.config):
             return announce_joined(self.config, self.plan.workers)
         return announce_service(self.config)
@@ -107,6 +124,8 @@ def prepare(raw: Mapping[str, Any], *, main: bool) -> Deployment:
     """
     _export_package()
     invocation = read_command_line(sys.argv[1:]) if main and from_terminal() else Invocation()
+    for path in invocation.config_files:
+        has_sections(Path(path))
     recorded = read_record(RUN)
     config = None if main else config_of_main_process()
     config = config or resolve(raw, invocation, recorded)

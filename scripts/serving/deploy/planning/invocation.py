@@ -29,6 +29,8 @@ TOPOLOGY_OF_TARGET: dict[str, Topology] = {
 }
 SERVE = frozenset({"serve", *TOPOLOGY_OF_TARGET})
 JOIN = "join"
+STOP = "stop"
+_NEEDS_THE_SERVICE = frozenset({*SERVE, JOIN, "smoke_test", "bench", "doctor"})
 
 # Everything that makes Snakemake look, print or tidy instead of running jobs.
 _FLAGS_WITHOUT_JOBS = (
@@ -42,11 +44,15 @@ _FLAGS_WITHOUT_JOBS = (
 
 
 class Invocation(Struct, frozen=True):
-    """`topology` is the one that a target names. `executes`: jobs will run, in this very process."""
+    """`topology` is the one that a target names. `executes`: jobs will run, in this very process.
+
+    `config_files` are those of `--configfile`.
+    """
 
     targets: tuple[str, ...] = ()
     topology: Topology | None = None
     executes: bool = False
+    config_files: tuple[str, ...] = ()
 
     @property
     def serves(self) -> bool:
@@ -66,7 +72,7 @@ class Invocation(Struct, frozen=True):
 
 
 def read_command_line(argv: Sequence[str]) -> Invocation:
-    """`argv` without the program's name. Raises OperatorError for two topologies at once."""
+    """`argv` without the program's name. Raises OperatorError for targets that exclude each other."""
     from snakemake.cli import parse_args  # type: ignore[import-untyped]
 
     # The parser names the profile it uses on stderr; Snakemake already did that.
@@ -80,6 +86,13 @@ def read_command_line(argv: Sequence[str]) -> Invocation:
             f"{named} cannot be served at the same time",
             remedy="ask for one of them; a second deployment needs a directory and ports of its own",
         )
+    if STOP in targets:
+        for target in targets:
+            if target in _NEEDS_THE_SERVICE or target.endswith(".up"):
+                raise OperatorError(
+                    f"`stop` and `{target}` cannot be done in one run: nobody knows which comes first",
+                    remedy=f"run `snakemake stop`, then `snakemake {target}`",
+                )
     if JOIN in targets and not SERVE.isdisjoint(targets):
         raise OperatorError(
             "a node that joins serves what its head serves",
@@ -89,6 +102,7 @@ def read_command_line(argv: Sequence[str]) -> Invocation:
         targets=targets,
         topology=next(iter(topologies), None),
         executes=not any(getattr(args, flag, None) for flag in _FLAGS_WITHOUT_JOBS),
+        config_files=tuple(map(str, args.configfile or ())),
     )
 
 

@@ -67,7 +67,7 @@ def remove_stale_markers(
     removed = []
     for path in run_dir.glob("*.up"):
         wanted = plan.fingerprints.get(path.stem)
-        if not _is_true(read_marker(path), running.get(path.stem), wanted):
+        if not is_true(read_marker(path), running.get(path.stem), wanted):
             path.unlink(missing_ok=True)
             removed.append(path.name)
     record = read_record(run_dir)
@@ -78,7 +78,7 @@ def remove_stale_markers(
     return removed
 
 
-def _is_true(marker: Marker | None, info: ProcessInfo | None, wanted: str | None) -> bool:
+def is_true(marker: Marker | None, info: ProcessInfo | None, wanted: str | None) -> bool:
     """`wanted` is the program's fingerprint in the plan, None when the plan does not have it."""
     return (
         marker is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -35,6 +35,18 @@ def announce_joined(config: ResolvedConfig, workers: Sequence[str]) -> str:
     """The head that this node joined, and its workers' names."""
     names = ", ".join(name.removeprefix("worker-") for name in workers)
     return f"\nJoined {config.cluster.head} with {names}."
+
+
+def announce_incomplete(missing: Mapping[str, str], target: str) -> str:
+    """What a run left out, or what ended since: `missing` maps program names to what is wrong."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        reasons.setdefault(reason, []).append(name)
+    listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return (
+        f"\nThis run is over, and the service is not complete: {listed}.\n"
+        f"  -> run `snakemake {target}` without options that leave steps out"
+    )
 
 
 def _invitation(config: ResolvedConfig) -> str:

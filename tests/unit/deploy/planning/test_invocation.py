@@ -54,3 +54,10 @@ def test_flags_that_only_inspect_execute_nothing(flags: list[str]) -> None:
 def test_two_topologies_are_refused() -> None:
     with pytest.raises(OperatorError, match="serve_agg and serve_disagg cannot be served"):
         read_command_line(["serve_disagg", "serve_agg", "--cores", "1"])
+
+
+@pytest.mark.parametrize("other", ["serve", "serve_disagg", "join", "bench", "run/etcd.up"])
+def test_stop_excludes_targets_that_need_what_it_stops(other: str) -> None:
+    with pytest.raises(OperatorError, match=r"`stop` and `.*` cannot be done in one run"):
+        read_command_line(["stop", other, "--cores", "1"])
+    assert read_command_line(["stop", "status", "--cores", "1"]).executes

@@ -239,6 +239,13 @@ ToFrontend = Hello | Step | Draining | Pong
 # --- discovery (etcd, `discovery/`) ------------------------------------------------------------
 
 
+class TextOf(Struct, frozen=True):
+    """The multimodal model whose language model alone is served, and its modules left out."""
+
+    architecture: str
+    left_out: list[str]
+
+
 class ModelCard(Struct, frozen=True):
     """What a frontend needs to serve a model; equal for all instances of a deployment."""
 
@@ -250,6 +257,7 @@ class ModelCard(Struct, frozen=True):
     engine_fingerprint: str
     created: int
     dummy_weights: bool = False
+    text_of: TextOf | None = None
 
 
 class InstanceInfo(Struct, frozen=True):

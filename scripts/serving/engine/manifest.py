@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from serving.errors import ConfigError, ModelError
 from serving.kv_layout import KvLayout
-from serving.protocol import Role
+from serving.protocol import Role, TextOf
 
 ENGINE_FORMAT = 3
 """Raised whenever a built engine would come out differently: older ones are then rebuilt."""
@@ -79,13 +79,6 @@ class BuildCheck(Struct, frozen=True, kw_only=True):
     max_abs_diff: float
     argmax_agreement: float
     tolerance: float
-
-
-class TextOf(Struct, frozen=True):
-    """The multimodal model whose language model alone is served, and its modules left out."""
-
-    architecture: str
-    left_out: list[str]
 
 
 class EngineManifest(Struct, frozen=True, kw_only=True):

@@ -49,6 +49,7 @@ def model_card(settings: WorkerSettings, manifest: EngineManifest, spec: EngineS
         engine_fingerprint=manifest.fingerprint,
         created=int(manifest.created),
         dummy_weights=manifest.dummy_weights is not None,
+        text_of=manifest.text_of,
     )
 
 

@@ -93,6 +93,13 @@ def _program_lines(
     return table_lines(("program", "state", "pid", "up", "health"), rows)
 
 
+def _text_only_line(text: Mapping[str, Any]) -> str:
+    return (
+        f"          text only: the language model of {text['architecture']}, without "
+        + ", ".join(text["left_out"])
+    )
+
+
 def _service_lines(config: Config, listen: FrontendConfig, answers: ServiceAnswers) -> list[str]:
     """Model, topology and URL, or the head that this node works for."""
     ready = answers.ready
@@ -103,6 +110,7 @@ def _service_lines(config: Config, listen: FrontendConfig, answers: ServiceAnswe
     if not ready.get("ready"):
         verdict = f"{coloured('not ready')}: {ready.get('reason') or 'no answer'}"
     noise = " (dummy weights: answers are noise)" if ready.get("dummy_weights") else ""
+    text = ready.get("text_only")
     if is_joining_node(config):
         last = f"head      {config.cluster.head} ({verdict}): `snakemake status` there shows more"
     else:
@@ -111,6 +119,7 @@ def _service_lines(config: Config, listen: FrontendConfig, answers: ServiceAnswe
     context, answers_by = ready.get("max_model_len"), ready.get("answers") or {}
     return [
         f"model     {model}{noise}",
+        *([_text_only_line(text)] if text else []),
         *([f"context   {context} tokens, prompt and answer"] if context else []),
         *([_answer_line(answers_by)] if answers_by else []),
         f"topology  {_topology(answers)}, router: {ready.get('policy', '-')}",

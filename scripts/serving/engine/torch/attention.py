@@ -29,7 +29,8 @@ class AttentionOptions(NamedTuple):
     """What a layer asks for beyond plain causal attention. `sinks` is one logit per query head.
 
     With `latent`, keys are what the KV cache keeps of each token, for all heads `[1, T, D]`, and
-    values are a part of them.
+    values are a part of them. With `window`, a token sees so many, itself included; with `chunk`,
+    those in its own chunk of so many positions.
     """
 
     scaling: float
@@ -37,6 +38,11 @@ class AttentionOptions(NamedTuple):
     softcap: float | None
     sinks: torch.Tensor | None
     latent: Latent | None = None
+    chunk: int | None = None
+
+    def sees_all(self, length: int) -> bool:
+        """Whether each of the first `length` tokens sees all before it."""
+        return all(limit is None or limit >= length for limit in (self.window, self.chunk))
 
 
 class AttentionStep(Protocol):
@@ -73,12 +79,12 @@ def attend_paged(
 ) -> tuple[torch.Tensor, None]:
     """The function registered with transformers under `NAME`.
 
-    The mask decides what a layer sees; what `attention_masks.learn_windows` found there is left on
+    The mask decides what a layer sees; what `attention_masks.learn_reaches` found there is left on
     the module. Some models say `sliding_window` without a mask of that kind, or the other way.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = module.__dict__.get("learned_window", sliding_window)
-    options = AttentionOptions(scale, window, softcap, s_aux, latent_of(module))
+    window, chunk = module.__dict__.get("learned_reach", (sliding_window, None))
+    options = AttentionOptions(scale, window, softcap, s_aux, latent_of(module), chunk)
     step = _forward.step if kv_step is None else kv_step
     return step.attend(module.layer_idx, query[0], key[0], value[0], options)[None], None
 
@@ -138,7 +144,7 @@ class PagedStep:
         self._layout = pool.layout
         self._num_planes = self._layout.num_layers * self._layout.num_planes  # of a block
         self._device = pool.tensor.device
-        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+        self._masks: dict[tuple[int, int | None, int | None], torch.Tensor | None] = {}
         self._writes = self._write_rows([*decodes, *chunks])
         self._parts: list[_Part] = []
         first = 0
@@ -263,7 +269,9 @@ class PagedStep:
     ) -> torch.Tensor:
         """One query token per sequence. Grouped heads become query rows: K, V are not expanded."""
         part, kernels = self._parts[index], self._pool.kernels
-        if kernels and options.softcap is None and options.sinks is None:
+        is_plain = options.softcap is None and options.sinks is None
+        sees_chunks = options.chunk is not None and options.chunk < part.longest
+        if kernels and is_plain and not sees_chunks:
             return kernels.decode_attention(
                 query.transpose(0, 1).contiguous(), self._pool.tensor, layer, part.table,
                 part.lengths, scaling=options.scaling, window=options.window,
@@ -271,7 +279,7 @@ class PagedStep:
         key, value = self._gather(layer, part, query.dtype)
         num_heads, num_sequences, dim = query.shape
         grouped = query.transpose(0, 1).reshape(num_sequences, key.shape[1], -1, dim)
-        mask = self._mask(index, options.window, query.dtype)
+        mask = self._mask(index, options, query.dtype)
         sinks = None if options.sinks is None else options.sinks.view(1, key.shape[1], -1, 1)
         out = masked_attention(grouped, key, value, mask, options, sinks)
         return out.reshape(num_sequences, num_heads, dim)
@@ -287,7 +295,7 @@ class PagedStep:
         """A chunk with nothing before it attends to itself: nothing is gathered."""
         is_plain = options.softcap is None and options.sinks is None
         length = query.shape[1]
-        if is_plain and (options.window is None or options.window >= length):
+        if is_plain and options.sees_all(length):
             out = scaled_dot_product_attention(
                 query[None], key[None], value[None], is_causal=True, scale=options.scaling,
                 enable_gqa=True,
@@ -312,13 +320,16 @@ class PagedStep:
         groups = query.shape[0] // key.shape[1]
         if groups > 1:
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        mask = self._mask(index, options.window, query.dtype)
+        mask = self._mask(index, options, query.dtype)
         sinks = None if options.sinks is None else options.sinks.view(1, -1, 1, 1)
         return masked_attention(query[None], key, value, mask, options, sinks)[0].transpose(0, 1)
 
-    def _mask(self, index: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+    def _mask(
+        self, index: int, options: AttentionOptions, dtype: torch.dtype
+    ) -> torch.Tensor | None:
         """Additive mask, broadcastable to `[B, H, Q, S]`; None where all of S is visible."""
-        key = (index, window)
+        window, chunk = options.window, options.chunk
+        key = (index, window, chunk)
         if key not in self._masks:
             part = self._parts[index]
             longest = part.longest
@@ -331,6 +342,9 @@ class PagedStep:
             visible = behind >= 0
             if window is not None:
                 visible &= behind < window
+            if chunk is not None:
+                own = query_positions[:, :, None] // chunk
+                visible &= np.arange(longest) // chunk == own
             if visible.all():
                 self._masks[key] = None
             else:

@@ -2,7 +2,8 @@
 
 transformers describes a mask by a function of two positions. It is evaluated far beyond any prompt
 of the forward pass, so that windows are found that short prompts do not reach. Paged attention
-knows two kinds: all earlier tokens, or a window of them. Anything else is refused.
+knows three kinds: all earlier tokens, a window of them, or those of the token's own chunk. Anything
+else is refused.
 """
 
 from __future__ import annotations
@@ -30,11 +31,19 @@ _KNOWN = {"s_aux", "position_ids", "cache_position", "kv_step", "position_embedd
 MaskFunction = Callable[..., Any]
 
 
+class Reach(NamedTuple):
+    """Which earlier tokens a token sees: so many, itself included, or those in its own chunk of so
+    many positions. Both None: all."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+
 class _Mask(NamedTuple):
-    """A mask that transformers was handed, and its window; None: all earlier tokens."""
+    """A mask that transformers was handed, and what it means."""
 
     tensor: torch.Tensor
-    window: int | None
+    reach: Reach
 
 
 class _Learning(threading.local):
@@ -42,15 +51,15 @@ class _Learning(threading.local):
 
     span: int
     masks: list[_Mask]
-    windows: dict[int, tuple[Any, int | None]]
+    reaches: dict[int, tuple[Any, Reach]]
 
 
 _learning = _Learning()
 
 
 @torch.inference_mode()
-def learn_windows(model: Any) -> None:
-    """Leave on each attention module, as `learned_window`, how far back its mask lets it look.
+def learn_reaches(model: Any) -> None:
+    """Leave on each attention module, as `learned_reach`, which tokens its mask lets it see.
 
     Raises ModelError for a mask that paged attention does not implement, and for a layer that
     attends twice.
@@ -59,7 +68,7 @@ def learn_windows(model: Any) -> None:
     AttentionMaskInterface.register(PROBE_NAME, _describe)
     config = model.config.get_text_config()
     _learning.span = getattr(config, "max_position_embeddings", None) or _DEFAULT_SPAN
-    _learning.masks, _learning.windows = [], {}
+    _learning.masks, _learning.reaches = [], {}
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     device = next(model.parameters()).device
     ids = torch.arange(_NUM_TOKENS, device=device)[None] % config.vocab_size
@@ -71,37 +80,63 @@ def learn_windows(model: Any) -> None:
     finally:
         for each in configs.values():
             each._attn_implementation = NAME
-        found, _learning.windows, _learning.masks = _learning.windows, {}, []
-    for module, window in found.values():
-        module.learned_window = window
+        found, _learning.reaches, _learning.masks = _learning.reaches, {}, []
+    for module, reach in found.values():
+        module.learned_reach = reach
 
 
-def window_of(mask_function: MaskFunction, span: int) -> int | None:
-    """How many tokens back, itself included, a token sees; None: all earlier ones.
+def reach_of(mask_function: MaskFunction, span: int) -> Reach:
+    """What the mask lets a token see, up to position `span`.
 
     Raises ModelError when the mask is of another kind.
     """
-    window: int | None = None
-    for query in sorted({0, 1, span // 3, span // 2, span - 1}):
-        keys = torch.arange(query + 1 + _BEYOND)
-        zero = torch.tensor(0)
-        try:
-            seen = mask_function(zero, zero, torch.tensor(query), keys)
-            visible = torch.as_tensor(seen).broadcast_to(keys.shape)
-        except (IndexError, RuntimeError, TypeError) as exc:
-            raise _unknown("which tokens it lets a token see depends on the prompt") from exc
-        if visible[query + 1 :].any():
-            raise _unknown("it lets a token see later ones")
-        count = int(visible[: query + 1].sum())
-        if not visible[query + 1 - count : query + 1].all():
-            raise _unknown("it hides tokens between others that it shows")
-        if count <= query:
-            if window not in (None, count):
-                raise _unknown("how far back it lets a token see depends on the position")
-            window = count
-        elif window is not None:
-            raise _unknown("how far back it lets a token see depends on the position")
-    return window
+    counts = {
+        query: _count_seen(mask_function, query)
+        for query in sorted({0, 1, span // 3, span // 2, span - 1})
+    }
+    if all(count == query + 1 for query, count in counts.items()):
+        return Reach()
+    # Where the first token is hidden first, a window is full, or the second chunk begins.
+    limit = _first_without_beginning(mask_function, span)
+    counts |= {
+        query: _count_seen(mask_function, query)
+        for query in (limit - 1, limit, limit + 1, 2 * limit - 1, 2 * limit)
+        if 0 < query < span
+    }
+    if limit and all(count == min(query + 1, limit) for query, count in counts.items()):
+        return Reach(window=limit)
+    if limit and all(count == query % limit + 1 for query, count in counts.items()):
+        return Reach(chunk=limit)
+    raise _unknown("how far back it lets a token see depends on the position")
+
+
+def _count_seen(mask_function: MaskFunction, query: int) -> int:
+    """How many tokens a token sees, itself and those before it. Raises ModelError."""
+    keys = torch.arange(query + 1 + _BEYOND)
+    visible = _evaluated(mask_function, torch.tensor(query), keys)
+    if visible[query + 1 :].any():
+        raise _unknown("it lets a token see later ones")
+    count = int(visible[: query + 1].sum())
+    if not visible[query + 1 - count : query + 1].all():
+        raise _unknown("it hides tokens between others that it shows")
+    return count
+
+
+def _first_without_beginning(mask_function: MaskFunction, span: int) -> int:
+    """The first position from which the first token is not seen; 0: always seen."""
+    hidden = ~_evaluated(mask_function, torch.arange(span), torch.tensor(0))
+    return int(hidden.int().argmax())
+
+
+def _evaluated(
+    mask_function: MaskFunction, queries: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor:
+    zero = torch.tensor(0)
+    try:
+        seen = torch.as_tensor(mask_function(zero, zero, queries, keys))
+        return seen.broadcast_to((queries + keys).shape)
+    except (IndexError, RuntimeError, TypeError) as exc:
+        raise _unknown("which tokens it lets a token see depends on the prompt") from exc
 
 
 def _unknown(why: str) -> ModelError:
@@ -122,7 +157,7 @@ def _describe(
 ) -> torch.Tensor:
     """Registered as a maker of masks: the tensor stands for the description until it is seen."""
     tensor = torch.zeros((batch_size, 1, q_length, kv_length), dtype=dtype, device=device)
-    _learning.masks.append(_Mask(tensor, window_of(mask_function, _learning.span)))
+    _learning.masks.append(_Mask(tensor, reach_of(mask_function, _learning.span)))
     return tensor
 
 
@@ -138,7 +173,7 @@ def _observe(
 ) -> tuple[torch.Tensor, None]:
     """Registered as attention: notes the mask, and hands the queries back."""
     layer: int = module.layer_idx
-    if layer in _learning.windows:
+    if layer in _learning.reaches:
         raise ModelError(
             "the torch engine cannot run this model: layer "
             f"{layer} attends more than once for a token",
@@ -147,24 +182,26 @@ def _observe(
     for name, argument in options.items():
         if isinstance(argument, torch.Tensor) and name not in _KNOWN:
             raise _unknown(f"its attention also takes `{name}`")
-    _learning.windows[layer] = (module, _window(module, attention_mask, options))
+    _learning.reaches[layer] = (module, _reach(module, attention_mask, options))
     if latent := latent_of(module):
+        if _learning.reaches[layer][1] != Reach():
+            raise _unknown("its latent attention has a window")
         require_latents(latent, key, value)
         value = latent.expand(key[0])[1][None]
     attended = query if value.shape[-1] == query.shape[-1] else value
     return attended.transpose(1, 2).contiguous(), None
 
 
-def _window(module: Any, mask: torch.Tensor | None, options: dict[str, Any]) -> int | None:
+def _reach(module: Any, mask: torch.Tensor | None, options: dict[str, Any]) -> Reach:
     if mask is None:
         # No mask was asked for: SDPA decides by this flag.
         is_causal = options.get("is_causal")
         if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
             raise _unknown("it lets a token see later ones")
-        return options.get("sliding_window")
+        return Reach(options.get("sliding_window"))
     for known in _learning.masks:
         if mask is known.tensor or (
             mask.shape == known.tensor.shape and mask.data_ptr() == known.tensor.data_ptr()
         ):
-            return known.window
+            return known.reach
     raise _unknown("layers change the mask before they attend")

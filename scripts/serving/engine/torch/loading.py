@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from serving.engine.torch.attention import NAME
-from serving.engine.torch.attention_masks import learn_windows
+from serving.engine.torch.attention import NAME, attend_paged
+from serving.engine.torch.attention_masks import learn_reaches
 from serving.engine.torch.cpu import int8_weights, packed_linear
 from serving.engine.torch.cpu import kernels as cpu_kernels
 from serving.engine.torch.latent import keep_latents
 from serving.engine.torch.rewrite.cpu_layer import rewrite_for_cpu
+from serving.engine.torch.token_positions import give_positions
 from serving.engine.torch.weights import dummy as dummy_weights
 from serving.engine.torch.weights.multimodal.text_class import with_text_class
 from serving.errors import ModelError, OperatorError
@@ -36,6 +37,7 @@ class TorchModel(NamedTuple):
 
 def load_model(engine_dir: Path, dtype: str, device: torch.device) -> TorchModel:
     """Load with paged attention, in evaluation mode, on `device`. Raises ModelError."""
+    AttentionInterface.register(NAME, attend_paged)
     torch_dtype: torch.dtype = getattr(torch, kv_dtype(dtype))
     try:
         model = _read(engine_dir, dtype, torch_dtype, device)
@@ -56,7 +58,8 @@ def load_model(engine_dir: Path, dtype: str, device: torch.device) -> TorchModel
         log.info("packed %d linear layers", packed_linear.pack_linears(model, kernels))
         if dtype not in WEIGHT_ONLY_DTYPES:
             _leave_file(model)
-    learn_windows(model)  # before rewriting, which keeps what attention is asked for
+    give_positions(model)
+    learn_reaches(model)  # before rewriting, which keeps what attention is asked for
     if dtype in WEIGHT_ONLY_DTYPES:
         log.info("%s", rewrite_for_cpu(model))
     return TorchModel(model, kernels)

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 
 from serving.config import EngineConfig
 from serving.engine.core.step import Chunk
 from serving.engine.torch.attention import (
-    NAME,
     AttentionStep,
     PagedStep,
     SequenceSpan,
-    attend_paged,
     begin_forward,
     order_decodes,
 )
@@ -83,7 +80,6 @@ class ModelRunner:
 
         `device` is torch's name of one; `max_num_batched_tokens` the most tokens of one step.
         """
-        AttentionInterface.register(NAME, attend_paged)
         self.device = torch.device(device)
         self._config, self._max_tokens = config, max_num_batched_tokens
         loaded = load_model(engine_dir, config.dtype, self.device)

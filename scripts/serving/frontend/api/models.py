@@ -6,6 +6,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -71,4 +72,6 @@ def describe_model(name: str, card: ModelCard | None, started: int) -> dict[str,
         model["max_input_tokens"] = card.max_model_len
         if card.dummy_weights:
             model["dummy_weights"] = True  # answers are noise
+        if card.text_of:
+            model["text_only"] = msgspec.to_builtins(card.text_of)
     return model

@@ -8,7 +8,7 @@ ROWS = [
     Row("Gemma 3, bidirectional", "gemma3_text", "refused", {"use_bidirectional_attention": True}),
     Row("Granite 4.0, Mamba", "granitemoehybrid", "refused"),
     Row("Qwen3-Next", "qwen3_next", "refused"),
-    Row("Llama 4 (text)", "llama4_text", "refused"),
+    Row("Llama 4 (text)", "llama4_text"),
     Row("DiffLlama", "diffllama", "refused"),
     Row("Doge", "doge", "refused"),
     Row("HRM", "hrm_text", "refused"),

@@ -14,6 +14,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     Qwen3Config,
@@ -62,6 +63,17 @@ FAMILIES = {
     ),
     "gpt-oss-sinks-window": GptOssConfig(
         **SIZES, head_dim=16, sliding_window=16, num_local_experts=4, num_experts_per_tok=2
+    ),
+    # The second layer has no rotary positions, and scales queries by their position.
+    "llama4-chunks": Llama4TextConfig(
+        **SIZES,
+        head_dim=16,
+        intermediate_size_mlp=128,
+        num_local_experts=4,
+        no_rope_layers=[1, 0],
+        attention_chunk_size=16,
+        floor_scale=8,
+        attn_scale=3.0,
     ),
     "gpt2": GPT2Config(
         vocab_size=256,

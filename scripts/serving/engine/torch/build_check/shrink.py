@@ -133,7 +133,10 @@ def _shrink_layers(plain: dict[str, Any]) -> None:
     lists = {
         key: value
         for key, value in plain.items()
-        if isinstance(value, (list, tuple)) and len(value) == total and total > 1
+        if isinstance(value, (list, tuple))
+        and len(value) == total
+        and total > 1
+        and not _are_indices(value)
     }
     for key in _FIRST:
         if isinstance(first := plain.get(key), int) and first > 1:
@@ -160,6 +163,11 @@ def _shrink_layers(plain: dict[str, Any]) -> None:
         plain["max_window_layers"] = min(plain["max_window_layers"], 1)
 
 
+def _are_indices(value: Any) -> bool:
+    """Whether it lists layers by their numbers, and has no entry for each."""
+    return len(value) > 2 and list(value) == list(range(len(value)))
+
+
 def _length(lists: Mapping[str, Any], total: int) -> int:
     return len(next(iter(lists.values()))) if lists else total
 
@@ -175,8 +183,13 @@ def _shrink_windows(plain: dict[str, Any]) -> None:
     for key, value in plain.items():
         if "softcap" in key and isinstance(value, float):
             plain[key] = min(value, _CAP)
-    if type(plain.get("attention_chunk_size")) is int:
-        plain["attention_chunk_size"] = min(plain["attention_chunk_size"], WINDOW)
+    # Lengths after which attention changes, and after which its temperature does.
+    for key in ("attention_chunk_size", "floor_scale"):
+        if type(plain.get(key)) is int:
+            plain[key] = min(plain[key], WINDOW)
+    rope = plain.get("rope_parameters")
+    if isinstance(rope, dict) and rope.get("llama_4_scaling_beta"):
+        rope["original_max_position_embeddings"] = WINDOW
 
 
 def _shrink_vocabulary(plain: dict[str, Any]) -> None:

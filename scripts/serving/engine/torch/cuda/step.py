@@ -114,6 +114,7 @@ class CudaStep:
                     splits=decodes.splits,
                     scale=options.scaling,
                     window=options.window,
+                    chunk=options.chunk,
                     softcap=options.softcap,
                     sinks=options.sinks,
                 )
@@ -154,6 +155,7 @@ def attend_chunks(
     """Queries `[T, Hq, D]` of all chunks over keys and values `[K, Hkv, D]`: `[T, Hq, D]`."""
     is_plain = options.softcap is None and options.sinks is None
     is_fused = is_plain and query.dtype in _FLASH_DTYPES and key.shape == value.shape
+    is_fused &= options.chunk is None or options.chunk >= max(chunks.ends)
     is_fused &= query.shape[-1] <= _FLASH_DIM and query.shape[-1] % 8 == 0
     return (_flash if is_fused else _by_hand)(query, key, value, chunks, options)
 
@@ -235,6 +237,9 @@ def _by_hand(
         hidden = behind < 0
         if options.window is not None:
             hidden |= behind >= options.window
+        if options.chunk is not None:
+            chunk = options.chunk
+            hidden |= torch.arange(num_keys, device=query.device) // chunk != positions // chunk
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
         mask = mask.masked_fill_(hidden, -torch.inf)[None, None]
         heads = query[first_query : first_query + length].transpose(0, 1)[None]

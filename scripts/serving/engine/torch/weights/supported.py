@@ -14,7 +14,7 @@ from serving.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
 # Fixed up to `context.model_max_len`: `dynamic` begins beyond max_position_embeddings.
 _FIXED_AT_FIRST = {"dynamic", "longrope"}

@@ -228,7 +228,9 @@ def test_attention_in_place_is_that_over_gathered_blocks(
             for count in (heads, kv_heads, kv_heads)
         )
         options = AttentionOptions(dim**-0.5, window, None, None)
-        outs.append(PagedStep(pool, spans, []).attend(1, query, key, value, options))
+        step = PagedStep(pool, spans, [])
+        chunked = AttentionOptions(dim**-0.5, None, None, None, chunk=16)
+        outs.append(torch.cat([step.attend(1, query, key, value, o) for o in (options, chunked)]))
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
 
 

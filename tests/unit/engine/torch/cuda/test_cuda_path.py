@@ -20,6 +20,7 @@ from transformers import (
     Gemma2Config,
     GptOssConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     Qwen3Config,
     SmolLM3Config,
@@ -74,6 +75,19 @@ MODELS: dict[str, tuple[Any, dict[str, int]]] = {
             num_local_experts=4,
             num_experts_per_tok=2,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        {"norms": 5},
+    ),
+    "llama4 attends in chunks": (
+        Llama4TextConfig(
+            **SIZES,
+            **HEAD_DIM,
+            intermediate_size_mlp=128,
+            num_local_experts=4,
+            no_rope_layers=[1, 0],
+            attention_chunk_size=8,
+            floor_scale=8,
+            attn_scale=3.0,
         ),
         {"norms": 5},
     ),
@@ -251,7 +265,7 @@ async def test_narrow_kv_is_written_and_read_by_the_kernels(
         assert max(abs(one[token] - other[token]) for token in shared) < 0.1
 
 
-def test_decode_attention_over_windows_softcaps_sinks_and_splits() -> None:
+def test_decode_attention_over_windows_chunks_softcaps_sinks_and_splits() -> None:
     """Against attention written out, one sequence at a time; a row of length 0 gives zeros."""
     generator = torch.Generator().manual_seed(0)
     num_blocks, layers, size, kv_heads, heads, dim = 20, 2, 8, 2, 6, 24
@@ -268,7 +282,11 @@ def test_decode_attention_over_windows_softcaps_sinks_and_splits() -> None:
         (None, 5.0, sinks, 8),
         (7, None, sinks, 3),
     ]
-    for window, softcap, sink, splits in cases:
+    chunked = [(None, 1), (20, 3), (37, 2), (36, 8), (100, 1)]
+    for window, softcap, sink, splits, chunk in [
+        *((*case, None) for case in cases),
+        *((None, None, None, splits, chunk) for chunk, splits in chunked),
+    ]:
         out = paged_decode(
             query,
             pool,
@@ -279,6 +297,7 @@ def test_decode_attention_over_windows_softcaps_sinks_and_splits() -> None:
             splits=splits,
             scale=0.2,
             window=window,
+            chunk=chunk,
             softcap=softcap,
             sinks=sink,
         )
@@ -290,6 +309,8 @@ def test_decode_attention_over_windows_softcaps_sinks_and_splits() -> None:
                 scores = torch.tanh(scores / softcap) * softcap
             if window is not None:
                 scores[:, : max(0, length - window)] = -torch.inf
+            if chunk is not None:
+                scores[:, : max(0, length - 1) // chunk * chunk] = -torch.inf
             if sink is not None:
                 scores = torch.cat([scores, sink[:, None]], dim=1)
             weights = scores.softmax(-1)[:, :length] if length else scores[:, :0]

@@ -38,6 +38,7 @@ def _decode_kernel(
     TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     head = tl.program_id(0)
@@ -45,9 +46,12 @@ def _decode_kernel(
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths_ptr + row)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    begin = 0
+    first = 0
     if HAS_WINDOW:
-        begin = tl.maximum(length - window, 0) // TILE * TILE
+        first = tl.maximum(length - window, 0)
+        if IS_CHUNK:
+            first = tl.maximum(length - 1, 0) // window * window
+    begin = first // TILE * TILE
     share = tl.cdiv(tl.cdiv(length - begin, NUM_SPLITS), TILE) * TILE
     low = begin + split * share
     high = tl.minimum(low + share, length)
@@ -69,7 +73,7 @@ def _decode_kernel(
         positions = start + tl.arange(0, TILE)
         visible = positions < high
         if HAS_WINDOW:
-            visible = visible & (positions >= length - window)
+            visible = visible & (positions >= first)
         blocks = tl.load(
             tables_ptr + slot * table_stride + positions // BLOCK_SIZE,
             mask=positions < high,
@@ -169,6 +173,7 @@ def paged_decode(
     splits: int,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -176,7 +181,8 @@ def paged_decode(
 
     `query` is `[B, Hq, D]` with contiguous heads (any row stride); `tables` `[slots, width]`
     int32 block numbers, row `slots[b]` for row `b`; `lengths` `[B]` int32 tokens to attend to, the
-    query's own included (0: the result is 0). `sinks`: one logit per query head.
+    query's own included (0: the result is 0). With `window` only so many of them, with `chunk` those
+    in the query's own chunk of so many positions. `sinks`: one logit per query head.
     """
     num_rows, num_q_heads, dim = query.shape
     _, _, _, block_size, num_kv_heads, _ = pool.shape
@@ -204,7 +210,7 @@ def paged_decode(
         pool.stride(2),
         scale,
         0.0 if softcap is None else softcap,
-        0 if window is None else window,
+        window or chunk or 0,
         splits,
         num_kv_heads,
         group,
@@ -214,7 +220,8 @@ def paged_decode(
         block_size,
         32 if wide else 64,
         softcap is not None,
-        window is not None,
+        window is not None or chunk is not None,
+        chunk is not None,
         "ieee" if wide else "tf32",
         num_warps=4,
         num_stages=2 if wide else 3,

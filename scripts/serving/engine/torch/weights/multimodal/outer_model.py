@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from serving.engine.manifest import TextOf
 from serving.engine.torch.weights.multimodal.text_class import with_text_class
 from serving.errors import ModelError
+from serving.protocol import TextOf
 
 if TYPE_CHECKING:
     import torch

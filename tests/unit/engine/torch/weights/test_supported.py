@@ -74,7 +74,6 @@ def test_models_with_plain_or_latent_kv_are_accepted(model_type: str) -> None:
         ("bert", {}, "both ways"),
         ("bloom", {}, "ALiBi"),
         ("falcon", {"alibi": True}, "ALiBi"),
-        ("llama4_text", {}, "chunked_attention"),
         ("llava", {}, "multimodal"),
         ("stablelm", {}, "of its own"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "Classification"),

@@ -13,6 +13,8 @@ import logging
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
+
 from serving.config.process import FrontendSettings
 from serving.errors import (
     DeadlineExceeded,
@@ -146,7 +148,7 @@ class Pipeline:
             "model": self._settings.model_name,
             "max_model_len": self.card and self.card.max_model_len,
             "dummy_weights": self.card is not None and self.card.dummy_weights,
-            "text_only": self.card and self.card.text_of,
+            "text_only": self.card and msgspec.to_builtins(self.card.text_of),
             "policy": self._settings.router.policy,
             "missing_roles": self._missing_roles(),
             "instances": self._instances.describe(),

@@ -80,11 +80,18 @@ ROWS = [
     Row("Qwen3-VL", "qwen3_vl", values={
         "text_config": _QWEN3_TEXT, "vision_config": _QWEN3_VIT, "tie_word_embeddings": True,
     }),
+    Row("Qwen3-VL", "qwen3_vl", form="FP8 in blocks", values={
+        "text_config": _QWEN3_TEXT, "vision_config": _QWEN3_VIT, "tie_word_embeddings": True,
+    }),
     Row("Qwen3-VL (MoE)", "qwen3_vl_moe", values={
         "text_config": {**_QWEN3_TEXT, "num_experts": 128, "num_experts_per_tok": 8}, "vision_config": _QWEN3_VIT,
     }),
     Row("Llama 4 (images)", "llama4", values={"vision_config": _LLAMA4_VIT}),
     Row("Kimi K2.5", "kimi_k25", values={
+        "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "pos_emb_height": 4, "pos_emb_width": 4},
+        "projection_hidden_size": 32,
+    }),
+    Row("Kimi K2.5", "kimi_k25", form="int4 by compressed-tensors", values={
         "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "pos_emb_height": 4, "pos_emb_width": 4},
         "projection_hidden_size": 32,
     }),

@@ -32,6 +32,7 @@ FAST = {
     ("MiniCPM3", "safetensors"),
     ("Ministral 3", "safetensors"),
     ("Qwen2-VL", "safetensors"),
+    ("Qwen3-VL", "FP8 in blocks"),
     ("Qwen3-VL (MoE)", "safetensors"),
     ("GLM-4.5V", "safetensors"),
 }

@@ -120,6 +120,7 @@ class Source:
         there is nothing else in it. Raises ModelError."""
         if self.outer is None:
             return self
+        self.outer.require_text_model()
         folder.mkdir()
         text = Source(extract_text(self.manifest, self.outer, folder, report))
         text.reference_model = self.reference_model  # type: ignore[method-assign]

@@ -31,8 +31,8 @@ _V2 = {
     "topk_group": 3, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0,
     "first_k_dense_replace": 1, "rope_parameters": _yarn(40.0, 0.707),
 }  # fmt: skip
-_V3 = {"max_position_embeddings": 163840, "rope_parameters": _yarn(40.0, 1.0)}
-_K2 = {
+V3 = {"max_position_embeddings": 163840, "rope_parameters": _yarn(40.0, 1.0)}
+K2 = {
     "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "max_position_embeddings": 131072,
     "rope_parameters": _yarn(32.0, 1.0, theta=5e4),
@@ -54,8 +54,8 @@ _UNSTATED = {
 ROWS = [
     Row("DeepSeek V2 Lite", "deepseek_v2", values=_LITE),
     Row("DeepSeek V2", "deepseek_v2", values=_V2),
-    Row("DeepSeek V3", "deepseek_v3", values=_V3),
-    Row("Kimi K2", "deepseek_v3", values=_K2),
+    Row("DeepSeek V3", "deepseek_v3", values=V3),
+    Row("Kimi K2", "deepseek_v3", values=K2),
     Row("GLM-4.7-Flash", "glm4_moe_lite"),
     Row("MiniCPM3", "minicpm3", values=_MINICPM3),
     Row("MiniCPM3, longrope without a factor", "minicpm3", "refused", values=_UNSTATED),

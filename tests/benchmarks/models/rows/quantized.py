@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from benchmarks.models.row import Row
+from benchmarks.models.rows.latent import K2, V3
 
 ROWS = [
     Row("Llama 3.x", "llama", "refused", form="tensors with scales"),
     Row("Llama 3.x", "llama", "refused", form="HQQ"),
     Row("Qwen3", "qwen3", form="FP8 in blocks"),
     Row("Qwen3-MoE", "qwen3_moe", form="FP8 in blocks"),
+    Row("DeepSeek V3", "deepseek_v3", values=V3, form="FP8 in blocks"),
+    Row("Kimi K2 Thinking", "deepseek_v3", values=K2, form="int4 by compressed-tensors"),
     Row("Llama 3.x", "llama", form="FP8 by FBGEMM"),
     Row("Llama 3.x", "llama", form="FP8 by ModelOpt"),
     Row("Llama 3.x", "llama", form="NVFP4 by ModelOpt"),

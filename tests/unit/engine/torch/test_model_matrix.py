@@ -46,7 +46,7 @@ def test_a_model_is_exact_or_refused_as_the_table_says(row: Row, tmp_path: Path)
 
 
 def test_kv_of_latents_is_what_the_architecture_promises() -> None:
-    [row] = [row for row in ROWS if row.name == "DeepSeek V3"]
+    row = next(row for row in ROWS if row.name == "DeepSeek V3")
     layout = kv_layout(row.config, 16, "bfloat16")
     assert layout.token_bytes == 61 * (512 + 64) * 2
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from serving.engine.torch.build_check.shrink import draw_weights, shrink
-from serving.engine.torch.weights.multimodal.outer_model import multimodal_class
+from serving.engine.torch.weights.multimodal.outer_model import multimodal_class, without_towers
 from transformers import GenerationConfig
 
 _LAYERS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "vision_layers")
@@ -26,7 +26,12 @@ def small_multimodal_of(config: Any, folder: Path, seed: int) -> None:
             if tower is not None and isinstance(getattr(tower, layers, None), int):
                 setattr(tower, layers, 1)
     torch.manual_seed(seed)
-    model = multimodal_class(small)._from_config(small, dtype=torch.float32).eval()
+    kind = multimodal_class(small)
+    try:
+        model = kind._from_config(small, dtype=torch.float32).eval()
+    except ImportError:  # of the library of an encoder
+        with without_towers(small):
+            model = kind._from_config(small, dtype=torch.float32).eval()
     with torch.inference_mode():
         draw_weights(model)
         model.tie_weights()

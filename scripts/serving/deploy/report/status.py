@@ -94,9 +94,9 @@ def _program_lines(
 
 
 def _text_only_line(text: Mapping[str, Any]) -> str:
-    return (
-        f"          text only: the language model of {text['architecture']}, without "
-        + ", ".join(text["left_out"])
+    without = ", ".join(text["left_out"])
+    return f"          text only: the language model of {text['architecture']}" + (
+        f", without {without}" if without else ""
     )
 
 

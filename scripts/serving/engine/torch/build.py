@@ -92,9 +92,10 @@ def _build(
     config = source.config
     if source.outer:
         source.outer.require_text_model()
+        without = ", ".join(source.outer.text_of.left_out)
         report(
-            f"serving text only: the language model of {source.outer.architecture}, without "
-            f"{', '.join(source.outer.text_of.left_out)}"
+            f"serving text only: the language model of {source.outer.architecture}"
+            + (f", without {without}" if without else "")
         )
     require_supported(config)
     limit = model_max_len(config)

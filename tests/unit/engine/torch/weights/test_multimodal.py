@@ -17,11 +17,19 @@ from serving.config import EngineConfig, ModelConfig
 from serving.deploy.model.prepare import fetch_model
 from serving.engine.manifest import EngineManifest, ModelManifest
 from serving.engine.torch.build import build_engine
+from serving.engine.torch.build_check.engine_answers import Case
+from serving.engine.torch.build_check.serving_check import reference
 from serving.engine.torch.weights import shards
 from serving.engine.torch.weights.multimodal import extract
 from serving.engine.torch.weights.multimodal.outer_model import OuterModel
 from serving.errors import ModelError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, Qwen3VLConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    Gemma3nConfig,
+    Qwen3VLConfig,
+)
 
 
 def row(name: str) -> Row:
@@ -235,6 +243,25 @@ def test_a_text_model_unlike_the_multimodal_one_is_refused(
     monkeypatch.setattr(OuterModel, "around", scaled)
     with pytest.raises(ModelError, match="as transformers does"):
         build(model, tmp_path, backend="torch")
+
+
+def test_text_passes_encoders_whose_library_is_not_here() -> None:
+    """Gemma 3n computes embeddings of images for text too, and uses none of them."""
+    text = {
+        "vocab_size": 256, "vocab_size_per_layer_input": 256, "hidden_size": 64,
+        "hidden_size_per_layer_input": 16, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "laurel_rank": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": None, "pad_token_id": 0, "eos_token_id": None,
+    }  # fmt: skip
+    outer = OuterModel(Gemma3nConfig(text_config=text))
+    outer.require_text_model()
+    assert outer.text_of.left_out[:2] == ["model.vision_tower", "model.audio_tower"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(outer.text_config, dtype=torch.float32).eval()
+    case = Case("text", torch.randint(1, 256, (30,)).tolist(), 4)
+    alone, whole = reference(model, case), reference(outer.around(model), case)
+    torch.testing.assert_close(whole.logits, alone.logits)
 
 
 def test_dummy_weights_have_the_shape_of_the_language_model(tmp_path: Path) -> None:

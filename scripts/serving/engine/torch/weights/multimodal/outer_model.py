@@ -128,7 +128,7 @@ class OuterModel:
                 try:
                     return self._class._from_config(config)
                 except ImportError:
-                    with _without_towers(config):
+                    with without_towers(config):
                         return self._class._from_config(config)
         except Exception as exc:  # whatever a family's config and modules raise
             reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
@@ -245,7 +245,7 @@ def _put(model: Any, name: str, module: Any) -> None:
 
 
 @contextmanager
-def _without_towers(config: PreTrainedConfig) -> Iterator[None]:
+def without_towers(config: PreTrainedConfig) -> Iterator[None]:
     """Image and audio encoders that need libraries of their own become empty modules."""
     import torch
     from transformers import AutoModel

@@ -42,8 +42,10 @@ from serving.kv_transfer.transports.ucx import UcxTransport  # noqa: E402
 from serving.protocol import KvTransferParams  # noqa: E402
 
 # 64 KiB a block.
-LAYOUT = KvLayout(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="float32")
-OTHER_LAYOUT = KvLayout(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="bfloat16")
+LAYOUT = KvLayout.uniform(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="float32")
+OTHER_LAYOUT = KvLayout.uniform(
+    num_layers=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="bfloat16"
+)
 PAUSE_S = 0.2
 Blocks = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -59,7 +59,9 @@ from serving.protocol import (  # noqa: E402
     SamplingParams,
 )
 
-SMOLLM2 = KvLayout(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype="float32")
+SMOLLM2 = KvLayout.uniform(
+    num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype="float32"
+)
 NUM_BLOCKS = 28  # of 737,280 bytes
 NUM_BYTES = NUM_BLOCKS * SMOLLM2.block_bytes
 CHUNK_BYTES = 8 << 20  # kv_transfer.chunk_bytes by default

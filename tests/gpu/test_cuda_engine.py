@@ -154,7 +154,7 @@ async def test_narrow_kv_stays_close(model: Path, dtype: str, tolerance: float) 
 def test_values_beyond_float8_saturate() -> None:
     from serving.engine.torch.cuda.kernels.rotary import rotate_and_store
 
-    pool = KvPool(KvLayout(1, 1, 16, 8, "float8_e4m3fn"), 2, "cuda")
+    pool = KvPool(KvLayout.uniform(1, 1, 16, 8, "float8_e4m3fn"), 2, "cuda")
     qkv = torch.zeros(1, 3, 16, device="cuda", dtype=torch.bfloat16)  # query, key, value
     qkv[0, 1], qkv[0, 2] = 1e4, -1e4
     rows = torch.tensor([8], dtype=torch.int32, device="cuda")  # the first token of block 1

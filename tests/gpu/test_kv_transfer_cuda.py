@@ -44,7 +44,7 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 
 NUM_TOKENS = 12
 LENGTHS = [90, 33, 120, 64, 17, 101]
-LAYOUT = KvLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=8, dtype="float32")
+LAYOUT = KvLayout.uniform(num_layers=2, num_kv_heads=2, head_dim=16, block_size=8, dtype="float32")
 
 
 # --- the prefill worker's process -----------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_gather_reads_the_requested_blocks_and_scatter_writes_them_elsewhere() -
 @pytest.mark.parametrize("head_dim", [16, 1, 1024], ids=["odd", "tiny", "large"])
 def test_blocks_are_fetched_from_another_pool(head_dim: int) -> None:
     """Sizes below, between and above what a program copies at a time."""
-    layout = KvLayout(
+    layout = KvLayout.uniform(
         num_layers=3, num_kv_heads=3, head_dim=head_dim, block_size=8, dtype="float32"
     )
     pool, other = (KvPool(layout, 40, "cuda") for _ in range(2))

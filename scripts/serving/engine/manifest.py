@@ -15,7 +15,7 @@ from serving.errors import ConfigError, ModelError
 from serving.kv_layout import KvLayout
 from serving.protocol import Role, TextOf
 
-ENGINE_FORMAT = 3
+ENGINE_FORMAT = 4
 """Raised whenever a built engine would come out differently: older ones are then rebuilt."""
 
 ModelSource = Literal["hub", "local", "bundled"]

@@ -20,7 +20,9 @@ from serving.kv_transfer import staging
 from serving.kv_transfer.gpu_memory import GpuBuffer
 from serving.kv_transfer.transports.nixl import nixl_module
 
-LAYOUT = KvLayout(num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
+LAYOUT = KvLayout.uniform(
+    num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16"
+)
 PROMPTS = {"1k": 1024, "8k": 8192, "32k": 32768}
 
 

@@ -15,7 +15,7 @@ from benchmarks.models.small_multimodal import small_multimodal_of
 from safetensors.torch import save_file
 from serving.config import EngineConfig, ModelConfig
 from serving.deploy.model.prepare import fetch_model
-from serving.engine.torch.build import build_engine, kv_layout
+from serving.engine.torch.build import build_engine
 from serving.engine.torch.build_check.engine_answers import BLOCK_SIZE, Case, answer
 from serving.engine.torch.build_check.serving_check import (
     TOLERANCE,
@@ -23,6 +23,7 @@ from serving.engine.torch.build_check.serving_check import (
     reference,
 )
 from serving.engine.torch.build_check.shrink import VOCAB_SIZE, WINDOW, small_model_of
+from serving.engine.torch.kv.config_layout import kv_layout
 from serving.engine.torch.weights.multimodal.outer_model import is_multimodal
 from serving.errors import ConfigError, ModelError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models
 
 T = TypeVar("T")
 BLOCK_SIZE = 8
-LAYOUT = KvLayout(2, 2, 8, BLOCK_SIZE, "float32")
+LAYOUT = KvLayout.uniform(2, 2, 8, BLOCK_SIZE, "float32")
 VOCAB = 100
 EOS = 0
 INVISIBLE = {1, 2}

@@ -53,7 +53,9 @@ async def test_part_of_a_prompt_while_more_follows() -> None:
 
 
 async def test_more_blocks_than_one_message_can_name_take_several_messages() -> None:
-    tiny = KvLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype="bfloat16")
+    tiny = KvLayout.uniform(
+        num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, dtype="bfloat16"
+    )
     blocks = random_blocks(2 * MAX_BLOCKS_IN_PLACE + 4, tiny)
     held = HeldInPool(a=blocks)
     async with serving(NAME, held, tiny) as source, pulling(NAME, tiny) as end:

@@ -13,7 +13,7 @@ from serving.protocol import EngineOutput, EngineRequest, Guide, KvTransferParam
 from serving.worker.prefill import PrefillEndpoint
 from waiting import until
 
-LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32")
+LAYOUT = KvLayout.uniform(num_layers=1, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32")
 REQUEST = EngineRequest("a", list(range(18)), 18, SamplingParams(max_tokens=4), phase="prefill")
 FURTHER = EngineOutput("a", [])
 FINISHED = EngineOutput("a", [9], "length")

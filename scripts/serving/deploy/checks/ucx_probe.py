@@ -22,7 +22,7 @@ from serving.kv_layout import KvLayout
 from serving.kv_transfer import KvTransfer, PrefillProgress
 from serving.protocol import KvTransferParams
 
-LAYOUT = KvLayout(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="float32")
+LAYOUT = KvLayout.uniform(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="float32")
 NUM_BLOCKS = 64
 CHUNK_BYTES = 1024 * 1024
 DEADLINE_S = 20.0

@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from serving.engine.torch.kv.pool import KvPool
+from serving.engine.torch.kv.step_access import access_of
 from serving.engine.torch.latent import Latent, latent_of
 
 NAME = "serving_paged"
@@ -120,8 +121,7 @@ class SequenceSpan:
 class _Part:
     """Sequences attended together: a bucket of decodes, or one prefill chunk.
 
-    `table` has the blocks of each sequence; `rows[layer]` are the block rows to gather: keys of all
-    sequences, then values.
+    `table` has the blocks of each sequence.
     """
 
     tokens: slice
@@ -130,7 +130,6 @@ class _Part:
     longest: int
     first_position: int  # of the first query token; prefill only
     table: np.ndarray
-    rows: torch.Tensor
 
 
 class PagedStep:
@@ -142,10 +141,9 @@ class PagedStep:
         """`decodes` must be sorted by falling `end`, as `order_decodes` does."""
         self._pool = pool
         self._layout = pool.layout
-        self._num_planes = self._layout.num_layers * self._layout.num_planes  # of a block
         self._device = pool.tensor.device
         self._masks: dict[tuple[int, int | None, int | None], torch.Tensor | None] = {}
-        self._writes = self._write_rows([*decodes, *chunks])
+        self._access = access_of(pool, *self._new_places([*decodes, *chunks]))
         self._parts: list[_Part] = []
         first = 0
         # Where nothing is gathered, nothing is padded.
@@ -165,12 +163,11 @@ class PagedStep:
         value: torch.Tensor,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        pool, rows = self._pool, self._writes[layer]
+        pool, (layer, writes) = self._pool, self._pool.layers[layer]
         latent = options.latent
-        new = [key] if latent else [key, value]
-        kept = [pool.rounded(each) for each in new]
-        for each, at in zip(kept, rows, strict=True):
-            pool.write_tokens(at, each.transpose(0, 1))
+        kept = [pool.rounded(each) for each in ([key] if latent else [key, value])]
+        if writes:
+            self._access.write(layer, kept)
         # A chunk attends to its own tokens as later ones will, or outputs would depend on chunking.
         key, value = (kept[i].to(query.dtype) for i in (0, -1))
         outputs: list[torch.Tensor] = []
@@ -204,7 +201,7 @@ class PagedStep:
         if part.num_sequences == num_queries:
             return latent.project(self._decode(layer, index, latent.absorb(query), options))
         is_first = part.first_position == 0
-        kept = own if is_first else self._gather(layer, part, query.dtype)[0][0]
+        kept = own if is_first else self._access.read(layer, index, query.dtype)[0][0]
         if not is_first and not latent.prefers_expansion(num_queries, part.longest):
             # One head for all of the query's, without copies.
             shared = kept.expand(latent.num_heads, -1, -1)[None]
@@ -219,18 +216,14 @@ class PagedStep:
 
     # --- tables --------------------------------------------------------------------------------
 
-    def _write_rows(self, spans: list[SequenceSpan]) -> torch.Tensor:
-        """`[num_layers, planes, T]`: where each new token's key and value go in `token_rows`."""
-        size, num_planes = self._layout.block_size, self._num_planes
-        rows = []
+    def _new_places(self, spans: list[SequenceSpan]) -> tuple[np.ndarray, np.ndarray]:
+        """Block of each new token, and its place there."""
+        blocks, offsets = [], []
         for span in spans:
-            positions = np.arange(span.start, span.end)
-            blocks = np.asarray(span.blocks)[positions // size]
-            rows.append(blocks * (num_planes * size) + positions % size)
-        planes = np.arange(num_planes) * size
-        table = planes[:, None] + np.concatenate(rows)[None, :]
-        shape = (self._layout.num_layers, self._layout.num_planes, -1)
-        return torch.from_numpy(table).view(shape).to(self._device)
+            index, offset = np.divmod(np.arange(span.start, span.end), self._layout.block_size)
+            blocks.append(np.asarray(span.blocks)[index])
+            offsets.append(offset)
+        return np.concatenate(blocks), np.concatenate(offsets)
 
     def _add_part(self, spans: list[SequenceSpan], tokens: slice) -> None:
         lengths = np.asarray([span.end for span in spans])
@@ -239,28 +232,9 @@ class PagedStep:
         for row, span in enumerate(spans):
             used = self._layout.num_blocks(span.end)
             table[row, :used] = span.blocks[:used]
-        planes = np.arange(self._num_planes)
-        rows = table.reshape(1, -1) * self._num_planes + planes[:, None]
-        rows = rows.reshape(self._layout.num_layers, -1)  # keys of all blocks, then values
-        device_rows = torch.from_numpy(rows).to(self._device)
-        self._parts.append(
-            _Part(
-                tokens, len(spans), lengths, int(lengths.max()), spans[0].start, table, device_rows
-            )
-        )
-
-    def _gather(
-        self, layer: int, part: _Part, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the part's sequences: `[B, Hkv, S, D]` each, S the longest.
-
-        Twice the same where values are a part of keys.
-        """
-        layout = self._layout
-        rows = self._pool.read_blocks(part.rows[layer], dtype)
-        shape = (layout.num_planes, part.num_sequences, -1, layout.num_kv_heads, layout.head_dim)
-        kv = rows.view(shape)[:, :, : part.longest].transpose(2, 3)
-        return kv[0], kv[-1]
+        longest = int(lengths.max())
+        self._access.add_part(table, longest)
+        self._parts.append(_Part(tokens, len(spans), lengths, longest, spans[0].start, table))
 
     # --- the three kinds of part ---------------------------------------------------------------
 
@@ -276,13 +250,13 @@ class PagedStep:
                 query.transpose(0, 1).contiguous(), self._pool.tensor, layer, part.table,
                 part.lengths, scaling=options.scaling, window=options.window,
             )  # fmt: skip
-        key, value = self._gather(layer, part, query.dtype)
+        key, value = self._access.read(layer, index, query.dtype)
         num_heads, num_sequences, dim = query.shape
         grouped = query.transpose(0, 1).reshape(num_sequences, key.shape[1], -1, dim)
         mask = self._mask(index, options, query.dtype)
         sinks = None if options.sinks is None else options.sinks.view(1, key.shape[1], -1, 1)
         out = masked_attention(grouped, key, value, mask, options, sinks)
-        return out.reshape(num_sequences, num_heads, dim)
+        return out.reshape(num_sequences, num_heads, -1)
 
     def _prefill(
         self,
@@ -306,7 +280,7 @@ class PagedStep:
     def _prefill_after_prefix(
         self, layer: int, index: int, query: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
-        key, value = self._gather(layer, self._parts[index], query.dtype)
+        key, value = self._access.read(layer, index, query.dtype)
         return self._masked_prefill(index, query, key, value, options)
 
     def _masked_prefill(

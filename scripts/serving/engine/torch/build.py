@@ -29,12 +29,14 @@ from serving.engine.manifest import (
 )
 from serving.engine.manifest import load_manifest as load_manifest  # workers look for it here
 from serving.engine.torch.build_check.serving_check import check_small_model
+from serving.engine.torch.kv.config_layout import kv_layout
 from serving.engine.torch.weights.context import model_max_len
 from serving.engine.torch.weights.dummy import UNCHECKED, describe_dummy
 from serving.engine.torch.weights.load import pack_weights
 from serving.engine.torch.weights.source import Source
 from serving.engine.torch.weights.supported import (
     model_class_of,
+    require_equal_layers,
     require_supported,
 )
 from serving.errors import ModelError
@@ -42,7 +44,7 @@ from serving.kv_layout import KvLayout, kv_dtype
 from serving.progress import Report
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    pass
 
 
 def build_engine(
@@ -106,6 +108,8 @@ def _build(
         )
     check_max_model_len(engine.max_model_len, limit, manifest.id)
     layout = kv_layout(config, engine.block_size, kv_dtype(engine.dtype))
+    if engine.backend == "torch" and engine.device == "cuda":
+        require_equal_layers(layout, config.num_hidden_layers)
     source.save_tokenizer(staging)
     source.save_pooling(staging)
     if engine.backend == "torch":
@@ -177,20 +181,6 @@ def require_unchanged(manifest: ModelManifest) -> None:
                 f"{path} {'is gone' if stat is None else 'has changed'} since download_model ran",
                 remedy="run `snakemake --forcerun download_model` with the same target",
             )
-
-
-def kv_layout(config: PreTrainedConfig, block_size: int, dtype: str) -> KvLayout:
-    num_heads = config.num_attention_heads
-    if rank := getattr(config, "kv_lora_rank", None):
-        kept_dim = rank + config.qk_rope_head_dim
-        return KvLayout(config.num_hidden_layers, 1, kept_dim, block_size, dtype, num_planes=1)
-    return KvLayout(
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        block_size=block_size,
-        dtype=dtype,
-    )
 
 
 def write_generation_config(source: Source, staging: Path) -> list[int]:

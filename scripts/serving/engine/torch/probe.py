@@ -1,20 +1,30 @@
-"""The shape of a model's KV, learned from one forward pass: config fields differ between models."""
+"""The shape of a model's KV, learned from one forward pass: config fields differ between models.
+
+Layers that share the KV of others are known by this: they attend to the very tensors that an
+earlier layer attended to.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from serving.engine.torch.attention import AttentionOptions
+from serving.engine.torch.kv.pool import LayerKv
 from serving.errors import ModelError, OperatorError
-from serving.kv_layout import KvLayout
+from serving.kv_layout import KvGroup, KvLayout
 
 
 class Probe:
     """Stands behind the attention layers once and notes the shapes of keys and values."""
 
+    keeps_tensors = True
+    """So that a tensor that lies where an earlier one lay is the same one."""
+
     def __init__(self) -> None:
         # Per layer: (heads, head size) of keys and of values; 0 where they are a part of the keys.
         self._shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+        self._tensors: dict[tuple[int, int], tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self._sources: dict[int, int] = {}  # by layer: the one whose KV it reads
         self._dtype = torch.float32
 
     def attend(
@@ -32,6 +42,11 @@ class Probe:
                 remedy="use `engine.backend: tensorrt_llm` on GPUs, or another model",
             )
         self._dtype = key.dtype
+        if self.keeps_tensors:
+            place = (key.data_ptr(), value.data_ptr())
+            source, *_ = self._tensors.setdefault(place, (layer, key, value))
+            if source != layer:
+                self._sources[layer] = source
         if latent := options.latent:
             if options[1:4] != (None, None, None):
                 raise ModelError(
@@ -47,27 +62,46 @@ class Probe:
     def layout(self, block_size: int, kv_cache_dtype: str) -> KvLayout:
         """The layout of a pool. `kv_cache_dtype` `auto`: the dtype that the model computes in.
 
-        Raises ModelError when the layers do not all keep keys and values of one shape, OperatorError
-        when they do not keep them in this type.
+        Raises ModelError when layers keep KV that cannot be paged, OperatorError when they do not
+        keep it in this type.
         """
-        shapes = set(self._shapes.values())
-        layers = sorted(self._shapes)
-        if len(shapes) != 1 or layers != list(range(len(layers))):
-            raise ModelError(
-                f"attention layers {layers} with key and value shapes {sorted(shapes, key=str)}: "
-                "only models whose layers all keep keys and values of one shape can be paged",
-                remedy="choose another model",
-            )
-        (key_heads, key_dim), value_shape = shapes.pop()
-        if value_shape[1] and (key_heads, key_dim) != value_shape:
-            raise ModelError("keys and values differ in shape", remedy="choose another model")
+        groups = self._groups()
+        for (key_heads, _), (value_heads, value_dim) in groups:
+            if key_heads != value_heads or (not value_dim and len(groups) > 1):
+                raise ModelError(
+                    f"attention layers keep keys and values of the shapes {sorted(groups)}: keys and "
+                    "values must have equally many heads, and all layers latents or none",
+                    remedy="choose another model",
+                )
         dtype = kv_cache_dtype
         if dtype == "auto":
             dtype = str(self._dtype).removeprefix("torch.")
-        if not value_shape[1] and dtype.startswith("float8"):
+        if any(not value_dim for _, (_, value_dim) in groups) and dtype.startswith("float8"):
             raise OperatorError(
                 "`engine.kv_cache_dtype`: this model keeps latents, which float8 is too coarse for",
                 remedy="set engine.kv_cache_dtype to auto or bfloat16",
             )
-        num_planes = 2 if value_shape[1] else 1
-        return KvLayout(len(layers), key_heads, key_dim, block_size, dtype, num_planes)
+        return KvLayout(
+            tuple(
+                KvGroup(len(layers), heads, key_dim, value_dim)
+                for ((heads, key_dim), (_, value_dim)), layers in groups.items()
+            ),
+            block_size,
+            dtype,
+        )
+
+    def layers(self) -> dict[int, LayerKv]:
+        """By a layer's number in the model: where its KV is in a block of `layout`."""
+        owners = [layer for layers in self._groups().values() for layer in layers]
+        found = {layer: LayerKv(row) for row, layer in enumerate(owners)}
+        for layer, source in self._sources.items():
+            found[layer] = LayerKv(found[source].row, writes=False)
+        return found
+
+    def _groups(self) -> dict[tuple[tuple[int, int], tuple[int, int]], list[int]]:
+        """Layers that keep KV, by the shapes of it."""
+        groups: dict[tuple[tuple[int, int], tuple[int, int]], list[int]] = {}
+        for layer in sorted(self._shapes):
+            if layer not in self._sources:
+                groups.setdefault(self._shapes[layer], []).append(layer)
+        return groups

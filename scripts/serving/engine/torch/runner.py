@@ -25,7 +25,6 @@ from serving.engine.torch.sampling.sampler import Pending, Sampler, report_token
 from serving.engine.torch.weights.context import model_max_len
 from serving.errors import OperatorError
 from serving.host_memory import host_memory
-from serving.kv_layout import KvLayout
 from serving.protocol import TokenLogprob
 
 # Share of free memory that KV pools of unstated size may take on CPU, all workers of a host together.
@@ -87,7 +86,9 @@ class ModelRunner:
         model_config = self._model.config.get_text_config()
         self.vocab_size: int = model_config.vocab_size
         self.max_positions = model_max_len(model_config)
-        self.layout = self._probe_layout()
+        probe = self._probe()
+        self.layout = probe.layout(config.block_size, config.kv_cache_dtype)
+        self._layers = probe.layers()
         self._pooler = Pooler(self._model)
         self._sampler = Sampler(self.vocab_size, self.device)
         self.pool: KvPool
@@ -120,7 +121,9 @@ class ModelRunner:
         self.max_model_len = max_model_len
         try:
             self._require_host_memory(num_blocks)
-            self.pool = KvPool(self.layout, num_blocks, str(self.device), self._kernels)
+            self.pool = KvPool(
+                self.layout, num_blocks, str(self.device), self._kernels, self._layers
+            )
         except (RuntimeError, MemoryError) as exc:  # how torch reports that memory ran out
             size = tokens * self.layout.token_bytes / 2**20
             raise OperatorError(
@@ -226,9 +229,9 @@ class ModelRunner:
         logits: torch.Tensor = out.logits[0]
         return logits.float()
 
-    def _probe_layout(self) -> KvLayout:
+    def _probe(self) -> Probe:
         """Learn the shape of KV from one forward pass: config fields differ between models."""
         probe = Probe()
         with torch.inference_mode():
             self._compute_rows([0], [0], [0], probe)
-        return probe.layout(self._config.block_size, self._config.kv_cache_dtype)
+        return probe

@@ -72,7 +72,7 @@ async def test_pool_beyond_the_memory_is_refused_at_the_start(model: Path) -> No
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 def test_pool_takes_memory_as_it_fills(dtype: str) -> None:
-    layout = KvLayout(4, 4, 64, 16, dtype)
+    layout = KvLayout.uniform(4, 4, 64, 16, dtype)
     num_blocks = 2**28 // layout.block_bytes
     process = psutil.Process()
     before = process.memory_info().rss

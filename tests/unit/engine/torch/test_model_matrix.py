@@ -9,7 +9,7 @@ from benchmarks.models.all_rows import ROWS
 from benchmarks.models.row import Result, Row
 from benchmarks.models.run_row import run
 from benchmarks.models.support_table import table
-from serving.engine.torch.build import kv_layout
+from serving.engine.torch.kv.config_layout import kv_layout
 
 FAST = {
     ("Llama 3.x", "sharded"),

@@ -68,6 +68,8 @@ _PERIODS = (
     ),
     *("global_attn_every_n_layers", "layer_group_size"),
 )
+_OVERRIDES = "per_layer_config"  # by a layer's number: what it has otherwise than the others
+_SHARING = "num_kv_shared_layers"  # so many of the last layers
 _FIRST = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
 
 
@@ -138,6 +140,7 @@ def _shrink_layers(plain: dict[str, Any]) -> None:
         and total > 1
         and not _are_indices(value)
     }
+    _spread_layers(plain, lists, total)
     for key in _FIRST:
         if isinstance(first := plain.get(key), int) and first > 1:
             plain[key] = 1
@@ -153,6 +156,7 @@ def _shrink_layers(plain: dict[str, Any]) -> None:
     picked = [i for i in picked if i < len(kinds)]
     for key, value in lists.items():
         plain[key] = [value[i] for i in picked]
+    _gather_layers(plain)
     for key in _LAYERS:  # some configs also count layers that attend several times
         if isinstance(count := plain.get(key), int):
             plain[key] = max(1, len(picked) * count // total)
@@ -166,6 +170,23 @@ def _shrink_layers(plain: dict[str, Any]) -> None:
 def _are_indices(value: Any) -> bool:
     """Whether it lists layers by their numbers, and has no entry for each."""
     return len(value) > 2 and list(value) == list(range(len(value)))
+
+
+def _spread_layers(plain: dict[str, Any], lists: dict[str, Any], total: int) -> None:
+    """What tells layers apart otherwise than by a list, as a list."""
+    if overrides := plain.get(_OVERRIDES):
+        by_layer = {int(layer): values for layer, values in overrides.items()}
+        lists[_OVERRIDES] = [by_layer.get(i, {}) for i in range(total)]
+    if count := plain.get(_SHARING):
+        lists[_SHARING] = [i >= total - count for i in range(total)]
+
+
+def _gather_layers(plain: dict[str, Any]) -> None:
+    """The other way around."""
+    if isinstance(overrides := plain.get(_OVERRIDES), list):
+        plain[_OVERRIDES] = {str(i): values for i, values in enumerate(overrides) if values}
+    if isinstance(sharing := plain.get(_SHARING), list):
+        plain[_SHARING] = sum(sharing)
 
 
 def _length(lists: Mapping[str, Any], total: int) -> int:
@@ -194,6 +215,9 @@ def _shrink_windows(plain: dict[str, Any]) -> None:
 
 def _shrink_vocabulary(plain: dict[str, Any]) -> None:
     plain["vocab_size"] = min(int(plain.get("vocab_size") or VOCAB_SIZE), VOCAB_SIZE)
+    for key in plain:
+        if key.startswith("vocab_size_") and type(plain[key]) is int:
+            plain[key] = min(plain[key], VOCAB_SIZE)
     for key in _SPECIAL:
         if plain.get(key) is not None:
             plain[key] = None if key == "eos_token_id" else 0
@@ -218,6 +242,9 @@ def _shrink_width(plain: dict[str, Any], config: PreTrainedConfig) -> None:
     small_kv = min(kv_heads, 2)
     small_heads = small_kv * min(max(heads // kv_heads, 1), 3)
     plain[heads_key] = small_heads
+    for own in plain.get(_OVERRIDES, {}).values():
+        if kv_key in own:  # they differ, if they can
+            own[kv_key] = 1 if small_kv > 1 or small_heads == 1 else small_heads
     if kv_key:
         plain[kv_key] = small_kv
     small_width = small_heads * head_dim

@@ -37,6 +37,7 @@ from serving.engine.torch.latent import latent_of
 from serving.engine.torch.probe import Probe
 from serving.engine.torch.rewrite.cuda_layer import rewrite_for_cuda
 from serving.engine.torch.runner import Launched, ModelRunner
+from serving.engine.torch.weights.supported import require_equal_layers
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class CudaRunner(ModelRunner):
         self, engine_dir: Path, config: EngineConfig, device: str, max_num_batched_tokens: int
     ) -> None:
         super().__init__(engine_dir, config, device, max_num_batched_tokens)
+        require_equal_layers(self.layout, len(self._layers))
         self._max_batch = config.max_batch_size
         self.rewrites = rewrite_for_cuda(self._model, self.layout)
         log.info("%s", self.rewrites)
@@ -311,6 +313,8 @@ class CudaRunner(ModelRunner):
 
 class _Profile(Probe):
     """Measures a step's memory without a pool: attention hands the queries back."""
+
+    keeps_tensors = False
 
     def attend_joint(
         self,

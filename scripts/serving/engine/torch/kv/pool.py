@@ -1,16 +1,17 @@
 """The paged KV cache: one tensor, and copies between its blocks and buffers in wire order.
 
 Block-major, as on the wire (`kv_layout`), so that exporting a block is one contiguous copy.
-Attention reaches it through two flat views: rows of whole blocks (one per block, layer and
-key/value) to gather, rows of tokens to write.
+Attention reaches it through two flat views where all layers keep KV of one shape: rows of whole
+blocks (one per block, layer and key/value) to gather, rows of tokens to write. Otherwise each layer
+has views of its own (`layer_views`).
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,30 +27,52 @@ if TYPE_CHECKING:
 _MAX = {torch.float8_e4m3fn: 448.0}
 
 
-class KvPool:
-    """`tensor` is `[1 + num_blocks, *layout.block_shape]`.
+class LayerKv(NamedTuple):
+    """Where a layer's KV is: layer `row` of those that keep KV, in the order of a block. Layers
+    that read what another one keeps write nothing."""
 
-    Block 0 stays zero: it pads block tables. `kernels`, if any, attend to blocks in place.
+    row: int
+    writes: bool = True
+
+
+class KvPool:
+    """`tensor` is `[1 + num_blocks, *layout.block_shape]`, or `[1 + num_blocks, numbers of a block]`
+    where shapes differ.
+
+    Block 0 stays zero: it pads block tables. `layers` says by a layer's number in the model where
+    its KV is; None: each has its own, in order. `kernels`, if any, attend to blocks in place.
     """
 
     def __init__(
-        self, layout: KvLayout, num_blocks: int, device: str, kernels: CpuKernels | None = None
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        device: str,
+        kernels: CpuKernels | None = None,
+        layers: Mapping[int, LayerKv] | None = None,
     ) -> None:
         self.layout = layout
-        shape = (num_blocks + 1, *layout.block_shape)
+        self.layers = layers or {i: LayerKv(i) for i in range(layout.num_layers)}
+        per_block = (layout.block_size * layout.token_width,)
+        shape = (num_blocks + 1, *(layout.block_shape if layout.is_uniform else per_block))
         self.dtype: torch.dtype = getattr(torch, layout.dtype)
         # Zeros, because padding and the unused rest of a block are read (and masked).
         if torch.device(device).type == "cpu":
             self.tensor = _untouched_zeros(shape, self.dtype)
         else:
             self.tensor = torch.zeros(shape, dtype=self.dtype, device=device)
-        row = layout.block_size * layout.num_kv_heads * layout.head_dim
         # Torch indexes no float8, but its bytes.
         rows = self.tensor.view(torch.uint8) if self.dtype in _MAX else self.tensor
-        self.block_rows = rows.view(-1, row)
-        self.token_rows = rows.view(-1, layout.num_kv_heads, layout.head_dim)
+        self.layer_views: list[list[torch.Tensor]] = []
+        if layout.is_uniform:
+            row = layout.block_size * layout.num_kv_heads * layout.head_dim
+            self.block_rows = rows.view(-1, row)
+            self.token_rows = rows.view(-1, layout.num_kv_heads, layout.head_dim)
+        else:
+            self.layer_views = _layer_views(rows, layout)
         self._bytes = self.tensor.view(num_blocks + 1, -1).view(torch.uint8)
-        can_attend = kernels and layout.num_planes == 2 and kernels.can_attend(self.tensor)
+        has_planes = layout.is_uniform and layout.num_planes == 2
+        can_attend = kernels and has_planes and kernels.can_attend(self.tensor)
         self.kernels = kernels if can_attend else None
         self._copies: BlockCopies | None = None
         if self.tensor.is_cuda:
@@ -151,6 +174,22 @@ class KvPool:
             return tensor.view(torch.uint8)
         array = np.frombuffer(buffer, dtype=np.uint8)
         return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _layer_views(rows: torch.Tensor, layout: KvLayout) -> list[list[torch.Tensor]]:
+    """Of each layer that keeps KV, `[blocks, block_size, H, D]` of keys, and of values if kept."""
+    views: list[list[torch.Tensor]] = []
+    first = 0
+    for group in layout.groups:
+        for _ in range(group.num_layers):
+            own = []
+            for dim in filter(None, (group.key_dim, group.value_dim)):
+                size = layout.block_size * group.num_kv_heads * dim
+                part = rows[:, first : first + size]
+                own.append(part.view(-1, layout.block_size, group.num_kv_heads, dim))
+                first += size
+            views.append(own)
+    return views
 
 
 def _untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -6,6 +6,7 @@ the weights and not the arithmetic of a narrow type.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,18 +89,29 @@ def require_layout(model: PreTrainedModel, layout: KvLayout) -> None:
 
     with torch.inference_mode():
         cache = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
-    found = []
+    is_latent = layout.is_uniform and layout.num_planes == 1
+    found: Counter[tuple[tuple[int, int], ...]] = Counter()
     for layer in getattr(cache, "layers", []):
         tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
         shapes = [(t.shape[1], t.shape[3]) for t in tensors if t is not None and t.dim() == 4]
-        if layout.num_planes == 1 and len(shapes) == 2 and shapes[0][0] == shapes[1][0]:
+        if is_latent and len(shapes) == 2 and shapes[0][0] == shapes[1][0]:
             # A latent, and beside it the part of the key that it does not give.
             shapes = [(shapes[0][0], shapes[0][1] + shapes[1][1])]
-        found += shapes
-    expected = (layout.num_kv_heads, layout.head_dim)
-    if found != [expected] * (layout.num_planes * layout.num_layers):
+        found[tuple(shapes)] += 1
+    expected: Counter[tuple[tuple[int, int], ...]] = Counter()
+    for group in layout.groups:
+        dims = filter(None, (group.key_dim, group.value_dim))
+        expected[tuple((group.num_kv_heads, dim) for dim in dims)] += group.num_layers
+    if found != expected:
         raise ModelError(
-            f"the torch engine cannot run this model: {layout.num_layers} layers of (KV heads, "
-            f"dimension) {expected} were expected, its cache has {sorted(set(found))}",
+            "the torch engine cannot run this model: expected were "
+            f"{_described(expected)}; its cache has {_described(found)}",
             remedy="choose another model; README.md lists under Limits what is not supported",
         )
+
+
+def _described(layers: Counter[tuple[tuple[int, int], ...]]) -> str:
+    return ", ".join(
+        f"{count} layers of (KV heads, dimension) {' and '.join(str(s) for s in dict.fromkeys(shapes))}"
+        for shapes, count in layers.items()
+    )

@@ -1,7 +1,6 @@
 """Which models the torch engine runs exactly, decided from config.json alone.
 
-The engine needs per-layer keys and values of one shape, attention that goes through transformers'
-attention interface, and positions that do not depend on the length of the prompt. A model that
+The engine needs attention that goes through transformers' attention interface, and positions that do not depend on the length of the prompt. A model that
 breaks one of these is refused with the reason, before any weight is read.
 """
 
@@ -14,8 +13,10 @@ from serving.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from serving.kv_layout import KvLayout
+
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-_FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
+_FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
 # Fixed up to `context.model_max_len`: `dynamic` begins beyond max_position_embeddings.
 _FIXED_AT_FIRST = {"dynamic", "longrope"}
 _MULTIMODAL_REMEDY = (
@@ -31,6 +32,16 @@ def require_supported(config: PreTrainedConfig) -> None:
         if reason.startswith("it is multimodal"):
             remedy = _MULTIMODAL_REMEDY
         raise ModelError(f"the torch engine cannot run this model: {reason}", remedy=remedy)
+
+
+def require_equal_layers(layout: KvLayout, num_layers: int) -> None:
+    """For CUDA, whose kernels know one shape of KV. Raises ModelError."""
+    if not layout.is_uniform or layout.num_layers != num_layers:
+        raise ModelError(
+            "the torch engine cannot run this model on CUDA: some of its layers keep KV of other "
+            "shapes than others, or share the KV of others",
+            remedy="set `engine.device: cpu`, or choose another model",
+        )
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
@@ -66,8 +77,8 @@ def _wrong_attention(plain: dict[str, Any]) -> str | None:
     stateful = [key for key in plain if key.startswith(("mamba_", "ssm_", "conv_L_cache"))]
     if not all_attend and (stateful or plain.get("state_size")):
         return f"some layers keep a state instead of KV ({(stateful or ['state_size'])[0]})"
-    if plain.get("num_kv_shared_layers") or plain.get("cla_share_factor"):
-        return "some layers share the KV of others"
+    if plain.get("cla_share_factor"):
+        return "some layers share the KV of others (cla_share_factor), which transformers ignores"
     if plain.get("is_decoder") is False and "type_vocab_size" in plain:
         return "its attention looks both ways"
     if isinstance(plain.get("num_key_value_heads"), list):

@@ -207,7 +207,7 @@ def test_attention_in_place_is_that_over_gathered_blocks(
     block_size: int,
     window: int | None,
 ) -> None:
-    layout = KvLayout(3, kv_heads, dim, block_size, "float32")
+    layout = KvLayout.uniform(3, kv_heads, dim, block_size, "float32")
     ends = [70, 33, 32, 9, 1]
     # Blocks in no order, as many as each needs.
     free = torch.randperm(40, generator=torch.Generator().manual_seed(0)).add(1).tolist()
@@ -235,11 +235,11 @@ def test_attention_in_place_is_that_over_gathered_blocks(
 
 
 def test_attention_without_a_kernel_gathers_its_blocks(kernels: CpuKernels) -> None:
-    assert KvPool(KvLayout(1, 1, 64, 8, "bfloat16"), 2, "cpu", kernels).kernels is None
-    assert KvPool(KvLayout(1, 1, 20, 8, "float32"), 2, "cpu", kernels).kernels is None
+    assert KvPool(KvLayout.uniform(1, 1, 64, 8, "bfloat16"), 2, "cpu", kernels).kernels is None
+    assert KvPool(KvLayout.uniform(1, 1, 20, 8, "float32"), 2, "cpu", kernels).kernels is None
     outs = []
     for given in (kernels, None):
-        pool = KvPool(KvLayout(1, 2, 16, 8, "float32"), 4, "cpu", given)
+        pool = KvPool(KvLayout.uniform(1, 2, 16, 8, "float32"), 4, "cpu", given)
         q, k, v = (torch.linspace(-2, 2, count * 16).view(count, 1, 16) for count in (4, 2, 2))
         step = PagedStep(pool, [SequenceSpan([2], 0, 1)], [])
         capped = step.attend(0, q, k, v, AttentionOptions(1.0, None, 5.0, None))

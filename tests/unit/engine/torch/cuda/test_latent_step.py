@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="tests/gpu has the same on the GPU that is here"
 )
 
-LAYOUT = KvLayout(2, 1, 20, 8, "float32", 1)
+LAYOUT = KvLayout.uniform(2, 1, 20, 8, "float32", 1)
 
 
 @pytest.mark.parametrize(("rank", "rope", "heads"), [(32, 8, 4), (40, 16, 20)])

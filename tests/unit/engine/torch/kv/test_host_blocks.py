@@ -15,7 +15,7 @@ from serving.errors import OperatorError
 from serving.kv_layout import KvLayout
 from serving.protocol import BlocksRemoved, BlocksStored, KvEvent
 
-LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=4, block_size=8, dtype="float32")
+LAYOUT = KvLayout.uniform(num_layers=1, num_kv_heads=1, head_dim=4, block_size=8, dtype="float32")
 
 
 class Rig:
@@ -117,7 +117,7 @@ def test_measuring_leaves_the_padding_block_zero() -> None:
 
 
 def test_copies_are_bytes_whatever_the_dtype() -> None:
-    layout = KvLayout(1, 1, 4, 8, "float8_e4m3fn")
+    layout = KvLayout.uniform(1, 1, 4, 8, "float8_e4m3fn")
     kv = KvPool(layout, 2, "cpu")
     host = HostBlocks(kv, 2 * layout.block_bytes)
     values = torch.arange(64, dtype=torch.float32).view(1, 2, 8, 1, 4).to(torch.float8_e4m3fn)

@@ -287,7 +287,7 @@ async def test_narrow_kv_decodes_and_resumes_after_preemption(model: Path) -> No
 
 
 def test_float8_saturates_and_keeps_representable_values() -> None:
-    kv = KvPool(KvLayout(1, 1, 4, 8, "float8_e4m3fn"), 2, "cpu")
+    kv = KvPool(KvLayout.uniform(1, 1, 4, 8, "float8_e4m3fn"), 2, "cpu")
     values = torch.tensor([[[0.0, 1e9, -1e9, 1.0625]]])  # [T, Hkv, D]
     kv.write_tokens(torch.tensor([16]), kv.rounded(values))  # block 1, layer 0, keys
     read = kv.read_blocks(torch.tensor([2]), torch.float32)

@@ -40,7 +40,7 @@ def test_the_engine_computes_the_same_as_the_gguf_file(out: Path) -> None:
     manifest = json.loads((out / "engine.json").read_text())
     assert manifest["check"]["max_abs_diff"] == 0.0
     assert manifest["check"]["argmax_agreement"] == 1.0
-    assert manifest["kv_layout"]["num_kv_heads"] == KV_HEADS
+    assert manifest["kv_layout"]["groups"][0]["num_kv_heads"] == KV_HEADS
     assert manifest["model_max_len"] == 4096
 
 

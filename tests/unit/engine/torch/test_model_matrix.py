@@ -35,6 +35,7 @@ FAST = {
     ("Qwen3-VL", "FP8 in blocks"),
     ("Qwen3-VL (MoE)", "safetensors"),
     ("GLM-4.5V", "safetensors"),
+    ("Gemma 4 E2B (text)", "safetensors"),
 }
 ROWS_HERE = [row for row in ROWS if (row.name, row.form) in FAST]
 

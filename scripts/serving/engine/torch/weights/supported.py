@@ -1,7 +1,8 @@
 """Which models the torch engine runs exactly, decided from config.json alone.
 
-The engine needs attention that goes through transformers' attention interface, and positions that do not depend on the length of the prompt. A model that
-breaks one of these is refused with the reason, before any weight is read.
+The engine needs attention that goes through transformers' attention interface, and positions that do
+not depend on the length of the prompt. A model that breaks one of these is refused with the reason,
+before any weight is read.
 """
 
 from __future__ import annotations

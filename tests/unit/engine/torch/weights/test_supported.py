@@ -69,7 +69,7 @@ def test_models_with_plain_or_latent_kv_are_accepted(model_type: str) -> None:
         ("jamba", {}, "state"),
         ("qwen3_next", {}, "linear_attention"),
         ("recurrent_gemma", {}, "recurrent"),
-        ("gemma3n_text", {}, "share the KV"),
+        ("llama", {"cla_share_factor": 2}, "share the KV"),
         ("t5", {}, "encoder-decoder"),
         ("bert", {}, "both ways"),
         ("bloom", {}, "ALiBi"),
@@ -90,10 +90,10 @@ def test_models_that_cannot_run_exactly_are_refused(
 def test_rotary_positions_of_one_layer_type_are_enough_to_refuse() -> None:
     plain = config("gemma3_text")
     plain.rope_parameters = {
-        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6},
+        "full_attention": {"rope_type": "spiral", "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    assert "proportional" in str(refusal(plain))
+    assert "spiral" in str(refusal(plain))
 
 
 LONGROPE = {

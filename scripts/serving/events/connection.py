@@ -204,5 +204,8 @@ class NatsConnection:
 
     def _read_token(self) -> str | None:
         if isinstance(self._token, Path):
-            return self._token.read_text().strip()
+            token = self._token.read_text().strip()
+            if not token:
+                raise OSError(f"the token in {self._token} is empty")
+            return token
         return self._token

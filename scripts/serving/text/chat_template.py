@@ -18,7 +18,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, ModelError
 from serving.text.json_text import json_text
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -111,7 +111,10 @@ class ChatTemplate:
 
 
 def load_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
-    """From `chat_template.jinja`, else `tokenizer_config.json`; None for a base model."""
+    """From `chat_template.jinja`, else `tokenizer_config.json`; None for a base model.
+
+    Raises ModelError for a template that cannot be read.
+    """
     source, tool_source = _sources(folder, tokenizer_config)
     if source is None:
         return None
@@ -141,7 +144,14 @@ def _sources(folder: Path, tokenizer_config: Mapping[str, Any]) -> tuple[str | N
 
 
 def _compiled(source: str) -> jinja2.Template:
-    template = _environment().from_string(source)
+    try:
+        template = _environment().from_string(source)
+    except (jinja2.TemplateError, RecursionError) as exc:
+        where = f", line {exc.lineno}" if isinstance(exc, jinja2.TemplateSyntaxError) else ""
+        raise ModelError(
+            f"the model's chat template cannot be read{where}: {exc}",
+            remedy="mend `chat_template.jinja`, or `chat_template` in tokenizer_config.json",
+        ) from exc
     # A chain of maps otherwise, copied at each rendering for more than that takes by itself.
     template.globals = dict(template.globals)
     return template

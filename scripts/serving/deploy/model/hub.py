@@ -15,6 +15,7 @@ import msgspec
 
 from serving.config import ModelConfig, Weights
 from serving.deploy.model.files import WeightFiles, select_files
+from serving.deploy.model.hub_cache import HubCache
 from serving.deploy.model.hub_download import HubDownload, HubFile, size_of
 from serving.deploy.model.hub_errors import explain_hub_error
 from serving.engine.files import human, require_space
@@ -42,16 +43,31 @@ def fetch_from_hub(
     ModelError: offline mode, no network, no such model or revision, no access, no space, a wrong
     checksum. What arrived before an interruption is kept and continued by the next call.
     """
-    api = _open_hub(config)
-    commit, listed = _list_files(api, config)
+    api, cache = _open_hub(), HubCache(config.id)
+    offline = is_offline()
+    if offline:
+        commit, listed = _list_cached(cache, config)
+        report(f"{config.id}: from the hub's cache, since this machine is set to be offline")
+    else:
+        commit, listed = _list_files(api, config)
     files_dir.mkdir(parents=True, exist_ok=True)
     pinned = msgspec.structs.replace(config, revision=commit)
     download = HubDownload(api, pinned, files_dir, report=report, retry_after_s=retry_after_s)
 
+    def bring(file: HubFile) -> None:
+        if cache.take(file, files_dir / file.name):
+            return
+        if offline:
+            raise ModelError(
+                f"{file.name} of {config.id} is damaged in the hub's cache",
+                remedy="unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, to fetch it again",
+            )
+        download.fetch(file)
+
     def read(name: str) -> bytes:
         path = files_dir / name
         if not listed[name].matches(path):
-            download.fetch(listed[name])
+            bring(listed[name])
         return path.read_bytes()
 
     kind, names = select_files(
@@ -69,19 +85,34 @@ def fetch_from_hub(
     to_fetch = max(0, sum(file.size for file in missing) - here)
     before = f" ({human(here)} arrived earlier)" if here else ""
     report(f"{config.id} at {commit[:12]}: {len(wanted)} files, {human(to_fetch)} to fetch{before}")
-    require_space(files_dir, to_fetch, config.id)
+    if not all(map(cache.has, missing)):
+        require_space(files_dir, to_fetch, config.id)
     for file in missing:
-        download.fetch(file)
+        bring(file)
     files = [ModelFile(path=file.name, size=file.size, sha256=file.sha256) for file in wanted]
     return WeightFiles(files_dir, kind, names), files, commit
 
 
-def _open_hub(config: ModelConfig) -> HfApi:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+def is_offline() -> bool:
+    """Whether the environment forbids the network, by either of its two variables."""
+    variables = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in variables)
+
+
+def _list_cached(cache: HubCache, config: ModelConfig) -> tuple[str, dict[str, HubFile]]:
+    """What the cache has of the revision. Raises ModelError when that is nothing."""
+    found = cache.listing(config.revision or "main")
+    if found is None:
         raise ModelError(
-            f"{config.id} has to come from the hub, but HF_HUB_OFFLINE is set",
-            remedy="unset HF_HUB_OFFLINE, or set `model.id` to a local folder",
+            f"{config.id} at {config.revision or 'main'} is not in the hub's cache ({cache.folder.parent}), "
+            "and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to fetch it",
+            remedy="unset that variable, set HF_HUB_CACHE to the cache that has it, or set "
+            "`model.id` to a local folder",
         )
+    return found
+
+
+def _open_hub() -> HfApi:
     # Without this the library reports to its default hub, even when HF_ENDPOINT is set.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from serving.engine.files import human, sha256_of
 from serving.engine.manifest import ModelFile, ModelManifest, load_model, write_json
 from serving.errors import ModelError
 from serving.progress import Report
+from serving.text.chat_template import load_chat_template
 
 HASH_LOCAL_UP_TO_BYTES = 64 * 1024 * 1024
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def fetch_model(
@@ -53,6 +56,7 @@ def fetch_model(
         found, files = fetch_bundled(files_dir, report=report)
     else:
         found, files, commit = fetch_from_hub(config, files_dir, weights=weights, report=report)
+    require_readable_template(found.folder)
     tokenizer = _other_tokenizer(config, out_dir, report)
     manifest = ModelManifest(
         id=config.id,
@@ -72,6 +76,15 @@ def fetch_model(
     return load_model(out_dir / "model.json")
 
 
+def require_readable_template(folder: Path) -> None:
+    """Raises ModelError for a chat template that cannot be read, before anything is built."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        settings = {}
+    load_chat_template(folder, settings if isinstance(settings, dict) else {})
+
+
 def _other_tokenizer(config: ModelConfig, out_dir: Path, report: Report) -> str | None:
     """Where `model.tokenizer` is, relative to `out_dir` or absolute; None for the model's own."""
     if config.tokenizer == "bundled":
@@ -89,6 +102,12 @@ def _describe_local(found: WeightFiles, report: Report, hash_up_to_bytes: int) -
         stat = path.stat()
         if stat.st_size == 0:
             raise ModelError(f"{path} is empty", remedy="complete the model")
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise ModelError(
+                    f"{path} is a pointer of git-lfs, not the file itself",
+                    remedy=f"fetch the files: `git -C '{found.folder}' lfs pull`",
+                )
         small = stat.st_size <= hash_up_to_bytes
         digest = sha256_of(path) if small else None
         files.append(

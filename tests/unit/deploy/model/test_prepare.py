@@ -68,3 +68,26 @@ def test_damaged_manifest_says_which_rule_recreates_it(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is damaged") as failure:
         load_model(tmp_path / "model.json")
     assert "download_model" in failure.value.remedy
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_pointer_of_git_lfs_is_named(name: str, folder: Path, tmp_path: Path) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelError, match=rf"{name} is a pointer of git-lfs") as failure:
+        fetch(folder, tmp_path / "out")
+    assert "lfs pull" in failure.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("chat_template.jinja", "{{ messages }}\n{% for m in %}"),
+        ("tokenizer_config.json", '{"chat_template": "a\\n{% if %}"}'),
+    ],
+)
+def test_template_that_cannot_be_read_is_refused_before_a_build(
+    file: str, text: str, folder: Path, tmp_path: Path
+) -> None:
+    (folder / file).write_text(text)
+    with pytest.raises(ModelError, match="chat template cannot be read, line 2"):
+        fetch(folder, tmp_path / "out")

@@ -11,7 +11,7 @@ from serving.deploy.planning.config_file import config_file_to_read
 from serving.deploy.planning.invocation import from_terminal
 from serving.deploy.rule_script import script_config
 from serving.deploy.planning.shell_word import quote_interpreter, require_usable_paths
-from serving.errors import OperatorError
+from serving.errors import OperatorError, disk_error
 
 
 def end_with(exc):
@@ -38,6 +38,10 @@ try:
     DEPLOYMENT = deployment.prepare(config, main=workflow.is_main_process)
 except OperatorError as exc:
     end_with(exc)
+except OSError as exc:
+    if (error := disk_error(exc)) is None:
+        raise
+    end_with(error)
 
 CONFIG, PLAN, INVOCATION = DEPLOYMENT.config, DEPLOYMENT.plan, DEPLOYMENT.invocation
 # Scripts get the resolved configuration, and no key as the person wrote it.

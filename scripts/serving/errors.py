@@ -5,6 +5,8 @@ Only `frontend/api/errors.py` maps types to status codes.
 
 from __future__ import annotations
 
+import errno
+
 
 class ServingError(Exception):
     """Base of everything this project raises on purpose."""
@@ -126,3 +128,24 @@ class ConfigError(OperatorError):
 
 class ModelError(OperatorError):
     """The model cannot be fetched, read or run exactly."""
+
+
+_DISK_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk is mounted read-only",
+    errno.EFBIG: "the file would be larger than this process may write (`ulimit -f`)",
+}
+
+
+def disk_error(exc: OSError) -> OperatorError | None:
+    """What to tell a person when a disk takes no more; None for any other error."""
+    reason = _DISK_REASONS.get(exc.errno or 0)
+    if reason is None:
+        return None
+    where = f" at {exc.filename}" if exc.filename else ""
+    return OperatorError(
+        f"{reason}{where}",
+        remedy="free some space, or move this folder (`results`, `run`, `logs`) to a larger disk; "
+        "then run the same target again",
+    )

@@ -21,6 +21,7 @@ LAYERS = [
         "progress",
         "restarts",
         "console",
+        "log_lines",
         "gpus",
         "host_memory",
         "errors",

@@ -11,6 +11,8 @@ import logging
 import os
 import time
 
+from serving.log_lines import BoundedFormatter
+
 LATER_S = 0.05
 
 
@@ -47,7 +49,7 @@ class LaterHandler(logging.StreamHandler):  # type: ignore[type-arg]
             self.release()
 
 
-class LineFormatter(logging.Formatter):
+class LineFormatter(BoundedFormatter):
     """Formats the time of day as the default does, but only once a second."""
 
     _second, _formatted = -1, ""

@@ -18,6 +18,7 @@ import uvloop
 
 from serving.config.process import WorkerSettings, announce_ready, beating, read_settings
 from serving.errors import OperatorError
+from serving.log_lines import BoundedFormatter
 from serving.protocol import InstanceInfo
 from serving.worker.health import BROKEN_STATUS, EngineBroken
 from serving.worker.instance import serve
@@ -53,10 +54,10 @@ async def run(settings: WorkerSettings) -> None:
 
 def main() -> None:
     settings = read_settings(sys.argv[1], WorkerSettings)
-    logging.basicConfig(
-        level=os.environ.get("LOG_LEVEL", "INFO"),
-        format=f"%(asctime)s {settings.instance_id} %(levelname)s %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler()
+    line = f"%(asctime)s {settings.instance_id} %(levelname)s %(name)s: %(message)s"
+    handler.setFormatter(BoundedFormatter(line))
+    logging.basicConfig(level=os.environ.get("LOG_LEVEL", "INFO"), handlers=[handler])
     try:
         uvloop.run(run(settings))
     except* OperatorError as group:  # task groups wrap their errors

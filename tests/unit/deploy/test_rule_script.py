@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,3 +59,36 @@ def test_colours_of_the_terminal_stay_out_of_the_log(tmp_path: Path) -> None:
     with rule_script(fake_snakemake(tmp_path)) as (_, report):
         report("\x1b[32mok\x1b[0m  fine")
     assert (tmp_path / "logs" / "rule.log").read_text() == "ok  fine\n"
+
+
+def test_full_disk_ends_a_script_with_one_paragraph(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "results/models/x")
+    with pytest.raises(SystemExit) as caught, rule_script(fake_snakemake(tmp_path)):
+        raise full
+    assert caught.value.code == 1
+    assert "\nthe disk is full at results/models/x\n  -> free some" in capsys.readouterr().err
+
+
+def test_disk_without_room_for_the_log_costs_no_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snakemake = fake_snakemake(tmp_path)
+    snakemake.log[0] = "/dev/full"
+    snakemake.config["failures_file"] = "/dev/full"
+    with pytest.raises(SystemExit) as caught:
+        fail(snakemake)
+    assert caught.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out == "looking\n"
+    assert "no room" in printed.err
+
+
+def test_interrupt_ends_a_script_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught, rule_script(fake_snakemake(tmp_path)):
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert "interrupted" in capsys.readouterr().err

@@ -8,6 +8,9 @@ from pathlib import Path
 from serving.errors import OperatorError
 
 LAST_LINES = 15
+TAIL_BYTES = 256 * 1024
+LINE_CHARS = 400
+"""Of a line that is quoted. Libraries log whole requests in one."""
 _LINE_HEAD = re.compile(r"^\S+ \S+ \S+ (?:INFO|WARNING|ERROR|CRITICAL|DEBUG) \S+: ")
 _CRITICAL_HEAD = re.compile(r"^\S+ \S+ \S+ CRITICAL \S+: ")
 """Our programs log only one thing at this level: the OperatorError that ends them."""
@@ -35,21 +38,28 @@ class ProgramLog:
         if explanation := _explanation(lines):
             what, _, remedy = explanation.partition(f"\n{_REMEDY}")
             return OperatorError(f"{program} could not start: {what}", remedy=remedy)
-        quoted = "\n".join(f"  | {line}" for line in lines[-LAST_LINES:])
+        quoted = "\n".join(f"  | {_shortened(line)}" for line in lines[-LAST_LINES:])
         return OperatorError(
             f"{program} ended while it was starting ({how}). The end of its log:\n{quoted}",
             remedy=f"fix the problem that its log names; the whole log is {self.path}",
         )
 
     def _lines(self) -> list[str]:
-        """All of the file when it was rotated in between."""
+        """The end of what was appended; of the whole file when it was rotated in between."""
         try:
             with self.path.open("rb") as file:
-                file.seek(self._start if self.path.stat().st_size >= self._start else 0)
+                size = self.path.stat().st_size
+                start = self._start if size >= self._start else 0
+                file.seek(max(start, size - TAIL_BYTES))
                 text = file.read().decode(errors="replace")
         except OSError:
             return []
         return [line for line in text.splitlines() if line.strip()]
+
+
+def _shortened(line: str) -> str:
+    left_out = len(line) - LINE_CHARS
+    return line if left_out <= 0 else f"{line[:LINE_CHARS]} ... ({left_out} more characters)"
 
 
 def _explanation(lines: list[str]) -> str:

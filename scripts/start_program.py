@@ -10,6 +10,7 @@ from serving.config.resolve import is_joining_node
 from serving.deploy.planning.program import Program
 from serving.deploy.processes.launch import launch
 from serving.deploy.rule_script import rule_script
+from serving.engine.integrity import verify_weights
 from serving.engine.manifest import load_manifest
 
 with rule_script(snakemake) as (config, report):
@@ -18,4 +19,7 @@ with rule_script(snakemake) as (config, report):
         from serving.deploy.cluster.join import require_same_engine
 
         require_same_engine(load_manifest(Path(snakemake.input.engine).parent))
+    if program.name.startswith("worker-"):
+        engine_dir = Path(snakemake.input.engine).parent
+        verify_weights(engine_dir, load_manifest(engine_dir))
     launch(program, config, report)

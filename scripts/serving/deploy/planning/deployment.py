@@ -49,6 +49,7 @@ from serving.deploy.report.announcement import (
     announce_joined,
     announce_service,
 )
+from serving.engine.integrity import remove_unusable
 from serving.errors import ConfigError, OperatorError
 from serving.gpus import Links, nvlink_pairs
 from serving.protocol import Role
@@ -144,6 +145,8 @@ def prepare(raw: Mapping[str, Any], *, main: bool) -> Deployment:
     if main and invocation.executes:
         keep_for_subprocesses(config)
         if deployment.will_serve:
+            model_file = Path("results/models") / config.model_key / "model.json"
+            remove_unusable(Path(config.engine_dir), model_file)
             _remove_stale_markers(deployment.plan)
             _claim_ports(deployment.plan)
     return deployment

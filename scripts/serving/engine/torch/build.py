@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.config import EngineConfig, TextOnly
 from serving.engine.files import sha256_of
+from serving.engine.integrity import note_verified
 from serving.engine.manifest import (
     ENGINE_FORMAT,
     BuildCheck,
@@ -74,6 +75,7 @@ def build_engine(
         if out_dir.exists():
             shutil.rmtree(out_dir)
         staging.rename(out_dir)
+        note_verified(out_dir, list(built.weights))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     report(f"built {out_dir}: {built.architecture} in {built.dtype}")
@@ -168,7 +170,10 @@ def _pack(
 
 
 def require_unchanged(manifest: ModelManifest) -> None:
-    """Raises ModelError when the files are not those that download_model described."""
+    """Raises ModelError when the files are not those that download_model described.
+
+    Files with a checksum are read whole; a person's own large files have none.
+    """
     for file in manifest.files:
         path = Path(manifest.path) / file.path
         stat = path.stat() if path.exists() else None
@@ -180,6 +185,12 @@ def require_unchanged(manifest: ModelManifest) -> None:
             raise ModelError(
                 f"{path} {'is gone' if stat is None else 'has changed'} since download_model ran",
                 remedy="run `snakemake --forcerun download_model` with the same target",
+            )
+        if file.sha256 is not None and sha256_of(path) != file.sha256:
+            raise ModelError(
+                f"{path} is damaged: its checksum is not the one that download_model saw",
+                remedy="copy or fetch that file again, then run "
+                "`snakemake --forcerun download_model` with the same target",
             )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from msgspec import Struct, field
 
 from serving.frontend.api.responses.store import ResponseStore
-from serving.frontend.http.limits import BODY_TIMEOUT_S, InFlight
+from serving.frontend.http.limits import BODY_TIMEOUT_S, ArrivingBodies, InFlight
 from serving.frontend.http.sse import STALL_S
 from serving.frontend.metrics.registry import Metrics
 from serving.frontend.model import ModelLoader
@@ -27,6 +27,7 @@ class AppState(Struct, frozen=True, kw_only=True):
     model_name: str
     max_body_bytes: int
     body_timeout_s: float = BODY_TIMEOUT_S
+    arriving: ArrivingBodies = field(default_factory=ArrivingBodies)
     stall_s: float = STALL_S
     launch_id: str = ""
     slot: ProcessSlot | None = None

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from starlette.types import Receive, Scope
 
 from serving.errors import InvalidRequest, RequestTooLarge
-from serving.frontend.http.limits import BodyTimeout, ClientGone
+from serving.frontend.http.limits import ArrivingBodies, BodyTimeout, ClientGone
 
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _NOT_JSON = ("text/plain", "multipart/")
@@ -20,10 +20,17 @@ class UnsupportedMedia(InvalidRequest):
     """The body has a type or an encoding that is not read here (HTTP 415)."""
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int, *, timeout_s: float) -> bytes:
-    """The whole body, decompressed.
+async def read_body(
+    scope: Scope,
+    receive: Receive,
+    max_bytes: int,
+    *,
+    timeout_s: float,
+    arriving: ArrivingBodies | None = None,
+) -> bytes:
+    """The whole body, decompressed. While it arrives, its bytes count in `arriving`.
 
-    Raises RequestTooLarge, UnsupportedMedia, BodyTimeout, ClientGone. The announced length is
+    Raises RequestTooLarge, UnsupportedMedia, BodyTimeout, ClientGone, Overloaded. The announced length is
     checked before reading and the actual one while reading, so never more than `max_bytes` are kept.
     """
     headers = dict(scope["headers"])
@@ -42,15 +49,17 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int, *, timeout_s
             f"The content encoding `{encoding[:50]}` is not read; send `gzip`, `deflate` or none",
             code="unsupported_content_encoding",
         )
-    parts = await _received(receive, max_bytes, timeout_s)
+    parts = await _received(receive, max_bytes, timeout_s, arriving or ArrivingBodies())
     if encoding == "identity":
         return b"".join(parts)
     return _decompressed(parts, encoding, max_bytes)
 
 
-async def _received(receive: Receive, max_bytes: int, timeout_s: float) -> list[bytes]:
+async def _received(
+    receive: Receive, max_bytes: int, timeout_s: float, arriving: ArrivingBodies
+) -> list[bytes]:
     parts: list[bytes] = []
-    num_bytes = 0
+    num_bytes = counted = 0
     try:
         async with asyncio.timeout(timeout_s):
             while True:
@@ -61,11 +70,15 @@ async def _received(receive: Receive, max_bytes: int, timeout_s: float) -> list[
                 num_bytes += len(part)
                 if num_bytes > max_bytes:
                     raise _too_large(max_bytes)
+                arriving.add(len(part))
+                counted = num_bytes
                 parts.append(part)
                 if not message.get("more_body", False):
                     return parts
     except TimeoutError:
         raise BodyTimeout(f"The request body did not arrive within {timeout_s:g} s") from None
+    finally:
+        arriving.add(-counted)
 
 
 def _decompressed(parts: Iterable[bytes], encoding: str, max_bytes: int) -> bytes:

@@ -61,8 +61,17 @@ class CompletionCall:
         self._headers = ((b"x-request-id", self._trace_id.encode()),)
         in_flight = self._state.in_flight
         try:
+            in_flight.check_room(1)
+            body = await read_body(
+                scope,
+                receive,
+                self._state.max_body_bytes,
+                timeout_s=self._state.body_timeout_s,
+                arriving=self._state.arriving,
+            )
             with in_flight.hold(1):
-                generation = self._generation = await self._prepare(scope, receive)
+                generation = self._generation = await self._prepare(body)
+                del body  # only its tokens live on
                 num_samples = len(generation.samples)
                 in_flight.check_possible(num_samples)
                 with in_flight.hold(num_samples - 1):
@@ -82,13 +91,9 @@ class CompletionCall:
         finally:
             self._record(status, error)
 
-    async def _prepare(self, scope: Scope, receive: Receive) -> Generation:
-        """Read, check and tokenize the request. Raises ServingError, ClientGone.
-
-        The body is not kept: only the tokens live on.
-        """
+    async def _prepare(self, body: bytes) -> Generation:
+        """Check and tokenize the request. Raises ServingError."""
         state = self._state
-        body = await read_body(scope, receive, state.max_body_bytes, timeout_s=state.body_timeout_s)
         request = self._api.parse(body)
         check_model(request.model, state.model_names)
         model = await state.models.load(state.card)

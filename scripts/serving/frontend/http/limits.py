@@ -53,16 +53,20 @@ class InFlight:
     @contextmanager
     def hold(self, num_samples: int) -> Iterator[None]:
         """Count `num_samples` until exit. Raises TooManyInFlight."""
-        if self.count + num_samples > self._limit:
-            raise TooManyInFlight(
-                f"{self._limit} requests are in flight already", retry_after_s=self.retry_after_s()
-            )
+        self.check_room(num_samples)
         self._add(num_samples)
         try:
             yield
         finally:
             self._add(-num_samples)
         self._recent = self._recently_ended() + num_samples  # failed ones do not count
+
+    def check_room(self, num_samples: int) -> None:
+        """Raises TooManyInFlight when these samples could not begin now."""
+        if self.count + num_samples > self._limit:
+            raise TooManyInFlight(
+                f"{self._limit} requests are in flight already", retry_after_s=self.retry_after_s()
+            )
 
     def retry_after_s(self) -> float:
         """Seconds until one more sample probably fits."""
@@ -89,6 +93,24 @@ class InFlight:
     def _add(self, num_samples: int) -> None:
         self.count += num_samples
         self._gauge.value = self.count
+
+
+class ArrivingBodies:
+    """Counts the bytes of bodies that are not complete yet, and refuses more than `limit`.
+
+    A body takes no place of a request before all of it is there, so slow ones keep nobody out. This
+    is what bounds the memory that they take instead.
+    """
+
+    def __init__(self, limit: int = 256 * 1024 * 1024) -> None:
+        self._limit = limit
+        self.num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Raises Overloaded. Without that, the caller must take them off again."""
+        if num_bytes > 0 and self.num_bytes + num_bytes > self._limit:
+            raise Overloaded(f"{self._limit} bytes of other requests are arriving already")
+        self.num_bytes += num_bytes
 
 
 class cancelled_on_disconnect:

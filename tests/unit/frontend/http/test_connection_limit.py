@@ -58,7 +58,7 @@ async def ask(port: int, path: str, stack: AsyncExitStack) -> asyncio.StreamRead
     return reader
 
 
-async def test_newcomer_is_served_in_place_of_the_oldest_silent_connection(
+async def test_newcomer_is_served_in_place_of_a_silent_connection(
     port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     FewConnections._logged.clear()
@@ -67,8 +67,7 @@ async def test_newcomer_is_served_in_place_of_the_oldest_silent_connection(
         with caplog.at_level(logging.WARNING):
             answer = await ask(port, "/health", stack)
             assert (await answer.readline()).startswith(b"HTTP/1.1 200")
-        for reader, _ in silent[: 2 * LIMIT]:
-            assert await reader.read() == b""  # cut
+        await until(lambda: sum(reader.at_eof() for reader, _ in silent) >= 2 * LIMIT)
         assert len(caplog.records) <= 1  # not one for each
 
 

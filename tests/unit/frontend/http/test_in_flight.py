@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from serving.frontend.http.limits import InFlight, TooManyInFlight
+from serving.errors import Overloaded
+from serving.frontend.http.body import read_body
+from serving.frontend.http.limits import ArrivingBodies, InFlight, TooManyInFlight
 from serving.frontend.metrics.collectors import Gauge
 
 
@@ -55,3 +57,25 @@ def test_request_beyond_the_limit_is_refused_with_a_retry_after(clock: Clock) ->
             pass
     assert 1.0 < refused.value.retry_after_s == pytest.approx(expected)
     assert in_flight.count == 0
+
+
+async def test_bytes_of_bodies_that_arrive_are_bounded_and_returned() -> None:
+    arriving = ArrivingBodies(limit=10)
+    arriving.add(6)  # of another request
+
+    async def read(*parts: bytes) -> bytes:
+        messages = [
+            {"type": "http.request", "body": part, "more_body": index + 1 < len(parts)}
+            for index, part in enumerate(parts)
+        ]
+
+        async def receive() -> dict[str, object]:
+            return messages.pop(0)
+
+        return await read_body({"headers": []}, receive, 100, timeout_s=5, arriving=arriving)
+
+    assert await read(b"ab", b"cd") == b"abcd"
+    assert arriving.num_bytes == 6
+    with pytest.raises(Overloaded, match="arriving already"):
+        await read(b"abc", b"de")
+    assert arriving.num_bytes == 6

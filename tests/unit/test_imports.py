@@ -23,6 +23,7 @@ LAYERS = [
         "console",
         "log_lines",
         "gpus",
+        "host_cpus",
         "host_memory",
         "errors",
     },

@@ -99,7 +99,8 @@ def fetch_debian_package(scratch: Path, report: Report) -> Path:
     except Unavailable:
         report("the package lists are missing or old; fetching them into a private folder")
         options += _private_lists(scratch)
-        _apt([*options, "update"], scratch)
+        # Without this, apt only warns about lists that it could not fetch, and finds no package then.
+        _apt([*options, "-o", "APT::Update::Error-Mode=any", "update"], scratch)
         _apt([*options, "download", "etcd-server"], scratch)
     package = next(scratch.glob("etcd-server_*.deb"), None)
     if package is None:
@@ -131,7 +132,9 @@ def _run(command: list[str], cwd: Path) -> None:
     try:
         subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=_APT_S, check=True)
     except subprocess.CalledProcessError as exc:
-        reason = (exc.stderr.strip() or exc.stdout.strip() or str(exc)).splitlines()[-1]
+        lines = (exc.stderr.strip() or exc.stdout.strip() or str(exc)).splitlines()
+        # apt sums up at the end, and names the cause before.
+        reason = next((line for line in lines if "Failed to fetch" in line), lines[-1])
         raise Unavailable(f"{' '.join(command[:1])}: {reason}") from None
     except (OSError, subprocess.SubprocessError) as exc:
         raise Unavailable(str(exc)) from None

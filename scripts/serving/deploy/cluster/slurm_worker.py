@@ -17,6 +17,7 @@ import msgspec
 
 from serving.config.process import WorkerSettings, read_settings
 from serving.deploy.cluster.network import listen_address
+from serving.host_cpus import host_cpus
 
 _JOB_VARIABLES = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMI2_", "PMIX_")
 
@@ -37,7 +38,7 @@ def settings_on_this_node(
 
 def without_job_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` for a process that is not a task of a job, with as many threads as the job has cores."""
-    cores = environ.get("SLURM_CPUS_PER_TASK") or str(len(os.sched_getaffinity(0)))
+    cores = environ.get("SLURM_CPUS_PER_TASK") or str(host_cpus())
     kept = {k: v for k, v in environ.items() if not k.startswith(_JOB_VARIABLES)}
     kept.setdefault("OMP_NUM_THREADS", cores)
     return kept

@@ -43,6 +43,7 @@ from serving.deploy.security.secret_files import (
     ensure_secret,
 )
 from serving.errors import OperatorError
+from serving.host_cpus import host_cpus
 from serving.progress import Report
 from serving.restarts import forget_restarts
 
@@ -151,7 +152,7 @@ def _spec(program: Program, config: Config) -> ProgramSpec:
     env = {"PYTHONPATH": os.environ.get("PYTHONPATH", str(SCRIPTS)), "PYTHONUNBUFFERED": "1"}
     if program.name.startswith("worker-"):
         worker = msgspec.json.decode(program.settings, type=WorkerSettings)
-        cores = len(os.sched_getaffinity(0))
+        cores = host_cpus()
         gpus = usable_gpus(config.workers.gpus, existing_gpus()) if worker.gpus else []
         env |= worker_environment(config, worker, gpus, cores)
         env |= {key: value for key, value in os.environ.items() if key.startswith("UCX_")}

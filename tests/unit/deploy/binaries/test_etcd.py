@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from serving.deploy.binaries.etcd import check_etcd_version, resolve_etcd
-from serving.deploy.binaries.etcd_fetch import Release
+from serving.deploy.binaries.etcd_fetch import Release, Unavailable, fetch_debian_package
 from serving.errors import OperatorError
 
 
@@ -156,3 +156,23 @@ def test_verdict_on_etcd_versions(version: tuple[int, int, int], verdict: str) -
             check_etcd_version(version)
     else:
         assert (check_etcd_version(version) is None) == (verdict == "fine")
+
+
+def test_lists_that_apt_could_not_fetch_are_the_reason_and_not_what_follows(
+    only_sh: Path, tmp_path: Path
+) -> None:
+    """apt warns, ends with 0, and cannot locate the package afterwards."""
+    script = """#!/bin/sh
+case "$*" in
+  *Error-Mode=any*update*)
+    echo "E: Failed to fetch http://deb.debian.org/x  Could not connect" >&2
+    echo "E: Some index files failed to download." >&2; exit 100;;
+  *update*) echo "W: Failed to fetch http://deb.debian.org/x" >&2; exit 0;;
+  *) echo "E: Unable to locate package etcd-server" >&2; exit 100;;
+esac
+"""
+    for name in ("apt-get", "dpkg"):
+        (only_sh / name).write_text(script)
+        (only_sh / name).chmod(0o755)
+    with pytest.raises(Unavailable, match=r"Failed to fetch http://deb\.debian\.org/x"):
+        fetch_debian_package(tmp_path, [].append)

@@ -37,7 +37,7 @@ import httpx  # noqa: E402
 import psutil  # noqa: E402
 from integration.deployment import running  # noqa: E402
 from integration.healing.breakable import BreakableDeployment  # noqa: E402
-from integration.healing.faulty.sitecustomize import CRASH_SEED  # noqa: E402
+from integration.healing.faulty.sitecustomize import CRASH_SEED, GROW  # noqa: E402
 from integration.healing.steady_load import SteadyLoad  # noqa: E402
 from waiting import wait_until  # noqa: E402
 
@@ -137,8 +137,9 @@ class Bench:
         group = Path("/sys/fs/cgroup/memory") / f"healing-{pid}"
         group.mkdir()
         try:
-            (group / "memory.limit_in_bytes").write_text(str(256 << 10))
+            (group / "memory.limit_in_bytes").write_text(str(4 << 20))
             (group / "cgroup.procs").write_text(str(pid))
+            os.kill(pid, GROW)
             wait_until(lambda: not _lives(pid), 10, f"{program} is out of memory")
         finally:
             with suppress(OSError):

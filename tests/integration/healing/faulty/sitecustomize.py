@@ -14,7 +14,7 @@ import time
 from types import ModuleType
 from typing import Any
 
-BREAK, HANG = signal.SIGUSR1, signal.SIGUSR2
+BREAK, HANG, GROW = signal.SIGUSR1, signal.SIGUSR2, signal.SIGRTMIN + 1
 CRASH_SEED, BREAK_SEED = 666_001, 666_002
 PATCHED = "serving.worker.worker"
 
@@ -45,6 +45,7 @@ def _patch(module: Any) -> None:
         initialise(self, settings, epoch, engine, *rest)
         signal.signal(BREAK, lambda *_: _break(engine))
         signal.signal(HANG, lambda *_: _hang(engine))
+        signal.signal(GROW, lambda *_: setattr(self, "ballast", bytearray(b"1" * (64 << 20))))
 
     def on_generate(self: Any, request: Any) -> None:
         generate(self, request)

@@ -39,6 +39,7 @@ from integration.deployment import running  # noqa: E402
 from integration.healing.breakable import BreakableDeployment  # noqa: E402
 from integration.healing.faulty.sitecustomize import CRASH_SEED, GROW  # noqa: E402
 from integration.healing.steady_load import SteadyLoad  # noqa: E402
+from serving.deploy.processes.readiness import ANSWER_S  # noqa: E402
 from waiting import wait_until  # noqa: E402
 
 SILENT_S = 3.0
@@ -98,7 +99,8 @@ class Bench:
                 self._row(f"{title}: {role}", role, fault, notice_s)
         for service in ("etcd", "nats", "frontend"):
             for title, fault, notice_s in faults[:2]:
-                self._row(f"{title}: {service}", service, fault, notice_s)
+                probe_s = ANSWER_S if notice_s and service != "frontend" else 0.0
+                self._row(f"{title}: {service}", service, fault, notice_s + probe_s)
         for service in ("etcd", "nats"):
             self._kill_repeatedly(service, num_kills)
         self._poison()

@@ -193,7 +193,8 @@ def _program_row(
 ) -> tuple[str, ...]:
     history = describe(restarts, time.time())
     if not info.running:
-        how = how_it_ended(info.name, info.exit_status)
+        deaths = restarts.deaths
+        how = deaths[-1].how if deaths else how_it_ended(info.name, info.exit_status)
         state = f"{info.state.lower()} ({how})" if not info.location else info.state.lower()
         return (info.name, state, "-", "-", _end_note(info, history))
     marker = read_marker(RUN / f"{info.name}.up")

@@ -102,6 +102,11 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     ready_file: str
     engine_dir: str = ""  # with the tokenizer; empty: from the workers' model card
     own_instances: list[str] | None = None  # on a head: the instances of this machine
+    silent_s: float = 10.0  # a process of several that is silent for this long is replaced
+
+    def beat_file(self, number: int) -> Path:
+        """What process `number` of several touches each second."""
+        return Path(self.ready_file).with_name(f"frontend-{number}.ready")
 
 
 Settings = TypeVar("Settings", WorkerSettings, FrontendSettings)

@@ -45,7 +45,7 @@ log = logging.getLogger("serving.frontend")
 async def run(settings: FrontendSettings, slot: ProcessSlot | None) -> None:
     """Serve until SIGTERM or SIGINT; uvicorn handles both and drains."""
     metrics = Metrics()
-    ready_file = settings.ready_file if slot is None else ""
+    ready_file = settings.ready_file if slot is None else settings.beat_file(slot.number)
     async with beating(ready_file), lifespan(settings, metrics, slot) as pipeline:
         state = AppState(
             pipeline=pipeline,

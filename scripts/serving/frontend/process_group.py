@@ -1,4 +1,4 @@
-"""Several frontend processes behind one port: starts them and replaces one that dies.
+"""Several frontend processes behind one port: starts them and replaces one that dies or is silent.
 
 The parent owns a listening socket for each process slot and serves nothing itself. With
 `SO_REUSEPORT`, the kernel spreads connections over the sockets. A socket outlives its process:
@@ -22,7 +22,7 @@ from contextlib import ExitStack
 import msgspec
 from msgspec import Struct
 
-from serving.config.process import FrontendSettings, announce_ready, beating
+from serving.config.process import BEAT_S, FrontendSettings, announce_ready, beating
 from serving.errors import OperatorError
 from serving.frontend import decision_log
 
@@ -130,7 +130,9 @@ class _ProcessGroup:
             if line == STARTED and is_first:
                 is_first = False
                 self._started()
+            watch = asyncio.create_task(self._end_when_silent(child, slot.number), name="silence")
             code = await child.wait()
+            watch.cancel()
             del self._running[slot.number]
             if self._is_stopping:
                 return
@@ -141,6 +143,24 @@ class _ProcessGroup:
                 )
             log.error("process %d ended with %d; starting a new one", slot.number, code)
             await asyncio.sleep(max(0.0, began + REPLACE_S - loop.time()))
+
+    async def _end_when_silent(self, child: asyncio.subprocess.Process, number: int) -> None:
+        """Kill a process whose event loop does nothing: connections would still arrive there.
+
+        Looks are counted, because all processes are silent while the machine is suspended.
+        """
+        beat, sign, num_looks = self._settings.beat_file(number), 0, 0
+        with contextlib.suppress(OSError):
+            beat.touch()
+        while num_looks * BEAT_S <= self._settings.silent_s:
+            await asyncio.sleep(BEAT_S)
+            before = sign
+            with contextlib.suppress(OSError):  # the folder is being removed, or the disk is away
+                sign = beat.stat().st_mtime_ns
+            num_looks = num_looks + 1 if sign == before else 0
+        log.error("process %d has been silent for %d s; it is killed", number, num_looks * BEAT_S)
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
 
     async def _start(self, slot: ProcessSlot) -> asyncio.subprocess.Process:
         command = [sys.executable, "-m", "serving.frontend", self._settings_file]

@@ -59,7 +59,7 @@ def test_four_frontend_processes_spread_a_burst_over_all_workers(tmp_path: Path)
 
 
 def test_both_processes_serve_and_a_killed_one_is_replaced(tmp_path: Path) -> None:
-    with make_service(tmp_path) as service:
+    with make_service(tmp_path, deployment={"silent_s": 2}) as service:
         url = f"http://127.0.0.1:{service.port}"
         parent = psutil.Process(service.pids()["frontend"])
 
@@ -95,5 +95,9 @@ def test_both_processes_serve_and_a_killed_one_is_replaced(tmp_path: Path) -> No
         wait_until(lambda: len({c.pid for c in parent.children()} - children) == 1)
         wait_until(lambda: who_answers() == {0, 1})
         assert {ask() for _ in range(16)} == {200}
+        children = {child.pid for child in parent.children()}
+        os.kill(max(children), signal.SIGSTOP)  # its connections would wait for ever
+        wait_until(lambda: len({c.pid for c in parent.children()} - children) == 1)
+        wait_until(lambda: who_answers() == {0, 1})
         children = {child.pid for child in parent.children()}
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children))

@@ -119,6 +119,7 @@ def _frontend_program(
         control=control,
         ready_file="run/frontend.ready",
         own_instances=own_instances if config.topology == MULTINODE else None,
+        silent_s=config.deployment.silent_s,
     )
     return _python_program(
         "frontend",

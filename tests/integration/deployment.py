@@ -98,10 +98,11 @@ class Deployment:
 
     def pids(self) -> dict[str, int]:
         """Program name to pid, as the markers record them."""
-        return {
-            marker.stem: json.loads(marker.read_text())["pid"]
-            for marker in sorted((self.directory / "run").glob("*.up"))
-        }
+        found = {}
+        for marker in sorted((self.directory / "run").glob("*.up")):
+            with contextlib.suppress(FileNotFoundError):  # its program has ended just now
+                found[marker.stem] = json.loads(marker.read_text())["pid"]
+        return found
 
     def processes(self) -> list[psutil.Process]:
         """Every live process of this deployment, whoever its parent is."""

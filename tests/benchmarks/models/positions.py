@@ -23,3 +23,12 @@ LONGROPE = {
     "long_factor": [4.0] * 48,
     "original_max_position_embeddings": 4096,
 }
+LLAMA4_SCALED = YARN | {"llama_4_scaling_beta": 0.1}
+OLMO3_YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "attention_factor": 1.2079,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}

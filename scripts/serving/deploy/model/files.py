@@ -78,7 +78,7 @@ def select_files(
     companions = [name for name in present if _COMPANIONS.fullmatch(name)]
     if weights == "dummy":
         if needs_tokenizer:
-            _require_tokenizer(present, where)
+            _require_tokenizer(present, where, weights)
         return "config", sorted(companions)
     for kind, single in _WEIGHTS.items():
         index = f"{single}.index.json"
@@ -95,7 +95,7 @@ def select_files(
         else:
             files = [index, *_shards(read(index), f"{where}: {index}", present)]
         if needs_tokenizer:
-            _require_tokenizer(present, where)
+            _require_tokenizer(present, where, weights)
         return kind, sorted([*companions, *files])
     raise ModelError(f"{where} has no model.safetensors", remedy=_hint(present))
 
@@ -126,14 +126,18 @@ def _shards(content: bytes, index: str, present: set[str]) -> list[str]:
     return shards
 
 
-def _require_tokenizer(present: set[str], where: str) -> None:
+def _require_tokenizer(present: set[str], where: str, weights: Weights) -> None:
+    """Any tokenizer serves random weights; real ones know only their own."""
     if _TOKENIZERS & present:
         return
     found = sorted(_OTHER_TOKENIZERS & present)
     only = f"; {found[0]} is of a kind that is not read" if found else ""
     raise ModelError(
         f"{where} has no tokenizer.json{only}",
-        remedy="add one, or use another model's: set `model.tokenizer` to `bundled` or to a path",
+        remedy="set `model.tokenizer: bundled`, or to a folder or `.gguf` file that has one"
+        if weights == "dummy"
+        else "add the one that this model was published with, or set `model.tokenizer` to a folder "
+        "or `.gguf` file that has it",
     )
 
 

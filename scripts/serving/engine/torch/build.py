@@ -115,7 +115,7 @@ def _build(
     source.save_tokenizer(staging)
     source.save_pooling(staging)
     if engine.backend == "torch":
-        check_small_model(config, staging, report, source.reference_model)
+        check_small_model(config, staging, report, source.reference_model, device=engine.device)
     check, dummy = UNCHECKED, None
     if engine.weights == "dummy":
         source.save_config(staging)

@@ -76,6 +76,7 @@ def test_model_without_a_tokenizer_that_is_read_is_refused(tokenizer: str, reaso
     with pytest.raises(ModelError, match=reason) as failure:
         select(True)
     assert "`model.tokenizer`" in failure.value.remedy
+    assert "bundled" not in failure.value.remedy  # which would be another model's
     assert select(False) == ["config.json", "model.safetensors"]
 
 

@@ -8,7 +8,17 @@ import pytest
 from benchmarks.models.all_rows import ROWS
 from benchmarks.models.row import Result, Row
 from benchmarks.models.run_row import run
-from benchmarks.models.support_table import table
+from benchmarks.models.support_table import (
+    BEGIN,
+    END,
+    PAGE,
+    is_current,
+    key_of,
+    line,
+    on_tensorrt_llm,
+    update,
+    written,
+)
 from serving.engine.torch.kv.config_layout import kv_layout
 
 FAST = {
@@ -29,6 +39,10 @@ FAST = {
     ("DiffLlama", "safetensors"),
     ("DeepSeek V2 Lite", "safetensors"),
     ("DeepSeek V3", "safetensors"),
+    ("Llama 3.x", "GGUF Q4_K"),
+    ("Gemma 2", "GGUF Q8_0"),
+    ("Phi-3, longrope", "GGUF Q8_0"),
+    ("Qwen3-MoE", "GGUF Q8_0"),
     ("MiniCPM3", "safetensors"),
     ("Ministral 3", "safetensors"),
     ("Qwen2-VL", "safetensors"),
@@ -56,8 +70,32 @@ def test_the_fast_part_is_in_the_matrix() -> None:
     assert {(row.name, row.form) for row in ROWS_HERE} == FAST
 
 
-def test_table_gives_verdict_memory_and_reason() -> None:
+def test_a_line_gives_verdict_memory_release_and_reason() -> None:
     row = Row("A model", "llama")
-    text = table([(row, Result("exact", kv_bytes=2048)), (row, Result("refused", "too odd"))])
-    assert "| A model | safetensors | exact | 2.0 KiB |  |" in text
-    assert "| A model | safetensors | refused |  | too odd |" in text
+    assert line(row, Result("exact", kv_bytes=2048)) == (
+        "| A model | `LlamaForCausalLM` | safetensors | exact | 2.0 KiB | 1.0 |  |"
+    )
+    note = "the torch engine cannot run this model: /tmp/x/.engine.building has 1 tensors a|b"
+    assert line(row, Result("refused", note)).endswith(
+        "| 1.0 | the checkpoint has 1 tensors a\\|b |"
+    )
+    assert on_tensorrt_llm(Row("A model", "llama", form="GGUF F16")) == ""
+
+
+def test_results_replace_the_lines_of_their_rows_only() -> None:
+    first, second = ROWS[:2]
+    page = f"before {BEGIN} {END} after"
+    page = update(page, [(first, Result("exact")), (second, Result("exact"))])
+    page = update(page, [(second, Result("refused", "too odd"))])
+    lines = written(page)
+    assert "| exact |" in lines[key_of(first)]
+    assert "| refused |" in lines[key_of(second)]
+    assert (page.startswith("before"), page.endswith("after")) == (True, True)
+
+
+def test_each_row_has_a_name_and_a_line_on_the_page_as_it_should_end() -> None:
+    keys = [key_of(row) for row in ROWS]
+    assert len(set(keys)) == len(keys)
+    lines = written(PAGE.read_text("utf-8"))
+    assert set(lines) == set(keys), "run `python tests/benchmarks/model_matrix.py --new --write`"
+    assert not [key_of(row) for row in ROWS if not is_current(row, lines)]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
@@ -19,6 +19,9 @@ from serving.config import EngineConfig
 from serving.errors import ModelError
 from serving.load_report import LoadReport
 from serving.protocol import EngineOutput, EngineRequest, KvEvent, Phase, SamplingParams
+
+if TYPE_CHECKING:
+    from serving.engine.torch.runner import ModelRunner
 
 BLOCK_SIZE: Literal[8] = 8
 CHUNK = 32
@@ -51,17 +54,23 @@ def answer(
     together: Sequence[Case],
     after: Sequence[Case] = (),
     exported: Sequence[Case] = (),
+    runner_class: type[ModelRunner] | None = None,
+    chunk: int = CHUNK,
 ) -> dict[str, EngineAnswer]:
     """The engine's answers by the names of the cases.
 
     Cases of `together` are computed in one batch. Those of `after` follow one by one and may find
     their prefixes in the cache. Prompts of `exported` are computed by this engine and continued by
-    a second one. Raises ModelError when the engine cannot load or compute the model.
+    a second one. `runner_class` None: by `device`. A step
+    computes `chunk` tokens at most. Raises ModelError when the engine cannot load or compute the model.
     """
 
     async def run() -> dict[str, EngineAnswer]:
         cases = [*together, *after, *exported]
-        runs = [_Run(folder, dtype, device, cases) for _ in range(2 if exported else 1)]
+        runs = [
+            _Run(folder, dtype, device, cases, runner_class, chunk)
+            for _ in range(2 if exported else 1)
+        ]
         try:
             for each in runs:
                 await each.start()
@@ -83,7 +92,15 @@ def answer(
 class _Run:
     """An engine, and everything that it delivered."""
 
-    def __init__(self, folder: Path, dtype: str, device: str, cases: Sequence[Case]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        device: str,
+        cases: Sequence[Case],
+        runner_class: type[ModelRunner] | None,
+        chunk: int,
+    ) -> None:
         from serving.engine.torch.engine import TorchEngine
 
         lengths = [len(case.prompt) + case.num_tokens + BLOCK_SIZE for case in cases]
@@ -93,9 +110,16 @@ class _Run:
             max_model_len=max(lengths),
             kv_cache_tokens=sum(lengths) + 2 * BLOCK_SIZE,
             max_batch_size=4,
-            max_num_batched_tokens=CHUNK,
+            max_num_batched_tokens=chunk,
         )
-        self.engine = TorchEngine(folder, config, device, hash_salt="check", fingerprint="check")
+        self.engine = TorchEngine(
+            folder,
+            config,
+            device,
+            hash_salt="check",
+            fingerprint="check",
+            runner_class=runner_class,
+        )
         self.answers: dict[str, EngineAnswer] = {}
         self._ended: set[str] = set()
         self._error = ""
@@ -105,7 +129,7 @@ class _Run:
         await self.engine.start(self._take)
 
     async def finish(self, *cases: Case) -> None:
-        """Compute `cases` together. Raises ModelError when a step fails."""
+        """Compute `cases` together. Raises ModelError, or OutOfMemoryError, when a step fails."""
         for case in cases:
             self.engine.submit(request_for(case))
         await self.ended(*cases)
@@ -114,6 +138,10 @@ class _Run:
         while not self._ended >= {case.name for case in cases}:
             self._delivery.clear()
             await self._delivery.wait()
+        if "out of memory" in self._error:
+            import torch
+
+            raise torch.OutOfMemoryError(self._error)
         if self._error:
             raise ModelError(
                 f"the torch engine cannot compute this model: {self._error}", remedy=REMEDY

@@ -72,11 +72,51 @@ def check_small_model(
     near: Path,
     report: Report,
     reference_model: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
+    *,
+    device: str = "cpu",
 ) -> None:
     """Raises ModelError unless a small model of `config` is served as `generate` computes it.
 
-    `reference_model` makes the model that generates of the small one. Temporary files go beside the folder `near`.
+    `reference_model` makes the model that generates of the small one. `device` is the one that will
+    serve: its runner, kernels and graphs are what is checked, in float32. Without its GPU, or
+    without memory there, the check falls back to the CPU and reports it. Temporary files go beside
+    the folder `near`.
     """
+    import torch
+
+    if device != "cpu" and not torch.cuda.is_available():
+        report("no GPU is here: the CPU checks how the engine computes this model")
+        device = "cpu"
+    try:
+        _check_small_model(config, near, report, reference_model, device)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        report("the GPU has no memory left: the CPU checks how the engine computes this model")
+        _check_small_model(config, near, report, reference_model, "cpu")
+    finally:
+        if device != "cpu":
+            _leave_gpu()
+
+
+def _leave_gpu() -> None:
+    """A service may run beside the build. A GPU that has failed cannot be left any more."""
+    import torch
+
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as exc:
+        log.warning("the GPU's memory was not given back: %s", exc)
+
+
+def _check_small_model(
+    config: PreTrainedConfig,
+    near: Path,
+    report: Report,
+    reference_model: Callable[[PreTrainedModel], PreTrainedModel] | None,
+    device: str,
+) -> None:
+    import torch
+
     started = time.monotonic()
     found: Difference | None = None
     for seed in _SEEDS:
@@ -86,12 +126,12 @@ def check_small_model(
             cases = small_cases(seed)
             # The engine first: it knows best why it cannot run something.
             answers = answer(
-                folder, "float32", "cpu", cases.together, cases.after, exported=cases.exported
+                folder, "float32", device, cases.together, cases.after, exported=cases.exported
             )
             model = _load(folder)
             model = reference_model(model) if reference_model else model
             references = [reference(model, case) for case in cases.everything]
-        except OperatorError:
+        except (OperatorError, torch.OutOfMemoryError):
             raise
         except Exception as exc:  # whatever a model raises that does not fit
             raise cannot_compute("a small model of the same config", exc) from exc
@@ -102,7 +142,7 @@ def check_small_model(
         found = first_difference(references, answers, TOLERANCE["float32"])
         if found is None:
             report(
-                "the engine and `generate` agree on a small model of this config: "
+                f"the engine on {device} and `generate` agree on a small model of this config: "
                 f"{', '.join(case.name for case in cases.everything)} "
                 f"({time.monotonic() - started:.1f} s)"
             )

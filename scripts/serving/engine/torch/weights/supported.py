@@ -82,6 +82,9 @@ def _wrong_attention(plain: dict[str, Any]) -> str | None:
         return "some layers share the KV of others (cla_share_factor), which transformers ignores"
     if plain.get("is_decoder") is False and "type_vocab_size" in plain:
         return "its attention looks both ways"
+    sizes = {plain.get("head_dim"), plain.get("v_head_dim")} - {None}
+    if len(sizes) > 1 and not plain.get("kv_lora_rank"):
+        return "its keys and values have different sizes"
     if isinstance(plain.get("num_key_value_heads"), list):
         return "its layers have different numbers of KV heads"
     return None

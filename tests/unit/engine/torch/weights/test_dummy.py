@@ -189,10 +189,15 @@ def test_changed_shape_gives_other_block_hashes(
     assert before.hash_salt != after.hash_salt
 
 
-def test_missing_tokenizer_is_asked_for(shape: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no tokenizer\.json") as failure:
+def test_missing_tokenizer_is_asked_for(shape: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """Before anything is written; what the remedy says to set is enough."""
+    with pytest.raises(ModelError, match=rf"{shape} has no tokenizer\.json\n") as failure:
         build(shape, tmp_path)
-    assert "`model.tokenizer`" in failure.value.remedy
+    assert "`model.tokenizer: bundled`" in failure.value.remedy
+    assert "to a folder or `.gguf` file that has one" in failure.value.remedy
+    assert not (tmp_path / "model" / "model.json").exists()
+    assert not (tmp_path / "engine").exists()
+    build(shape, tmp_path, tokenizer)
 
 
 def test_a_missing_tokenizer_is_reported_with_its_key(shape: Path, tmp_path: Path) -> None:

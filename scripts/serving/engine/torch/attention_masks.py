@@ -28,6 +28,8 @@ _DEFAULT_SPAN = 1 << 16
 # Arguments that say nothing about which tokens are seen, or that paged attention honours.
 _KNOWN = {"s_aux", "position_ids", "cache_position", "kv_step", "position_embeddings"}
 
+_CPU = torch.device("cpu")
+
 MaskFunction = Callable[..., Any]
 
 
@@ -40,10 +42,10 @@ class Reach(NamedTuple):
 
 
 class _Mask(NamedTuple):
-    """A mask that transformers was handed, and what it means."""
+    """A mask that transformers was handed, and what it means; or why it has no meaning here."""
 
     tensor: torch.Tensor
-    reach: Reach
+    reach: Reach | ModelError
 
 
 class _Learning(threading.local):
@@ -85,21 +87,21 @@ def learn_reaches(model: Any) -> None:
         module.learned_reach = reach
 
 
-def reach_of(mask_function: MaskFunction, span: int) -> Reach:
-    """What the mask lets a token see, up to position `span`.
+def reach_of(mask_function: MaskFunction, span: int, device: torch.device = _CPU) -> Reach:
+    """What the mask lets a token see, up to position `span`. What it was made of is on `device`.
 
     Raises ModelError when the mask is of another kind.
     """
     counts = {
-        query: _count_seen(mask_function, query)
+        query: _count_seen(mask_function, query, device)
         for query in sorted({0, 1, span // 3, span // 2, span - 1})
     }
     if all(count == query + 1 for query, count in counts.items()):
         return Reach()
     # Where the first token is hidden first, a window is full, or the second chunk begins.
-    limit = _first_without_beginning(mask_function, span)
+    limit = _first_without_beginning(mask_function, span, device)
     counts |= {
-        query: _count_seen(mask_function, query)
+        query: _count_seen(mask_function, query, device)
         for query in (limit - 1, limit, limit + 1, 2 * limit - 1, 2 * limit)
         if 0 < query < span
     }
@@ -110,10 +112,10 @@ def reach_of(mask_function: MaskFunction, span: int) -> Reach:
     raise _unknown("how far back it lets a token see depends on the position")
 
 
-def _count_seen(mask_function: MaskFunction, query: int) -> int:
+def _count_seen(mask_function: MaskFunction, query: int, device: torch.device) -> int:
     """How many tokens a token sees, itself and those before it. Raises ModelError."""
-    keys = torch.arange(query + 1 + _BEYOND)
-    visible = _evaluated(mask_function, torch.tensor(query), keys)
+    keys = torch.arange(query + 1 + _BEYOND, device=device)
+    visible = _evaluated(mask_function, torch.tensor(query, device=device), keys)
     if visible[query + 1 :].any():
         raise _unknown("it lets a token see later ones")
     count = int(visible[: query + 1].sum())
@@ -122,16 +124,17 @@ def _count_seen(mask_function: MaskFunction, query: int) -> int:
     return count
 
 
-def _first_without_beginning(mask_function: MaskFunction, span: int) -> int:
+def _first_without_beginning(mask_function: MaskFunction, span: int, device: torch.device) -> int:
     """The first position from which the first token is not seen; 0: always seen."""
-    hidden = ~_evaluated(mask_function, torch.arange(span), torch.tensor(0))
+    queries = torch.arange(span, device=device)
+    hidden = ~_evaluated(mask_function, queries, torch.zeros_like(queries[0]))
     return int(hidden.int().argmax())
 
 
 def _evaluated(
     mask_function: MaskFunction, queries: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
-    zero = torch.tensor(0)
+    zero = torch.zeros_like(keys.flatten()[0])
     try:
         seen = torch.as_tensor(mask_function(zero, zero, queries, keys))
         return seen.broadcast_to((queries + keys).shape)
@@ -157,7 +160,12 @@ def _describe(
 ) -> torch.Tensor:
     """Registered as a maker of masks: the tensor stands for the description until it is seen."""
     tensor = torch.zeros((batch_size, 1, q_length, kv_length), dtype=dtype, device=device)
-    _learning.masks.append(_Mask(tensor, reach_of(mask_function, _learning.span)))
+    reach: Reach | ModelError
+    try:
+        reach = reach_of(mask_function, _learning.span, tensor.device)
+    except ModelError as exc:
+        reach = exc  # a model may make masks that none of its layers use
+    _learning.masks.append(_Mask(tensor, reach))
     return tensor
 
 
@@ -203,5 +211,7 @@ def _reach(module: Any, mask: torch.Tensor | None, options: dict[str, Any]) -> R
         if mask is known.tensor or (
             mask.shape == known.tensor.shape and mask.data_ptr() == known.tensor.data_ptr()
         ):
+            if isinstance(known.reach, ModelError):
+                raise known.reach
             return known.reach
     raise _unknown("layers change the mask before they attend")

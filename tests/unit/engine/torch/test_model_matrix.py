@@ -30,6 +30,7 @@ FAST = {
     ("Qwen3-MoE", "FP8 in blocks"),
     ("Mistral", "tekken.json alone"),
     ("gpt-oss", "MXFP4"),
+    ("Qwen2-MoE", "safetensors"),
     ("Qwen2-MoE, windows", "safetensors"),
     ("PhiMoE", "safetensors"),
     ("Nemotron-4, Minitron", "safetensors"),

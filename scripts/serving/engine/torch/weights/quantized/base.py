@@ -14,6 +14,7 @@ from serving.errors import ModelError
 _POSITIVE = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 _FP4 = torch.tensor([*_POSITIVE, *(-number for number in _POSITIVE)])
 
+EXPONENT_BIAS = 127
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 _OF_ACTIVATIONS = {
@@ -65,6 +66,11 @@ def by_suffix(name: str, suffixes: Mapping[str, str]) -> PackedPart | None:
     return PackedPart(f"{module}.weight", suffixes[suffix]) if suffix in suffixes else None
 
 
+def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """What a byte stands for as a scale: E8M0 (OCP Microscaling Formats 1.0)."""
+    return torch.exp2(exponent.float() - EXPONENT_BIAS)
+
+
 def fp4_pairs(packed: torch.Tensor) -> torch.Tensor:
     """Float32 `[..., 2 * n]` of bytes `[..., n]`, the lower half of a byte first."""
     low, high = _FP4[(packed & 15).long()], _FP4[(packed >> 4).long()]
@@ -90,9 +96,10 @@ def scaled(
 ) -> torch.Tensor:
     """`values` `[..., N, K]` times a scale for all, for each row `[N]`, or for each block.
 
-    Blocks are `block` large, or as large as the shapes say. Raises ModelError where they do not fit.
+    Blocks are `block` large, or as large as the shapes say. Scales that are bytes are exponents.
+    Raises ModelError where they do not fit.
     """
-    scale = scale.float()
+    scale = power_of_two(scale) if scale.dtype == torch.uint8 else scale.float()
     if scale.numel() == 1:
         return values * scale.reshape(())
     if scale.dim() == values.dim() - 1:

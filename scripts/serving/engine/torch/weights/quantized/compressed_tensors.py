@@ -18,9 +18,9 @@ from serving.engine.torch.weights.quantized.base import (
     by_suffix,
     fp4_pairs,
     integers,
+    power_of_two,
     scaled,
 )
-from serving.engine.torch.weights.quantized.mxfp4 import EXPONENT_BIAS
 from serving.errors import ModelError
 
 _PARTS = {
@@ -71,7 +71,7 @@ class CompressedTensorsForm(QuantizedForm):
         packed = parts["packed"]
         if packed.dtype == torch.uint8:
             if scale.dtype == torch.uint8:
-                scale = torch.exp2(scale.float() - EXPONENT_BIAS)
+                scale = power_of_two(scale)
             if "global_scale" in parts:
                 scale = scale.float() / parts["global_scale"].float()
             return scaled(fp4_pairs(packed), scale)

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
-from serving.engine.torch.weights.quantized.base import PackedPart, QuantizedForm, fp4_pairs
-
-EXPONENT_BIAS = 127
+from serving.engine.torch.weights.quantized.base import (
+    EXPONENT_BIAS,
+    PackedPart,
+    QuantizedForm,
+    fp4_pairs,
+)
 
 
 class Mxfp4Form(QuantizedForm):

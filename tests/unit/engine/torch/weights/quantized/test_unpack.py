@@ -133,6 +133,24 @@ def test_incomplete_and_contradictory_weights_are_refused(
     assert failure.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("method", "scale"),
+    [
+        ("fp8", "weight_scale_inv"),
+        ("modelopt", "weight_scale"),
+        ("compressed-tensors", "weight_scale"),
+    ],
+)
+def test_scales_that_are_bytes_are_exponents(method: str, scale: str, tmp_path: Path) -> None:
+    """MXFP8: a scale for each 32 numbers, 2 ** (byte - 127)."""
+    exponents = torch.tensor([[120, 127], [128, 130]], dtype=torch.uint8)
+    fp8 = torch.ones(2, 64).to(torch.float8_e4m3fn)
+    tensors = {"m__weight": fp8, f"m__{scale}": exponents}
+    found = unpack(save(tmp_path / "model", {"quant_method": method}, **tensors))["m.weight"]
+    expected = torch.tensor([[2.0**-7, 1.0], [2.0, 8.0]]).repeat_interleave(32, 1)
+    assert torch.equal(found, expected)
+
+
 def test_only_safetensors_are_read(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", {"quant_method": "gptq", "bits": 4})
     form = quantized_form(folder)

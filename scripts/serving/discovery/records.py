@@ -25,7 +25,7 @@ class Records:
         return f"{self.instances}{instance_id}"
 
     def instance_id(self, key: bytes) -> str:
-        return key.decode().removeprefix(self.instances)
+        return key.decode(errors="replace").removeprefix(self.instances)
 
     def decode(self, key: bytes, value: bytes) -> InstanceInfo | None:
         """The instance under `key`. Logs a warning and returns None for any other value."""

@@ -63,6 +63,16 @@ ROWS = [
         "text_config": {"vocab_size": 262208, "sliding_window": 1024, "num_hidden_layers": 34},
         "vision_config": _VIT,
     }),
+    Row("Gemma 4 (images)", "gemma4", values={
+        "text_config": {"hidden_size_per_layer_input": 0}, "vision_config": {},
+    }),
+    Row("Gemma 4 E2B (images)", "gemma4", values={
+        "text_config": {
+            "num_hidden_layers": 35, "num_kv_shared_layers": 20, "num_key_value_heads": 1,
+            "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+        },
+        "vision_config": {}, "audio_config": {},
+    }),
     Row("Mistral Small 3.1", "mistral3", values={
         "text_config": {"model_type": "mistral", "head_dim": 128, "hidden_size": 5120, "sliding_window": None,
                         "rope_parameters": {"rope_type": "default", "rope_theta": 1e9}, "vocab_size": 131072},

@@ -54,6 +54,10 @@ def unpack_checkpoint(
                 for name in names
             }
             weights = _weights(readers, form)
+            if any(
+                form.is_for_activations(name) for each in readers.values() for name in each.keys()
+            ):  # noqa: SIM118
+                report("activations and KV are not quantized here: their scales are left out")
             packed = sum(len(parts) > 1 or "weight" not in parts for parts in weights.values())
             report(
                 f"unpacking {packed} {form.label} weights to {str(dtype).removeprefix('torch.')}"

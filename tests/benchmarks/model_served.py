@@ -1,10 +1,11 @@
 """Whether a row of the model matrix is served exactly by a real disaggregated deployment.
 
-    python tests/benchmarks/model_served.py [--row "DeepSeek V3"] [--transport ucx]
+    python tests/benchmarks/model_served.py [--row "Qwen3"] [--form "FP8 in blocks"] [--transport ucx]
 
-Makes a tiny random model of the row's config, runs `serve_disagg` on CPU, and compares the token ids
-of greedy completions with `generate`: a short prompt, two that are computed in chunks and whose KV
-travels, and one that begins as another did. Ends with status 1 where one differs.
+Makes a tiny random model of the row's config, as a checkpoint of that form. Runs `serve_disagg` on
+CPU, and compares the token ids of greedy completions with `generate`: a short prompt, two that are
+computed in chunks and whose KV travels, and one that begins as another did. Ends with status 1
+where one differs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from benchmarks.models.all_rows import ROWS  # noqa: E402
+from benchmarks.models.checkpoint import Checkpoint  # noqa: E402
+from benchmarks.models.forms import FORMS  # noqa: E402
 from benchmarks.models.run_row import save_tokenizer  # noqa: E402
 from integration.deployment import Deployment, running  # noqa: E402
 from serving.engine.torch.build_check.engine_answers import Case  # noqa: E402
@@ -68,21 +71,24 @@ def served(deployment: Deployment, case: Case) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--row", default="DeepSeek V3", help="name of a row in the matrix")
+    parser.add_argument("--form", default="safetensors", help="of the checkpoint")
     parser.add_argument("--transport", default="ucx")
     options = parser.parse_args()
-    row = next(row for row in ROWS if row.name == options.row)
+    row = next(row for row in ROWS if (row.name, row.form) == (options.row, options.form))
     num_wrong = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small_model_of(row.config, folder / "model", seed=3)
         save_tokenizer(folder / "model")
         (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+        source = folder / "model"
+        checkpoint = FORMS[row.form](source) or Checkpoint(source, source)
         model = AutoModelForCausalLM.from_pretrained(
-            folder / "model", dtype=torch.float32, attn_implementation="eager"
+            checkpoint.reference, dtype=torch.float32, attn_implementation="eager"
         )
         deployment = Deployment(
             folder / "deployment",
-            str(folder / "model"),
+            str(checkpoint.path),
             engine={"max_num_batched_tokens": 64},
             kv_transfer={"transport": options.transport},
         )

@@ -1,7 +1,8 @@
 """Start one program and prove it ready: the work of the `start_*` rules.
 
 Starting is idempotent: a program that already runs as wanted is only proven ready again. A program
-that does not become ready is stopped, so nothing half started stays behind.
+that was started here and does not become ready is stopped, so nothing half started stays behind. One
+that ran before goes on: it may serve with what it has.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -57,9 +58,10 @@ def launch(program: Program, config: Config, report: Report) -> None:
     launcher = _launcher(program, config)
     launcher.ensure()
     log = ProgramLog(LOGS / f"{program.name}.log")
-    with _stopped_on_failure(launcher, program.name):
-        info = launcher.state().get(program.name)
-        if info is not None and info.running and info.fingerprint == program.fingerprint:
+    info = launcher.state().get(program.name)
+    runs = info is not None and info.running and info.fingerprint == program.fingerprint
+    with nullcontext() if runs else _stopped_on_failure(launcher, program.name):
+        if info is not None and runs:
             report(f"{program.name}: already running ({_location(info)})")
         else:
             info = _start(launcher, program, config)

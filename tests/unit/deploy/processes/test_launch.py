@@ -109,6 +109,16 @@ def test_program_that_never_becomes_ready_is_stopped(here: Path) -> None:
     assert Supervisor().state() == {}
 
 
+def test_program_that_ran_before_goes_on_where_it_is_not_ready(here: Path) -> None:
+    """A frontend of a service that lacks a role still serves."""
+    launched(program(READY))
+    pid = Supervisor().state()["tool"].pid
+    (here / "run" / "tool.ready").unlink()
+    with pytest.raises(OperatorError, match="not ready after 1 s"):
+        launched(program(READY, start_s=1.0))
+    assert Supervisor().state()["tool"].pid == pid
+
+
 def test_readiness_of_an_earlier_launch_does_not_count(here: Path) -> None:
     old = "pathlib.Path('run/tool.ready').write_text('{\"launch_id\": \"old\"}')"
     with pytest.raises(OperatorError, match="not ready after 1 s"):

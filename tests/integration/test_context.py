@@ -12,7 +12,7 @@ import pytest
 from integration.deployment import Deployment, running
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
-NUM_TOKENS = 6000
+NUM_TOKENS = 3000
 
 
 def greedy_by_transformers(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
@@ -39,7 +39,7 @@ def embedding_by_transformers(folder: Path, prompt: list[int]) -> list[float]:
     return vector
 
 
-def test_default_deployment_serves_a_prompt_of_6000_tokens(tmp_path: Path) -> None:
+def test_default_deployment_serves_a_prompt_of_3000_tokens(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path / "here")
     del deployment.config["engine"]
     with running(deployment, "serve_disagg_router"):

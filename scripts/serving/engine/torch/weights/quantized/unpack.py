@@ -54,9 +54,8 @@ def unpack_checkpoint(
                 for name in names
             }
             weights = _weights(readers, form)
-            if any(
-                form.is_for_activations(name) for each in readers.values() for name in each.keys()
-            ):  # noqa: SIM118
+            names_in = (name for reader in readers.values() for name in reader.keys())  # noqa: SIM118
+            if any(map(form.is_for_activations, names_in)):
                 report("activations and KV are not quantized here: their scales are left out")
             packed = sum(len(parts) > 1 or "weight" not in parts for parts in weights.values())
             report(

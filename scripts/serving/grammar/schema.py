@@ -57,3 +57,24 @@ def tight_schema(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     return {**without_unknown_formats(schema), "x-guidance": TIGHT}
+
+
+def closed_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with `additionalProperties: false` in every object that does not say otherwise.
+
+    OpenAI requires strict schemas to say so themselves; many clients leave it out.
+    """
+    closed: dict[str, Any] = {key: _closed(value) for key, value in schema.items()}
+    if closed.get("type") == "object" or "properties" in closed:
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def _closed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_closed(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if "type" in value or "properties" in value or "items" in value or "anyOf" in value:
+        return closed_schema(value)
+    return {key: _closed(each) for key, each in value.items()}

@@ -19,7 +19,7 @@ from serving.protocol import Guide
 from serving.text.answer_format import AnswerFormat
 from serving.text.answer_parser import AnswerParser
 from serving.text.reasoning import ReasoningFormat
-from serving.text.tool_calls.base import Tool, ToolFormat
+from serving.text.tool_calls.base import Tool, ToolFormat, ToolSet
 from serving.text.tool_calls.guide import after_reasoning, required_calls, triggered_calls
 from serving.text.tool_calls.plain_json import preamble
 
@@ -42,7 +42,7 @@ class Conversation(Struct, kw_only=True):
     """
 
     messages: list[Message]
-    tools: list[Tool] = []
+    tools: ToolSet = ToolSet()
     tool_choice: ToolChoice = ToolChoice()
     parallel_tool_calls: bool = True
     answer_guide: Guide | None = None
@@ -53,10 +53,10 @@ class Conversation(Struct, kw_only=True):
     reasoning_budget: int | None = None
     param: str = "messages"
 
-    def callable_tools(self) -> list[Tool]:
+    def callable_tools(self) -> ToolSet:
         """Those that the choice allows. Raises InvalidRequest for a name that is no tool's."""
         if self.tool_choice.mode == "none":
-            return []
+            return ToolSet()
         known = {tool.name: tool for tool in self.tools}
         for name in self.tool_choice.names:
             if name not in known:
@@ -69,7 +69,9 @@ class Conversation(Struct, kw_only=True):
                 "`tool_choice` requires a call, but there are no `tools`", param="tool_choice"
             )
         names = self.tool_choice.names
-        return [tool for tool in self.tools if not names or tool.name in names]
+        if not names:
+            return self.tools
+        return ToolSet(tool for tool in self.tools if tool.name in names)
 
 
 class AnswerPlan(Struct, frozen=True):
@@ -178,7 +180,7 @@ def messages_for(conversation: Conversation, formats: AnswerFormat) -> list[Mess
         return conversation.messages
     messages = [_without_tools(message) for message in conversation.messages]
     if conversation.tools and conversation.tool_choice.mode != "none":
-        text = preamble(conversation.callable_tools())
+        text = conversation.callable_tools().derive("preamble", preamble)
         if messages and messages[0]["role"] == "system":
             first = messages[0]
             messages[0] = {**first, "content": f"{first['content']}\n\n{text}"}

@@ -10,7 +10,7 @@ import asyncio
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -34,6 +34,7 @@ from serving.text.special_tokens import (
     SpecialTokenQuotes,
     split_quoted,
 )
+from serving.text.tool_calls.base import ToolSet
 
 THREAD_CHARS = 8192
 """Longer texts are tokenized on a thread; at a few million characters a second that is ~1 ms."""
@@ -208,11 +209,14 @@ class Preprocessor:
     def _render(self, template: ChatTemplate, conversation: Conversation) -> str:
         messages = messages_for(conversation, self.answer_format)
         variables = dict(conversation.template_variables)
+        if variables and not self._special_tokens_in_text:
+            variables = self._quotes.quote_large(variables)
         if conversation.tools and self.answer_format.tools.template_knows_tools:
-            variables["tools"] = template_tools(conversation.callable_tools()) or None
+            variables["tools"] = conversation.callable_tools().derive(
+                self._quotes, self._template_tools
+            )
         if not self._special_tokens_in_text:
             messages = self._quotes.quote(messages)
-            variables = self._quotes.quote_large(variables)
         last = messages[-1]["content"] if conversation.continue_final_message else None
         text = template.render(
             messages,
@@ -224,6 +228,11 @@ class Preprocessor:
         # The answer goes on where the last message ends, before what closes it.
         last = last.strip()
         return text[: text.rindex(last) + len(last)] if last in text else text
+
+    def _template_tools(self, tools: ToolSet) -> list[dict[str, Any]] | None:
+        """Tools as the template reads them; None: there are none."""
+        described = template_tools(tools) or None
+        return described if self._special_tokens_in_text else self._quotes.quote_large(described)
 
     async def encode_text(
         self, text: str, *, param: str = "prompt", add_special_tokens: bool = True

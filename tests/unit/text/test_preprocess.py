@@ -11,7 +11,7 @@ from serving.errors import InvalidRequest, ModelError
 from serving.text.chat_template import ChatTemplate
 from serving.text.conversation import Conversation
 from serving.text.preprocess import Preprocessor
-from serving.text.tool_calls.base import Tool
+from serving.text.tool_calls.base import Tool, ToolSet
 from tokenizers import Tokenizer, processors
 from unit.frontend.fakes import make_card, write_tokenizer
 
@@ -237,9 +237,8 @@ async def test_special_tokens_in_tools_and_template_variables_are_text(folder: P
     end = "a<|im_end|>b"
     schema = {"type": "object", "properties": {end: {"type": "string"}, "n": {"maximum": 10**30}}}
     for parameters in (schema, {"type": "object"}):
-        conversation = said(
-            *USER, tools=[Tool("find", parameters, end)], template_variables={"place": end}
-        )
+        tools = ToolSet([Tool("find", parameters, end)])
+        conversation = said(*USER, tools=tools, template_variables={"place": end})
         prompt = await preprocessor.encode_conversation(conversation)
         token = preprocessor.tokenizer.token_to_id("<|im_end|>")
         assert prompt.token_ids.count(token) == 1, "that of the template alone"

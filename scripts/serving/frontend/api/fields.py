@@ -228,20 +228,30 @@ class IgnoredFields:
 
 ignored_fields = IgnoredFields()
 _top_level = msgspec.json.Decoder(dict[str, msgspec.Raw])
+Value = TypeVar("Value")
+
+
+def decode_field(decoder: msgspec.json.Decoder[Value], text: msgspec.Raw, name: str) -> Value:
+    """The value of a field that the request's type left undecoded. Raises InvalidRequest."""
+    return _decoded(decoder, text, None, name)
 
 
 def _decoded(
-    strict: msgspec.json.Decoder[Request], body: bytes, lax: msgspec.json.Decoder[Request]
-) -> Request:
+    strict: msgspec.json.Decoder[Value],
+    text: bytes | msgspec.Raw,
+    lax: msgspec.json.Decoder[Value] | None,
+    field: str = "",
+) -> Value:
+    """`field` is the one that `text` belongs to; empty for the whole body."""
     try:
         try:
-            return strict.decode(body)
+            return strict.decode(text)
         except msgspec.ValidationError as exc:
-            if "got `float`" not in str(exc):
+            if lax is None or "got `float`" not in str(exc):
                 raise
-            return lax.decode(body)
+            return lax.decode(text)
     except msgspec.ValidationError as exc:
-        raise _explain(str(exc)) from None
+        raise _explain(str(exc), field) from None
     except UnicodeDecodeError:
         raise InvalidRequest("The request body is not valid UTF-8", code="invalid_json") from None
     except msgspec.DecodeError as exc:
@@ -252,9 +262,10 @@ def _decoded(
         raise InvalidRequest("The request body is nested too deeply", code="invalid_json") from None
 
 
-def _explain(message: str) -> InvalidRequest:
+def _explain(message: str, field: str) -> InvalidRequest:
     match = _WITH_PATH.match(message)
     what, path = (match["what"], match["path"] or "") if match else (message, "")
+    path = field + path
     if unknown := _UNKNOWN.search(what):
         name = _join(path, unknown["name"])
         return InvalidRequest(

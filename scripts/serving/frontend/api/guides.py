@@ -14,8 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from serving.errors import InvalidRequest
-from serving.frontend.api.tools import closed_schema
-from serving.grammar.schema import without_unknown_formats
+from serving.grammar.schema import closed_schema, without_unknown_formats
 from serving.protocol import Guide
 
 ANY_OBJECT = '{"type":"object"}'

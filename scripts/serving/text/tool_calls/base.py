@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 from msgspec import Struct
 
@@ -28,6 +28,21 @@ class Tool(Struct, frozen=True):
     parameters: Mapping[str, Any]
     description: str = ""
     strict: bool = False
+
+
+Derived = TypeVar("Derived")
+
+
+class ToolSet(tuple[Tool, ...]):
+    """The tools of a request, with what was made of them. Requests with the same tools share it."""
+
+    def derive(self, key: Hashable, make: Callable[[ToolSet], Derived]) -> Derived:
+        """`make(self)`, made once for each `key`. Nobody may change it."""
+        made: dict[Hashable, Any] = self.__dict__.setdefault("made", {})
+        if key not in made:
+            made[key] = make(self)
+        value: Derived = made[key]
+        return value
 
 
 class PartCollector:

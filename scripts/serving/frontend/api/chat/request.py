@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 from serving.errors import InvalidRequest
 from serving.frontend.api.fields import (
@@ -14,7 +14,7 @@ from serving.frontend.api.fields import (
     check_text,
     refuse_unsupported,
 )
-from serving.frontend.api.tools import MAX_TOOLS, read_tool
+from serving.frontend.api.tools import ABSENT, ToolReader, read_tool
 from serving.text.conversation import (
     Conversation,
     Message,
@@ -22,7 +22,7 @@ from serving.text.conversation import (
     arguments_for_template,
     name_results,
 )
-from serving.text.tool_calls.base import Tool
+from serving.text.tool_calls.base import Tool, ToolSet
 
 
 class ContentPart(Struct):
@@ -121,6 +121,14 @@ class FunctionTool(Struct):
     type: Literal["function"] = "function"
 
 
+def _read_tool(tool: FunctionTool, where: str) -> Tool:
+    return read_tool(tool.function, f"{where}.function")
+
+
+_tools = ToolReader("tools", FunctionTool, _read_tool)
+_functions = ToolReader("functions", dict[str, Any], read_tool)
+
+
 class ChatRequest(GenerationFields, kw_only=True):
     """The body. From `store` on: fields without effect here; from `modalities` on, see NEUTRAL."""
 
@@ -132,10 +140,10 @@ class ChatRequest(GenerationFields, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
-    tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tools: Raw = ABSENT
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
+    functions: Raw = ABSENT
     function_call: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
     reasoning: Any = None
@@ -189,12 +197,9 @@ class ChatRequest(GenerationFields, kw_only=True):
             continue_final_message=self.continue_final_message is True,
         )
 
-    def _tools(self) -> list[Tool]:
-        functions = [
-            (tool.function, f"tools[{i}].function") for i, tool in enumerate(self.tools or [])
-        ]
-        functions += [(each, f"functions[{i}]") for i, each in enumerate(self.functions or [])]
-        return [read_tool(function, where) for function, where in functions]
+    def _tools(self) -> ToolSet:
+        tools, functions = _tools.read(self.tools).tools, _functions.read(self.functions).tools
+        return ToolSet((*tools, *functions)) if functions else tools
 
     def _choice(self) -> ToolChoice:
         choice = self.tool_choice if self.tool_choice is not None else self.function_call

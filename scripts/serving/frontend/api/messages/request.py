@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 from serving.errors import InvalidRequest
 from serving.frontend.api.fields import RequestDecoder
-from serving.frontend.api.tools import closed_schema, read_tool
+from serving.frontend.api.tools import ABSENT, ToolReader, read_tool
+from serving.grammar.schema import closed_schema
 from serving.protocol import Guide
 from serving.text.conversation import Conversation, Message, ToolChoice
 from serving.text.tool_calls.base import Tool
@@ -52,6 +53,16 @@ class OutputConfig(Struct):
     effort: str | None = None
 
 
+def _read_tool(tool: dict[str, Any], where: str) -> Tool | str:
+    """A function, or the type of one of Anthropic's own tools."""
+    if tool.get("type", "custom") != "custom":
+        return str(tool["type"])[:50]
+    return read_tool(tool, where, schema_key="input_schema")
+
+
+_tools = ToolReader("tools", dict[str, Any], _read_tool)
+
+
 class MessagesRequest(Struct, kw_only=True):
     """What it has in common with Anthropic's API; unknown fields are dropped."""
 
@@ -59,7 +70,7 @@ class MessagesRequest(Struct, kw_only=True):
     messages: list[InputMessage]
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     system: str | list[Block] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Raw = ABSENT
     tool_choice: ToolChoiceField | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -69,16 +80,6 @@ class MessagesRequest(Struct, kw_only=True):
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None
     metadata: dict[str, Any] | None = None
-
-    def function_tools(self) -> tuple[list[Tool], list[str]]:
-        """The functions, and the types of the tools that were ignored (Anthropic's own)."""
-        tools, ignored = [], []
-        for index, tool in enumerate(self.tools or []):
-            if tool.get("type", "custom") == "custom":
-                tools.append(read_tool(tool, f"tools[{index}]", schema_key="input_schema"))
-            else:
-                ignored.append(str(tool["type"])[:50])
-        return tools, ignored
 
     def choice(self) -> ToolChoice:
         """Raises InvalidRequest for `tool` without a name."""
@@ -144,12 +145,12 @@ def conversation(request: MessagesRequest) -> tuple[Conversation, list[str]]:
             messages.append(_assistant(message.content, where, names))
         else:
             messages += _user(message.role, message.content, where, names)
-    tools, ignored = request.function_tools()
+    described = _tools.read(request.tools)
     parallel = request.tool_choice is None or not request.tool_choice.disable_parallel_tool_use
     return (
         Conversation(
             messages=messages,
-            tools=tools,
+            tools=described.tools,
             tool_choice=request.choice(),
             parallel_tool_calls=parallel,
             answer_guide=request.guide(),
@@ -160,7 +161,7 @@ def conversation(request: MessagesRequest) -> tuple[Conversation, list[str]]:
             add_generation_prompt=messages[-1]["role"] != "assistant",
             continue_final_message=messages[-1]["role"] == "assistant",
         ),
-        ignored,
+        [*described.ignored],
     )
 
 

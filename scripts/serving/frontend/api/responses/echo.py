@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import orjson
 
 from serving.errors import InvalidRequest
@@ -48,7 +49,7 @@ def echoed_fields(request: ResponsesRequest, stored: bool) -> dict[str, Any]:
         "tool_choice": _choice(request.tool_choice),
         "tools": [
             _function(tool)
-            for tool in request.tools or []
+            for tool in msgspec.json.decode(request.tools) or []
             if tool.get("type", "function") == "function"
         ],
         "top_logprobs": 0,

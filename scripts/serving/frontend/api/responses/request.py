@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 from serving.errors import InvalidRequest
 from serving.frontend.api.fields import RequestDecoder
-from serving.frontend.api.tools import closed_schema, read_tool
+from serving.frontend.api.tools import ABSENT, ToolReader, read_tool
+from serving.grammar.schema import closed_schema
 from serving.protocol import Guide
 from serving.text.conversation import Conversation, Message, ToolChoice, arguments_for_template
 from serving.text.tool_calls.base import Tool
@@ -47,13 +48,23 @@ class ResponsesStreamOptions(Struct):
     include_obfuscation: bool | None = None
 
 
+def _read_tool(tool: dict[str, Any], where: str) -> Tool | str:
+    """A function, or the type of a tool that is none."""
+    if tool.get("type", "function") != "function":
+        return str(tool["type"])[:50]
+    return read_tool(tool, where)
+
+
+_tools = ToolReader("tools", dict[str, Any], _read_tool)
+
+
 class ResponsesRequest(Struct, kw_only=True):
     """What it has in common with OpenAI's specification; unknown fields are dropped."""
 
     model: str
     input: str | list[Item] = ""
     instructions: str | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Raw = ABSENT
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
@@ -80,16 +91,6 @@ class ResponsesRequest(Struct, kw_only=True):
         if isinstance(self.input, str):
             return [{"type": "message", "role": "user", "content": self.input}]
         return self.input
-
-    def function_tools(self) -> tuple[list[Tool], list[str]]:
-        """The functions, and the types of the tools that were ignored."""
-        tools, ignored = [], []
-        for index, tool in enumerate(self.tools or []):
-            if tool.get("type", "function") == "function":
-                tools.append(read_tool(tool, f"tools[{index}]"))
-            else:
-                ignored.append(str(tool["type"])[:50])
-        return tools, ignored
 
     def guide(self) -> Guide | None:
         """Of the answer's text. Raises InvalidRequest without a schema where one belongs."""
@@ -146,14 +147,14 @@ def conversation(request: ResponsesRequest, items: list[Item]) -> tuple[Conversa
         reader.read(item, f"input[{index}]")
     if not any(message["role"] != "system" for message in reader.messages):
         raise InvalidRequest("`input` has no messages", param="input")
-    tools, ignored = request.function_tools()
+    described = _tools.read(request.tools)
     variables = dict(request.chat_template_kwargs or {})
     if request.reasoning is not None and request.reasoning.effort is not None:
         variables.setdefault("reasoning_effort", request.reasoning.effort)
     return (
         Conversation(
             messages=_merged_system(reader.messages),
-            tools=tools,
+            tools=described.tools,
             tool_choice=request.choice(),
             parallel_tool_calls=request.parallel_tool_calls is not False,
             answer_guide=request.guide(),
@@ -161,7 +162,7 @@ def conversation(request: ResponsesRequest, items: list[Item]) -> tuple[Conversa
             template_variables=variables,
             param="input",
         ),
-        [*ignored, *reader.ignored],
+        [*described.ignored, *reader.ignored],
     )
 
 

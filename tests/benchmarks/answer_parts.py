@@ -25,6 +25,7 @@ from serving.frontend.api.state import AppState  # noqa: E402
 from serving.frontend.app import create_app  # noqa: E402
 from serving.frontend.http.limits import InFlight  # noqa: E402
 from serving.frontend.metrics.registry import Metrics  # noqa: E402
+from serving.frontend.served.model import ServedModel, ServedModels  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from unit.frontend.fakes import (  # noqa: E402
     MODEL,
@@ -72,12 +73,12 @@ async def measure(rounds: int, folder: Path) -> dict[str, float]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     pipeline: Any = FakePipeline(make_card(folder, max_model_len=100_000), tokenizer)
     metrics = Metrics()
+    served = ServedModel(
+        name=MODEL, pipeline=pipeline, metrics=metrics, in_flight=InFlight(8, metrics.in_flight)
+    )
     app = create_app(
         AppState(
-            pipeline=pipeline,
-            metrics=metrics,
-            in_flight=InFlight(8, metrics.in_flight),
-            model_name=MODEL,
+            models=ServedModels([served]),
             max_body_bytes=10**6,
         )
     )

@@ -88,6 +88,15 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
         return [self, *own]
 
 
+class FurtherModel(Struct, frozen=True, kw_only=True):
+    """What a frontend needs to know of a model beside the first one."""
+
+    model_name: str
+    aliases: list[str] = []
+    engine_dir: str = ""
+    frontend: FrontendConfig
+
+
 class FrontendSettings(Struct, frozen=True, kw_only=True):
     """`run/frontend.json`. `disaggregated`: a request needs a prefill and a decode worker."""
 
@@ -103,6 +112,15 @@ class FrontendSettings(Struct, frozen=True, kw_only=True):
     engine_dir: str = ""  # with the tokenizer; empty: from the workers' model card
     own_instances: list[str] | None = None  # on a head: the instances of this machine
     silent_s: float = 10.0  # a process of several that is silent for this long is replaced
+    further_models: list[FurtherModel] = []
+
+    def per_model(self) -> list[FrontendSettings]:
+        """Settings for each model that the frontend serves; these here are of the first one."""
+        own = [
+            msgspec.structs.replace(self, **msgspec.structs.asdict(model))
+            for model in self.further_models
+        ]
+        return [self, *own]
 
     def beat_file(self, number: int) -> Path:
         """What process `number` of several touches each second."""

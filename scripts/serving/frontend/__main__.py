@@ -32,11 +32,8 @@ from serving.frontend.api.state import AppState
 from serving.frontend.app import create_app, lifespan
 from serving.frontend.http.api_keys import ApiKeys, read_keys
 from serving.frontend.http.browsers import with_browser_rules
-from serving.frontend.http.limits import InFlight
 from serving.frontend.http.protocol import LimitedHttpProtocol
 from serving.frontend.log import set_up
-from serving.frontend.metrics.registry import Metrics
-from serving.frontend.model import ModelLoader
 from serving.frontend.process_group import STARTED, ProcessSlot, run_group
 
 log = logging.getLogger("serving.frontend")
@@ -44,17 +41,11 @@ log = logging.getLogger("serving.frontend")
 
 async def run(settings: FrontendSettings, slot: ProcessSlot | None) -> None:
     """Serve until SIGTERM or SIGINT; uvicorn handles both and drains."""
-    metrics = Metrics()
     ready_file = settings.ready_file if slot is None else settings.beat_file(slot.number)
-    async with beating(ready_file), lifespan(settings, metrics, slot) as pipeline:
+    async with beating(ready_file), lifespan(settings, slot) as models:
         state = AppState(
-            pipeline=pipeline,
-            metrics=metrics,
-            in_flight=InFlight(settings.frontend.max_inflight, metrics.in_flight),
-            model_name=settings.model_name,
+            models=models,
             max_body_bytes=settings.frontend.max_body_bytes,
-            aliases=tuple(settings.aliases),
-            models=ModelLoader(settings.frontend),
             responses=_response_store(settings.frontend),
             launch_id=os.environ.get("LAUNCH_ID", ""),
             slot=slot,
@@ -68,10 +59,7 @@ async def run(settings: FrontendSettings, slot: ProcessSlot | None) -> None:
             origins=settings.frontend.cors_origins,
             allowed_hosts=_known_hosts(settings.frontend),
         )
-        try:
-            await _listen(app, settings, slot)
-        finally:
-            await state.models.close()
+        await _listen(app, settings, slot)
     log.info("stopped")
 
 

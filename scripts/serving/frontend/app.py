@@ -1,6 +1,6 @@
 """The frontend's HTTP application: its routes, and what lives as long as it does.
 
-`lifespan` connects to etcd, NATS and the workers and gives the request pipeline. `create_app` puts
+`lifespan` connects to etcd, NATS and the workers and gives the served models. `create_app` puts
 the routes before it. What each route does is in `api/`.
 """
 
@@ -36,13 +36,17 @@ from serving.frontend.api.state import AppState
 from serving.frontend.api.tokens import token_routes
 from serving.frontend.decision_log import DecisionLog
 from serving.frontend.http.call import CompletionRoute
+from serving.frontend.http.limits import InFlight
 from serving.frontend.http.replies import error_response
 from serving.frontend.instances import Instances
 from serving.frontend.metrics.registry import Metrics
 from serving.frontend.metrics.restarts import RestartMetrics
-from serving.frontend.metrics.router import RouterMetrics
+from serving.frontend.metrics.router import EventPlaneMetrics, RouterMetrics
+from serving.frontend.model import ModelLoader
 from serving.frontend.pipeline import Pipeline
 from serving.frontend.process_group import ProcessSlot
+from serving.frontend.served.membership import InstancesOfModels
+from serving.frontend.served.model import ServedModel, ServedModels
 from serving.kv_router.router import KvRouter
 from serving.rpc.handshake import read_secret
 
@@ -72,41 +76,70 @@ def create_app(state: AppState) -> Starlette:
 
 @asynccontextmanager
 async def lifespan(
-    settings: FrontendSettings, metrics: Metrics, slot: ProcessSlot | None
-) -> AsyncIterator[Pipeline]:
-    """A pipeline connected to the workers that register. Raises OperatorError."""
-    control = settings.control
-    router = KvRouter(settings.router, model=settings.model_name, rng=random.Random())
-    if slot is not None:
-        router.peers = DecisionLog(slot.decision_log, slot.number, len(slot.own_ports))
+    settings: FrontendSettings, slot: ProcessSlot | None
+) -> AsyncIterator[ServedModels]:
+    """The models, connected to the workers that register. Raises OperatorError."""
+    control, of_models = settings.control, settings.per_model()
+    is_alone = len(of_models) == 1
+    metrics = Metrics(of_model=is_alone)
     async with AsyncExitStack() as stack:
         events = await stack.enter_async_context(
             EventPlane.connect(control.nats_url, control.namespace, Path(control.nats_token_file))
         )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        instances = Instances(
-            router,
-            events,
-            tasks,
-            metrics,
-            secret=read_secret(control.rpc_secret_file),
-            tokenizer_dir=settings.engine_dir,
-        )
-        events.on_reconnect = instances.on_reconnect
-        await events.subscribe(instances.on_kv, instances.on_load)
-        metrics.add(RouterMetrics(router, events.counters))
+        served: list[ServedModel] = []
+        by_model: dict[str, Instances] = {}
+        for number, own in enumerate(of_models):
+            own_metrics = metrics if is_alone else Metrics(of_process=False)
+            router = KvRouter(own.router, model=own.model_name, rng=random.Random())
+            if slot is not None:
+                num_processes = len(slot.own_ports)
+                router.peers = DecisionLog(slot.decision_log, slot.number, num_processes, number)
+            instances = by_model[own.model_name] = Instances(
+                router,
+                events,
+                tasks,
+                own_metrics,
+                secret=read_secret(control.rpc_secret_file),
+                tokenizer_dir=own.engine_dir,
+            )
+            own_metrics.add(RouterMetrics(router))
+            served.append(_served_model(own, router, instances, own_metrics))
+        members = InstancesOfModels(by_model)
+        # Each engine step reports; with one model, nothing needs to be looked up.
+        reported = instances if is_alone else members
+        events.on_reconnect = members.on_reconnect
+        await events.subscribe(reported.on_kv, reported.on_load)
+        metrics.add(EventPlaneMetrics(events.counters))
         metrics.add(RestartMetrics())
         discovery = await stack.enter_async_context(Discovery.from_settings(control))
         forever = [
-            tasks.create_task(instances.synchronise_forever(), name="synchronise"),
-            tasks.create_task(discovery.watch(instances.up, instances.down), name="watch"),
+            tasks.create_task(each.synchronise_forever(), name="synchronise")
+            for each in by_model.values()
         ]
-        pipeline = Pipeline(settings, router, instances, metrics)
-        stack.push_async_callback(pipeline.close)
-        yield pipeline
+        watch = discovery.watch(members.up, members.down)
+        forever.append(tasks.create_task(watch, name="watch"))
+        models = ServedModels(served, metrics)
+        stack.push_async_callback(models.close)
+        for model in models:
+            stack.push_async_callback(model.pipeline.close)
+        yield models
         for task in forever:
             task.cancel()
-        instances.close()
+        members.close()
+
+
+def _served_model(
+    settings: FrontendSettings, router: KvRouter, instances: Instances, metrics: Metrics
+) -> ServedModel:
+    return ServedModel(
+        name=settings.model_name,
+        aliases=tuple(settings.aliases),
+        pipeline=Pipeline(settings, router, instances, metrics),
+        metrics=metrics,
+        in_flight=InFlight(settings.frontend.max_inflight, metrics.in_flight),
+        loader=ModelLoader(settings.frontend),
+    )
 
 
 class _App(Starlette):

@@ -28,24 +28,26 @@ _RING = CAPACITY * _ENTRY
 _MOST = 2**32 - 1
 
 
-def create(num_processes: int) -> int:
-    """A file descriptor of new shared memory, which the processes inherit."""
+def create(num_processes: int, num_models: int = 1) -> int:
+    """A file descriptor of new shared memory, which the processes inherit. Each model has a log."""
     memory = os.memfd_create("frontend-decisions")
-    os.ftruncate(memory, num_processes * _RING)
+    os.ftruncate(memory, num_processes * num_models * _RING)
     return memory
 
 
 class DecisionLog:
     """One process' end of the log. It continues where its predecessor in the same slot stopped."""
 
-    def __init__(self, memory: int, number: int, num_processes: int) -> None:
-        """`memory` comes from `create`; `number` is that of the process slot."""
-        self._memory = mmap.mmap(memory, num_processes * _RING)
-        self._own = number * _RING
+    def __init__(self, memory: int, number: int, num_processes: int, model: int = 0) -> None:
+        """`memory` comes from `create`; `number` is that of the process slot, `model` the place of
+        the model among those that are served."""
+        first = model * num_processes * _RING
+        self._memory = mmap.mmap(memory, first + num_processes * _RING)
+        self._own = first + number * _RING
         self._next = 1 + self._newest(self._own)
         self._next_of_peers = {
             ring: 1 + self._newest(ring)
-            for ring in range(0, num_processes * _RING, _RING)
+            for ring in range(first, first + num_processes * _RING, _RING)
             if ring != self._own
         }
 

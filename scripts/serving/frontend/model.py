@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from serving.config import FrontendConfig
-from serving.errors import ModelNotFound, NoInstances
+from serving.errors import NoInstances
 from serving.grammar.check import GuideChecker
 from serving.protocol import Guide, ModelCard
 from serving.text.preprocess import Preprocessor
@@ -88,13 +87,3 @@ class ModelLoader:
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             await loaded.guide_checker.close()
-
-
-def check_model(requested: str, served: Sequence[str]) -> None:
-    """`served` are the model's name and its aliases. Raises ModelNotFound."""
-    if requested not in served:
-        raise ModelNotFound(
-            f"The model `{requested[:200]}` is not served here; `{served[0]}` is",
-            param="model",
-            code="model_not_found",
-        )

@@ -84,7 +84,7 @@ class _ProcessGroup:
         for listener in (*listeners, *own):
             stack.enter_context(listener)
         ports = [listener.getsockname()[1] for listener in own]
-        log_memory = decision_log.create(count)
+        log_memory = decision_log.create(count, len(settings.per_model()))
         stack.callback(os.close, log_memory)
         self._slots = [
             ProcessSlot(

@@ -22,6 +22,7 @@ from serving.frontend.api.state import AppState
 from serving.frontend.app import create_app
 from serving.frontend.http.limits import InFlight
 from serving.frontend.metrics.registry import Metrics
+from serving.frontend.served.model import ServedModel, ServedModels
 from serving.protocol import EngineOutput
 from serving.text.preprocess import PreparedRequest
 from starlette.applications import Starlette
@@ -117,11 +118,10 @@ def _application(pipeline: Any, database: Path) -> Callable[[], Starlette]:
 
     def make() -> Starlette:
         metrics = Metrics()
+        in_flight = InFlight(64, metrics.in_flight)
+        served = ServedModel(name=MODEL, pipeline=pipeline, metrics=metrics, in_flight=in_flight)
         state = AppState(
-            pipeline=pipeline,
-            metrics=metrics,
-            in_flight=InFlight(64, metrics.in_flight),
-            model_name=MODEL,
+            models=ServedModels([served]),
             max_body_bytes=4 * 1024 * 1024,  # the default of `frontend.max_body_bytes`
             responses=ResponseStore(database, 16 * 1024 * 1024, 3600.0),
         )

@@ -18,6 +18,7 @@ from serving.frontend.api.state import AppState
 from serving.frontend.app import create_app
 from serving.frontend.http.limits import InFlight
 from serving.frontend.metrics.registry import Metrics
+from serving.frontend.served.model import ServedModel, ServedModels
 from starlette.applications import Starlette
 from tokenizers import Tokenizer
 from unit.frontend.fakes import MODEL, FakePipeline, make_card, write_tokenizer
@@ -54,11 +55,11 @@ async def state(
     pipeline: FakePipeline, metrics: Metrics, responses: ResponseStore
 ) -> AsyncIterator[AppState]:
     scripted: Any = pipeline
+    served = ServedModel(
+        name=MODEL, pipeline=scripted, metrics=metrics, in_flight=InFlight(8, metrics.in_flight)
+    )
     state = AppState(
-        pipeline=scripted,
-        metrics=metrics,
-        in_flight=InFlight(8, metrics.in_flight),
-        model_name=MODEL,
+        models=ServedModels([served]),
         max_body_bytes=64 * 1024,
         launch_id="launch-1",
         responses=responses,

@@ -144,3 +144,19 @@ def test_no_decision_is_lost_or_invented_between_processes(memory: int) -> None:
         own = [each.queued_tokens for each in found if each.registration == number]
         assert own == list(range(count))
     assert len(found) == 2 * count
+
+
+def test_models_keep_their_decisions_apart() -> None:
+    memory = decision_log.create(2, num_models=3)
+    try:
+        writers = [DecisionLog(memory, 0, 2, model) for model in range(3)]
+        readers = [DecisionLog(memory, 1, 2, model) for model in range(3)]
+        for number, writer in enumerate(writers):
+            writer.publish(decision(number + 1))
+        assert [reader.updates() for reader in readers] == [
+            [decision(1)],
+            [decision(2)],
+            [decision(3)],
+        ]
+    finally:
+        os.close(memory)

@@ -27,7 +27,8 @@ from serving.frontend.api.state import AppState
 from serving.frontend.http.body import read_body
 from serving.frontend.http.limits import ClientGone, cancelled_on_disconnect
 from serving.frontend.http.replies import error_response
-from serving.frontend.model import LoadedModel, check_model
+from serving.frontend.model import LoadedModel
+from serving.frontend.served.model import ServedModel
 from serving.model_folder import EmbeddingRule, embedding_rule
 from serving.protocol import SamplingParams
 from serving.text.preprocess import PreparedRequest
@@ -89,6 +90,7 @@ class EmbeddingCall:
         self._request_id = f"embd-{secrets.token_hex(16)}"
         self._arrived = perf_counter()
         self._num_tokens = 0
+        self._model: ServedModel | None = state.models.only
 
     async def answer(self, request: Request) -> Response:
         """The response, in every case; records the outcome."""
@@ -112,9 +114,9 @@ class EmbeddingCall:
             request.scope, request.receive, state.max_body_bytes, timeout_s=state.body_timeout_s
         )
         wanted = _decoder.decode(body)
-        check_model(wanted.model, state.model_names)
+        served = self._model = state.models.find(wanted.model)
         inputs = wanted.inputs()
-        model = await state.models.load(state.card)
+        model = await served.load()
         rule = _rule(model)
         if rule.size and (wanted.dimensions or 0) > rule.size:
             raise InvalidRequest(
@@ -133,7 +135,7 @@ class EmbeddingCall:
         ]
         self._num_tokens = sum(len(each.token_ids) for each in prepared)
         async with cancelled_on_disconnect(request.receive):
-            vectors = await self._vectors(prepared)
+            vectors = await _vectors(prepared, served)
         data = [
             {"object": "embedding", "index": index, "embedding": _written(vector, rule, wanted)}
             for index, vector in enumerate(vectors)
@@ -142,47 +144,49 @@ class EmbeddingCall:
         answer = {"object": "list", "data": data, "model": wanted.model, "usage": usage}
         return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
-    async def _vectors(self, prepared: list[PreparedRequest]) -> list[bytes]:
-        """The pooled hidden states of each input, a few inputs at a time. Raises ServingError."""
-        vectors = [b""] * len(prepared)
-        waiting = iter(enumerate(prepared))
-        num_tasks = min(AT_ONCE, len(prepared))
-
-        async def take(waiting: Iterator[tuple[int, PreparedRequest]]) -> None:
-            for index, each in waiting:
-                vectors[index] = await self._vector(each)
-
-        with self._state.in_flight.hold(num_tasks):
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    for _ in range(num_tasks):
-                        tasks.create_task(take(waiting))
-            except ExceptionGroup as group:  # one failed input fails the response
-                raise group.exceptions[0] from None
-        return vectors
-
-    async def _vector(self, prepared: PreparedRequest) -> bytes:
-        async with aclosing(self._state.pipeline.generate(prepared)) as outputs:
-            async for output in outputs:
-                if output.embedding is not None:
-                    return output.embedding
-        raise EngineFailed(f"{prepared.request_id} ended without an embedding")
-
     def _record(self, status: int, error: ApiError | None) -> None:
         """Update the metrics and write the one log line of this request."""
         outcome = "stop" if status == 200 else "cancelled" if status == CLIENT_CLOSED else "error"
-        metrics = self._state.metrics
+        metrics = (self._model or self._state.models).metrics
         metrics.requests.add(1, "embeddings", str(status), outcome)
         metrics.prompt_tokens.add(self._num_tokens)
         log.info(
             "%s model=%s prompt_tokens=%d duration_ms=%.1f status=%d%s",
             self._request_id,
-            self._state.model_name,
+            self._model.name if self._model else "",
             self._num_tokens,
             1000 * (perf_counter() - self._arrived),
             status,
             f" error={error.message!r}" if error else "",
         )
+
+
+async def _vectors(prepared: list[PreparedRequest], model: ServedModel) -> list[bytes]:
+    """The pooled hidden states of each input, a few inputs at a time. Raises ServingError."""
+    vectors = [b""] * len(prepared)
+    waiting = iter(enumerate(prepared))
+    num_tasks = min(AT_ONCE, len(prepared))
+
+    async def take(waiting: Iterator[tuple[int, PreparedRequest]]) -> None:
+        for index, each in waiting:
+            vectors[index] = await _vector(each, model)
+
+    with model.in_flight.hold(num_tasks):
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(num_tasks):
+                    tasks.create_task(take(waiting))
+        except ExceptionGroup as group:  # one failed input fails the response
+            raise group.exceptions[0] from None
+    return vectors
+
+
+async def _vector(prepared: PreparedRequest, model: ServedModel) -> bytes:
+    async with aclosing(model.pipeline.generate(prepared)) as outputs:
+        async for output in outputs:
+            if output.embedding is not None:
+                return output.embedding
+    raise EngineFailed(f"{prepared.request_id} ended without an embedding")
 
 
 def _rule(model: LoadedModel) -> EmbeddingRule:

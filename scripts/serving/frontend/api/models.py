@@ -1,4 +1,4 @@
-"""`/v1/models`: the one model that this deployment serves."""
+"""`/v1/models`: what this deployment serves, under all of its names."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from serving.errors import ServingError
 from serving.frontend.api.errors import to_api_error
 from serving.frontend.api.state import AppState
 from serving.frontend.http.replies import error_response, json_response
-from serving.frontend.model import check_model
+from serving.frontend.served.model import ServedModel
 from serving.protocol import ModelCard
 
 
 def model_routes(state: AppState) -> list[Route]:
-    async def describe(name: str) -> dict[str, Any]:
-        model = describe_model(name, state.card, state.started)
-        if name != state.model_name:
-            model["root"] = state.model_name
-        if state.card is not None:
-            with suppress(ServingError):  # without a tokenizer, nothing is known of its answers
-                loaded = await state.models.load(state.card)
-                model.update(loaded.preprocessor.answer_format.describe())
+    async def describe(name: str, served: ServedModel) -> dict[str, Any]:
+        model = describe_model(name, served.card, state.started)
+        if name != served.name:
+            model["root"] = served.name
+        with suppress(ServingError):  # without a tokenizer, nothing is known of its answers
+            loaded = await served.load()
+            model.update(loaded.preprocessor.answer_format.describe())
         return model
 
     async def list_models(request: Request) -> Response:
-        data = [await describe(name) for name in state.model_names]
+        data = [await describe(name, served) for served in state.models for name in served.names]
         return json_response(
             {
                 "object": "list",
@@ -43,11 +42,12 @@ def model_routes(state: AppState) -> list[Route]:
         )
 
     async def get_model(request: Request) -> Response:
+        name = request.path_params["id"]
         try:
-            check_model(request.path_params["id"], state.model_names)
+            served = state.models.find(name)
         except ServingError as exc:
             return error_response(to_api_error(exc))
-        return json_response(await describe(request.path_params["id"]))
+        return json_response(await describe(name, served))
 
     return [Route("/v1/models", list_models), Route("/v1/models/{id:path}", get_model)]
 

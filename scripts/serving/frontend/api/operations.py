@@ -9,10 +9,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serving.errors import ServingError
+from serving.frontend.api.errors import to_api_error
 from serving.frontend.api.state import AppState
-from serving.frontend.http.replies import json_response
+from serving.frontend.http.replies import error_response, json_response
 from serving.frontend.metrics.pages import OWN_PATH, join_pages
 from serving.frontend.metrics.registry import CONTENT_TYPE
+from serving.frontend.served.readiness import readiness
 
 
 def _version() -> str:
@@ -27,26 +29,16 @@ def operations_routes(state: AppState) -> list[Route]:
         return json_response({"status": "ok", "launch_id": state.launch_id})
 
     async def ready(request: Request) -> Response:
-        is_ready, reason = state.pipeline.ready()
-        answers: dict[str, str] = {}
-        if is_ready:
-            try:  # Ready means that the first request will not wait for the tokenizer.
-                model = await state.models.load(state.card)
-                answers = model.preprocessor.answer_format.describe()
-            except ServingError as exc:
-                is_ready, reason = False, str(exc)
-        content = {
-            "ready": is_ready,
-            "reason": reason,
-            **state.pipeline.describe(),
-            "answers": answers,
-        }
+        try:
+            content = await readiness(state.models, request.query_params.get("model"))
+        except ServingError as exc:
+            return error_response(to_api_error(exc))
         if state.slot is not None:
             content["process"] = state.slot.number
-        return json_response(content, 200 if is_ready else 503)
+        return json_response(content, 200 if content["ready"] else 503)
 
     async def metrics(request: Request) -> Response:
-        page = state.metrics.render()
+        page = state.models.metrics_page()
         if state.slot is not None:
             authorization = request.headers.get("authorization", "")
             peer_ports = state.slot.peer_ports()
@@ -54,19 +46,19 @@ def operations_routes(state: AppState) -> list[Route]:
         return Response(page, media_type=CONTENT_TYPE)
 
     async def own_metrics(request: Request) -> Response:
-        return Response(state.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(state.models.metrics_page(), media_type=CONTENT_TYPE)
 
     async def version(request: Request) -> Response:
         return json_response({"version": _version()})
 
     async def load(request: Request) -> Response:
-        return json_response({"server_load": state.in_flight.count})
+        return json_response({"server_load": state.models.num_in_flight()})
 
     async def root(request: Request) -> Response:
         return json_response(
             {
                 "service": "snakemake-serving",
-                "model": state.model_name,
+                "model": state.models.title,
                 "api": [
                     *("/v1/chat/completions", "/v1/responses", "/v1/messages"),
                     *("/v1/completions", "/v1/models", "/tokenize"),

@@ -19,7 +19,7 @@ from serving.frontend.api.fields import RequestDecoder
 from serving.frontend.api.state import AppState
 from serving.frontend.http.body import read_body
 from serving.frontend.http.replies import error_response, json_response
-from serving.frontend.model import LoadedModel, check_model
+from serving.frontend.model import LoadedModel
 from serving.model_folder import json_object
 
 
@@ -41,7 +41,7 @@ class DetokenizeRequest(Struct):
 _tokenize = RequestDecoder(TokenizeRequest)
 _detokenize = RequestDecoder(DetokenizeRequest)
 
-Answer = Callable[[bytes, LoadedModel], Awaitable[dict[str, Any]]]
+Answer = Callable[[bytes], Awaitable[dict[str, Any]]]
 
 
 def token_routes(state: AppState) -> list[Route]:
@@ -54,28 +54,26 @@ def token_routes(state: AppState) -> list[Route]:
                     state.max_body_bytes,
                     timeout_s=state.body_timeout_s,
                 )
-                return json_response(await answer(body, await state.models.load(state.card)))
+                return json_response(await answer(body))
             except ServingError as exc:
                 return error_response(to_api_error(exc))
 
         return Route(path, endpoint, methods=["POST"])
 
-    async def tokenize(body: bytes, model: LoadedModel) -> dict[str, Any]:
+    async def tokenize(body: bytes) -> dict[str, Any]:
         request = _tokenize.decode(body)
-        if request.model is not None:
-            check_model(request.model, state.model_names)
-        return await _tokenized(request, model)
+        return await _tokenized(request, await state.models.find_or_only(request.model).load())
 
-    async def detokenize(body: bytes, model: LoadedModel) -> dict[str, Any]:
+    async def detokenize(body: bytes) -> dict[str, Any]:
         request = _detokenize.decode(body)
-        if request.model is not None:
-            check_model(request.model, state.model_names)
+        model = await state.models.find_or_only(request.model).load()
         model.preprocessor.check_token_ids(request.tokens, param="tokens")
         return {"prompt": model.preprocessor.decode(request.tokens)}
 
     async def tokenizer_info(request: Request) -> Response:
         try:
-            model = await state.models.load(state.card)
+            requested = request.query_params.get("model")
+            model = await state.models.find_or_only(requested).load()
         except ServingError as exc:
             return error_response(to_api_error(exc))
         config = json_object(Path(model.card.tokenizer_dir) / "tokenizer_config.json")

@@ -23,7 +23,7 @@ from serving.frontend.http.generation import Generation
 from serving.frontend.http.limits import ClientGone, cancelled_on_disconnect
 from serving.frontend.http.replies import Headers, send_error, send_json
 from serving.frontend.http.sse import end_stream, send_deltas
-from serving.frontend.model import check_model
+from serving.frontend.served.model import ServedModel
 
 log = logging.getLogger("serving.frontend")
 
@@ -52,6 +52,7 @@ class CompletionCall:
         self._request_id = f"{api.id_prefix}{_random.getrandbits(128):032x}"
         self._arrived = perf_counter()
         self._headers: Headers = ()
+        self._model: ServedModel | None = state.models.only
         self._generation: Generation | None = None
 
     async def serve(self, scope: Scope, receive: Receive) -> None:
@@ -59,9 +60,8 @@ class CompletionCall:
         status, error = CLIENT_CLOSED, None
         self._trace_id = _trace_id(scope) or self._request_id
         self._headers = ((b"x-request-id", self._trace_id.encode()),)
-        in_flight = self._state.in_flight
         try:
-            in_flight.check_room(1)
+            self._state.models.check_room()
             body = await read_body(
                 scope,
                 receive,
@@ -69,9 +69,12 @@ class CompletionCall:
                 timeout_s=self._state.body_timeout_s,
                 arriving=self._state.arriving,
             )
+            request = self._api.parse(body)
+            model = self._model = self._state.models.find(request.model)
+            in_flight = model.in_flight
             with in_flight.hold(1):
-                generation = self._generation = await self._prepare(body)
-                del body  # only its tokens live on
+                generation = self._generation = await self._prepare(request, model)
+                del body, request  # only their tokens live on
                 num_samples = len(generation.samples)
                 in_flight.check_possible(num_samples)
                 with in_flight.hold(num_samples - 1):
@@ -83,25 +86,22 @@ class CompletionCall:
         except ClientGone:
             pass
         except Exception as exc:
-            if isinstance(exc, Overloaded) and not isinstance(exc, NoInstances):
-                exc.retry_after_s = max(exc.retry_after_s, in_flight.retry_after_s())
+            if isinstance(exc, Overloaded) and not isinstance(exc, NoInstances) and self._model:
+                exc.retry_after_s = max(exc.retry_after_s, self._model.in_flight.retry_after_s())
             error = to_api_error(exc)
             status = error.status
             await send_error(self._send, error, self._headers, self._api.error_body(error))
         finally:
             self._record(status, error)
 
-    async def _prepare(self, body: bytes) -> Generation:
+    async def _prepare(self, request: Any, model: ServedModel) -> Generation:
         """Check and tokenize the request. Raises ServingError."""
-        state = self._state
-        request = self._api.parse(body)
-        check_model(request.model, state.model_names)
-        model = await state.models.load(state.card)
-        plan = await self._api.prepare(request, model, self._request_id)
+        loaded = await model.load()
+        plan = await self._api.prepare(request, loaded, self._request_id)
         if plan.ignored:
             names = ", ".join(dict.fromkeys(plan.ignored)).encode("ascii", "replace")
             self._headers += ((b"x-ignored", names[:500]),)
-        return Generation(plan, state.pipeline, model.token_text, state.metrics, self._arrived)
+        return Generation(plan, model.pipeline, loaded.token_text, model.metrics, self._arrived)
 
     async def _whole(self, generation: Generation, receive: Receive) -> None:
         """Raises ServingError, ClientGone."""
@@ -136,7 +136,7 @@ class CompletionCall:
         else:
             assert generation is not None
             finish_reason = generation.samples[0].finish_reason or "error"
-        metrics = self._state.metrics
+        metrics = (self._model or self._state.models).metrics
         metrics.requests.add(1, self._api.name, str(status), finish_reason)
         if status == 200:
             metrics.e2e_request_latency.observe(duration_s)
@@ -149,7 +149,7 @@ class CompletionCall:
             "completion_tokens=%d ttft_ms=%s duration_ms=%.1f finish_reason=%s status=%d%s",
             self._request_id,
             f" x_request_id={self._trace_id}" if self._trace_id != self._request_id else "",
-            self._state.model_name,
+            self._model.name if self._model else "",
             ",".join(generation.instances()) if generation else "",
             generation.overlap_blocks() if generation else 0,
             usage.prompt_tokens if usage else 0,

@@ -63,10 +63,14 @@ class InFlight:
 
     def check_room(self, num_samples: int) -> None:
         """Raises TooManyInFlight when these samples could not begin now."""
-        if self.count + num_samples > self._limit:
+        if not self.has_room(num_samples):
             raise TooManyInFlight(
                 f"{self._limit} requests are in flight already", retry_after_s=self.retry_after_s()
             )
+
+    def has_room(self, num_samples: int) -> bool:
+        """Whether these samples could begin now."""
+        return self.count + num_samples <= self._limit
 
     def retry_after_s(self) -> float:
         """Seconds until one more sample probably fits."""

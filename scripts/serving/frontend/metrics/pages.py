@@ -1,4 +1,4 @@
-"""One page with the metrics of several processes. Each sample is labelled with its process.
+"""One page with the metrics of several processes or models. A label of each sample names its own.
 
 Prometheus' text format requires all samples of a metric together, under one heading.
 """
@@ -6,7 +6,7 @@ Prometheus' text format requires all samples of a metric together, under one hea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 OWN_PATH = "/metrics/process"
 ANSWER_S = 1.0
@@ -29,9 +29,22 @@ async def join_pages(
 
 def merge(pages: Mapping[int, bytes]) -> bytes:
     """Join pages by process number."""
+    return join_labelled(
+        (label("process", str(number)), page) for number, page in sorted(pages.items())
+    )
+
+
+def label(name: str, value: str) -> str:
+    """A label as it stands in a sample."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'{name}="{escaped}"'
+
+
+def join_labelled(pages: Iterable[tuple[str, bytes]]) -> bytes:
+    """One page of several. Each sample gets the label of its page, or none where that is empty."""
     headings: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
-    for number, page in sorted(pages.items()):
+    for own_label, page in pages:
         family, is_new = "", False
         for line in page.decode().splitlines():
             if line.startswith("# "):
@@ -41,7 +54,7 @@ def merge(pages: Mapping[int, bytes]) -> bytes:
                 if is_new:
                     headings.setdefault(family, []).append(line)
             elif line:
-                samples.setdefault(family, []).append(_labelled(line, number))
+                samples.setdefault(family, []).append(_labelled(line, own_label))
     lines = [
         line
         for family, heading in headings.items()
@@ -50,12 +63,14 @@ def merge(pages: Mapping[int, bytes]) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def _labelled(sample: str, number: int) -> str:
+def _labelled(sample: str, own_label: str) -> str:
+    if not own_label:
+        return sample
     name, brace, rest = sample.partition("{")
     if brace:
-        return f'{name}{{process="{number}",{rest}'
+        return f"{name}{{{own_label},{rest}"
     name, _, value = sample.partition(" ")
-    return f'{name}{{process="{number}"}} {value}'
+    return f"{name}{{{own_label}}} {value}"
 
 
 async def _page(port: int, authorization: str) -> bytes:

@@ -27,13 +27,18 @@ DeadlinePhase = Literal["queue", "prefill", "first_token", "token", "total"]
 
 
 class Metrics:
-    """All metrics of one frontend process, in their own registry."""
+    """All metrics of one frontend process, in their own registry.
 
-    def __init__(self) -> None:
+    With several models, each model has one without figures `of_process`. One more, without those
+    `of_model`, has what belongs to the process, and requests that named no model.
+    """
+
+    def __init__(self, *, of_process: bool = True, of_model: bool = True) -> None:
         # Halves the page; nobody reads creation times.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry(auto_describe=False)
-        ProcessCollector(registry=registry)
+        if of_process:
+            ProcessCollector(registry=registry)
         self.time_to_first_token = Histogram(
             "serving_time_to_first_token_seconds",
             "From a request's arrival to its first token.",
@@ -93,7 +98,8 @@ class Metrics:
         )
         self._instances = InstanceMetrics()
         for collector in vars(self).values():
-            if isinstance(collector, Counter | Histogram | Gauge | InstanceMetrics):
+            is_shown = of_model or collector is self.requests
+            if is_shown and isinstance(collector, Counter | Histogram | Gauge | InstanceMetrics):
                 registry.register(collector)
 
     def add(self, collector: Collector) -> None:

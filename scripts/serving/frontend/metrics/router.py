@@ -1,4 +1,4 @@
-"""Counters of the router and of the event plane, as samples for `/metrics`."""
+"""Counters of a router and of the event plane, as samples for `/metrics`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from serving.kv_router.router import KvRouter
 class RouterMetrics(Collector):
     """Reads the counters when `/metrics` is read."""
 
-    def __init__(self, router: KvRouter, events: EventCounters) -> None:
-        self._router, self._events = router, events
+    def __init__(self, router: KvRouter) -> None:
+        self._router = router
 
     def _breakers(self) -> Iterable[Metric]:
         avoided = GaugeMetricFamily(
@@ -47,10 +47,19 @@ class RouterMetrics(Collector):
         for kind, total in {**totals, "evicted_blocks": self._router.evicted_blocks}.items():
             counters.add_metric([kind], total)
         yield counters
+        yield from self._breakers()
+
+
+class EventPlaneMetrics(Collector):
+    """Reads the counters when `/metrics` is read."""
+
+    def __init__(self, counters: EventCounters) -> None:
+        self._counters = counters
+
+    def collect(self) -> Iterable[Metric]:
         plane = CounterMetricFamily(
             "serving_event_plane", "Messages over NATS by outcome.", labels=["kind"]
         )
-        for kind, total in vars(self._events).items():
+        for kind, total in vars(self._counters).items():
             plane.add_metric([kind], total)
         yield plane
-        yield from self._breakers()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from serving.config import RouterConfig
 from serving.events import EventCounters
 from serving.frontend.metrics.registry import Metrics
-from serving.frontend.metrics.router import RouterMetrics
+from serving.frontend.metrics.router import EventPlaneMetrics, RouterMetrics
 from serving.kv_router.router import KvRouter
 from serving.protocol import InstanceInfo, KvEventBatch, ModelCard
 
@@ -15,7 +15,8 @@ CARD = ModelCard("m", "", 4096, 16, "salt", "", 0)
 def test_event_batches_are_counted_by_outcome() -> None:
     router, counters, metrics = KvRouter(RouterConfig()), EventCounters(), Metrics()
     router.add_instance(InstanceInfo("w0", 1, "agg", [], "", CARD, 1000, 16, 1, "h"))
-    metrics.add(RouterMetrics(router, counters))
+    metrics.add(RouterMetrics(router))
+    metrics.add(EventPlaneMetrics(counters))
     router.on_kv(KvEventBatch("w0", 1, 1, []))
     router.on_kv(KvEventBatch("w0", 1, 1, []))
     router.on_kv(KvEventBatch("w0", 1, 3, []))

@@ -21,7 +21,7 @@ from serving.frontend.api.plan import CompletionApi, CompletionPlan
 from serving.frontend.api.state import AppState
 from serving.frontend.http.body import read_body
 from serving.frontend.http.replies import json_response
-from serving.frontend.model import LoadedModel, check_model
+from serving.frontend.model import LoadedModel
 
 
 async def prepare(request: MessagesRequest, model: LoadedModel, request_id: str) -> CompletionPlan:
@@ -59,8 +59,7 @@ def messages_routes(state: AppState) -> list[Route]:
                 request.scope, request.receive, state.max_body_bytes, timeout_s=state.body_timeout_s
             )
             message = parse_count(body)
-            check_model(message.model, state.model_names)
-            model = await state.models.load(state.card)
+            model = await state.models.find(message.model).load()
             asked, _ = conversation(message)
             prompt = await model.preprocessor.encode_conversation(asked)
         except ServingError as exc:

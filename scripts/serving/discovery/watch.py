@@ -14,6 +14,8 @@ from serving.protocol import InstanceInfo
 
 log = logging.getLogger(__name__)
 
+PULSE_S = 1.0
+
 
 async def list_instances(etcd: EtcdClient, records: Records) -> tuple[int, list[InstanceInfo]]:
     """The revision of the list, and the instances by id. Raises one of FAILURES."""
@@ -25,12 +27,14 @@ async def list_instances(etcd: EtcdClient, records: Records) -> tuple[int, list[
 async def watch_instances(etcd: EtcdClient, records: Records, presence: Presence) -> NoReturn:
     """Keep `presence` current, until cancelled.
 
-    A deletion that the watch sees counts at once. A deletion that only shows after etcd was away
-    counts when the instance has not registered again within the grace period of `presence`: an
-    etcd that came back empty must not empty the service.
+    A deletion that the watch sees counts at once, unless most instances are deleted together. A
+    deletion that shows after etcd was away or stood still counts when the instance has not
+    registered again within the grace period of `presence`: an etcd that came back empty, or whose
+    leases ran out while it did nothing, must not empty the service.
     """
     reported = ""
     grace = False
+    pulse = asyncio.create_task(_feel_pulse(etcd, records, presence), name="etcd-pulse")
     try:
         while True:
             try:
@@ -46,7 +50,18 @@ async def watch_instances(etcd: EtcdClient, records: Records, presence: Presence
                     log.warning("etcd at %s is away: %s", etcd.endpoint, reason(exc))
                 await asyncio.sleep(RETRY_S)
     finally:
+        pulse.cancel()
         presence.hold()
+
+
+async def _feel_pulse(etcd: EtcdClient, records: Records, presence: Presence) -> NoReturn:
+    """Notice when etcd stands still. Its watches look quiet then, and leases run out meanwhile."""
+    while True:
+        await asyncio.sleep(PULSE_S)
+        try:
+            await etcd.get(records.key("pulse"))
+        except FAILURES:
+            presence.distrust()
 
 
 async def _follow(etcd: EtcdClient, records: Records, revision: int, presence: Presence) -> None:
@@ -54,6 +69,6 @@ async def _follow(etcd: EtcdClient, records: Records, revision: int, presence: P
     async with aclosing(etcd.watch(records.instances, revision)) as changes:
         async for key, value in changes:
             if value is None:
-                presence.remove(records.instance_id(key))
+                presence.deleted(records.instance_id(key))
             elif (info := records.decode(key, value)) is not None:
                 presence.put(info)

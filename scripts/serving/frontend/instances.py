@@ -1,9 +1,10 @@
 """The live instances as one frontend sees them: a connection to each, and its entry in the router.
 
-Discovery says which instances should be alive; a connection proves it. The router has an instance
-while its connection stands and it does not drain. So a killed worker gets no more requests at once,
-not only when its lease ends, and a draining worker gets none as soon as it says that it drains.
-Requests that run on a draining worker keep their connection until they are finished.
+Discovery says which instances belong to the service; a connection proves that one is alive. The
+router has an instance while both hold and it does not drain. So a killed worker gets no more
+requests at once, not only when its lease ends, and a draining worker gets none as soon as it says
+that it drains. Neither draining nor a lost registration ends a connection: requests that run there
+are finished there, as long as the worker answers.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 2.0
+IDLE_POLL_S = 0.2
 SNAPSHOT_S = 5.0
 
 
@@ -50,7 +52,7 @@ class Instances:
         self._router, self._events, self._tasks = router, events, tasks
         self._metrics = metrics
         self._keepers: dict[str, tuple[InstanceInfo, asyncio.Task[None]]] = {}
-        self._departing: set[asyncio.Task[None]] = set()
+        self._departing: dict[asyncio.Task[None], RpcClient] = {}
         self._clients: dict[str, RpcClient] = {}
         self._reports: dict[str, LoadReport] = {}
         self._unsynchronised = asyncio.Event()
@@ -69,25 +71,35 @@ class Instances:
     def up(self, info: InstanceInfo) -> None:
         """Discovery has a new registration."""
         log.info("%s is up (epoch %d)", info.instance_id, info.epoch)
+        client = self._clients.get(info.instance_id)
+        returning = next((task for task, one in self._departing.items() if one is client), None)
+        if client is not None and client.info == info and returning is not None:
+            del self._departing[returning]
+            self._keepers[info.instance_id] = (info, returning)
+            self._route_to(client)
+            return
         task = self._tasks.create_task(self._keep(info), name=f"keep-{info.instance_id}")
         self._keepers[info.instance_id] = (info, task)
 
     def down(self, instance_id: str, epoch: int) -> None:
-        """Its registration is gone. A draining instance closes the connection when it is done."""
+        """Its registration is gone, which says nothing of the instance: it gets no new requests, and
+        its streams go on. A draining instance closes the connection when it is done."""
         keeper = self._keepers.get(instance_id)
         if keeper is None or keeper[0].epoch != epoch:
             return
         log.info("%s is gone (epoch %d)", instance_id, epoch)
         _, task = self._keepers.pop(instance_id)
         client = self._clients.get(instance_id)
-        if client is not None and client.draining:
-            self._departing.add(task)
-            task.add_done_callback(self._departing.discard)
-        else:
-            task.cancel()
+        if client is None or client.info.epoch != epoch:
+            task.cancel()  # not connected
+            return
+        self._router.remove_instance(instance_id, epoch)
+        self._departing[task] = client
+        task.add_done_callback(lambda done: self._departing.pop(done, None))
+        self._tasks.create_task(self._leave(task, client), name=f"leave-{instance_id}")
 
     async def _keep(self, info: InstanceInfo) -> None:
-        """Hold a connection for as long as discovery names the instance, or it drains."""
+        """Hold a connection for as long as discovery names the instance, or requests run there."""
         pause_s = RECONNECT_MIN_S
         while True:
             lost = asyncio.Event()
@@ -116,17 +128,16 @@ class Instances:
         async with self._joining:  # Two that join at the same time would miss each other.
             if info.kv_by_engine:
                 await warm_up(client, self._kv_peers(info))
-            if not client.draining:
-                self._router.add_instance(info)
+            self._route_to(client)
             if self.card is None and info.model.dummy_weights:
                 log.warning("%s has dummy weights: answers are noise", info.model.name)
             self.card = self.card or self._readable(info.model)
             self._clients[info.instance_id] = client
             self._limit_context()
-        self._unsynchronised.set()
         try:
             await lost.wait()
-            log.warning("%s: connection lost", info.instance_id)
+            if client not in self._departing.values():
+                log.warning("%s: connection lost", info.instance_id)
         finally:
             if self._clients.get(info.instance_id) is client:  # A successor may be up already.
                 del self._clients[info.instance_id]
@@ -134,6 +145,23 @@ class Instances:
                 self._reports.pop(info.instance_id, None)
                 self._router.remove_instance(info.instance_id, info.epoch)
                 self._metrics.forget_instance(info.instance_id)
+
+    async def _leave(self, task: asyncio.Task[None], client: RpcClient) -> None:
+        """Let the connection of a departed instance end with its last stream. One that drains ends
+        the connection itself, since it may hold KV until then."""
+        while self._departing.get(task) is client and client.connected:
+            if not client.num_streams and not client.draining:
+                log.info("%s: nothing runs there any more", client.info.instance_id)
+                if client.on_lost is not None:
+                    client.on_lost()
+                return
+            await asyncio.sleep(IDLE_POLL_S)
+
+    def _route_to(self, client: RpcClient) -> None:
+        """From now on, unless it drains. Raises InstanceRefused."""
+        if not client.draining:
+            self._router.add_instance(client.info)
+            self._unsynchronised.set()
 
     def _on_draining(self, info: InstanceInfo) -> None:
         log.info("%s drains: it gets no new requests", info.instance_id)
@@ -143,7 +171,11 @@ class Instances:
         """It lives and does not compute, or computes again. Its requests go on elsewhere, unless it
         is the last instance: then waiting is the only chance that they have."""
         info = client.info
-        if self._clients.get(info.instance_id) is not client or client.draining:
+        if client.draining or client in self._departing.values():
+            if reason and self._has_others(info):
+                client.fail_streams(reason)
+            return
+        if self._clients.get(info.instance_id) is not client:
             return
         is_routed = any(one.epoch == info.epoch for one in self._same_name(info))
         if reason and is_routed and self._has_others(info):
@@ -151,8 +183,7 @@ class Instances:
             self._router.remove_instance(info.instance_id, info.epoch)
         elif not reason and not is_routed:
             log.info("%s computes again", info.instance_id)
-            self._router.add_instance(info)
-            self._unsynchronised.set()
+            self._route_to(client)
         if reason and self._has_others(info):
             client.fail_streams(reason)
 

@@ -45,6 +45,10 @@ class WorkerConnection(RpcConnection):
         assert request_id not in self._streams, f"{request_id} is already running here"
         self._streams[request_id] = stream
 
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
     def drop(self, request_id: str, stream: OutputStream) -> bool:
         if self._streams.get(request_id) is not stream:
             return False
@@ -205,6 +209,11 @@ class RpcClient:
     @property
     def connected(self) -> bool:
         return self._connection is not None
+
+    @property
+    def num_streams(self) -> int:
+        """Requests whose last output has not arrived."""
+        return self._connection.num_streams if self._connection is not None else 0
 
     def connection(self) -> WorkerConnection:
         """Raises InstanceLost when there is none."""

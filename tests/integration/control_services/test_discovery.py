@@ -13,6 +13,7 @@ from etcd3aio import Etcd3Client
 from integration.services import Etcd
 from serving.discovery import Discovery
 from serving.discovery.etcd import EtcdClient, Stored
+from serving.discovery.presence import MASS_S
 from serving.errors import OperatorError
 from serving.protocol import InstanceInfo, ModelCard, Role
 from waiting import until
@@ -82,17 +83,22 @@ async def registered(etcd: Etcd, info: InstanceInfo) -> AsyncIterator[Discovery]
 
 
 async def test_watchers_see_an_instance_register_and_leave(etcd: Etcd) -> None:
-    async with watching(etcd) as watcher, watching(etcd, "other") as stranger:
+    stays = instance("stays")
+    async with (
+        watching(etcd) as watcher,
+        watching(etcd, "other") as stranger,
+        registered(etcd, stays),
+    ):
         async with registered(etcd, instance("a")) as discovery:
-            await until(lambda: watcher.present == {"a": 1})
-            assert await discovery.instances() == [instance("a")]
+            await until(lambda: watcher.present == {"a": 1, "stays": 1})
+            assert await discovery.instances() == [instance("a"), stays]
             async with watching(etcd) as latecomer:
-                await until(lambda: latecomer.present == {"a": 1})
+                await until(lambda: latecomer.present == {"a": 1, "stays": 1})
             left = time.monotonic()
             await discovery.unregister()
-            await until(lambda: watcher.present == {})
+            await until(lambda: watcher.present == {"stays": 1})
             assert time.monotonic() - left < LEASE_S / 2
-            assert await discovery.instances() == []
+            assert await discovery.instances() == [stays]
         assert stranger.events == []
 
 
@@ -112,6 +118,33 @@ async def test_lost_lease_removes_the_instance(etcd: Etcd) -> None:
         await client.kv.put("/ns/instances/dead", value, lease=lease.ID)
         await until(lambda: watcher.present == {"dead": 1})
         await until(lambda: watcher.present == {}, 3 * LEASE_S + 2)
+
+
+async def test_leases_that_run_out_while_etcd_stands_still_take_no_instance_down(
+    etcd: Etcd,
+) -> None:
+    """Its watches only look quiet meanwhile, and the deletions arrive when it goes on."""
+    names = {"a": 1, "b": 1, "c": 1}
+    async with (
+        watching(etcd) as watcher,
+        registered(etcd, instance("a")),
+        registered(etcd, instance("b")),
+        registered(etcd, instance("c")) as discovery,
+    ):
+        await until(lambda: watcher.present == names)
+        etcd.signal(signal.SIGSTOP)
+        await asyncio.sleep(2 * LEASE_S)
+        etcd.signal(signal.SIGCONT)
+        await until_registered(discovery, 3)
+        await asyncio.sleep(LEASE_S / 4)
+        assert [event for event in watcher.events if event[0] == "down"] == []
+
+
+async def until_registered(discovery: Discovery, num_instances: int) -> None:
+    async with asyncio.timeout(5 * LEASE_S):
+        # A second watch would be another thing under test.
+        while len(await discovery.instances()) < num_instances:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
 
 
 async def test_etcd_restarted_with_its_data_changes_nothing(etcd: Etcd) -> None:
@@ -221,12 +254,26 @@ async def test_older_epoch_cannot_register_over_a_newer_one(etcd: Etcd) -> None:
 
 
 async def test_deleted_key_is_put_again_while_the_lease_lives(etcd: Etcd) -> None:
-    async with watching(etcd) as watcher, registered(etcd, instance("a")):
-        await until(lambda: watcher.present == {"a": 1})
-        async with Etcd3Client([etcd.endpoint]) as client:
-            assert client.kv is not None
-            await client.kv.delete("/ns/instances/a")
+    names = {"a": 1, "b": 1, "c": 1}
+    async with (
+        watching(etcd) as watcher,
+        registered(etcd, instance("a")),
+        registered(etcd, instance("b")),
+        registered(etcd, instance("c")) as discovery,
+        Etcd3Client([etcd.endpoint]) as client,
+    ):
+        await until(lambda: watcher.present == names)
+        assert client.kv is not None
+        await client.kv.delete("/ns/instances/a")
         await until(lambda: watcher.events[-2:] == [("down", "a", 1), ("up", "a", 1)])
+
+        # All of them: etcd is to blame, so they stay up and register again.
+        await asyncio.sleep(MASS_S)
+        for name in names:
+            await client.kv.delete(f"/ns/instances/{name}")
+        await until_registered(discovery, 3)
+        await asyncio.sleep(LEASE_S / 4)
+        assert watcher.present == names
 
 
 async def test_garbage_under_the_prefix_is_skipped(etcd: Etcd) -> None:

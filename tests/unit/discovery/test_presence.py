@@ -94,3 +94,41 @@ def test_failing_listener_does_not_stop_the_next_report(reports: Reports) -> Non
     presence.put(instance("a"))
     presence.remove("a")
     assert reports.events == [("down", "a", 1)]
+
+
+async def test_deletion_of_one_registration_counts_at_once(
+    presence: Presence, reports: Reports
+) -> None:
+    presence.replace([instance("a"), instance("b"), instance("c")], grace=False)
+    presence.deleted("a")
+    assert reports.events[3:] == [("down", "a", 1)]
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "abcd"])
+async def test_registrations_that_vanish_together_may_come_back(
+    names: str, presence: Presence, reports: Reports
+) -> None:
+    """As when their leases ran out while etcd stood still, or somebody deleted them all."""
+    presence.replace([instance(name) for name in names], grace=False)
+    for name in names:
+        presence.deleted(name)
+    state = {name: kind for kind, name, _ in reports.events}
+    assert state == dict.fromkeys(names, "up")
+    for name in names[:-1]:
+        presence.put(instance(name))
+    await until(lambda: ("down", names[-1], 1) == reports.events[-1])
+    await asyncio.sleep(2 * GRACE_S)
+    assert {name: kind for kind, name, _ in reports.events} == {
+        **dict.fromkeys(names, "up"),
+        names[-1]: "down",
+    }
+
+
+async def test_deletion_after_etcd_stood_still_waits_for_the_instance(
+    presence: Presence, reports: Reports
+) -> None:
+    presence.replace([instance(name) for name in "abcd"], grace=False)
+    presence.distrust()
+    presence.deleted("a")
+    assert ("down", "a", 1) not in reports.events
+    await until(lambda: ("down", "a", 1) in reports.events)

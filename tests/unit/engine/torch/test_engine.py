@@ -309,7 +309,7 @@ async def test_step_that_fails_ends_only_the_requests_that_fail_alone(
         for name, prompt in zip("abc", prompts, strict=True):
             engine.submit(request(name, prompt, greedy(6)))
         await sink.finished("a", "b", "c")
-        assert together == {1, 3}, "they were computed in one step, and then alone"
+        assert min(together) == 1 < max(together), "in a step with others, and then alone"
         assert sink.last["b"].finish_reason == "error"
         assert sink.tokens["a"] == generate(model, prompts[0], 6)
         assert sink.tokens["c"] == generate(model, prompts[2], 6)

@@ -106,4 +106,5 @@ async def test_statistics_are_the_contracts_json(library: Any) -> None:
     cache = next(each for each in caches if each is not None)
     assert list(cache) == contract["kvCacheStats"]
     assert (cache["maxNumBlocks"], cache["tokensPerBlock"]) == (256, 8)
-    assert max(each["usedNumBlocks"] for each in caches if each) == 6
+    # The prompt has four blocks, the answer two; the last report may be one of those without.
+    assert 4 <= max(each["usedNumBlocks"] for each in caches if each) <= 6
